@@ -1,0 +1,180 @@
+"""The model as a guest-house: the one door to its insides, by nnsight.
+
+Nothing else in the package imports nnsight, so that its next change of engine touches this file alone.
+
+What wrapping does to the user's model: nnsight puts an inert controller on every module (an instance
+attribute `forward`); no torch hook, no parameter, no buffer and no flag is added or changed. Importing
+nnsight itself patches `torch.Tensor.backward` and gives every object a `.save`; hence it is imported when the
+first backbone is made, not with the package.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspace_lab.core.families import Anatomy, Tap
+from subspace_lab.core.sites import Site
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What to do where: `act(value)` sees the tensor at a tap; what it returns replaces it, None leaves it.
+
+    With `side="skip"` the module at `path` is not run at all and `act` is given its *input* and returns its
+    output.
+    """
+
+    path: str
+    side: str
+    order: tuple[int, ...]
+    act: Callable[[Tensor], Tensor | None]
+
+
+class Backbone:
+    """A torch model whose insides can be read and written.
+
+    Args:
+        model: any `nn.Module`. Transformer blocks are found by structure (`core/families.py`); in other
+            modules sites are named by the paths of submodules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if isinstance(model, Backbone):
+            raise TypeError("This is a backbone already; a model was expected.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"A backbone is made from a torch module, not from {type(model).__name__}.")
+        from nnsight import NNsight
+
+        self.model = model
+        self.anatomy = Anatomy(model)
+        self._taps: dict[Site, Tap] = {}
+        with warnings.catch_warnings():
+            # nnsight renames submodules called "output"; we find envoys by module, not by name.
+            warnings.simplefilter("ignore")
+            self._net = NNsight(model)
+        self._envoys = {id(envoy._module): envoy for envoy in self._net.modules()}
+        # A model is not re-entrant under a trace, nor are two traces on one model in two threads.
+        self._lock = threading.RLock()
+
+    @property
+    def depth(self) -> int:
+        """How many blocks the model has."""
+        return self.anatomy.depth()
+
+    @property
+    def device(self) -> torch.device:
+        first = next(self.model.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def tap(self, site: Site) -> Tap:
+        """Where a site is read and written; raises as `Anatomy.tap` does when there is no such place."""
+        if site not in self._taps:
+            self._taps[site] = self.anatomy.tap(site)
+        return self._taps[site]
+
+    def width(self, site: Site) -> int:
+        """The width of the stream at a site (ValueError where only a run could tell)."""
+        width = self.tap(site).width
+        if width is None:
+            raise ValueError(f"{site}: its width is not known before a run; `collect` its states and look.")
+        return width
+
+    def run(
+        self,
+        inputs: Mapping[str, Any] | Sequence[Any],
+        visits: Sequence[Visit],
+        *,
+        call: Callable[..., Any] | None = None,
+        stop: bool = False,
+        every_step: bool = False,
+    ) -> Any:
+        """Run the model with visits to its insides.
+
+        Args:
+            inputs: keyword arguments of the model, or positional ones.
+            visits: in any order.
+            call: what is run, the model by default; `model.generate`, say.
+            stop: leave the run after the last visit; the result is then None.
+            every_step: visit at every forward pass of a generation, not at the first alone.
+        """
+        order = sorted(visits, key=lambda v: v.order)
+        run = self.model if call is None else call
+        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+        if not order:
+            return run(*args, **kwargs)
+        result: list[Any] = []
+
+        def remembering(*args: Any, **kwargs: Any) -> Any:
+            result.append(run(*args, **kwargs))
+            return result[0]
+
+        with self._lock:
+            with self._net.trace(*args, fn=remembering, **kwargs) as tracer:
+                self._visit(order, tracer, stop, every_step)
+        return result[0] if result else None
+
+    def _visit(self, order: list[Visit], tracer: Any, stop: bool, every_step: bool) -> None:
+        """The body of the trace: runs in step with the model, parked wherever it waits for a value."""
+        from nnsight.intervention.interleaver import OutOfOrderError
+
+        if not every_step:
+            for visit in order:
+                self._serve(visit)
+            if stop:
+                tracer.stop()
+            return
+        try:
+            for _ in tracer.iter[:]:
+                for visit in order:
+                    self._serve(visit)
+        except OutOfOrderError:
+            pass  # thrown at the end of the generation into the step that never came
+
+    def _serve(self, visit: Visit) -> None:
+        envoy = self._envoys[id(self.anatomy.modules[visit.path])]
+        if visit.side == "skip":
+            envoy.skip(visit.act(_first(envoy.input)))
+            return
+        value = envoy.input if visit.side == "input" else envoy.output
+        new = visit.act(_first(value))
+        if new is None:
+            return
+        # Clone and replace, never in place: whether autograd notices an in-place write depends on layout.
+        whole = (new, *value[1:]) if isinstance(value, tuple) else new
+        if visit.side == "input":
+            envoy.input = whole
+        else:
+            envoy.output = whole
+
+
+def _first(value: Any) -> Tensor:
+    """Blocks and attentions give a tensor or a tuple that starts with it."""
+    value = value[0] if isinstance(value, tuple) else value
+    if not isinstance(value, Tensor):
+        raise TypeError(f"A tensor was expected at this site, found {type(value).__name__}.")
+    return value
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model's parameters as constants within the block, their flags as they were after it.
+
+    A graph built inside has no path to the parameters: gradients reach the edits and nothing else, and
+    what only weight gradients would need is not kept in memory.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)

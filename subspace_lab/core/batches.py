@@ -1,0 +1,88 @@
+"""A batch: what the model is given, and what is known about its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of a model, with the facts about their rows that positions are counted by.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward; every tensor has the rows as its first axis.
+        prompt_lengths: (batch,) real tokens of each row that belong to the prompt; None: all of them.
+        columns: named positions, {name: (batch,) or (batch, several)}, counted from a row's first real token.
+        positional: the single positional input of a plain module, instead of `inputs`.
+    """
+
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    prompt_lengths: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    positional: Tensor | None = None
+
+    @classmethod
+    def of(cls, inputs: Batch | Mapping[str, Any] | Tensor) -> Batch:
+        """A batch from what people have at hand: a batch, a tokenizer's output, or one tensor."""
+        if isinstance(inputs, Batch):
+            return inputs
+        if isinstance(inputs, Tensor):
+            return cls(positional=inputs)
+        return cls(dict(inputs))
+
+    def __len__(self) -> int:
+        if self.positional is not None:
+            return len(self.positional)
+        for name in ("input_ids", "inputs_embeds"):
+            if isinstance(self.inputs.get(name), Tensor):
+                return len(self.inputs[name])
+        return len(next(v for v in self.inputs.values() if isinstance(v, Tensor)))
+
+    def real_tokens(self, stack: str = "") -> Tensor | None:
+        """(batch, sequence), True for tokens and False for padding; None where there are no tokens."""
+        if stack == "decoder":
+            for name in ("decoder_attention_mask", "decoder_input_ids", "labels"):
+                if isinstance(self.inputs.get(name), Tensor):
+                    given = self.inputs[name]
+                    return given.bool() if name.endswith("mask") else torch.ones_like(given, dtype=torch.bool)
+            return None
+        mask = self.inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return mask.bool()
+        ids = self.inputs.get("input_ids")
+        ids = self.inputs.get("inputs_embeds") if ids is None else ids
+        if isinstance(ids, Tensor):
+            return torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+        return None
+
+    def rows(self, index: Tensor | slice) -> Batch:
+        """Some rows, as a batch."""
+
+        def cut(value: Any) -> Any:
+            return value[index] if isinstance(value, Tensor) else value
+
+        return Batch(
+            {name: cut(v) for name, v in self.inputs.items()},
+            cut(self.prompt_lengths),
+            {name: cut(v) for name, v in self.columns.items()},
+            cut(self.positional),
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device."""
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return replace(
+            self,
+            inputs={name: move(v) for name, v in self.inputs.items()},
+            prompt_lengths=move(self.prompt_lengths),
+            columns={name: move(v) for name, v in self.columns.items()},
+            positional=move(self.positional),
+        )

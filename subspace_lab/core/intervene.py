@@ -1,0 +1,324 @@
+"""Running a model with edits: `forward`, `generate`, `collect`.
+
+A model with edits is a model and `{site: intervention}`. Everything is checked before anything runs: that the
+sites exist, that two edits of one stream have disjoint positions or columns, that widths and sources fit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspace_lab.core.backbone import Backbone, Visit, frozen
+from subspace_lab.core.batches import Batch
+from subspace_lab.core.families import Tap
+from subspace_lab.core.interventions import Intervention, Source
+from subspace_lab.core.positions import locate
+from subspace_lab.core.sites import Site
+
+Edit = Callable[..., Tensor]
+Edits = Mapping[Site, Edit]
+Sources = Mapping[Site, Source]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site in one batch: the tap and, for each row, where its positions stand.
+
+    index is (batch, positions), None where the stream has no position axis or all of it is meant; valid tells
+    its real entries, None where all of them are.
+    """
+
+    site: Site
+    tap: Tap
+    index: Tensor | None
+    valid: Tensor | None
+
+    def read(self, value: Tensor) -> Tensor:
+        """The states at the site, (batch, positions, width); 0 where a row has no such position."""
+        if self.tap.columns is not None:
+            value = value[..., torch.tensor(self.tap.columns, device=value.device)]
+        if self.index is None or value.ndim == 2:
+            return value
+        index, valid = self._here(value)
+        rows = torch.arange(len(value), device=value.device)[:, None]
+        states = value[rows, index]
+        return states if valid is None else states.masked_fill(~valid[..., None], 0)
+
+    def put(self, value: Tensor, states: Tensor) -> Tensor:
+        """The whole value with `states` at the site; the rest as it was."""
+        columns = self.tap.columns
+        cols = None if columns is None else torch.tensor(columns, device=value.device)
+        if self.index is None or value.ndim == 2:
+            return states if cols is None else value.index_copy(-1, cols, states)
+        index, valid = self._here(value)
+        if valid is None:
+            rows = torch.arange(len(value), device=value.device)[:, None].expand_as(index)
+        else:
+            rows, slots = valid.nonzero(as_tuple=True)
+            index, states = index[rows, slots], states[rows, slots]
+        if cols is None:
+            return value.index_put((rows, index), states)
+        return value.index_put((rows[..., None], index[..., None], cols), states)
+
+    def _here(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        """index and valid for this value: on its device, and repeated for beams."""
+        assert self.index is not None
+        index, valid = self.index.to(value.device), self.valid
+        valid = None if valid is None else valid.to(value.device)
+        repeats, left = divmod(len(value), len(index))
+        if left:
+            raise ValueError(f"{self.site}: a batch of {len(index)} rows met a stream of {len(value)} rows.")
+        if repeats > 1:  # beams and returned sequences stand beside each other, row by row
+            index = index.repeat_interleave(repeats, 0)
+            valid = None if valid is None else valid.repeat_interleave(repeats, 0)
+        return index, valid
+
+
+def forward(
+    backbone: Backbone,
+    batch: Batch | Mapping[str, Any] | Tensor,
+    edits: Edits,
+    *,
+    sources: Sources | None = None,
+    train_base: bool = False,
+) -> Any:
+    """The model's own output with the edits in force.
+
+    Args:
+        backbone: of the model.
+        batch: the model's inputs, with prompt lengths and position columns where the sites ask for them.
+        edits: {site: intervention}; any callable (states) → states serves as an intervention.
+        sources: {site: states, as `collect` gives them} for interchange interventions; {variable: states}
+            where several variables share the site's basis.
+        train_base: let gradients reach the model's own parameters too (those that ask for them).
+
+    Raises:
+        ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width.
+        IndexError: a layer or a position that does not exist.
+    """
+    batch = Batch.of(batch)
+    visits = edit_visits(backbone, batch, edits, sources)
+    inputs = model_inputs(backbone.model, batch)
+    if train_base:
+        return backbone.run(inputs, visits)
+    with frozen(backbone.model):
+        return backbone.run(inputs, visits)
+
+
+def collect(
+    backbone: Backbone, batch: Batch | Mapping[str, Any] | Tensor, sites: Iterable[Site]
+) -> dict[Site, Tensor]:
+    """The states at the sites in a plain run: {site: (batch, positions, width)}, without gradient.
+
+    A stream without positions gives (batch, width). The run ends after the last site.
+    """
+    batch = Batch.of(batch)
+    places = [place(backbone, batch, site) for site in dict.fromkeys(sites)]
+    found: dict[Site, Tensor] = {}
+    visits = [Visit(p.tap.path, p.tap.side, p.tap.order, _keeper(p, found)) for p in places]
+    with torch.no_grad():
+        backbone.run(model_inputs(backbone.model, batch), _grouped(visits), stop=True)
+    return found
+
+
+def generate(
+    backbone: Backbone,
+    batch: Batch | Mapping[str, Any] | Tensor,
+    edits: Edits,
+    *,
+    sources: Sources | None = None,
+    **generation: Any,
+) -> Any:
+    """The model's own `generate`, its prompt edited.
+
+    The edits happen once, in the pass over the prompt, and live on in the key-value cache: decoding runs at
+    the model's own speed. With `use_cache=False` the prompt is run again at each step, and so is the edit; both
+    give the same tokens. Beams, sampling and streamers are `generate`'s own.
+
+    Args:
+        backbone, batch, edits, sources: as in `forward`.
+        generation: keyword arguments of the model's `generate`, which checks them.
+    """
+    batch = Batch.of(batch)
+    run = getattr(backbone.model, "generate", None)
+    if run is None:
+        raise TypeError(f"{type(backbone.model).__name__} has no generate.")
+    visits = edit_visits(backbone, batch, edits, sources, growing=True)
+    cached = generation.get("use_cache", True) and _config(backbone.model, "use_cache", True)
+    with torch.no_grad():
+        inputs = {**batch.inputs, **generation}
+        return backbone.run(inputs, visits, call=run, every_step=not cached)
+
+
+def place(backbone: Backbone, batch: Batch, site: Site, *, growing: bool = False) -> Place:
+    """Where a site is in this batch; `growing`: the stream will hold more tokens than the batch has."""
+    tap = backbone.tap(site)
+    real = batch.real_tokens(tap.stack)
+    if real is None:
+        if site.positions != "all":
+            raise ValueError(
+                f"{site}: positions need tokens; this batch has {sorted(batch.inputs)} and no position axis."
+            )
+        return Place(site, tap, None, None)
+    lengths = batch.prompt_lengths if tap.stack != "decoder" else None
+    index, valid = locate(site.positions, real, lengths, batch.columns)
+    if site.positions == "all" and lengths is None and not growing and bool(real.all()):
+        return Place(site, tap, None, None)
+    return Place(site, tap, index, None if bool(valid.all()) else valid)
+
+
+def edit_visits(
+    backbone: Backbone,
+    batch: Batch,
+    edits: Edits,
+    sources: Sources | None = None,
+    *,
+    growing: bool = False,
+) -> list[Visit]:
+    """The edits as visits of the backbone, checked."""
+    sources = dict(sources or {})
+    unknown = [s for s in sources if s not in edits]
+    if unknown:
+        raise ValueError(f"Sources for {unknown}, but the edits are at {list(edits)}.")
+    places = {site: place(backbone, batch, site, growing=growing) for site in edits}
+    _check_disjoint(list(places.values()), batch)
+    visits = []
+    for site, edit in edits.items():
+        if isinstance(edit, Intervention):
+            width = places[site].tap.width
+            if width is not None and edit.width != width:
+                raise ValueError(f"{site} has width {width}; its intervention was made for {edit.width}.")
+            if edit.needs_source != (site in sources):
+                raise ValueError(
+                    f"{site}: an interchange needs the source's states and no other intervention takes them; "
+                    f"sources given for {list(sources)}."
+                )
+        source = sources.get(site)
+        _check_source(places[site], source, batch)
+        visits.append(_edit_visit(places[site], edit, source, site in sources))
+    return _grouped(visits)
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> Mapping[str, Any] | Sequence[Any]:
+    """The keyword arguments of the forward pass.
+
+    A decoder given a left-padded batch counts its positions from the padding; `generate` mends that, a plain
+    forward does not, so it is mended here: position_ids from the attention mask, as `generate` makes them.
+    """
+    if batch.positional is not None:
+        return [batch.positional]
+    inputs = dict(batch.inputs)
+    mask = inputs.get("attention_mask")
+    if (
+        mask is None
+        or mask.ndim != 2
+        or "position_ids" in inputs
+        or "past_key_values" in inputs
+        or "position_ids" not in inspect.signature(model.forward).parameters
+        or "roberta" in str(_config(model, "model_type", ""))  # counts from its own padding index
+        or bool(mask[:, 0].all())
+    ):
+        return inputs
+    inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+    return inputs
+
+
+def _config(model: nn.Module, name: str, default: Any) -> Any:
+    return getattr(getattr(model, "config", None), name, default)
+
+
+def _keeper(place: Place, found: dict[Site, Tensor]) -> Callable[[Tensor], None]:
+    def keep(value: Tensor) -> None:
+        found[place.site] = place.read(value).detach().clone()
+
+    return keep
+
+
+def _edit_visit(place: Place, edit: Edit, source: Source, with_source: bool) -> Visit:
+    def act(value: Tensor) -> Tensor:
+        states = place.read(value)
+        given = _repeated(source, len(states)) if with_source else None
+        new = edit(states, given) if with_source else edit(states)
+        if new.shape != states.shape or new.dtype != states.dtype:
+            raise ValueError(
+                f"{place.site}: the edit of states {tuple(states.shape)} {states.dtype} gave "
+                f"{tuple(new.shape)} {new.dtype}; shape and dtype must stay."
+            )
+        return place.put(value, new)
+
+    return Visit(place.tap.path, place.tap.side, place.tap.order, act)
+
+
+def _repeated(source: Source, rows: int) -> Source:
+    if isinstance(source, Mapping):
+        return {name: _repeated(states, rows) for name, states in source.items()}  # type: ignore[misc]
+    if source is None or len(source) == rows:
+        return source
+    return source.repeat_interleave(rows // len(source), 0)
+
+
+def _grouped(visits: list[Visit]) -> list[Visit]:
+    """One visit a stream: several edits of it act one after the other on one value."""
+    streams: dict[tuple[str, str], list[Visit]] = {}
+    for visit in visits:
+        streams.setdefault((visit.path, visit.side), []).append(visit)
+    return [group[0] if len(group) == 1 else _chain(group) for group in streams.values()]
+
+
+def _chain(group: list[Visit]) -> Visit:
+    def act(value: Tensor) -> Tensor | None:
+        changed = False
+        for visit in group:
+            new = visit.act(value)
+            value, changed = (value, changed) if new is None else (new, True)
+        return value if changed else None
+
+    return Visit(group[0].path, group[0].side, min(v.order for v in group), act)
+
+
+def _check_disjoint(places: list[Place], batch: Batch) -> None:
+    for i, one in enumerate(places):
+        for other in places[:i]:
+            if (one.tap.path, one.tap.side) != (other.tap.path, other.tap.side):
+                continue
+            columns = [set(p.tap.columns) if p.tap.columns else None for p in (one, other)]
+            if columns[0] and columns[1] and not columns[0] & columns[1]:
+                continue
+            shared = _shared_row(one, other)
+            if shared is not None:
+                raise ValueError(
+                    f"{other.site} and {one.site} edit the same positions of one stream (row {shared} of the "
+                    "batch); two edits of a component must have disjoint positions (or heads)."
+                )
+
+
+def _shared_row(one: Place, other: Place) -> int | None:
+    if one.index is None or other.index is None:
+        return 0
+    same = one.index[:, :, None] == other.index[:, None]
+    same = same if one.valid is None else same & one.valid[:, :, None]
+    same = same if other.valid is None else same & other.valid[:, None]
+    rows = same.flatten(1).any(1).nonzero()
+    return int(rows[0]) if len(rows) else None
+
+
+def _check_source(place: Place, source: Source, batch: Batch) -> None:
+    for states in source.values() if isinstance(source, Mapping) else [source]:
+        if states is None:
+            continue
+        if len(states) != len(batch):
+            raise ValueError(
+                f"{place.site}: {len(states)} source states for {len(batch)} base rows; each row of the base "
+                "needs its own source."
+            )
+        if place.index is not None and states.shape[1] != place.index.shape[1]:
+            raise ValueError(
+                f"{place.site}: the source has {states.shape[1]} positions a row, the base "
+                f"{place.index.shape[1]}."
+            )

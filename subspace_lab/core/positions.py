@@ -1,0 +1,179 @@
+"""Which tokens: a short grammar with one meaning, whatever the padding.
+
+Positions count the tokens of a row's *prompt*: the real tokens (attention mask 1), without padding on
+either side and without the answer where a prompt length is given. A spec is one term, or several joined by
+"+" (their union, each position once, in ascending order):
+
+    all            every prompt token
+    first, last    the first, the last
+    f3, l2         the first 3, the last 2
+    7, -2          one token, counted from the start or (negative) from the end
+    2:5, :-1       a slice, as Python reads it
+    subject        a named column of the data set, holding positions counted from the row's start
+
+Prompts shorter than p + s for f{p}+l{s} follow Wu et al. 2024: p ← min(p, ⌊n/2⌋), s ← min(s, ⌈n/2⌉).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+_END = re.compile(r"([fl])(\d+)")
+_SLICE = re.compile(r"(-?\d*):(-?\d*)")
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_WORDS = ("all", "first", "last")
+
+
+def normalise(positions: str | int | slice | Sequence[int]) -> str:
+    """A spec as its canonical text (ValueError with the grammar where it is none)."""
+    if isinstance(positions, bool):
+        raise ValueError(f"positions={positions!r} is no position.")
+    if isinstance(positions, int):
+        return str(positions)
+    if isinstance(positions, slice):
+        if positions.step not in (None, 1):
+            raise ValueError(f"{positions}: slices of positions have no step.")
+        start = "" if positions.start is None else positions.start
+        return f"{start}:{'' if positions.stop is None else positions.stop}"
+    text = positions if isinstance(positions, str) else "+".join(normalise(p) for p in positions)
+    text = text.replace(" ", "")
+    for term in text.split("+"):
+        if not (_is_int(term) or _SLICE.fullmatch(term) or _NAME.fullmatch(term)):
+            raise ValueError(
+                f"{positions!r} is no set of positions: {term!r} is none of all, first, last, f3, l2, an "
+                "integer, a slice like 2:5, or the name of a column; join terms by '+'."
+            )
+    return text
+
+
+def names(positions: str) -> tuple[str, ...]:
+    """The named columns that a spec refers to."""
+    return tuple(
+        t for t in positions.split("+") if _NAME.fullmatch(t) and t not in _WORDS and not _END.fullmatch(t)
+    )
+
+
+def prompt_columns(
+    real: Bool[Tensor, "batch sequence"], prompt_lengths: Int[Tensor, " batch"] | None
+) -> tuple[Int[Tensor, "batch sequence"], Int[Tensor, " batch"]]:
+    """For each row, where its j-th real token stands in the padded batch, and how long its prompt is."""
+    order = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
+    lengths = real.sum(1)
+    if prompt_lengths is not None:
+        prompt_lengths = prompt_lengths.to(lengths.device)
+        if prompt_lengths.shape != lengths.shape or bool((prompt_lengths > lengths).any()):
+            raise ValueError(
+                f"Prompt lengths {prompt_lengths.tolist()[:8]} for rows of {lengths.tolist()[:8]} real tokens: "
+                "each must be given and at most the row's own length."
+            )
+        lengths = prompt_lengths
+    return order, lengths
+
+
+def select(
+    positions: str,
+    lengths: Int[Tensor, " batch"],
+    columns: Mapping[str, Tensor],
+) -> Bool[Tensor, "batch longest"]:
+    """The positions of each row as a mask over its prompt, 0 … longest − 1.
+
+    Raises:
+        IndexError: a single position (or a named one) outside some row.
+        KeyError: a column that the data set has not.
+    """
+    longest = int(lengths.max()) if len(lengths) else 0
+    steps = torch.arange(longest, device=lengths.device)[None]
+    n = lengths[:, None]
+    terms = positions.split("+")
+    prefix = max((int(m[2]) for t in terms if (m := _END.fullmatch(t)) and m[1] == "f"), default=0)
+    suffix = max((int(m[2]) for t in terms if (m := _END.fullmatch(t)) and m[1] == "l"), default=0)
+    short = n < prefix + suffix
+    chosen = torch.zeros(len(lengths), longest, dtype=torch.bool, device=lengths.device)
+    for term in terms:
+        if term == "all":
+            chosen |= steps < n
+        elif end := _END.fullmatch(term):
+            count = torch.full_like(n, int(end[2]))
+            if end[1] == "f":
+                count = torch.where(short, torch.minimum(count, n // 2), count)
+                chosen |= (steps < count) & (steps < n)
+            else:
+                count = torch.where(short, torch.minimum(count, (n + 1) // 2), count)
+                chosen |= (steps >= n - count) & (steps < n)
+        elif part := _SLICE.fullmatch(term):
+            start = _bound(part[1], n, torch.zeros_like(n))
+            stop = _bound(part[2], n, n)
+            chosen |= (steps >= start) & (steps < stop)
+        else:
+            chosen |= _single(term, positions, steps, lengths, columns)
+    return chosen
+
+
+def locate(
+    positions: str,
+    real: Bool[Tensor, "batch sequence"],
+    prompt_lengths: Int[Tensor, " batch"] | None = None,
+    columns: Mapping[str, Tensor] | None = None,
+) -> tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]:
+    """Where the positions stand in a padded batch.
+
+    Args:
+        positions: a canonical spec.
+        real: the attention mask as booleans.
+        prompt_lengths: real tokens of each row that belong to the prompt, all by default.
+        columns: {name: position a row, or several}, counted from the row's first real token; −1 for none.
+
+    Returns:
+        (index, valid): the columns of the batch, ascending in each row; rows with fewer positions than the
+        longest are filled up with entries marked invalid.
+    """
+    order, lengths = prompt_columns(real, prompt_lengths)
+    chosen = select(positions, lengths, columns or {})
+    most = int(chosen.sum(1).max()) if chosen.numel() else 0
+    # A stable sort of the mask brings the chosen positions to the front, in ascending order.
+    front = torch.argsort((~chosen).to(torch.uint8), dim=1, stable=True)[:, :most]
+    return order.gather(1, front), chosen.gather(1, front)
+
+
+def _single(
+    term: str, positions: str, steps: Tensor, lengths: Tensor, columns: Mapping[str, Tensor]
+) -> Tensor:
+    """A term that names one position a row (or a column of several)."""
+    if term in ("first", "last") or _is_int(term):
+        offset = {"first": 0, "last": -1}.get(term) if not _is_int(term) else int(term)
+        assert offset is not None
+        at = torch.full_like(lengths, offset)[:, None]
+    elif term in columns:
+        at = columns[term].to(lengths.device).reshape(len(lengths), -1)
+    else:
+        raise KeyError(
+            f"Positions {positions!r} name the column {term!r}; columns at hand: {sorted(columns)}."
+        )
+    n = lengths[:, None]
+    # In a column −1 fills up rows with fewer positions; elsewhere a negative number counts from the end.
+    absent = (at == -1) if term in columns else torch.zeros_like(at, dtype=torch.bool)
+    at = torch.where((at < 0) & ~absent, at + n, at)
+    outside = ((at < 0) | (at >= n)) & ~absent
+    if bool(outside.any()):
+        row = int(outside.any(1).nonzero()[0])
+        raise IndexError(
+            f"Position {term!r} is outside row {row}, whose prompt has {int(lengths[row])} tokens; possible "
+            f"are 0 to {int(lengths.min()) - 1} (or −{int(lengths.min())} to −1) for every row of this batch."
+        )
+    return ((at[:, :, None] == steps[:, None]) & ~absent[:, :, None]).any(1)
+
+
+def _bound(text: str, n: Tensor, default: Tensor) -> Tensor:
+    if not text:
+        return default
+    value = int(text)
+    return torch.minimum(torch.full_like(n, value), n) if value >= 0 else (n + value).clamp_min(0)
+
+
+def _is_int(term: str) -> bool:
+    return re.fullmatch(r"-?\d+", term) is not None

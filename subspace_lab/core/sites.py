@@ -1,0 +1,111 @@
+"""Where a value is: ⟨component, layer, positions⟩."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from subspace_lab.core.positions import normalise
+
+COMPONENTS = (
+    "block_input",
+    "query_output",
+    "key_output",
+    "value_output",
+    "head_output",
+    "attention_output",
+    "mlp_activation",
+    "mlp_output",
+    "block_output",
+)
+"""The components of a transformer block, in the order in which a block computes them.
+
+block_input, block_output: the residual stream before and after the block. query_output, key_output,
+value_output: the projections, before rotary embedding and head norms. head_output: the concatenated results
+of the heads, z, which the attention's output projection reads. attention_output, mlp_output: what the output
+projections give. mlp_activation: the hidden units, as the MLP's output projection reads them.
+"""
+
+HEADED = ("query_output", "key_output", "value_output", "head_output")
+
+_PATTERN = re.compile(
+    r"(?P<component>[\w.]+?)(?:\[(?P<layer>-?\d+)\])?(?:\.heads\((?P<heads>[\d,]+)\))?(?:@(?P<positions>.+))?"
+)
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One place in a model, a small value: it prints, compares, hashes, and reads back what it printed.
+
+    Args:
+        component: one of `COMPONENTS`; with the stack in front where a model has two
+            ("encoder.block_output", "decoder.head_output"); or, in any module, the path of a submodule
+            followed by ".input" or ".output" ("layers.0.output").
+        layer: the block, counted from 0; negative from the end; None for a submodule's path.
+        positions: see `core/positions.py`; "all" by default. Also an int, a slice or a sequence of ints.
+        heads: of a component that has heads, the ones meant; all by default.
+
+    >>> Site("block_output", 3, "last")
+    block_output[3]@last
+    """
+
+    component: str
+    layer: int | None = None
+    positions: str = "all"
+    heads: tuple[int, ...] | None = None
+
+    def __init__(
+        self,
+        component: str,
+        layer: int | None = None,
+        positions: str | int | slice | Sequence[int] = "all",
+        heads: int | Sequence[int] | None = None,
+    ) -> None:
+        name = component.rsplit(".", 1)[-1]
+        by_path = component.endswith((".input", ".output"))
+        if name not in COMPONENTS and not by_path:
+            raise ValueError(
+                f"Unknown component {component!r}. Possible: {', '.join(COMPONENTS)}, each with 'encoder.' or "
+                "'decoder.' before it where the model has both; or the path of a submodule followed by "
+                "'.input' or '.output'."
+            )
+        if by_path and layer is not None:
+            raise ValueError(f"{component!r} names a submodule by its path; layer={layer} has no meaning.")
+        if not by_path and layer is None:
+            raise ValueError(f"{component!r} needs a layer.")
+        if heads is not None:
+            heads = (heads,) if isinstance(heads, int) else tuple(heads)
+            if name not in HEADED or by_path:
+                raise ValueError(f"{component!r} has no heads; components with heads: {', '.join(HEADED)}.")
+            if not heads or len(set(heads)) < len(heads) or min(heads) < 0:
+                raise ValueError(f"heads={heads}: needed are distinct indices from 0.")
+        object.__setattr__(self, "component", component)
+        object.__setattr__(self, "layer", layer)
+        object.__setattr__(self, "positions", normalise(positions))
+        object.__setattr__(self, "heads", heads)
+
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else f"[{self.layer}]"
+        heads = "" if self.heads is None else f".heads({','.join(map(str, self.heads))})"
+        return f"{self.component}{layer}{heads}@{self.positions}"
+
+    __repr__ = __str__
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """The site that prints as `text` (ValueError otherwise)."""
+        found = _PATTERN.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no site; one looks like 'block_output[3]@last'.")
+        layer, heads = found["layer"], found["heads"]
+        return cls(
+            found["component"],
+            None if layer is None else int(layer),
+            found["positions"] or "all",
+            None if heads is None else [int(h) for h in heads.split(",")],
+        )
+
+    def at(self, positions: str | int | slice | Sequence[int]) -> Site:
+        """The same component at other positions."""
+        return Site(self.component, self.layer, positions, self.heads)
