@@ -1,0 +1,4 @@
+"""Distributed alignment search: causal models, counterfactuals, searches, sweeps and their scores.
+
+Knows core.
+"""

@@ -1,0 +1,4 @@
+"""Representation finetuning: the verbs of PEFT over the interventions of core.
+
+Knows core.
+"""
