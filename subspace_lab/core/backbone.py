@@ -28,14 +28,14 @@ from subspace_lab.core.sites import Site
 class Visit:
     """What to do where: `act(value)` sees the tensor at a tap; what it returns replaces it, None leaves it.
 
-    With `side="skip"` the module at `path` is not run at all and `act` is given its *input* and returns its
-    output.
+    Two more sides do not run the module at all: with "replace" `act` sees the module's *input* and gives its
+    output, with "skip" it is given None and gives the output.
     """
 
     path: str
     side: str
     order: tuple[int, ...]
-    act: Callable[[Tensor], Tensor | None]
+    act: Callable[[Any], Tensor | None]
 
 
 class Backbone:
@@ -68,6 +68,12 @@ class Backbone:
     def depth(self) -> int:
         """How many blocks the model has."""
         return self.anatomy.depth()
+
+    def head(self) -> str | None:
+        """The path of the output embeddings (the language-model head), if the model has any."""
+        find = getattr(self.model, "get_output_embeddings", None)
+        head = find() if find is not None else None
+        return next((path for path, m in self.anatomy.modules.items() if m is head), None)
 
     @property
     def device(self) -> torch.device:
@@ -140,8 +146,8 @@ class Backbone:
 
     def _serve(self, visit: Visit) -> None:
         envoy = self._envoys[id(self.anatomy.modules[visit.path])]
-        if visit.side == "skip":
-            envoy.skip(visit.act(_first(envoy.input)))
+        if visit.side in ("skip", "replace"):
+            envoy.skip(visit.act(None if visit.side == "skip" else _first(envoy.input)))
             return
         value = envoy.input if visit.side == "input" else envoy.output
         new = visit.act(_first(value))

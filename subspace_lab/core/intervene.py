@@ -180,13 +180,15 @@ def edit_visits(
     sources: Sources | None = None,
     *,
     growing: bool = False,
+    places: Mapping[Site, Place] | None = None,
 ) -> list[Visit]:
-    """The edits as visits of the backbone, checked."""
+    """The edits as visits of the backbone, checked; `places` where they are known already."""
     sources = dict(sources or {})
     unknown = [s for s in sources if s not in edits]
     if unknown:
         raise ValueError(f"Sources for {unknown}, but the edits are at {list(edits)}.")
-    places = {site: place(backbone, batch, site, growing=growing) for site in edits}
+    if places is None:
+        places = {site: place(backbone, batch, site, growing=growing) for site in edits}
     _check_disjoint(list(places.values()), batch)
     visits = []
     for site, edit in edits.items():

@@ -1,0 +1,154 @@
+"""Runs over a data set of which only some logits are wanted.
+
+Training and evaluation ask a model for the logits of a few answer tokens at a few positions. A *run* holds the
+data set and answers `logits(rows, edits, sources)`. The plain run here computes everything anew;
+`core/frozen_past.py` has the one that computes nothing twice. They give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from subspace_lab.core.backbone import Backbone, Visit, frozen
+from subspace_lab.core.batches import Batch
+from subspace_lab.core.intervene import Edits, Sources, edit_visits, model_inputs
+from subspace_lab.core.positions import locate
+
+LAST = (2**31,)  # sorts behind every block
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Which logits are read.
+
+    Attributes:
+        index: (batch, reads) columns of the padded batch at which they are read; None takes the model's
+            output as it is (a classifier, a plain module).
+        valid: which of them are real; None: all.
+        tokens: (answers,) the answer tokens; None: the whole vocabulary.
+    """
+
+    index: Tensor | None = None
+    valid: Tensor | None = None
+    tokens: Tensor | None = None
+
+    @classmethod
+    def at(
+        cls, batch: Batch, positions: str = "last", tokens: Sequence[int] | Tensor | None = None
+    ) -> Readout:
+        """Read at positions of the prompt: at the last, what the model says next."""
+        real = batch.real_tokens()
+        if real is None:
+            return cls(tokens=None if tokens is None else torch.as_tensor(tokens))
+        index, valid = locate(positions, real, batch.prompt_lengths, batch.columns)
+        return cls(index, None if bool(valid.all()) else valid, _ids(tokens))
+
+    @classmethod
+    def before_labels(cls, labels: Tensor) -> tuple[Readout, Tensor]:
+        """Read where a next-token loss reads: before each label that is not −100.
+
+        Returns:
+            (readout, targets): targets (batch, reads) with −100 where a row has fewer labels.
+        """
+        wanted = labels[:, 1:] != -100
+        most = int(wanted.sum(1).max()) if wanted.numel() else 0
+        if not most:
+            raise ValueError("Every label is −100: nothing is left to learn from; is the answer missing?")
+        index = torch.argsort((~wanted).to(torch.uint8), dim=1, stable=True)[:, :most]
+        valid = wanted.gather(1, index)
+        targets = labels[:, 1:].gather(1, index).masked_fill(~valid, -100)
+        return cls(index, None if bool(valid.all()) else valid), targets
+
+    def rows(self, rows: Tensor) -> Readout:
+        """The readout of some rows."""
+        cut = (None if t is None else t[rows.to(t.device)] for t in (self.index, self.valid))
+        index, valid = cut
+        return replace(self, index=index, valid=valid)
+
+
+class Run(Protocol):
+    """What training and evaluation need of a data set under a model."""
+
+    def __len__(self) -> int: ...
+
+    def logits(self, rows: Tensor, edits: Edits, sources: Sources | None = None) -> Tensor:
+        """(rows, reads, answers), or the model's own output where the readout has no positions.
+
+        `rows` are indices of the data set; `sources` are of these rows.
+        """
+        ...
+
+
+class PlainRun:
+    """Every batch from the first layer to the last."""
+
+    def __init__(self, backbone: Backbone, batch: Batch, readout: Readout) -> None:
+        self.backbone, self.batch, self.readout = backbone, batch, readout
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def describe(self) -> str:
+        """One line about what is computed."""
+        return "plain run: every layer and position, every step"
+
+    def logits(self, rows: Tensor, edits: Edits, sources: Sources | None = None) -> Tensor:
+        part = self.batch.rows(rows)
+        visits = edit_visits(self.backbone, part, edits, sources)
+        return self.finish(model_inputs(self.backbone.model, part), visits, self.readout.rows(rows))
+
+    def finish(self, inputs: Any, visits: list[Visit], readout: Readout) -> Tensor:
+        """Run and read."""
+        head = head_visit(self.backbone, readout)
+        with frozen(self.backbone.model):
+            output = self.backbone.run(inputs, [*visits, *([] if head is None else [head])])
+        return read(output, readout, by_head=head)
+
+
+def read(output: Any, readout: Readout, by_head: Visit | None) -> Tensor:
+    """The logits that a readout asks for, out of what the model gave."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None:
+        logits = output[0]
+    if by_head is None and readout.index is not None and logits.ndim == 3:
+        index = readout.index.to(logits.device)
+        logits = logits.gather(1, index[..., None].expand(-1, -1, logits.shape[-1]))
+    if readout.tokens is not None and (by_head is None or by_head.side != "replace"):
+        logits = logits[..., readout.tokens.to(logits.device)]
+    return logits
+
+
+def head_visit(backbone: Backbone, readout: Readout) -> Visit | None:
+    """Make the head compute the wanted rows alone: at a large vocabulary it is half of a short step.
+
+    A plain linear head is multiplied by the answers' rows only; any other kind sees fewer positions.
+    """
+    path = backbone.head()
+    if path is None or readout.index is None:
+        return None
+    head = backbone.anatomy.modules[path]
+
+    def positions(hidden: Tensor) -> Tensor:
+        assert readout.index is not None
+        index = readout.index.to(hidden.device)
+        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def answers(hidden: Tensor) -> Tensor:
+        assert readout.tokens is not None and isinstance(head, nn.Linear)
+        tokens = readout.tokens.to(hidden.device)
+        bias = None if head.bias is None else head.bias[tokens]
+        return nn.functional.linear(positions(hidden), head.weight[tokens], bias)
+
+    # `type(...) is` on purpose: a subclass (quantised, adapted) may multiply in another way.
+    if readout.tokens is not None and type(head) is nn.Linear:
+        return Visit(path, "replace", LAST, answers)
+    return Visit(path, "input", LAST, positions)
+
+
+def _ids(tokens: Sequence[int] | Tensor | None) -> Tensor | None:
+    return None if tokens is None else torch.as_tensor(tokens, dtype=torch.long)

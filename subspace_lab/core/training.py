@@ -1,0 +1,127 @@
+"""The one training loop: DAS, LoReFT, sweeps and controls all go through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How something is trained; refused at construction where it contradicts itself.
+
+    Attributes:
+        steps: optimiser steps.
+        learning_rate: of Adam, at its highest.
+        batch_size: rows a step.
+        warmup: share of the steps over which the rate rises from 0.
+        schedule: "linear" falls to 0 at the end, "constant" stays.
+        weight_decay: of AdamW; a learned basis is scale-free, so leave it 0 for those.
+        max_gradient_norm: gradients longer than this are shortened to it; None leaves them.
+        seed: of the order of the rows.
+    """
+
+    steps: int = 200
+    learning_rate: float = 1e-2
+    batch_size: int = 32
+    warmup: float = 0.1
+    schedule: Literal["linear", "constant"] = "linear"
+    weight_decay: float = 0.0
+    max_gradient_norm: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(f"steps={self.steps}, batch_size={self.batch_size}: both need to be at least 1.")
+        if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or self.weight_decay < 0:
+            raise ValueError(
+                f"learning_rate={self.learning_rate}, warmup={self.warmup}, weight_decay={self.weight_decay}: "
+                "needed are > 0, 0 ≤ warmup < 1 and ≥ 0."
+            )
+        if self.schedule not in ("linear", "constant"):
+            raise ValueError(f"schedule={self.schedule!r}: possible are 'linear' and 'constant'.")
+
+    def rate(self, step: int) -> float:
+        """The share of the learning rate at a step counted from 0."""
+        rising = max(1, round(self.warmup * self.steps))
+        if step < rising and self.warmup > 0:
+            return (step + 1) / rising
+        if self.schedule == "constant":
+            return 1.0
+        return max(0.0, (self.steps - step) / max(1, self.steps - (rising if self.warmup > 0 else 0)))
+
+
+def train(
+    modules: Iterable[nn.Module],
+    loss_of: Callable[[int], Tensor],
+    config: TrainingConfig,
+    *,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Minimise `loss_of(step)` over the trainable parameters of the modules with AdamW.
+
+    Gradients are taken with respect to these parameters alone; nothing else's `.grad` is touched.
+
+    Returns:
+        The loss at each step.
+
+    Raises:
+        ValueError: nothing to train.
+        FloatingPointError: a loss that is not finite (the modules then hold the values of the step before).
+    """
+    trained = nn.ModuleList(modules)
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("Nothing to train: the interventions have no parameter that asks for a gradient.")
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    was_training = [m.training for m in trained]
+    trained.train()
+    losses: list[float] = []
+    try:
+        for step in range(config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * config.rate(step)
+            loss = loss_of(step)
+            losses.append(loss.item())
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"The loss is {losses[-1]} at step {step} of {config.steps}.")
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            if config.max_gradient_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if on_step is not None:
+                on_step(step, losses[-1])
+    finally:
+        for module, mode in zip(trained, was_training, strict=True):
+            module.train(mode)
+    return losses
+
+
+def shuffled_rows(n: int, config: TrainingConfig) -> Iterator[Tensor]:
+    """Batches of row indices without end: every epoch is a fresh permutation, its last short batch kept."""
+    generator = torch.Generator().manual_seed(config.seed)
+    while True:
+        yield from torch.randperm(n, generator=generator).split(config.batch_size)
+
+
+def progress_bar(*, quiet: bool = False) -> Progress:
+    """The bar that long work shows, on standard error so that results can be piped."""
+    from rich.console import Console
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=quiet,
+        transient=False,
+    )
