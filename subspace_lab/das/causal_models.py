@@ -1,0 +1,130 @@
+"""Causal models: the hypothesis that DAS tests, written as plain functions of named variables.
+
+A variable's mechanism is a function whose parameter names are its parents. A name that is a parent but has no
+mechanism is an input. Values are whatever the functions take: Python scalars, or arrays and tensors
+elementwise, so a whole batch runs at once.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+
+def _parents(variable: str, mechanism: Callable) -> tuple[str, ...]:
+    """Parameter names of `mechanism`; TypeError if one is not a plain required parameter."""
+    if not callable(mechanism):
+        raise TypeError(
+            f"the mechanism of {variable!r} must be a function of its parents, found {mechanism!r}"
+        )
+    try:
+        parameters = inspect.signature(mechanism).parameters.values()
+    except ValueError as error:
+        raise TypeError(
+            f"the mechanism of {variable!r}, {mechanism!r}, does not name its parameters; wrap it in a lambda"
+        ) from error
+    for parameter in parameters:
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or parameter.default is not parameter.empty:
+            raise TypeError(
+                f"the mechanism of {variable!r} has the parameter '{parameter}'; possible are plain "
+                "names without defaults, one for each parent"
+            )
+    return tuple(parameter.name for parameter in parameters)
+
+
+class CausalModel:
+    """Acyclic causal model over named variables (Geiger et al. 2021, section 2).
+
+    `mechanisms` maps a variable to a function whose parameter names are its parents. `output` is the only
+    variable that is no other's parent, unless named. Raises TypeError for a mechanism that is no function of
+    plain names and ValueError for a cycle, no mechanism at all, or an output that is unknown or ambiguous.
+
+    `inputs` are the names without a mechanism, `variables` all names with one, in topological order.
+    """
+
+    inputs: tuple[str, ...]
+    variables: tuple[str, ...]
+    output: str
+
+    def __init__(self, mechanisms: Mapping[str, Callable], output: str | None = None) -> None:
+        if not mechanisms:
+            raise ValueError("a causal model needs at least one mechanism, found none")
+        parents = {variable: _parents(variable, mechanism) for variable, mechanism in mechanisms.items()}
+        try:
+            order = tuple(TopologicalSorter(parents).static_order())
+        except CycleError as error:
+            cycle = " -> ".join(error.args[1])
+            raise ValueError(f"the mechanisms form a cycle, {cycle}; possible is an acyclic graph") from error
+
+        self.variables = tuple(name for name in order if name in mechanisms)
+        self.inputs = tuple(
+            dict.fromkeys(name for names in parents.values() for name in names if name not in mechanisms)
+        )
+        childless = [name for name in self.variables if not any(name in names for names in parents.values())]
+        if output is None:
+            if len(childless) > 1:
+                raise ValueError(
+                    f"the output is ambiguous: {childless} are no variable's parents; name one as output"
+                )
+            output = childless[0]
+        elif output not in mechanisms:
+            raise ValueError(f"the output {output!r} is not a variable; possible are {list(self.variables)}")
+        self.output = output
+        self._input_set = frozenset(self.inputs)
+        self._names = self._input_set.union(self.variables)
+        # Order and parents are resolved once: a run is then one pass of positional calls.
+        self._steps = tuple((name, mechanisms[name], parents[name]) for name in self.variables)
+
+    def run(
+        self, inputs: Mapping[str, Any], interventions: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Value of every variable, inputs included; those in `interventions` are set to the value given.
+
+        `inputs` must give each of `self.inputs` and nothing else, ValueError otherwise; so does an
+        intervention on an unknown variable. Inputs may be intervened on.
+        """
+        if inputs.keys() != self._input_set:
+            self._refuse_inputs(inputs)
+        values = dict(inputs)
+        if not interventions:
+            for name, mechanism, parents in self._steps:
+                values[name] = mechanism(*[values[parent] for parent in parents])
+            return values
+        self._check_known(interventions)
+        values.update(interventions)
+        for name, mechanism, parents in self._steps:
+            if name not in interventions:
+                values[name] = mechanism(*[values[parent] for parent in parents])
+        return values
+
+    def interchange(
+        self, base: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Interchange intervention: run `base` with each variable in `sources` as in its own source's run.
+
+        `sources` maps a variable to the inputs of its source. Errors as in `run`.
+        """
+        self._check_known(sources)
+        return self.run(base, {variable: self.run(source)[variable] for variable, source in sources.items()})
+
+    def _check_known(self, names: Mapping[str, Any]) -> None:
+        unknown = [name for name in names if name not in self._names]
+        if unknown:
+            raise ValueError(f"unknown variables {unknown}; possible are {[*self.inputs, *self.variables]}")
+
+    def _refuse_inputs(self, inputs: Mapping[str, Any]) -> None:
+        missing = [name for name in self.inputs if name not in inputs]
+        extra = [name for name in inputs if name not in self._input_set]
+        raise ValueError(f"inputs {list(self.inputs)} are needed; missing {missing}, not an input {extra}")
+
+    def __repr__(self) -> str:
+        graph = "; ".join(f"{name} <- {', '.join(parents) or 'constant'}" for name, _, parents in self._steps)
+        return f"CausalModel({graph}; output: {self.output})"
+
+    def __str__(self) -> str:
+        """The graph, one line for each variable."""
+        lines = [f"inputs: {', '.join(self.inputs) or 'none'}"]
+        for name, _, parents in self._steps:
+            mark = "  (output)" if name == self.output else ""
+            lines.append(f"{name} <- {', '.join(parents) or 'constant'}{mark}")
+        return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""Counterfactual data sets: pairs of prompts and the answer expected after an interchange intervention."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from subspace_lab.das.causal_models import CausalModel
+
+SPLITS = ("train", "test")
+# Draws, for each answer of a task, after which a kind of row that did not come up counts as impossible.
+DRAWS_PER_ANSWER = 100
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text and named character spans [start, end) of it; as a position, a name is its span's last token."""
+
+    text: str
+    spans: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A causal model, prompts that pose it to a language model, and the tokens that answer.
+
+    name, description: for people.
+    causal_model: the hypothesis.
+    variable: the variable searched for by default.
+    answers: value of the causal model's output -> the answer's token as it stands in the vocabulary.
+    sample: (random generator, "train" or "test") -> a setting: the causal model's inputs and, where
+        the wording varies, `template`. The two splits share no names, entities or amounts.
+    prompt: setting -> prompt; every setting of a task has the same span names.
+    """
+
+    name: str
+    description: str
+    causal_model: CausalModel
+    variable: str
+    answers: Mapping[Any, str]
+    sample: Callable[[random.Random, str], dict[str, Any]]
+    prompt: Callable[[Mapping[str, Any]], Prompt]
+
+    def inputs(self, setting: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of `setting` that the causal model reads; the wording is not its concern."""
+        return {name: setting[name] for name in self.causal_model.inputs}
+
+    def answer(self, setting: Mapping[str, Any]) -> str:
+        """Answer token of `setting` by the causal model."""
+        return self.answers[self.causal_model.run(self.inputs(setting))[self.causal_model.output]]
+
+
+def check_split(split: str) -> None:
+    """ValueError unless `split` is "train" or "test"."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; possible are {list(SPLITS)}")
+
+
+def counterfactual_dataset(
+    task: Task, n: int, *, split: str, seed: int, variables: Sequence[str] | None = None
+) -> Dataset:
+    """`n` rows of a base, a source for each of `variables` and the answer that the causal model then gives.
+
+    Columns: `base` and `base_spans`; `sources` and `source_spans` (variable -> text, spans); `base_answer`;
+    `answer`, expected after each variable took the value it has in its source; `changes`, whether the two
+    answers differ.
+
+    One variable (default: the task's): every second row changes, and among the changing and the unchanging
+    rows each answer is as frequent as the next, so no constant answer does better than another. Several
+    variables: each row exchanges one non-empty subset of them, drawn uniformly; a variable left alone has the
+    base as its source. Base and sources share their template. ValueError for an unknown split or variable,
+    n < 1, or a task in which the variable never (or always) changes the answer.
+    """
+    check_split(split)
+    if n < 1:
+        raise ValueError(f"n = {n} rows asked; possible are 1 or more")
+    variables = (task.variable,) if variables is None else tuple(variables)
+    possible = [*task.causal_model.inputs, *task.causal_model.variables]
+    if not variables or len(set(variables)) < len(variables) or not set(variables) <= set(possible):
+        raise ValueError(
+            f"variables {list(variables)} asked; possible are one or more, each once, of {possible}"
+        )
+
+    rng = random.Random(seed)
+    if len(variables) > 1:
+        masks = range(1, 1 << len(variables))
+        subsets = [[v for bit, v in enumerate(variables) if mask >> bit & 1] for mask in masks]
+        pairs = (_Pair.draw(task, rng, split, rng.choice(subsets)) for _ in range(n))
+        return Dataset.from_list([pair.row(task, variables) for pair in pairs])
+
+    # Which answers a split can give is not known beforehand: these draws find them, the loop below balances
+    # them.
+    patience = max(1000, DRAWS_PER_ANSWER * len(task.answers))
+    found: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for _ in range(patience):
+        pair = _Pair.draw(task, rng, split, variables)
+        found[pair.changes][pair.answer] = 0
+    for changes, counts in found.items():
+        if not counts:
+            kind = "never" if changes else "always"
+            raise ValueError(
+                f"task {task.name!r}: {variables[0]!r} {kind} changed the answer in {patience} pairs of "
+                f"the {split} split; half of the rows must change it and half must not"
+            )
+    rows = []
+    for index in range(n):
+        changes = index % 2 == 0
+        counts = found[changes]
+        for _ in range(patience):
+            pair = _Pair.draw(task, rng, split, variables)
+            if pair.changes == changes and counts[pair.answer] == min(counts.values()):
+                break
+        else:
+            rare = [answer for answer, count in counts.items() if count == min(counts.values())]
+            raise ValueError(
+                f"task {task.name!r}: no pair with an answer of {rare} in {patience} draws, too rare"
+            )
+        counts[pair.answer] += 1
+        rows.append(pair.row(task, variables))
+    return Dataset.from_list(rows)
+
+
+def _as_lists(spans: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
+    return {name: list(span) for name, span in spans.items()}
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Settings of a base and its sources with their answers; only pairs that are kept become prompts."""
+
+    base: Mapping[str, Any]
+    sources: Mapping[str, Mapping[str, Any]]
+    base_answer: str
+    answer: str
+
+    @classmethod
+    def draw(cls, task: Task, rng: random.Random, split: str, exchanged: Sequence[str]) -> "_Pair":
+        base = task.sample(rng, split)
+        sources = {variable: task.sample(rng, split) for variable in exchanged}
+        if "template" in base:  # so that every named position of the base exists in its sources
+            sources = {name: {**source, "template": base["template"]} for name, source in sources.items()}
+        inputs = {name: task.inputs(source) for name, source in sources.items()}
+        values = task.causal_model.interchange(task.inputs(base), inputs)
+        return cls(base, sources, task.answer(base), task.answers[values[task.causal_model.output]])
+
+    @property
+    def changes(self) -> bool:
+        return self.answer != self.base_answer
+
+    def row(self, task: Task, variables: Sequence[str]) -> dict[str, Any]:
+        base = task.prompt(self.base)
+        sources = {
+            name: task.prompt(self.sources[name]) if name in self.sources else base for name in variables
+        }
+        return {
+            "base": base.text,
+            "base_spans": _as_lists(base.spans),
+            "sources": {name: source.text for name, source in sources.items()},
+            "source_spans": {name: _as_lists(source.spans) for name, source in sources.items()},
+            "base_answer": self.base_answer,
+            "answer": self.answer,
+            "changes": self.changes,
+        }
