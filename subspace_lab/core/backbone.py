@@ -122,9 +122,8 @@ class Backbone:
             result.append(run(*args, **kwargs))
             return result[0]
 
-        with self._lock:
-            with self._net.trace(*args, fn=remembering, **kwargs) as tracer:
-                self._visit(order, tracer, stop, every_step)
+        with self._lock, self._net.trace(*args, fn=remembering, **kwargs) as tracer:
+            self._visit(order, tracer, stop, every_step)
         return result[0] if result else None
 
     def _visit(self, order: list[Visit], tracer: Any, stop: bool, every_step: bool) -> None:

@@ -145,9 +145,7 @@ class FrozenPast:
             )
         strange = [s for s in edits if s not in self.places]
         if strange:
-            raise ValueError(
-                f"{strange} were not named when the past was kept; it serves {list(self.places)}."
-            )
+            raise ValueError(f"{strange} were not named when the past was kept; it serves {list(self.places)}.")
         if self.mode == "plain":
             return self.plain.logits(rows, edits, sources)
         rows = rows.to(self.backbone.device)
@@ -190,9 +188,7 @@ class FrozenPast:
         if any(site.layer is not None for site in self.places):
             return []
         for path, module in anatomy.modules.items():
-            if isinstance(module, nn.Sequential) and all(
-                self._child(path, s) is not None for s in self.places
-            ):
+            if isinstance(module, nn.Sequential) and all(self._child(path, s) is not None for s in self.places):
                 return [f"{path}.{name}" if path else name for name in module._modules]
         return []
 
@@ -265,9 +261,7 @@ class FrozenPast:
             pinned = device.type == "cpu" and self.backbone.device.type == "cuda"
             return torch.empty(n, *like.shape[1:], dtype=like.dtype, device=device, pin_memory=pinned)
 
-        kept = Past(
-            *({k: room(t) for k, t in part.items()} for part in (probe.states, probe.keys, probe.values))
-        )
+        kept = Past(*({k: room(t) for k, t in part.items()} for part in (probe.states, probe.keys, probe.values)))
         for start in range(0, n, self.chunk):
             rows = torch.arange(start, min(n, start + self.chunk))
             part = probe if start == 0 else self._pass(rows)
@@ -292,9 +286,7 @@ class FrozenPast:
             return keep
 
         position = self.backbone.anatomy.position
-        visits = [
-            Visit(blocks[b - 1], "output", (position[blocks[b - 1]], 10**6), keeper(b)) for b in boundaries
-        ]
+        visits = [Visit(blocks[b - 1], "output", (position[blocks[b - 1]], 10**6), keeper(b)) for b in boundaries]
         inputs: Any = model_inputs(self.backbone.model, part)
         cache = None
         if by_tokens:
@@ -363,9 +355,7 @@ class FrozenPast:
             span = (offset[:, None] + steps).clamp_max(states.shape[1] - 1).to(states.device)
             same = states.shape[1] == length and not bool(offset.any())
             states = (states if same else _take(states, span)).to(device, non_blocking=True)
-        readout = replace(
-            self.readout.rows(here), index=(self.reads[here] - first[:, None]).clamp(0, length - 1)
-        )
+        readout = replace(self.readout.rows(here), index=(self.reads[here] - first[:, None]).clamp(0, length - 1))
         return self.plain.finish(inputs, self._skipping(boundary, states, visits), readout)
 
     def _resume_layers(
@@ -490,9 +480,7 @@ def _take(states: Tensor, index: Tensor) -> Tensor:
 
 def _take_keys(keys: Tensor, index: Tensor) -> Tensor:
     """(rows, heads, tokens, head width) → (rows, heads, index, head width)."""
-    return keys.gather(
-        2, index.to(keys.device)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[-1])
-    )
+    return keys.gather(2, index.to(keys.device)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[-1]))
 
 
 def _active_dropout(model: nn.Module) -> str | None:

@@ -321,6 +321,5 @@ def _check_source(place: Place, source: Source, batch: Batch) -> None:
             )
         if place.index is not None and states.shape[1] != place.index.shape[1]:
             raise ValueError(
-                f"{place.site}: the source has {states.shape[1]} positions a row, the base "
-                f"{place.index.shape[1]}."
+                f"{place.site}: the source has {states.shape[1]} positions a row, the base {place.index.shape[1]}."
             )

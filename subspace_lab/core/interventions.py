@@ -186,9 +186,7 @@ class Intervention(FullPrecision):
     def needs_source(self) -> bool:
         return isinstance(self.value, FromSource)
 
-    def forward(
-        self, h: Float[Tensor, "*batch width"], source: Source = None
-    ) -> Float[Tensor, "*batch width"]:
+    def forward(self, h: Float[Tensor, "*batch width"], source: Source = None) -> Float[Tensor, "*batch width"]:
         """The edited states, in the dtype of h.
 
         Raises:
@@ -196,12 +194,7 @@ class Intervention(FullPrecision):
         """
         if h.shape[-1] != self.width:
             raise ValueError(f"States of width {h.shape[-1]} for a subspace of width {self.width}.")
-        if (
-            isinstance(self.subspace, Axes)
-            and self.write
-            and isinstance(source, Tensor)
-            and self.needs_source
-        ):
+        if isinstance(self.subspace, Axes) and self.write and isinstance(source, Tensor) and self.needs_source:
             return self.subspace.swap(h, source)  # exact to the bit, where a difference would round
         # Autocast would take the products back to a half precision.
         with torch.autocast(h.device.type, enabled=False):
@@ -233,10 +226,12 @@ def interchange(subspace: Subspace | Mapping[str, Subspace]) -> Intervention:
     spans = {name: (p.start, p.stop) for name, p in parts.items() if isinstance(p, Part)}
     order = sorted(spans.items(), key=lambda item: item[1])
     edges = [edge for _, span in order for edge in span]
-    if edges[0] != 0 or edges != sorted(edges) or any(a != b for a, b in zip(edges[1::2], edges[2::2])):
-        raise ValueError(
-            f"The parts must cover the first rows of their basis without gap or overlap: {order}."
-        )
+    if (
+        edges[0] != 0
+        or edges != sorted(edges)
+        or any(a != b for a, b in zip(edges[1::2], edges[2::2], strict=False))
+    ):
+        raise ValueError(f"The parts must cover the first rows of their basis without gap or overlap: {order}.")
     whole = next(p.whole for p in parts.values() if isinstance(p, Part))
     return Intervention(whole, FromSource(dict(order)))
 
@@ -350,9 +345,7 @@ def steering_vector(vector: Float[Tensor, " width"]) -> tuple[FixedSubspace, Ten
     return FixedSubspace((vector / length)[None]), length[None]
 
 
-def _with_map(
-    subspace: Subspace, start: Start, activation: str, dropout: float, *, write: bool
-) -> Intervention:
+def _with_map(subspace: Subspace, start: Start, activation: str, dropout: float, *, write: bool) -> Intervention:
     value = Affine(subspace.width, subspace.rank, activation)
     if start not in ("identity", "paper"):
         raise ValueError(f"start={start!r}: possible are 'identity' and 'paper'.")

@@ -140,9 +140,7 @@ def locate(
     return order.gather(1, front), chosen.gather(1, front)
 
 
-def _single(
-    term: str, positions: str, steps: Tensor, lengths: Tensor, columns: Mapping[str, Tensor]
-) -> Tensor:
+def _single(term: str, positions: str, steps: Tensor, lengths: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
     """A term that names one position a row (or a column of several)."""
     if term in ("first", "last") or _is_int(term):
         offset = {"first": 0, "last": -1}.get(term) if not _is_int(term) else int(term)
@@ -151,12 +149,11 @@ def _single(
     elif term in columns:
         at = columns[term].to(lengths.device).reshape(len(lengths), -1)
     else:
-        raise KeyError(
-            f"Positions {positions!r} name the column {term!r}; columns at hand: {sorted(columns)}."
-        )
+        raise KeyError(f"Positions {positions!r} name the column {term!r}; columns at hand: {sorted(columns)}.")
     n = lengths[:, None]
     # In a column −1 fills up rows with fewer positions; elsewhere a negative number counts from the end.
-    absent = (at == -1) if term in columns else torch.zeros_like(at, dtype=torch.bool)
+    named = term in columns and term not in _WORDS  # the grammar's own words win over a column of that name
+    absent = (at == -1) if named else torch.zeros_like(at, dtype=torch.bool)
     at = torch.where((at < 0) & ~absent, at + n, at)
     outside = ((at < 0) | (at >= n)) & ~absent
     if bool(outside.any()):

@@ -38,9 +38,7 @@ class Readout:
     tokens: Tensor | None = None
 
     @classmethod
-    def at(
-        cls, batch: Batch, positions: str = "last", tokens: Sequence[int] | Tensor | None = None
-    ) -> Readout:
+    def at(cls, batch: Batch, positions: str = "last", tokens: Sequence[int] | Tensor | None = None) -> Readout:
         """Read at positions of the prompt: at the last, what the model says next."""
         real = batch.real_tokens()
         if real is None:

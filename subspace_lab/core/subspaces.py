@@ -22,8 +22,20 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Orthonormalise = Literal["qr", "polar"]
+
+_steps_taken = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps_taken
+    _steps_taken += 1
+
+
+# Fused optimisers change parameters without raising their version, so steps are counted, whoever takes them.
+register_optimizer_step_post_hook(_count_step)
 
 
 class FullPrecision(nn.Module):
@@ -40,6 +52,11 @@ class FullPrecision(nn.Module):
             return moved
 
         return super()._apply(keep, recurse)
+
+
+def exactly(device: torch.device) -> torch.autocast:
+    """Within the block autocast takes no product to a half precision."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def check_rank(rank: int, width: int) -> None:
@@ -75,31 +92,35 @@ class Subspace(FullPrecision, ABC):
 
     def read(self, h: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch rank"]:
         """R h, in at least float32."""
-        basis = self.basis()
-        h = wide(h, basis)
-        return h @ basis.to(h.dtype).T
+        with exactly(h.device):
+            basis = self.basis()
+            h = wide(h, basis)
+            return h @ basis.to(h.dtype).T
 
     def embed(self, z: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch width"]:
         """Rᵀ z: the vector of the stream with these coordinates."""
-        return z @ self.basis().to(z.dtype)
+        with exactly(z.device):
+            return z @ self.basis().to(z.dtype)
 
     def write(
         self, h: Float[Tensor, "*batch width"], z: Float[Tensor, "*batch rank"]
     ) -> Float[Tensor, "*batch width"]:
         """h + Rᵀ(z − R h), in the dtype of h."""
-        basis = self.basis()
-        exact = wide(h, basis)
-        basis = basis.to(exact.dtype)
-        return h + ((z.to(exact.dtype) - exact @ basis.T) @ basis).to(h.dtype)
+        with exactly(h.device):
+            basis = self.basis()
+            exact = wide(h, basis)
+            basis = basis.to(exact.dtype)
+            return h + ((z.to(exact.dtype) - exact @ basis.T) @ basis).to(h.dtype)
 
     def swap(
         self, h: Float[Tensor, "*batch width"], source: Float[Tensor, "*batch width"]
     ) -> Float[Tensor, "*batch width"]:
         """write(h, read(source)), computed as h + RᵀR(source − h): exactly h where source is h."""
-        basis = self.basis()
-        exact = wide(h, basis)
-        basis = basis.to(exact.dtype)
-        return h + (((source.to(exact.dtype) - exact) @ basis.T) @ basis).to(h.dtype)
+        with exactly(h.device):
+            basis = self.basis()
+            exact = wide(h, basis)
+            basis = basis.to(exact.dtype)
+            return h + (((source.to(exact.dtype) - exact) @ basis.T) @ basis).to(h.dtype)
 
     def partition(self, sizes: Mapping[str, int]) -> dict[str, Subspace]:
         """Split the basis into consecutive blocks of rows, one a name, that stay parts of this basis.
@@ -161,16 +182,16 @@ class LearnedSubspace(Subspace):
         check_orthonormal(start, (rank, width))
         self.width, self.rank, self.orthonormalise = width, rank, orthonormalise
         self.raw = nn.Parameter(wide(start.detach(), torch.zeros(())).T.clone())
-        self._cached: tuple[tuple, Tensor, Tensor] | None = None
+        self._cached: tuple[tuple, Tensor, Tensor, Tensor] | None = None
 
     def basis(self) -> Float[Tensor, "rank width"]:
-        # In-place changes of a tensor (an optimiser's step, load_state_dict) raise its version; anything
-        # that replaces its storage changes the pointer.
-        key = (self.raw._version, self.raw.data_ptr(), self.raw.device, self.raw.dtype)
+        # In-place changes of a tensor (load_state_dict, most optimisers) raise its version; what replaces its
+        # storage changes the pointer, and the old storage is held so that nothing new can lie where it was.
+        key = (_steps_taken, self.raw._version, self.raw.data_ptr(), self.raw.device, self.raw.dtype)
         if self._cached is None or self._cached[0] != key:
-            with torch.no_grad():
+            with torch.no_grad(), exactly(self.raw.device):
                 factor = _thin_qr if self.orthonormalise == "qr" else _polar
-                self._cached = (key, *factor(self.raw))
+                self._cached = (key, *factor(self.raw), self.raw.detach())
         return _Orthonormal.apply(self.raw, self._cached[1], self._cached[2], self.orthonormalise).T
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -204,9 +225,7 @@ class FreeDirections(Subspace):
         if start is None:
             start = random_orthonormal(width, rank, seed)
         if tuple(start.shape) != (rank, width):
-            raise ValueError(
-                f"A start of shape {tuple(start.shape)} for directions of shape {(rank, width)}."
-            )
+            raise ValueError(f"A start of shape {tuple(start.shape)} for directions of shape {(rank, width)}.")
         self.width, self.rank = width, rank
         self.directions = nn.Parameter(start.detach().float().clone())
 
@@ -362,16 +381,19 @@ class _Orthonormal(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         q, factor = ctx.saved_tensors
+        with exactly(grad.device):
+            return _Orthonormal._gradient(q, factor, grad, ctx.kind), None, None, None
+
+    @staticmethod
+    def _gradient(q: Tensor, factor: Tensor, grad: Tensor, kind: str) -> Tensor:
         inner = q.T @ grad
-        if ctx.kind == "qr":
+        if kind == "qr":
             # A = QT: dA = (G + Q·sym(−GᵀQ)) T^{-T}, where sym copies the lower triangle to the upper.
             lower = (-inner.T).tril()
             symmetric = lower + lower.tril(-1).T
-            raw_grad = torch.linalg.solve_triangular(factor, (grad + q @ symmetric).T, upper=True).T
-        else:
-            # A = QH, H = VSVᵀ: dA = Q X + (I − QQᵀ) G H^{-1}, with H X + X H = QᵀG − GᵀQ.
-            s, v = torch.linalg.eigh(factor)
-            skew = v.T @ (inner - inner.T) @ v / (s[:, None] + s)
-            outside = (grad - q @ inner) @ ((v / s) @ v.T)
-            raw_grad = q @ (v @ skew @ v.T) + outside
-        return raw_grad, None, None, None
+            return torch.linalg.solve_triangular(factor, (grad + q @ symmetric).T, upper=True).T
+        # A = QH, H = VSVᵀ: dA = Q X + (I − QQᵀ) G H^{-1}, with H X + X H = QᵀG − GᵀQ.
+        s, v = torch.linalg.eigh(factor)
+        skew = v.T @ (inner - inner.T) @ v / (s[:, None] + s)
+        outside = (grad - q @ inner) @ ((v / s) @ v.T)
+        return q @ (v @ skew @ v.T) + outside

@@ -14,9 +14,7 @@ from typing import Any
 def _parents(variable: str, mechanism: Callable) -> tuple[str, ...]:
     """Parameter names of `mechanism`; TypeError if one is not a plain required parameter."""
     if not callable(mechanism):
-        raise TypeError(
-            f"the mechanism of {variable!r} must be a function of its parents, found {mechanism!r}"
-        )
+        raise TypeError(f"the mechanism of {variable!r} must be a function of its parents, found {mechanism!r}")
     try:
         parameters = inspect.signature(mechanism).parameters.values()
     except ValueError as error:
@@ -75,9 +73,7 @@ class CausalModel:
         # Order and parents are resolved once: a run is then one pass of positional calls.
         self._steps = tuple((name, mechanisms[name], parents[name]) for name in self.variables)
 
-    def run(
-        self, inputs: Mapping[str, Any], interventions: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def run(self, inputs: Mapping[str, Any], interventions: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Value of every variable, inputs included; those in `interventions` are set to the value given.
 
         `inputs` must give each of `self.inputs` and nothing else, ValueError otherwise; so does an
@@ -97,9 +93,7 @@ class CausalModel:
                 values[name] = mechanism(*[values[parent] for parent in parents])
         return values
 
-    def interchange(
-        self, base: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def interchange(self, base: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Interchange intervention: run `base` with each variable in `sources` as in its own source's run.
 
         `sources` maps a variable to the inputs of its source. Errors as in `run`.

@@ -80,9 +80,7 @@ def counterfactual_dataset(
     variables = (task.variable,) if variables is None else tuple(variables)
     possible = [*task.causal_model.inputs, *task.causal_model.variables]
     if not variables or len(set(variables)) < len(variables) or not set(variables) <= set(possible):
-        raise ValueError(
-            f"variables {list(variables)} asked; possible are one or more, each once, of {possible}"
-        )
+        raise ValueError(f"variables {list(variables)} asked; possible are one or more, each once, of {possible}")
 
     rng = random.Random(seed)
     if len(variables) > 1:
@@ -115,9 +113,7 @@ def counterfactual_dataset(
                 break
         else:
             rare = [answer for answer, count in counts.items() if count == min(counts.values())]
-            raise ValueError(
-                f"task {task.name!r}: no pair with an answer of {rare} in {patience} draws, too rare"
-            )
+            raise ValueError(f"task {task.name!r}: no pair with an answer of {rare} in {patience} draws, too rare")
         counts[pair.answer] += 1
         rows.append(pair.row(task, variables))
     return Dataset.from_list(rows)
@@ -152,9 +148,7 @@ class _Pair:
 
     def row(self, task: Task, variables: Sequence[str]) -> dict[str, Any]:
         base = task.prompt(self.base)
-        sources = {
-            name: task.prompt(self.sources[name]) if name in self.sources else base for name in variables
-        }
+        sources = {name: task.prompt(self.sources[name]) if name in self.sources else base for name in variables}
         return {
             "base": base.text,
             "base_spans": _as_lists(base.spans),

@@ -1,0 +1,143 @@
+"""Counterfactual pairs as tensors: what a search is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from subspace_lab.core.batches import Batch
+from subspace_lab.core.runs import Readout
+
+
+@dataclass(frozen=True)
+class Counterfactuals:
+    """Bases, a source for each variable, and the answers before and after the interchange.
+
+    Attributes:
+        base: the bases.
+        sources: {variable: its sources}, row by row; a variable that a row leaves alone has the base there.
+        base_answer, answer: (rows,) indices into the answers.
+        answers: what the answers are, for people.
+        tokens: (answers,) their token ids; None where the model's output is over the answers already.
+    """
+
+    base: Batch
+    sources: Mapping[str, Batch]
+    base_answer: Tensor
+    answer: Tensor
+    answers: tuple[str, ...]
+    tokens: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, source in self.sources.items():
+            if len(source) != len(self.base):
+                raise ValueError(
+                    f"{len(self.base)} bases and {len(source)} sources for {name!r}: each base needs its own."
+                )
+        if not self.sources:
+            raise ValueError("Counterfactuals need a source for at least one variable.")
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @property
+    def readout(self) -> Readout:
+        """The answers' logits after the last token of the base."""
+        return Readout.at(self.base, "last", self.tokens)
+
+    def rows(self, rows: Tensor) -> Counterfactuals:
+        """Some of the pairs."""
+        return replace(
+            self,
+            base=self.base.rows(rows),
+            sources={name: s.rows(rows) for name, s in self.sources.items()},
+            base_answer=self.base_answer[rows],
+            answer=self.answer[rows],
+        )
+
+    def to(self, device: torch.device | str) -> Counterfactuals:
+        """The pairs on a device."""
+        return replace(
+            self,
+            base=self.base.to(device),
+            sources={name: s.to(device) for name, s in self.sources.items()},
+            base_answer=self.base_answer.to(device),
+            answer=self.answer.to(device),
+        )
+
+
+def encode(dataset: Dataset, tokenizer: Any, answers: Sequence[str]) -> Counterfactuals:
+    """Tokenise a counterfactual data set (`das/counterfactuals.py`).
+
+    Rows are padded on the right, whatever the tokenizer's own habit, which is not touched; the input ids of a
+    row are the tokenizer's, nothing is added. A named span becomes a position column: its last token.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        answers: the answers' tokens as they stand in the vocabulary.
+
+    Raises:
+        ValueError: an answer that is not one token of the vocabulary; a tokenizer without offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell where its tokens stand in the text; a fast one does."
+        )
+    tokens = answer_tokens(tokenizer, answers)
+    number = {answer: i for i, answer in enumerate(answers)}
+    variables = list(dataset[0]["sources"])
+    rows = dataset[:]
+    return Counterfactuals(
+        base=_batch(tokenizer, rows["base"], rows["base_spans"]),
+        sources={
+            v: _batch(tokenizer, [s[v] for s in rows["sources"]], [s[v] for s in rows["source_spans"]])
+            for v in variables
+        },
+        base_answer=torch.tensor([number[a] for a in rows["base_answer"]]),
+        answer=torch.tensor([number[a] for a in rows["answer"]]),
+        answers=tuple(answers),
+        tokens=tokens,
+    )
+
+
+def answer_tokens(tokenizer: Any, answers: Sequence[str]) -> Tensor:
+    """The ids of answers given as tokens of the vocabulary (ValueError for one that is none)."""
+    vocabulary = tokenizer.get_vocab()
+    for answer in answers:
+        if answer not in vocabulary:
+            pieces = tokenizer.tokenize(answer)
+            raise ValueError(
+                f"The answer {answer!r} is not one token of this tokenizer, which splits it into {pieces}; "
+                "an answer must be one token, written as it stands in the vocabulary (as '▁She' or 'Ġyes')."
+            )
+    return torch.tensor([vocabulary[a] for a in answers])
+
+
+def _batch(tokenizer: Any, texts: list[str], spans: list[Mapping[str, list[int]]]) -> Batch:
+    encoded = [tokenizer(text, return_offsets_mapping=True) for text in texts]
+    longest = max(len(e["input_ids"]) for e in encoded)
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.full((len(texts), longest), fill)
+    mask = torch.zeros(len(texts), longest, dtype=torch.long)
+    names = list(spans[0])
+    columns = {name: torch.zeros(len(texts), dtype=torch.long) for name in names}
+    for i, (row, span) in enumerate(zip(encoded, spans, strict=True)):
+        n = len(row["input_ids"])
+        ids[i, :n] = torch.tensor(row["input_ids"])
+        mask[i, :n] = 1
+        for name in names:
+            columns[name][i] = _last_token(row["offset_mapping"], span[name], name, texts[i])
+    return Batch({"input_ids": ids, "attention_mask": mask}, columns=columns)
+
+
+def _last_token(offsets: list[tuple[int, int]], span: Sequence[int], name: str, text: str) -> int:
+    start, end = span
+    inside = [j for j, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
+    if not inside:
+        raise ValueError(f"No token stands in the span {name!r} ({start} to {end}) of {text!r}.")
+    return inside[-1]
