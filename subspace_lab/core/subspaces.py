@@ -381,19 +381,16 @@ class _Orthonormal(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         q, factor = ctx.saved_tensors
-        with exactly(grad.device):
-            return _Orthonormal._gradient(q, factor, grad, ctx.kind), None, None, None
-
-    @staticmethod
-    def _gradient(q: Tensor, factor: Tensor, grad: Tensor, kind: str) -> Tensor:
         inner = q.T @ grad
-        if kind == "qr":
+        if ctx.kind == "qr":
             # A = QT: dA = (G + Q·sym(−GᵀQ)) T^{-T}, where sym copies the lower triangle to the upper.
             lower = (-inner.T).tril()
             symmetric = lower + lower.tril(-1).T
-            return torch.linalg.solve_triangular(factor, (grad + q @ symmetric).T, upper=True).T
-        # A = QH, H = VSVᵀ: dA = Q X + (I − QQᵀ) G H^{-1}, with H X + X H = QᵀG − GᵀQ.
-        s, v = torch.linalg.eigh(factor)
-        skew = v.T @ (inner - inner.T) @ v / (s[:, None] + s)
-        outside = (grad - q @ inner) @ ((v / s) @ v.T)
-        return q @ (v @ skew @ v.T) + outside
+            raw_grad = torch.linalg.solve_triangular(factor, (grad + q @ symmetric).T, upper=True).T
+        else:
+            # A = QH, H = VSVᵀ: dA = Q X + (I − QQᵀ) G H^{-1}, with H X + X H = QᵀG − GᵀQ.
+            s, v = torch.linalg.eigh(factor)
+            skew = v.T @ (inner - inner.T) @ v / (s[:, None] + s)
+            outside = (grad - q @ inner) @ ((v / s) @ v.T)
+            raw_grad = q @ (v @ skew @ v.T) + outside
+        return raw_grad, None, None, None
