@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,15 @@ class Visit:
     """What to do where: `act(value)` sees the tensor at a tap; what it returns replaces it, None leaves it.
 
     Two more sides do not run the module at all: with "replace" `act` sees the module's *input* and gives its
-    output, with "skip" it is given None and gives the output.
+    output, with "skip" it is given None and gives the output. `steps` tells the forward passes of a generation
+    at which it happens.
     """
 
     path: str
     side: str
     order: tuple[int, ...]
     act: Callable[[Any], Tensor | None]
+    steps: Literal["first", "later", "every"] = "every"
 
 
 class Backbone:
@@ -109,7 +111,7 @@ class Backbone:
             visits: in any order.
             call: what is run, the model by default; `model.generate`, say.
             stop: leave the run after the last visit; the result is then None.
-            every_step: visit at every forward pass of a generation, not at the first alone.
+            every_step: the run makes several forward passes; visits happen at those that they name.
         """
         order = sorted(visits, key=lambda v: v.order)
         run = self.model if call is None else call
@@ -130,16 +132,17 @@ class Backbone:
         """The body of the trace: runs in step with the model, parked wherever it waits for a value."""
         from nnsight.intervention.interleaver import OutOfOrderError
 
-        if not every_step:
+        if not every_step or all(visit.steps == "first" for visit in order):
             for visit in order:
                 self._serve(visit)
             if stop:
                 tracer.stop()
             return
         try:
-            for _ in tracer.iter[:]:
+            for step in tracer.iter[:]:
                 for visit in order:
-                    self._serve(visit)
+                    if visit.steps == "every" or (visit.steps == "first") == (step == 0):
+                        self._serve(visit)
         except OutOfOrderError:
             pass  # thrown at the end of the generation into the step that never came
 

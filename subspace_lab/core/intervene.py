@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ def forward(
     *,
     sources: Sources | None = None,
     train_base: bool = False,
+    also: Sequence[Visit] = (),
 ) -> Any:
     """The model's own output with the edits in force.
 
@@ -97,13 +98,14 @@ def forward(
         sources: {site: states, as `collect` gives them} for interchange interventions; {variable: states}
             where several variables share the site's basis.
         train_base: let gradients reach the model's own parameters too (those that ask for them).
+        also: further visits.
 
     Raises:
         ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width.
         IndexError: a layer or a position that does not exist.
     """
     batch = Batch.of(batch)
-    visits = edit_visits(backbone, batch, edits, sources)
+    visits = [*edit_visits(backbone, batch, edits, sources), *also]
     inputs = model_inputs(backbone.model, batch)
     if train_base:
         return backbone.run(inputs, visits)
@@ -133,6 +135,8 @@ def generate(
     edits: Edits,
     *,
     sources: Sources | None = None,
+    every_token: bool = False,
+    also: Sequence[Visit] = (),
     **generation: Any,
 ) -> Any:
     """The model's own `generate`, its prompt edited.
@@ -143,23 +147,51 @@ def generate(
 
     Args:
         backbone, batch, edits, sources: as in `forward`.
+        every_token: edit each generated token as well, where it stands.
+        also: further visits, at the steps that each of them names.
         generation: keyword arguments of the model's `generate`, which checks them.
     """
     batch = Batch.of(batch)
     run = getattr(backbone.model, "generate", None)
     if run is None:
         raise TypeError(f"{type(backbone.model).__name__} has no generate.")
-    visits = edit_visits(backbone, batch, edits, sources, growing=True)
-    cached = generation.get("use_cache", True) and _config(backbone.model, "use_cache", True)
+    cached = bool(generation.get("use_cache", True)) and _config(backbone.model, "use_cache", True)
+    prompt = edit_visits(backbone, batch, edits, sources, growing=True)
+    visits = [replace(v, steps="first" if cached else "every") for v in prompt]
+    if every_token:
+        visits += [_new_tokens(backbone, batch, site, edit, cached) for site, edit in edits.items()]
     with torch.no_grad():
         inputs = {**batch.inputs, **generation}
-        return backbone.run(inputs, visits, call=run, every_step=not cached)
+        return backbone.run(inputs, [*_grouped(visits), *also], call=run, every_step=True)
+
+
+def _new_tokens(backbone: Backbone, batch: Batch, site: Site, edit: Edit, cached: bool) -> Visit:
+    """The edit of the tokens that generation adds."""
+    if isinstance(edit, Intervention) and edit.needs_source:
+        raise ValueError(f"{site}: the source has no tokens to swap with those that are being generated.")
+    tap = backbone.tap(site)
+    prompt = next(
+        v.shape[1] for v in (batch.inputs.get("input_ids"), batch.inputs.get("inputs_embeds")) if v is not None
+    )
+    whole = Place(site, tap, None, None)
+
+    def act(value: Tensor) -> Tensor | None:
+        new = value if cached else value[:, prompt:]
+        if not new.shape[1]:
+            return None
+        edited = whole.put(new, edit(whole.read(new)))
+        return edited if cached else torch.cat([value[:, :prompt], edited], 1)
+
+    return Visit(tap.path, tap.side, tap.order, act, "later" if cached else "every")
 
 
 def place(backbone: Backbone, batch: Batch, site: Site, *, growing: bool = False) -> Place:
     """Where a site is in this batch; `growing`: the stream will hold more tokens than the batch has."""
     tap = backbone.tap(site)
     real = batch.real_tokens(tap.stack)
+    if real is None and growing and tap.stack == "decoder":
+        # A decoder's generation starts from its start token.
+        real = torch.ones(len(batch), 1, dtype=torch.bool, device=backbone.device)
     if real is None:
         if site.positions != "all":
             raise ValueError(
@@ -267,9 +299,9 @@ def _repeated(source: Source, rows: int) -> Source:
 
 def _grouped(visits: list[Visit]) -> list[Visit]:
     """One visit a stream: several edits of it act one after the other on one value."""
-    streams: dict[tuple[str, str], list[Visit]] = {}
+    streams: dict[tuple[str, str, str], list[Visit]] = {}
     for visit in visits:
-        streams.setdefault((visit.path, visit.side), []).append(visit)
+        streams.setdefault((visit.path, visit.side, visit.steps), []).append(visit)
     return [group[0] if len(group) == 1 else _chain(group) for group in streams.values()]
 
 
@@ -281,7 +313,7 @@ def _chain(group: list[Visit]) -> Visit:
             value, changed = (value, changed) if new is None else (new, True)
         return value if changed else None
 
-    return Visit(group[0].path, group[0].side, min(v.order for v in group), act)
+    return Visit(group[0].path, group[0].side, min(v.order for v in group), act, group[0].steps)
 
 
 def _check_disjoint(places: list[Place], batch: Batch) -> None:

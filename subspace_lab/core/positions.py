@@ -10,8 +10,11 @@ either side and without the answer where a prompt length is given. A spec is one
     7, -2          one token, counted from the start or (negative) from the end
     2:5, :-1       a slice, as Python reads it
     subject        a named column of the data set, holding positions counted from the row's start
+    f3(l2), l2(f3) one side of f3+l2 alone, shortened as the pair is
+    f3[0], l2[1]   the first of the first 3, the second of the last 2; also f3[0](l2)
 
-Prompts shorter than p + s for f{p}+l{s} follow Wu et al. 2024: p ← min(p, ⌊n/2⌋), s ← min(s, ⌈n/2⌉).
+Prompts shorter than p + s for f{p}+l{s} follow Wu et al. 2024: p ← min(p, ⌊n/2⌋), s ← min(s, ⌈n/2⌉); of a
+term f3[i] or l2[i] what falls away is not edited.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-_END = re.compile(r"([fl])(\d+)")
+_END = re.compile(r"([fl])(\d+)(?:\[(\d+)\])?(?:\(([fl])(\d+)\))?")
 _SLICE = re.compile(r"(-?\d*):(-?\d*)")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _WORDS = ("all", "first", "last")
@@ -43,9 +46,9 @@ def normalise(positions: str | int | slice | Sequence[int]) -> str:
     text = positions if isinstance(positions, str) else "+".join(normalise(p) for p in positions)
     text = text.replace(" ", "")
     for term in text.split("+"):
-        if not (_is_int(term) or _SLICE.fullmatch(term) or _NAME.fullmatch(term)):
+        if not (_is_int(term) or _SLICE.fullmatch(term) or _NAME.fullmatch(term) or _is_end(term)):
             raise ValueError(
-                f"{positions!r} is no set of positions: {term!r} is none of all, first, last, f3, l2, an "
+                f"{positions!r} is no set of positions: {term!r} is none of all, first, last, f3, l2, f3(l2), an "
                 "integer, a slice like 2:5, or the name of a column; join terms by '+'."
             )
     return text
@@ -90,21 +93,22 @@ def select(
     steps = torch.arange(longest, device=lengths.device)[None]
     n = lengths[:, None]
     terms = positions.split("+")
-    prefix = max((int(m[2]) for t in terms if (m := _END.fullmatch(t)) and m[1] == "f"), default=0)
-    suffix = max((int(m[2]) for t in terms if (m := _END.fullmatch(t)) and m[1] == "l"), default=0)
-    short = n < prefix + suffix
+    ends = [m for t in terms if (m := _END.fullmatch(t))]
+    reach = {side: max([0, *(_count(m, side) for m in ends)]) for side in "fl"}
+    short = n < reach["f"] + reach["l"]
     chosen = torch.zeros(len(lengths), longest, dtype=torch.bool, device=lengths.device)
     for term in terms:
         if term == "all":
             chosen |= steps < n
         elif end := _END.fullmatch(term):
             count = torch.full_like(n, int(end[2]))
-            if end[1] == "f":
-                count = torch.where(short, torch.minimum(count, n // 2), count)
-                chosen |= (steps < count) & (steps < n)
-            else:
-                count = torch.where(short, torch.minimum(count, (n + 1) // 2), count)
-                chosen |= (steps >= n - count) & (steps < n)
+            start = torch.zeros_like(n) if end[1] == "f" else n - count  # where the whole term would begin
+            half = n // 2 if end[1] == "f" else (n + 1) // 2
+            count = torch.where(short, torch.minimum(count, half), count)
+            inside = (steps < count) if end[1] == "f" else (steps >= n - count)
+            if end[3] is not None:
+                inside = inside & (steps == start + int(end[3]))
+            chosen |= inside & (steps < n)
         elif part := _SLICE.fullmatch(term):
             start = _bound(part[1], n, torch.zeros_like(n))
             stop = _bound(part[2], n, n)
@@ -170,6 +174,18 @@ def _bound(text: str, n: Tensor, default: Tensor) -> Tensor:
         return default
     value = int(text)
     return torch.minimum(torch.full_like(n, value), n) if value >= 0 else (n + value).clamp_min(0)
+
+
+def _count(end: re.Match[str], side: str) -> int:
+    """How many positions a term claims at one side of the prompt, its own or its partner's."""
+    if end[1] == side:
+        return int(end[2])
+    return int(end[5]) if end[4] == side else 0
+
+
+def _is_end(term: str) -> bool:
+    end = _END.fullmatch(term)
+    return bool(end and end[1] != end[4] and (end[3] is None or int(end[3]) < int(end[2])))
 
 
 def _is_int(term: str) -> bool:
