@@ -142,10 +142,14 @@ class Constant(Value):
             self.register_buffer("z", z)
 
     def change(self, subspace: Subspace, h: Tensor, source: Source, write: bool) -> Tensor:
-        z = self.z.to(h.dtype)
-        if write:
-            return z - subspace.read(h)
-        return z.expand(*h.shape[:-1], z.shape[-1])
+        z, axes = self.z.to(h.dtype), self.z.shape[:-1]
+        if len(axes) >= h.ndim or any(n not in (1, m) for n, m in zip(axes, h.shape, strict=False)):
+            raise ValueError(
+                f"Coordinates of shape {tuple(z.shape)} for states of shape {tuple(h.shape)}: what stands "
+                "before the rank must be the first axes of the states."
+            )
+        z = z.reshape(*axes, *(1,) * (h.ndim - z.ndim), z.shape[-1])  # rows, not positions
+        return z - subspace.read(h) if write else z.expand(*h.shape[:-1], z.shape[-1])
 
 
 class Diagonal(Value):
@@ -194,7 +198,9 @@ class Intervention(FullPrecision):
         """
         if h.shape[-1] != self.width:
             raise ValueError(f"States of width {h.shape[-1]} for a subspace of width {self.width}.")
-        if isinstance(self.subspace, Axes) and self.write and isinstance(source, Tensor) and self.needs_source:
+        fits = isinstance(source, Tensor) and source.shape == h.shape
+        if isinstance(self.subspace, Axes) and self.write and self.needs_source and fits:
+            assert isinstance(source, Tensor)
             return self.subspace.swap(h, source)  # exact to the bit, where a difference would round
         # Autocast would take the products back to a half precision.
         with torch.autocast(h.device.type, enabled=False):
@@ -333,7 +339,7 @@ def zero_ablation(subspace: Subspace) -> Intervention:
 def mean_ablation(subspace: Subspace, states: Float[Tensor, "*batch width"]) -> Intervention:
     """The coordinates become their mean over `states`: h + Rᵀ(R mean − R h)."""
     with torch.no_grad():
-        mean = subspace.read(states).flatten(0, -2).mean(0)
+        mean = subspace.read(states).reshape(-1, subspace.rank).mean(0)
     return set_to(subspace, mean)
 
 
@@ -350,7 +356,7 @@ def _with_map(subspace: Subspace, start: Start, activation: str, dropout: float,
     if start not in ("identity", "paper"):
         raise ValueError(f"start={start!r}: possible are 'identity' and 'paper'.")
     if start == "identity":
-        if write and activation != "linear":
+        if (write and activation != "linear") or bool(ACTIVATIONS[activation](torch.zeros(()))):
             raise ValueError(
                 f"With activation {activation!r} no W, b make the edit the identity: use start='paper'."
             )

@@ -242,9 +242,9 @@ class FixedSubspace(Subspace):
         super().__init__()
         if basis.ndim != 2:
             raise ValueError(f"A basis has shape (rank, width), this one {tuple(basis.shape)}.")
-        check_rank(*basis.shape)
-        check_orthonormal(basis, tuple(basis.shape))
         self.rank, self.width = basis.shape
+        check_rank(self.rank, self.width)
+        check_orthonormal(basis, (self.rank, self.width))
         self.register_buffer("rows", wide(basis.detach(), torch.zeros(())).clone())
 
     def basis(self) -> Float[Tensor, "rank width"]:
