@@ -1,0 +1,64 @@
+"""Price tagging: is an amount between two bounds? (Wu et al. 2023, "Interpretability at Scale", section 4)
+
+The two comparisons are the variables of interest: does a model decide "at least the lower bound" on its own,
+before it combines it with "at most the upper bound"?
+"""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from subspace_lab.das.causal_models import CausalModel
+from subspace_lab.das.counterfactuals import Prompt, Task, check_split
+from subspace_lab.tasks.wording import fill
+
+HIGHEST = 99
+TEMPLATES = (
+    "say yes if the price is between {lower} and {upper} dollars , else no . "
+    "price : {amount} {unit} . {query} {last}",
+    "a fair price is from {lower} to {upper} dollars . this one costs {amount} {unit} . {query} {last}",
+)
+_FIXED = {"unit": "dollars", "query": "answer", "last": ":"}
+
+_amounts = list(range(1, HIGHEST + 1))
+random.Random(0).shuffle(_amounts)
+# Amounts, not bounds, are held out: a subspace that memorised amounts is of no use on the test split.
+AMOUNTS = {"test": tuple(sorted(_amounts[:30])), "train": tuple(sorted(_amounts[30:]))}
+
+
+def sample(rng: random.Random, split: str) -> dict[str, Any]:
+    """Whole dollars: half of the amounts between the bounds, a quarter below and a quarter above."""
+    check_split(split)
+    kind = rng.choice([(True, True), (True, True), (False, True), (True, False)])
+    while True:
+        amount = rng.choice(AMOUNTS[split])
+        lower, upper = rng.randint(1, HIGHEST), rng.randint(1, HIGHEST)
+        if lower < upper and (amount >= lower, amount <= upper) == kind:
+            return {
+                "lower": lower,
+                "upper": upper,
+                "amount": amount,
+                "template": rng.randrange(len(TEMPLATES)),
+            }
+
+
+def prompt(setting: Mapping[str, Any]) -> Prompt:
+    """Spans: the numbers, `unit` (the word after the amount), `query` and `last`, the closing colon."""
+    return fill(TEMPLATES[setting["template"]], {**setting, **_FIXED})
+
+
+PRICE_TAGGING = Task(
+    name="price_tagging",
+    description="yes if lower <= amount <= upper, else no",
+    causal_model=CausalModel(
+        {
+            "above_lower": lambda lower, amount: amount >= lower,
+            "below_upper": lambda upper, amount: amount <= upper,
+            "answer": lambda above_lower, below_upper: above_lower & below_upper,
+        }
+    ),
+    variable="above_lower",
+    answers={True: "yes", False: "no"},
+    sample=sample,
+    prompt=prompt,
+)
