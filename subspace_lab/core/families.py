@@ -176,7 +176,7 @@ class Anatomy:
         return (chosen if columns is None else [columns[i] for i in chosen]), len(chosen)
 
     def _head_count(self, component: str) -> int:
-        config = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        config = self._text_config()
         heads = getattr(config, "num_attention_heads", None)
         if heads is None:
             raise ValueError("The model's configuration does not tell its number of attention heads.")
@@ -185,8 +185,11 @@ class Anatomy:
         return heads
 
     def _hidden_size(self) -> int | None:
-        config = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
-        return getattr(config, "hidden_size", None)
+        return getattr(self._text_config(), "hidden_size", None)
+
+    def _text_config(self) -> Any:
+        config: Any = self.config
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def _first(self, block: str, candidates: tuple[str, ...]) -> str | None:
         return next((f"{block}.{c}" for c in candidates if f"{block}.{c}" in self.modules), None)
@@ -216,7 +219,7 @@ def _stacks(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
     return named
 
 
-def _sizes(module: nn.Module) -> tuple[int, int] | None:
+def _sizes(module: Any) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear map, also of GPT-2's transposed one and of wrapped ones."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)

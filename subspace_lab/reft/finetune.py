@@ -1,0 +1,63 @@
+"""Training an adapter through the frozen past: the core's own loop, the quickest way where it applies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from subspace_lab.core.batches import Batch
+from subspace_lab.core.frozen_past import FrozenPast
+from subspace_lab.core.runs import Readout
+from subspace_lab.core.training import TrainingConfig, progress_bar, shuffled_rows, train
+from subspace_lab.reft.data import pad
+from subspace_lab.reft.model import ReftModel, prompt_lengths_of
+
+
+def finetune(
+    model: ReftModel,
+    rows: Iterable[Mapping[str, Any]],
+    config: TrainingConfig | None = None,
+    *,
+    memory: int | str | None = None,
+    quiet: bool = False,
+) -> list[float]:
+    """Train the active adapters on tokenised rows (`reft.data.tokenise`) of prompts and answers.
+
+    The loss is the mean cross-entropy over the answers' tokens. Layers below the lowest edit run once, ever;
+    tokens before the first edit likewise; only the answers' positions reach the head.
+
+    Args:
+        memory: budget of the frozen past, as in `FrozenPast`.
+        quiet: show no progress bar.
+
+    Returns:
+        The loss at each step.
+
+    Raises:
+        ValueError: rows without prompt or answer, or an adapter with `modules_to_save` (use Trainer for it).
+    """
+    config = config or TrainingConfig()
+    edits = model.edits()
+    if not edits:
+        raise ValueError("No active adapter: nothing would be trained.")
+    if any(model.adapter(name).config.modules_to_save for name in model.active_adapters):
+        raise ValueError("This loop trains edits alone; train modules_to_save with transformers.Trainer.")
+    data = pad(list(rows), getattr(model.config, "pad_token_id", None))
+    labels = data.pop("labels")
+    readout, targets = Readout.before_labels(labels)
+    batch = Batch(data, prompt_lengths_of(labels, data.get("attention_mask"))).to(model.device)
+    readout = Readout(readout.index.to(model.device), readout.valid, None)  # type: ignore[union-attr]
+    past = FrozenPast(model.backbone, batch, edits, readout, memory=memory)
+    order = shuffled_rows(len(batch), config)
+
+    def loss_of(_: int) -> Tensor:
+        chosen = next(order)
+        logits = past.logits(chosen, edits)
+        wanted = targets[chosen].to(logits.device)
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-100)
+
+    with progress_bar(quiet=quiet) as bar:
+        task = bar.add_task(f"finetune ({past.describe()})", total=config.steps)
+        return train(edits.values(), loss_of, config, on_step=lambda *_: bar.advance(task))
