@@ -105,12 +105,8 @@ def test_a_batch_runs_as_its_rows_do(kind):
     base, source = (dict(zip("xy", map(kind, pair), strict=True)) for pair in columns)
     batch = chain().interchange(base, {"a": source})
     for row in range(64):
-        one, other = (
-            {name: int(value[row]) for name, value in setting.items()} for setting in (base, source)
-        )
-        assert {name: int(value[row]) for name, value in batch.items()} == chain().interchange(
-            one, {"a": other}
-        )
+        one, other = ({name: int(value[row]) for name, value in setting.items()} for setting in (base, source))
+        assert {name: int(value[row]) for name, value in batch.items()} == chain().interchange(one, {"a": other})
 
 
 def test_callers_mappings_stay_as_they_were():
