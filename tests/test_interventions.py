@@ -1,6 +1,7 @@
 """Interventions: each formula written out, its parameters counted, its start, and several variables at once."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -593,9 +594,7 @@ def test_impossible_calls_are_refused(edit, args, message):
 
 def test_start_is_checked_without_the_shape_checker():
     """The checker of these tests would catch a misspelt start first; users have no checker."""
-    plain = interventions._with_map
-    while hasattr(plain, "__wrapped__"):
-        plain = plain.__wrapped__
+    plain = inspect.unwrap(interventions._with_map)
     with pytest.raises(ValueError, match="start='zero': possible are 'identity' and 'paper'"):
         plain(FreeDirections(D, K, seed=0), "zero", "linear", 0.0, write=True)
 

@@ -87,6 +87,8 @@ class Anatomy:
         if site.heads is not None:
             columns, width = self._heads(site, component, block, columns, width)
         order = (self.position[block], COMPONENTS.index(component))
+        if component == "block_output":  # after every site by path inside the block
+            order = (self._end(block), len(COMPONENTS) + 1)
         return Tap(path, side, None if columns is None else tuple(columns), width, order, stack)
 
     def _blocks(self, stack: str, what: str) -> list[str]:
@@ -96,7 +98,7 @@ class Anatomy:
                 f"'{next((p for p in self.modules if p), 'layer')}.output'."
             )
         if stack not in self.stacks:
-            possible = [f"'{name}.'" for name in self.stacks if name]
+            possible = [f"{name}." for name in self.stacks if name]
             if not stack:
                 raise ValueError(f"{what}: the model has several stacks; put one of {possible} before it.")
             raise ValueError(f"{what}: no stack {stack!r}; the model has {possible or 'one without a name'}.")
@@ -107,13 +109,16 @@ class Anatomy:
         if path not in self.modules:
             near = sorted(p for p in self.modules if p and p.count(".") <= path.count("."))[:12]
             raise ValueError(f"{site}: the model has no submodule {path!r}; it has {near} and more.")
-        inside = [i for p, i in self.position.items() if p == path or p.startswith(f"{path}.")]
         # A module's output comes after everything registered inside it.
-        order = (self.position[path], -1) if side == "input" else (max(inside), len(COMPONENTS))
+        order = (self.position[path], -1) if side == "input" else (self._end(path), len(COMPONENTS))
         sizes = _sizes(self.modules[path])
         width = None if sizes is None else sizes[side == "output"]
-        stack = next((s for s in self.stacks if s and path.startswith(f"{s}.")), "")
+        stack = next((s for s in self.stacks if s and f".{s}." in f".{path}."), "")
         return Tap(path, side, None, width, order, stack)
+
+    def _end(self, path: str) -> int:
+        """The place of the last module registered inside a module."""
+        return max(i for p, i in self.position.items() if not path or p == path or p.startswith(f"{path}."))
 
     def _part(
         self, block: str, component: str, site: Site

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 _END = re.compile(r"([fl])(\d+)(?:\[(\d+)\])?(?:\(([fl])(\d+)\))?")
-_SLICE = re.compile(r"(-?\d*):(-?\d*)")
+_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _WORDS = ("all", "first", "last")
 
@@ -69,7 +69,9 @@ def prompt_columns(
     lengths = real.sum(1)
     if prompt_lengths is not None:
         prompt_lengths = prompt_lengths.to(lengths.device)
-        if prompt_lengths.shape != lengths.shape or bool((prompt_lengths > lengths).any()):
+        if prompt_lengths.shape != lengths.shape or bool(
+            ((prompt_lengths > lengths) | (prompt_lengths < 0)).any()
+        ):
             raise ValueError(
                 f"Prompt lengths {prompt_lengths.tolist()[:8]} for rows of {lengths.tolist()[:8]} real tokens: "
                 "each must be given and at most the row's own length."
@@ -155,10 +157,11 @@ def _single(term: str, positions: str, steps: Tensor, lengths: Tensor, columns: 
     else:
         raise KeyError(f"Positions {positions!r} name the column {term!r}; columns at hand: {sorted(columns)}.")
     n = lengths[:, None]
-    # In a column −1 fills up rows with fewer positions; elsewhere a negative number counts from the end.
+    # A column counts from the start, and −1 fills up rows with fewer positions; elsewhere negative numbers count
+    # from the end.
     named = term in columns and term not in _WORDS  # the grammar's own words win over a column of that name
     absent = (at == -1) if named else torch.zeros_like(at, dtype=torch.bool)
-    at = torch.where((at < 0) & ~absent, at + n, at)
+    at = at if named else torch.where(at < 0, at + n, at)
     outside = ((at < 0) | (at >= n)) & ~absent
     if bool(outside.any()):
         row = int(outside.any(1).nonzero()[0])
@@ -169,7 +172,7 @@ def _single(term: str, positions: str, steps: Tensor, lengths: Tensor, columns: 
     return ((at[:, :, None] == steps[:, None]) & ~absent[:, :, None]).any(1)
 
 
-def _bound(text: str, n: Tensor, default: Tensor) -> Tensor:
+def _bound(text: str | None, n: Tensor, default: Tensor) -> Tensor:
     if not text:
         return default
     value = int(text)

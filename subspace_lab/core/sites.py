@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import total_ordering
 
 from subspace_lab.core.positions import normalise
 
@@ -30,11 +31,12 @@ projections give. mlp_activation: the hidden units, as the MLP's output projecti
 HEADED = ("query_output", "key_output", "value_output", "head_output")
 
 _PATTERN = re.compile(
-    r"(?P<component>[\w.]+?)(?:\[(?P<layer>-?\d+)\])?(?:\.heads\((?P<heads>[\d,]+)\))?(?:@(?P<positions>.+))?"
+    r"(?P<component>[^\s\[\]()@]+?)(?:\[(?P<layer>-?\d+)\])?(?:\.heads\((?P<heads>[\d,]+)\))?(?:@(?P<positions>.+))?"
 )
 
 
-@dataclass(frozen=True, order=True)
+@total_ordering
+@dataclass(frozen=True)
 class Site:
     """One place in a model, a small value: it prints, compares, hashes, and reads back what it printed.
 
@@ -91,6 +93,14 @@ class Site:
         return f"{self.component}{layer}{heads}@{self.positions}"
 
     __repr__ = __str__
+
+    def __lt__(self, other: Site) -> bool:
+        if not isinstance(other, Site):
+            return NotImplemented
+        return self._key() < other._key()
+
+    def _key(self) -> tuple[str, int, str, tuple[int, ...]]:
+        return self.component, self.layer or 0, self.positions, self.heads or ()
 
     @classmethod
     def parse(cls, text: str) -> Site:
