@@ -38,7 +38,9 @@ from subspace_lab.core.subspaces import (
 FORMAT = 1
 
 
-def save_edits(folder: str | Path, edits: Mapping[Site, Intervention], **facts: Any) -> None:
+def save_edits(
+    folder: str | Path, edits: Mapping[Site, Intervention], facts: Mapping[str, Any] | None = None
+) -> None:
     """Write `edits.safetensors` and `edits.json` into a folder.
 
     An intervention shared by several sites is stored once and shared again when loaded.
@@ -61,7 +63,7 @@ def save_edits(folder: str | Path, edits: Mapping[Site, Intervention], **facts: 
         described.append({"site": str(site), "name": name, **describe(edit)})
         tensors |= {f"{name}.{k}": v.detach().cpu().contiguous() for k, v in edit.state_dict().items()}
     save_tensors(folder / "edits.safetensors", tensors)
-    write_json(folder / "edits.json", {"format": FORMAT, "edits": described, "facts": facts})
+    write_json(folder / "edits.json", {"format": FORMAT, "edits": described, "facts": dict(facts or {})})
 
 
 def load_edits(folder: str | Path) -> dict[Site, Intervention]:
@@ -169,7 +171,9 @@ def _rebuild_value(row: Mapping[str, Any], subspace: Subspace, state: Mapping[st
             raise ValueError(f"{kind!r} is no kind of value that this version knows.")
 
 
-def save_subspaces(path: str | Path, subspaces: Mapping[str, Subspace], **facts: str) -> None:
+def save_subspaces(
+    path: str | Path, subspaces: Mapping[str, Subspace], facts: Mapping[str, str] | None = None
+) -> None:
     """One safetensors file: {name: R of shape (rank, width)}, with facts as its metadata."""
     tensors = {name: s.basis().detach().cpu().contiguous() for name, s in subspaces.items()}
     save_tensors(Path(path), tensors, facts)
