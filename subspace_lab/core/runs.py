@@ -81,6 +81,10 @@ class Run(Protocol):
         """
         ...
 
+    def describe(self) -> str:
+        """One line: what is computed once and what anew."""
+        ...
+
 
 class PlainRun:
     """Every batch from the first layer to the last."""

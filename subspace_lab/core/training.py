@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,35 +74,62 @@ def train(
         ValueError: nothing to train.
         FloatingPointError: a loss that is not finite (the modules then hold the values of the step before).
     """
-    trained = nn.ModuleList(modules)
-    parameters = [p for p in trained.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("Nothing to train: the interventions have no parameter that asks for a gradient.")
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    was_training = [m.training for m in trained]
-    trained.train()
-    losses: list[float] = []
+    told = None if on_step is None else lambda step, losses: on_step(step, losses[0])
+    together = train_together([nn.ModuleList(modules)], lambda s: loss_of(s)[None], [config], on_step=told)
+    return together[0]
+
+
+def train_together(
+    modules: Sequence[nn.Module],
+    losses_of: Callable[[int], Tensor],
+    configs: Sequence[TrainingConfig],
+    *,
+    on_step: Callable[[int, list[float]], None] | None = None,
+) -> list[list[float]]:
+    """Train K modules that do not depend on each other, each by its own loss and configuration, in one loop.
+
+    Args:
+        losses_of: step → (K,) losses; the k-th depends on the k-th module's parameters alone.
+        configs: one a module; their numbers of steps agree.
+
+    Returns:
+        For each module its loss at each step. Errors as in `train`.
+    """
+    if len(modules) != len(configs) or len({c.steps for c in configs}) != 1:
+        raise ValueError(f"{len(modules)} modules, {len(configs)} configurations: one each, of equal steps.")
+    groups = [[p for p in m.parameters() if p.requires_grad] for m in modules]
+    if not all(groups):
+        raise ValueError("Nothing to train: an intervention has no parameter that asks for a gradient.")
+    parameters = [p for group in groups for p in group]
+    optimizer = torch.optim.AdamW(
+        [{"params": g, "weight_decay": c.weight_decay} for g, c in zip(groups, configs, strict=True)]
+    )
+    was_training = [(m, m.training) for module in modules for m in module.modules()]
+    for module in modules:
+        module.train()
+    history: list[list[float]] = []
     try:
-        for step in range(config.steps):
-            for group in optimizer.param_groups:
+        for step in range(configs[0].steps):
+            for group, config in zip(optimizer.param_groups, configs, strict=True):
                 group["lr"] = config.learning_rate * config.rate(step)
-            loss = loss_of(step)
-            losses.append(loss.item())
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"The loss is {losses[-1]} at step {step} of {config.steps}.")
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            losses = losses_of(step)
+            history.append(losses.tolist())
+            if not torch.isfinite(losses).all():
+                raise FloatingPointError(f"The loss is {history[-1]} at step {step} of {configs[0].steps}.")
+            gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient
-            if config.max_gradient_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
+            for own, config in zip(groups, configs, strict=True):
+                if config.max_gradient_norm is not None:
+                    nn.utils.clip_grad_norm_(own, config.max_gradient_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if on_step is not None:
-                on_step(step, losses[-1])
+                on_step(step, history[-1])
     finally:
-        for module, mode in zip(trained, was_training, strict=True):
-            module.train(mode)
-    return losses
+        for module, mode in was_training:
+            module.training = mode
+    return [list(losses) for losses in zip(*history, strict=True)]
 
 
 def shuffled_rows(n: int, config: TrainingConfig) -> Iterator[Tensor]:

@@ -14,21 +14,19 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.frozen_past import FrozenPast
-from subspace_lab.core.intervene import collect
 from subspace_lab.core.interventions import Intervention, full_vector, interchange
-from subspace_lab.core.runs import PlainRun, Run
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, random_subspace
-from subspace_lab.core.training import TrainingConfig, progress_bar, shuffled_rows, train
+from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, Subspace, random_subspace
+from subspace_lab.core.training import TrainingConfig, progress_bar
 from subspace_lab.das.encoding import Counterfactuals
 from subspace_lab.das.metrics import Estimate, proportion
+from subspace_lab.das.pairs import Draw, Pairs, fit, from_pool, from_stream
 
 Stream = Callable[[int], Counterfactuals]
 RANDOM_SUBSPACES = 5
@@ -39,7 +37,8 @@ class Found:
     """What a search found at one site.
 
     Attributes:
-        site, rank, seed: where, how many dimensions (of each variable), from which random start.
+        site, rank, seed, learning_rate: where, how many dimensions (of each variable), from which random
+            start, how it was trained.
         iia: on the held-out pairs.
         train_iia: on the training pairs (None when they were fresh at every step).
         full_vector: IIA of swapping the whole state (None where several variables share the site).
@@ -52,6 +51,7 @@ class Found:
     site: Site
     rank: int
     seed: int
+    learning_rate: float
     iia: Estimate
     train_iia: Estimate | None
     full_vector: Estimate | None
@@ -72,7 +72,7 @@ class SearchResult:
     """The outcome of a search over sites, and the floors that hold for all of them.
 
     Attributes:
-        found: one a site, in the order asked.
+        found: for each site, rank, seed and learning rate, in the order asked.
         accuracy: of the model on the bases, before any intervention.
         no_intervention: share of pairs whose expected answer the model gives without one.
         constant: share of pairs that the most frequent expected answer is right for.
@@ -102,9 +102,10 @@ def search(
     test: Counterfactuals,
     sites: Sequence[Site],
     *,
-    rank: int,
+    rank: int | Sequence[int],
     config: TrainingConfig | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
+    learning_rates: Sequence[float] | None = None,
     min_accuracy: float | None = 0.9,
     memory: int | str | None = None,
     quiet: bool = False,
@@ -112,14 +113,19 @@ def search(
 ) -> SearchResult:
     """Search each site for the variables of the counterfactuals.
 
+    Several ranks, seeds and learning rates are searched all with all; those of one site train together, in one
+    run over a stacked batch, each as if it were alone.
+
     Args:
         backbone: of the model.
         training: pairs to train on, or a function step → fresh pairs (then nothing can be memorised).
         test: held-out pairs, on which everything is scored.
         sites: each is searched on its own, from a random start of its own.
-        rank: dimensions of each variable's subspace. Several variables at a site partition one basis.
+        rank: dimensions of each variable's subspace, one number or several. Several variables at a site
+            partition one basis.
         config: of the training.
-        seed: of the random starts and the order of the rows.
+        seed: of the random starts and the order of the rows, one or several.
+        learning_rates: instead of the configuration's one.
         min_accuracy: a model that answers the bases worse than this is refused; None asks for no accuracy.
         memory: budget of the frozen past, as in `FrozenPast`.
         quiet: show no progress bar.
@@ -127,155 +133,106 @@ def search(
     Raises:
         ValueError: no site, a rank above a site's width, or a model that fails the task.
     """
-    config = replace(config or TrainingConfig(), seed=seed)
+    config = config or TrainingConfig()
+    ranks = [rank] if isinstance(rank, int) else list(rank)
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    rates = [config.learning_rate] if learning_rates is None else list(learning_rates)
+    cells = [(r, replace(config, seed=s, learning_rate=rate)) for r, s, rate in product(ranks, seeds, rates)]
     sites = list(dict.fromkeys(sites))
-    if not sites:
-        raise ValueError("No site to search.")
     variables = list(test.sources)
-    for site in sites:
-        width = backbone.width(site)
-        if not 1 <= rank * len(variables) <= width:
-            raise ValueError(
-                f"{site} has width {width}; rank {rank} for {len(variables)} variable(s) is not possible there."
-            )
-    held_out = _Pairs.of(backbone, test, sites, memory)
-    accuracy, unchanged = _before(held_out)
+    _check(backbone, sites, ranks, variables)
+    held_out = Pairs.of(backbone, test, sites, memory=memory)
+    given = held_out.unedited()
+    accuracy = proportion(given == test.base_answer.cpu())
     if min_accuracy is not None and accuracy.value < min_accuracy:
         raise ValueError(
             f"The model answers {accuracy} of {len(test)} bases as the causal model does, less than "
             f"{min_accuracy}: a variable of an algorithm that it does not follow is not worth a search. "
             "Ask for it all the same with min_accuracy=None."
         )
-    fixed = None if callable(training) else _Pairs.of(backbone, training, sites, memory)
-    found = []
+    fixed = None if callable(training) else Pairs.of(backbone, training, sites, memory=memory)
+    found: list[Found] = []
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task(label, total=len(sites) * config.steps)
         for site in sites:
             bar.update(task, description=f"{label} {site}")
-            draw = _drawn(fixed, site, config) if fixed else _streamed(backbone, training, site)  # type: ignore[arg-type]
-            found.append(
-                _search_one(
-                    backbone, site, variables, draw, fixed, held_out, rank, config, seed,
-                    lambda *_: bar.advance(task),
-                )
-            )  # fmt: skip
+            draws = [
+                from_pool(fixed, site, c) if fixed else from_stream(backbone, training, site)  # type: ignore[arg-type]
+                for _, c in cells
+            ]
+            found += _search_site(
+                backbone, site, variables, cells, draws, fixed, held_out, lambda *_: bar.advance(task)
+            )
     counts = torch.bincount(test.answer, minlength=len(test.answers))
-    constant = proportion(test.answer == counts.argmax())
-    engine = held_out.run.describe() if isinstance(held_out.run, FrozenPast) else "plain run"
-    return SearchResult(tuple(found), accuracy, unchanged, constant, engine)
+    return SearchResult(
+        found=tuple(found),
+        accuracy=accuracy,
+        no_intervention=proportion(given == test.answer.cpu()),
+        constant=proportion(test.answer == counts.argmax()),
+        engine=held_out.run.describe(),
+    )
 
 
-def fit(
-    edit: Intervention,
-    site: Site,
-    draw: Callable[[int], tuple[Run, Tensor, Any, Tensor]],
-    config: TrainingConfig,
-    on_step: Callable[[int, float], None] | None = None,
-) -> list[float]:
-    """Train one interchange intervention: cross-entropy between the answers' logits and the expected answers.
-
-    Args:
-        draw: step → (run, rows, source states of these rows, expected answers).
-    """
-
-    def loss_of(step: int) -> Tensor:
-        run, rows, states, answer = draw(step)
-        logits = run.logits(rows, {site: edit}, {site: states})
-        return nn.functional.cross_entropy(_answers(logits), answer.to(logits.device))
-
-    return train([edit], loss_of, config, on_step=on_step)
+def _check(backbone: Backbone, sites: list[Site], ranks: list[int], variables: list[str]) -> None:
+    if not sites or not ranks:
+        raise ValueError(f"Nothing to search: {len(sites)} sites, {len(ranks)} ranks.")
+    for site in sites:
+        width = backbone.width(site)
+        wrong = [r for r in ranks if not 1 <= r * len(variables) <= width]
+        if wrong:
+            raise ValueError(
+                f"{site} has width {width}; rank {wrong} for {len(variables)} variable(s) is not possible there, "
+                f"at most {width // len(variables)} is."
+            )
 
 
-def answers_given(run: Run, edits: dict[Site, Intervention], sources: dict[Site, Any], rows: int) -> Tensor:
-    """The answers that the model gives with the edits in force, for every pair: indices into the answers."""
-    given = []
-    with torch.no_grad():
-        for part in torch.arange(len(run)).split(rows):
-            states = {site: _part(s, part) for site, s in sources.items()}
-            given.append(_answers(run.logits(part, edits, states)).argmax(-1).cpu())
-    return torch.cat(given)
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Pairs ready for every site: a run over the bases and the states of the sources."""
-
-    run: Run
-    states: dict[Site, Any]
-    data: Counterfactuals
-    chunk: int = 64
-
-    @classmethod
-    def of(
-        cls, backbone: Backbone, data: Counterfactuals, sites: Sequence[Site], memory: int | str | None
-    ) -> _Pairs:
-        data = data.to(backbone.device)
-        run = FrozenPast(backbone, data.base, sites, data.readout, memory=memory)
-        return cls(run, source_states(backbone, data, sites), data)
-
-    def iia(self, site: Site, edit: Intervention, states: Any = None) -> Tensor:
-        states = self.states[site] if states is None else states
-        given = answers_given(self.run, {site: edit}, {site: states}, self.chunk)
-        return given == self.data.answer.cpu()
-
-
-def source_states(
-    backbone: Backbone, data: Counterfactuals, sites: Sequence[Site], chunk: int = 64
-) -> dict[Site, Any]:
-    """{site: states of the sources}, or {site: {variable: states}} where there are several variables.
-
-    One run over the sources serves all sites; it ends after the last of them.
-    """
-    by_variable = {}
-    for name, source in data.sources.items():
-        parts = [collect(backbone, source.rows(r), sites) for r in torch.arange(len(data)).split(chunk)]
-        by_variable[name] = {site: _joined([p[site] for p in parts], site) for site in sites}
-    if len(by_variable) == 1:
-        return dict(next(iter(by_variable.values())))
-    return {site: {name: states[site] for name, states in by_variable.items()} for site in sites}
-
-
-def _search_one(
+def _search_site(
     backbone: Backbone,
     site: Site,
     variables: list[str],
-    draw: Callable[[int], tuple[Run, Tensor, Any, Tensor]],
-    fixed: _Pairs | None,
-    held_out: _Pairs,
-    rank: int,
-    config: TrainingConfig,
-    seed: int,
-    on_step: Callable[[int, float], None],
-) -> Found:
-    width = backbone.width(site)
-    own = site_seed(seed, site)
-    whole = LearnedSubspace(width, rank * len(variables), seed=own).to(backbone.device)
-    start = whole.frozen()
-    edit = interchange(whole if len(variables) == 1 else whole.partition(dict.fromkeys(variables, rank)))
-    losses = fit(edit, site, draw, config, on_step)
-    tail = losses[-max(1, len(losses) // 10) :]
+    cells: list[tuple[int, TrainingConfig]],
+    draws: list[Draw],
+    fixed: Pairs | None,
+    held_out: Pairs,
+    on_step: Callable[[int, list[float]], None],
+) -> list[Found]:
+    """Train all cells of a site together, then try them and their controls on the held-out pairs."""
+    width, device = backbone.width(site), backbone.device
+    wholes = [
+        LearnedSubspace(width, rank * len(variables), seed=site_seed(c.seed, site)).to(device) for rank, c in cells
+    ]
+    starts = [whole.frozen() for whole in wholes]
+    edits = [_swap(whole, variables) for whole in wholes]
+    losses = fit(edits, site, draws, [c for _, c in cells], on_step)
     several = len(variables) > 1
-    chance = []
-    for i in range(RANDOM_SUBSPACES):
-        control = random_subspace(width, whole.rank, site_seed(own, f"control {i}")).to(backbone.device)
-        parts = control.partition(dict.fromkeys(variables, rank)) if several else control
-        chance.append(held_out.iia(site, interchange(parts)))
-    overlap = (whole.basis().detach() @ start.basis().T).square().sum() / whole.rank
-    frozen = whole.frozen().cpu()
-    return Found(
-        site=site,
-        rank=rank,
-        seed=seed,
-        iia=proportion(held_out.iia(site, edit)),
-        train_iia=None if fixed is None else proportion(fixed.iia(site, edit)),
-        full_vector=None if several else proportion(held_out.iia(site, full_vector(width).to(backbone.device))),
-        random_subspace=_mean_share(chance),
-        start_overlap=float(overlap),
-        loss=sum(tail) / len(tail),
-        subspaces={
-            name: FixedSubspace(frozen.rows[i * rank : (i + 1) * rank]) for i, name in enumerate(variables)
-        },
-    )
+    scores = held_out.correct(site, edits)
+    training_scores = None if fixed is None else fixed.correct(site, edits)
+    ceiling = None if several else proportion(held_out.correct(site, [full_vector(width).to(device)])[0])
+    chance: dict[int, Estimate] = {}
+    for rank in {rank for rank, _ in cells}:
+        chance[rank] = _chance(held_out, site, width, rank, variables, device)
+    results = []
+    for i, (rank, config) in enumerate(cells):
+        tail = losses[i][-max(1, config.steps // 10) :]
+        rows = wholes[i].basis().detach()
+        results.append(
+            Found(
+                site=site,
+                rank=rank,
+                seed=config.seed,
+                learning_rate=config.learning_rate,
+                iia=proportion(scores[i]),
+                train_iia=None if training_scores is None else proportion(training_scores[i]),
+                full_vector=ceiling,
+                random_subspace=chance[rank],
+                start_overlap=float((rows @ starts[i].basis().T).square().sum() / len(rows)),
+                loss=sum(tail) / len(tail),
+                subspaces={
+                    name: FixedSubspace(rows[j * rank : (j + 1) * rank].cpu()) for j, name in enumerate(variables)
+                },
+            )
+        )
+    return results
 
 
 def site_seed(seed: int, what: object) -> int:
@@ -283,63 +240,22 @@ def site_seed(seed: int, what: object) -> int:
     return zlib.crc32(f"{seed}:{what}".encode())
 
 
-def _drawn(pairs: _Pairs, site: Site, config: TrainingConfig) -> Callable[[int], tuple[Run, Tensor, Any, Tensor]]:
-    order = shuffled_rows(len(pairs.data), config)
-
-    def draw(_: int) -> tuple[Run, Tensor, Any, Tensor]:
-        rows = next(order)
-        return (
-            pairs.run,
-            rows,
-            _part(pairs.states[site], rows),
-            pairs.data.answer[rows.to(pairs.data.answer.device)],
-        )
-
-    return draw
+def _swap(whole: Subspace, variables: list[str]) -> Intervention:
+    """The interchange of one variable, or of several that share a basis in equal parts."""
+    if len(variables) == 1:
+        return interchange(whole)
+    return interchange(whole.partition(dict.fromkeys(variables, whole.rank // len(variables))))
 
 
-def _streamed(backbone: Backbone, stream: Stream, site: Site) -> Callable[[int], tuple[Run, Tensor, Any, Tensor]]:
-    def draw(step: int) -> tuple[Run, Tensor, Any, Tensor]:
-        data = stream(step).to(backbone.device)
-        run = PlainRun(backbone, data.base, data.readout)
-        return (
-            run,
-            torch.arange(len(data)),
-            source_states(backbone, data, [site], len(data))[site],
-            data.answer,
-        )
-
-    return draw
-
-
-def _before(pairs: _Pairs) -> tuple[Estimate, Estimate]:
-    """Of the model as it is: accuracy on the bases, and IIA without an intervention."""
-    given = answers_given(pairs.run, {}, {}, pairs.chunk)
-    return proportion(given == pairs.data.base_answer.cpu()), proportion(given == pairs.data.answer.cpu())
-
-
-def _mean_share(shares: list[Tensor]) -> Estimate:
-    """The mean of several controls; its n counts the pairs once, since the controls share them."""
-    pooled = proportion(torch.cat(shares))
-    width = proportion(shares[0])
-    half = (width.high - width.low) / 2
-    return Estimate(pooled.value, max(0.0, pooled.value - half), min(1.0, pooled.value + half), width.n)
-
-
-def _answers(logits: Tensor) -> Tensor:
-    """(rows, answers), read at one position."""
-    return logits[:, 0] if logits.ndim == 3 else logits
-
-
-def _part(states: Any, rows: Tensor) -> Any:
-    if isinstance(states, dict):
-        return {name: s[rows.to(s.device)] for name, s in states.items()}
-    return states[rows.to(states.device)]
-
-
-def _joined(parts: list[Tensor], site: Site) -> Tensor:
-    if len({p.shape[1:] for p in parts}) > 1:
-        raise ValueError(
-            f"{site}: the sources have different numbers of positions; an interchange needs as many in every row."
-        )
-    return torch.cat(parts)
+def _chance(
+    held_out: Pairs, site: Site, width: int, rank: int, variables: list[str], device: torch.device
+) -> Estimate:
+    """The mean IIA of random subspaces; its n counts the pairs once, since the subspaces share them."""
+    controls = [
+        random_subspace(width, rank * len(variables), site_seed(i, f"{site} {rank} control")).to(device)
+        for i in range(RANDOM_SUBSPACES)
+    ]
+    correct = held_out.correct(site, [_swap(c, variables) for c in controls])
+    mean, width_of_one = proportion(correct), proportion(correct[0])
+    half = (width_of_one.high - width_of_one.low) / 2
+    return Estimate(mean.value, max(0.0, mean.value - half), min(1.0, mean.value + half), correct.shape[1])

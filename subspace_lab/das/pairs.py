@@ -1,0 +1,179 @@
+"""Counterfactual pairs made ready for many interventions: a run over the bases, the states of the sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspace_lab.core.backbone import Backbone
+from subspace_lab.core.frozen_past import FrozenPast
+from subspace_lab.core.intervene import collect
+from subspace_lab.core.interventions import Intervention
+from subspace_lab.core.runs import PlainRun, Run
+from subspace_lab.core.sites import Site
+from subspace_lab.core.stacking import Stack, rows_of
+from subspace_lab.core.training import TrainingConfig, shuffled_rows, train_together
+from subspace_lab.das.encoding import Counterfactuals
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs under a model.
+
+    Attributes:
+        run: over the bases.
+        states: {site: states of the sources, or {variable: states} where there are several variables}.
+        data: the pairs.
+    """
+
+    run: Run
+    states: dict[Site, Any]
+    data: Counterfactuals
+
+    @classmethod
+    def of(
+        cls,
+        backbone: Backbone,
+        data: Counterfactuals,
+        sites: Sequence[Site],
+        *,
+        memory: int | str | None = None,
+        frozen: bool = True,
+    ) -> Pairs:
+        """One pass over the bases and one over the sources, for all sites.
+
+        Args:
+            memory: budget of the frozen past.
+            frozen: keep the past; without, every run is a plain one.
+        """
+        data = data.to(backbone.device)
+        run: Run = (
+            FrozenPast(backbone, data.base, sites, data.readout, memory=memory)
+            if frozen
+            else PlainRun(backbone, data.base, data.readout)
+        )
+        return cls(run, source_states(backbone, data, sites), data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def answers(self, site: Site, edits: Sequence[Intervention]) -> Tensor:
+        """(edits, pairs): the answers given with each of several interventions at a site, in one run."""
+        given = []
+        stack = Stack(edits)
+        with torch.no_grad():
+            for rows in torch.arange(len(self)).split(max(1, CHUNK // len(edits))):
+                again = rows.repeat(len(edits))
+                states = rows_of(self.states[site], again)
+                logits = self.run.logits(again, {site: stack}, {site: states})
+                given.append(one_read(logits).argmax(-1).view(len(edits), len(rows)).cpu())
+        return torch.cat(given, 1)
+
+    def correct(self, site: Site, edits: Sequence[Intervention]) -> Tensor:
+        """(edits, pairs): whether the answer is the one that the causal model expects."""
+        return self.answers(site, edits) == self.data.answer.cpu()
+
+    def unedited(self) -> Tensor:
+        """(pairs,): the answers that the model gives to the bases."""
+        parts = torch.arange(len(self)).split(CHUNK)
+        with torch.no_grad():
+            return torch.cat([one_read(self.run.logits(rows, {})).argmax(-1).cpu() for rows in parts])
+
+
+Draw = Callable[[int], tuple[Run, Tensor, Any, Tensor]]
+"""step → (run, rows, states of their sources, expected answers)"""
+
+
+def fit(
+    edits: Sequence[Intervention],
+    site: Site,
+    draws: Sequence[Draw],
+    configs: Sequence[TrainingConfig],
+    on_step: Callable[[int, list[float]], None] | None = None,
+) -> list[list[float]]:
+    """Train interchange interventions at one site, all in one run, each as if it were alone.
+
+    The loss of each is the cross-entropy between the answers' logits and the expected answers of its rows.
+
+    Args:
+        draws: for each intervention the rows of its steps; all from one run, equally many a step.
+        configs: for each its training.
+
+    Returns:
+        For each the loss at each step.
+    """
+    stack = Stack(edits)
+
+    def losses_of(step: int) -> Tensor:
+        drawn = [draw(step) for draw in draws]
+        run, rows = drawn[0][0], torch.cat([d[1] for d in drawn])
+        logits = one_read(run.logits(rows, {site: stack}, {site: _joined([d[2] for d in drawn])}))
+        answers = torch.cat([d[3] for d in drawn]).to(logits.device)
+        losses = nn.functional.cross_entropy(logits.float(), answers, reduction="none")
+        return losses.view(len(edits), -1).mean(1)
+
+    return train_together(list(edits), losses_of, configs, on_step=on_step)
+
+
+def from_pool(pairs: Pairs, site: Site, config: TrainingConfig) -> Draw:
+    """Rows of fixed pairs, shuffled anew each epoch."""
+    order: Iterator[Tensor] = shuffled_rows(len(pairs), config)
+
+    def draw(_: int) -> tuple[Run, Tensor, Any, Tensor]:
+        rows = next(order)
+        return pairs.run, rows, rows_of(pairs.states[site], rows), pairs.data.answer.cpu()[rows]
+
+    return draw
+
+
+def from_stream(backbone: Backbone, stream: Callable[[int], Counterfactuals], site: Site) -> Draw:
+    """Fresh pairs at every step; those of a step are made once, however many ask for them."""
+    latest: list[tuple[int, Pairs]] = []
+
+    def draw(step: int) -> tuple[Run, Tensor, Any, Tensor]:
+        if not latest or latest[0][0] != step:
+            latest[:] = [(step, Pairs.of(backbone, stream(step), [site], frozen=False))]
+        pairs = latest[0][1]
+        return pairs.run, torch.arange(len(pairs)), pairs.states[site], pairs.data.answer.cpu()
+
+    return draw
+
+
+def source_states(backbone: Backbone, data: Counterfactuals, sites: Sequence[Site]) -> dict[Site, Any]:
+    """{site: states of the sources}, or {site: {variable: states}} where there are several variables.
+
+    One run over the sources serves all sites; it ends after the last of them.
+    """
+    by_variable = {}
+    chunk = CHUNK if data.base.positional is None else len(data)
+    for name, source in data.sources.items():
+        parts = [collect(backbone, source.rows(r), sites) for r in torch.arange(len(data)).split(chunk)]
+        by_variable[name] = {site: _one([p[site] for p in parts], site) for site in sites}
+    if len(by_variable) == 1:
+        return dict(next(iter(by_variable.values())))
+    return {site: {name: states[site] for name, states in by_variable.items()} for site in sites}
+
+
+def one_read(logits: Tensor) -> Tensor:
+    """(rows, answers), read at one position."""
+    return logits[:, 0] if logits.ndim == 3 else logits
+
+
+def _joined(states: list[Any]) -> Any:
+    if isinstance(states[0], Tensor):
+        return torch.cat(states)
+    return {name: torch.cat([s[name] for s in states]) for name in states[0]}
+
+
+def _one(parts: list[Tensor], site: Site) -> Tensor:
+    if len({p.shape[1:] for p in parts}) > 1:
+        raise ValueError(
+            f"{site}: the sources have different numbers of positions; an interchange needs as many in each row."
+        )
+    return torch.cat(parts)
