@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class Readout:
         return replace(self, index=index, valid=valid)
 
 
+@runtime_checkable
 class Run(Protocol):
     """What training and evaluation need of a data set under a model."""
 
