@@ -25,7 +25,9 @@ from jaxtyping import install_import_hook
 ROOT = Path(__file__).resolve().parents[1]
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 SEED = 20230305
-THREADS = 2  # constant: the order of a sum, and so its last digits, depends on the number of threads
+# Constant, since the order of a sum and so its last digits depends on it; one, since two threads that wait for
+# each other on a busy machine make small operations a hundred times slower.
+THREADS = 1
 
 # The hook takes the checker by name, hence a module for it. Numbers count as what they are used for: an int
 # where a float is asked for and numpy's scalars for Python's are no errors.
