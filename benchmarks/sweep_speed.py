@@ -1,0 +1,104 @@
+"""A sweep of DAS over all layers × the last three positions: ours, whole, against pyvene's, measured in part.
+
+    python benchmarks/sweep_speed.py [--quick] [--device cuda] [--json PATH]
+
+Ours is timed from nothing to the last trained basis: the passes over bases and sources, which serve all sites,
+and every training step at every site. pyvene's sweep takes hours, so its step is measured at the first, middle
+and last layer, and the mean is multiplied by the number of steps; its step does not depend on the position.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from das_speed import Case
+from harness import clock, figure, interleaved, peak_memory, print_peak, report, wait
+
+from subspace_lab.core.backbone import Backbone
+from subspace_lab.core.batches import Batch
+from subspace_lab.core.interventions import interchange
+from subspace_lab.core.sites import Site
+from subspace_lab.core.subspaces import LearnedSubspace
+from subspace_lab.core.training import TrainingConfig
+from subspace_lab.das.encoding import Counterfactuals
+from subspace_lab.das.pairs import Pairs, fit, from_pool
+
+POSITIONS = ("-3", "-2", "-1")
+
+
+def ours(case: Case, config: TrainingConfig, layers: list[int]) -> int:
+    """The sweep; returns the number of steps."""
+    mask = torch.ones_like(case.base)
+    data = Counterfactuals(
+        base=Batch({"input_ids": case.base, "attention_mask": mask}),
+        sources={"v": Batch({"input_ids": case.source, "attention_mask": mask})},
+        base_answer=case.answer,
+        answer=case.answer,
+        answers=("a", "b"),
+        tokens=torch.tensor([17, 23]),
+    )
+    backbone = Backbone(case.model)
+    sites = [Site("block_output", layer, p) for layer in layers for p in POSITIONS]
+    pairs = Pairs.of(backbone, data, sites)
+    print(pairs.run.describe(), file=sys.stderr)
+    for i, site in enumerate(sites):
+        subspace = LearnedSubspace(case.width, case.rank, seed=i).to(case.device)
+        fit([interchange(subspace)], site, [from_pool(pairs, site, config)], [config])
+        print(f"  {i + 1}/{len(sites)} {site}   ", end="\r", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return len(sites) * config.steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a width of 256, few pairs, two layers")
+    parser.add_argument("--pairs", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--sequence", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2, help="of pyvene's steps")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    if args.quick:
+        args.pairs, args.epochs, args.rounds = 32, 1, 1
+    shape = "width256" if args.quick else "llama7b" if args.device.startswith("cuda") else "gpt2"
+    case = Case(shape, 0, args)
+    depth = case.model.config.num_hidden_layers
+    layers = [0, depth - 1] if args.quick else list(range(depth))
+    steps = args.epochs * -(-args.pairs // args.batch)
+    config = TrainingConfig(steps=steps, batch_size=args.batch, learning_rate=1e-3)
+    if args.peak_of:
+        print_peak(args.device, lambda: ours(case, config, layers))
+        return
+    start = clock(args.device)
+    taken = ours(case, config, layers)
+    wait(args.device)
+    whole = clock(args.device) - start
+    contenders = {}
+    for layer in sorted({0, depth // 2, depth - 1}):
+        case.layer = layer
+        contenders[f"pyvene, layer {layer}"] = case.step_of(*case.pyvene())
+    times = interleaved(contenders, args.rounds, args.device)
+    per_round = [sum(t[i] for t in times.values()) / len(times) for i in range(args.rounds)]
+    forwarded = ["--device", args.device, *(["--quick"] if args.quick else [])]
+    results = {
+        "speedup_over_pyvene": figure([taken * step / whole for step in per_round]),
+        "seconds_ours": figure([whole]),
+        "seconds_pyvene_scaled": figure([taken * step for step in per_round]),
+        "peak_memory_mb": figure([peak_memory(__file__, "ours", forwarded)]),
+    }
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "peak_of")}
+    settings |= {"model": shape, "sites": len(layers) * len(POSITIONS), "steps": taken}
+    settings["pyvene"] = f"{sorted(contenders)} measured, their mean times {taken} steps"
+    report("sweep_speed", settings, results, args.device, args.json)
+
+
+if __name__ == "__main__":
+    main()
