@@ -1,1 +1,81 @@
-"""subspace_lab: where in a model does a variable live, does it do anything there, and can it be edited?"""
+"""subspace_lab: where in a model does a variable live, does it do anything there, and can it be edited?
+
+The names below are what most experiments need; they are imported from their rooms when first used, so that
+`import subspace_lab` is light and does not yet import nnsight (which patches torch).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from subspace_lab.core.backbone import Backbone
+    from subspace_lab.core.batches import Batch
+    from subspace_lab.core.intervene import collect, forward, generate
+    from subspace_lab.core.interventions import full_vector, interchange, loreft
+    from subspace_lab.core.sites import Site
+    from subspace_lab.core.subspaces import LearnedSubspace, pca, random_subspace
+    from subspace_lab.core.training import TrainingConfig
+    from subspace_lab.das.causal_models import CausalModel
+    from subspace_lab.das.counterfactuals import counterfactual_dataset
+    from subspace_lab.das.encoding import Counterfactuals, encode
+    from subspace_lab.das.search import search
+    from subspace_lab.reft.config import ReftConfig
+    from subspace_lab.reft.model import ReftModel, get_reft_model
+    from subspace_lab.tasks import load_task
+
+_ROOMS = {
+    "core.backbone": ("Backbone",),
+    "core.batches": ("Batch",),
+    "core.intervene": ("collect", "forward", "generate"),
+    "core.interventions": ("full_vector", "interchange", "loreft"),
+    "core.sites": ("Site",),
+    "core.subspaces": ("LearnedSubspace", "pca", "random_subspace"),
+    "core.training": ("TrainingConfig",),
+    "das.causal_models": ("CausalModel",),
+    "das.counterfactuals": ("counterfactual_dataset",),
+    "das.encoding": ("Counterfactuals", "encode"),
+    "das.search": ("search",),
+    "reft.config": ("ReftConfig",),
+    "reft.model": ("ReftModel", "get_reft_model"),
+    "tasks": ("load_task",),
+}
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = [
+    "Backbone",
+    "Batch",
+    "CausalModel",
+    "Counterfactuals",
+    "LearnedSubspace",
+    "ReftConfig",
+    "ReftModel",
+    "Site",
+    "TrainingConfig",
+    "collect",
+    "counterfactual_dataset",
+    "encode",
+    "forward",
+    "full_vector",
+    "generate",
+    "get_reft_model",
+    "interchange",
+    "load_task",
+    "loreft",
+    "pca",
+    "random_subspace",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'subspace_lab' has no attribute {name!r}")
+    value = getattr(import_module(f"subspace_lab.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
