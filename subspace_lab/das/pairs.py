@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from subspace_lab.core.backbone import Backbone
@@ -72,7 +73,8 @@ class Pairs:
                 again = rows.repeat(len(edits))
                 states = rows_of(self.states[site], again)
                 logits = self.run.logits(again, {site: stack}, {site: states})
-                given.append(one_read(logits).argmax(-1).view(len(edits), len(rows)).cpu())
+                picked = one_read(logits).argmax(-1).cpu()
+                given.append(rearrange(picked, "(edit row) -> edit row", edit=len(edits)))
         return torch.cat(given, 1)
 
     def correct(self, site: Site, edits: Sequence[Intervention]) -> Tensor:
@@ -116,7 +118,7 @@ def fit(
         logits = one_read(run.logits(rows, {site: stack}, {site: _joined([d[2] for d in drawn])}))
         answers = torch.cat([d[3] for d in drawn]).to(logits.device)
         losses = nn.functional.cross_entropy(logits.float(), answers, reduction="none")
-        return losses.view(len(edits), -1).mean(1)
+        return reduce(losses, "(edit row) -> edit", "mean", edit=len(edits))
 
     return train_together(list(edits), losses_of, configs, on_step=on_step)
 
