@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from subspace_lab.core.training import TrainingConfig
     from subspace_lab.das.causal_models import CausalModel
     from subspace_lab.das.counterfactuals import counterfactual_dataset
-    from subspace_lab.das.encoding import Counterfactuals, encode
+    from subspace_lab.das.encoding import Counterfactuals, encode, from_texts
     from subspace_lab.das.search import search
     from subspace_lab.reft.config import ReftConfig
     from subspace_lab.reft.model import ReftModel, get_reft_model
@@ -35,7 +35,7 @@ _ROOMS = {
     "core.training": ("TrainingConfig",),
     "das.causal_models": ("CausalModel",),
     "das.counterfactuals": ("counterfactual_dataset",),
-    "das.encoding": ("Counterfactuals", "encode"),
+    "das.encoding": ("Counterfactuals", "encode", "from_texts"),
     "das.search": ("search",),
     "reft.config": ("ReftConfig",),
     "reft.model": ("ReftModel", "get_reft_model"),
@@ -57,6 +57,7 @@ __all__ = [
     "counterfactual_dataset",
     "encode",
     "forward",
+    "from_texts",
     "full_vector",
     "generate",
     "get_reft_model",

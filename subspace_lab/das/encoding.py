@@ -105,17 +105,78 @@ def encode(dataset: Dataset, tokenizer: Any, answers: Sequence[str]) -> Counterf
     )
 
 
+def from_texts(
+    tokenizer: Any,
+    *,
+    base: Sequence[str],
+    source: Sequence[str] | Mapping[str, Sequence[str]],
+    answer: Sequence[str],
+    base_answer: Sequence[str],
+    spans: Mapping[str, Sequence[str]] | None = None,
+) -> Counterfactuals:
+    """Pairs of one's own, from plain lists of texts.
+
+    Args:
+        base: the prompts.
+        source: for each the prompt that the variable's value is taken from; several variables as a mapping.
+        answer: for each the answer expected after the interchange, one token, as text (" Paris") or as it
+            stands in the vocabulary ("ĠParis").
+        base_answer: the answer before it.
+        spans: {position name: for each row a piece of text that the base and its sources contain}; the position
+            is the last token of its last occurrence, in each of them.
+
+    Raises:
+        ValueError: lists of different length, an answer of several tokens, or a piece that a text lacks.
+    """
+    sources = {"variable": source} if not isinstance(source, Mapping) else dict(source)
+    pieces = dict(spans or {})
+    lists = {"base": base, "answer": answer, "base_answer": base_answer, **sources, **pieces}
+    lengths = {name: len(rows) for name, rows in lists.items()}
+    if len(set(lengths.values())) != 1 or not base:
+        raise ValueError(f"Every list needs one entry a pair, and at least one; their lengths are {lengths}.")
+    answers = list(dict.fromkeys([*base_answer, *answer]))
+
+    def found(texts: Sequence[str]) -> list[Mapping[str, list[int]]]:
+        return [
+            {name: _span(texts[i], piece[i], name) for name, piece in pieces.items()} for i in range(len(base))
+        ]
+
+    return Counterfactuals(
+        base=_batch(tokenizer, list(base), found(base)),
+        sources={name: _batch(tokenizer, list(texts), found(texts)) for name, texts in sources.items()},
+        base_answer=torch.tensor([answers.index(a) for a in base_answer]),
+        answer=torch.tensor([answers.index(a) for a in answer]),
+        answers=tuple(answers),
+        tokens=answer_tokens(tokenizer, answers),
+    )
+
+
+def _span(text: str, piece: str, name: str) -> list[int]:
+    start = text.rfind(piece)
+    if not piece or start < 0:
+        raise ValueError(f"The position {name!r} is at {piece!r}, which is not in {text!r}.")
+    return [start, start + len(piece)]
+
+
 def answer_tokens(tokenizer: Any, answers: Sequence[str]) -> Tensor:
     """The ids of answers given as tokens of the vocabulary (ValueError for one that is none)."""
     vocabulary = tokenizer.get_vocab()
+    ids = []
     for answer in answers:
-        if answer not in vocabulary:
-            pieces = tokenizer.tokenize(answer)
+        if answer in vocabulary:
+            ids.append(vocabulary[answer])
+            continue
+        pieces = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
             raise ValueError(
-                f"The answer {answer!r} is not one token of this tokenizer, which splits it into {pieces}; "
-                "an answer must be one token, written as it stands in the vocabulary (as '▁She' or 'Ġyes')."
+                f"The answer {answer!r} is not one token of this tokenizer, which splits it into "
+                f"{tokenizer.convert_ids_to_tokens(pieces)}; an answer must be one token, as text or written as "
+                "it stands in the vocabulary ('▁She', 'Ġyes')."
             )
-    return torch.tensor([vocabulary[a] for a in answers])
+        ids.append(pieces[0])
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"Several of the answers {list(answers)} are one and the same token.")
+    return torch.tensor(ids)
 
 
 def _batch(tokenizer: Any, texts: list[str], spans: list[Mapping[str, list[int]]]) -> Batch:
@@ -124,7 +185,7 @@ def _batch(tokenizer: Any, texts: list[str], spans: list[Mapping[str, list[int]]
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.full((len(texts), longest), fill)
     mask = torch.zeros(len(texts), longest, dtype=torch.long)
-    names = list(spans[0])
+    names = list(spans[0]) if spans else []
     columns = {name: torch.zeros(len(texts), dtype=torch.long) for name in names}
     for i, (row, span) in enumerate(zip(encoded, spans, strict=True)):
         n = len(row["input_ids"])
