@@ -138,13 +138,18 @@ class Backbone:
             if stop:
                 tracer.stop()
             return
+        between = False
         try:
             for step in tracer.iter[:]:
+                between = step > 0
                 for visit in order:
                     if visit.steps == "every" or (visit.steps == "first") == (step == 0):
                         self._serve(visit)
+                        between = False
         except OutOfOrderError:
-            pass  # thrown at the end of the generation into the step that never came
+            if not between:
+                raise
+            # Thrown at the end of the generation into the step that never came.
 
     def _serve(self, visit: Visit) -> None:
         envoy = self._envoys[id(self.anatomy.modules[visit.path])]

@@ -43,7 +43,7 @@ class Place:
         """The states at the site, (batch, positions, width); 0 where a row has no such position."""
         if self.tap.columns is not None:
             value = value[..., torch.tensor(self.tap.columns, device=value.device)]
-        if self.index is None or value.ndim == 2:
+        if self.index is None or self._without_positions(value):
             return value
         index, valid = self._here(value)
         rows = torch.arange(len(value), device=value.device)[:, None]
@@ -54,7 +54,7 @@ class Place:
         """The whole value with `states` at the site; the rest as it was."""
         columns = self.tap.columns
         cols = None if columns is None else torch.tensor(columns, device=value.device)
-        if self.index is None or value.ndim == 2:
+        if self.index is None or self._without_positions(value):
             return states if cols is None else value.index_copy(-1, cols, states)
         index, valid = self._here(value)
         if valid is None:
@@ -65,6 +65,13 @@ class Place:
         if cols is None:
             return value.index_put((rows, index), states)
         return value.index_put((rows[..., None], index[..., None], cols), states)
+
+    def _without_positions(self, value: Tensor) -> bool:
+        if value.ndim > 2:
+            return False
+        if self.site.positions != "all":
+            raise ValueError(f"{self.site}: the stream there, {tuple(value.shape)}, has no position axis.")
+        return True
 
     def _here(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
         """index and valid for this value: on its device, and repeated for beams."""
@@ -155,14 +162,26 @@ def generate(
     run = getattr(backbone.model, "generate", None)
     if run is None:
         raise TypeError(f"{type(backbone.model).__name__} has no generate.")
-    cached = bool(generation.get("use_cache", True)) and _config(backbone.model, "use_cache", True)
+    cached = _caches(backbone.model, generation)
     prompt = edit_visits(backbone, batch, edits, sources, growing=True)
-    visits = [replace(v, steps="first" if cached else "every") for v in prompt]
+    encoder = {tap.path for tap in map(backbone.tap, edits) if tap.stack == "encoder"}  # it runs once
+    visits = [replace(v, steps="first" if cached or v.path in encoder else "every") for v in prompt]
     if every_token:
-        visits += [_new_tokens(backbone, batch, site, edit, cached) for site, edit in edits.items()]
+        visits += [
+            _new_tokens(backbone, batch, site, edit, cached)
+            for site, edit in edits.items()
+            if backbone.tap(site).path not in encoder
+        ]
     with torch.no_grad():
         inputs = {**batch.inputs, **generation}
         return backbone.run(inputs, [*_grouped(visits), *also], call=run, every_step=True)
+
+
+def _caches(model: nn.Module, generation: Mapping[str, Any]) -> bool:
+    """Whether a generation keeps keys and values: what `generate` was given, else what the model has set."""
+    configs = (generation.get("generation_config"), getattr(model, "generation_config", None))
+    wishes = (generation.get("use_cache"), *(getattr(config, "use_cache", None) for config in configs))
+    return next((bool(wish) for wish in wishes if wish is not None), True)
 
 
 def _new_tokens(backbone: Backbone, batch: Batch, site: Site, edit: Edit, cached: bool) -> Visit:
@@ -170,9 +189,8 @@ def _new_tokens(backbone: Backbone, batch: Batch, site: Site, edit: Edit, cached
     if isinstance(edit, Intervention) and edit.needs_source:
         raise ValueError(f"{site}: the source has no tokens to swap with those that are being generated.")
     tap = backbone.tap(site)
-    prompt = next(
-        v.shape[1] for v in (batch.inputs.get("input_ids"), batch.inputs.get("inputs_embeds")) if v is not None
-    )
+    real = batch.real_tokens(tap.stack)
+    prompt = 1 if real is None else real.shape[1]  # 1: a decoder's start token
     whole = Place(site, tap, None, None)
 
     def act(value: Tensor) -> Tensor | None:
@@ -343,6 +361,9 @@ def _shared_row(one: Place, other: Place) -> int | None:
 
 
 def _check_source(place: Place, source: Source, batch: Batch) -> None:
+    real = batch.real_tokens(place.tap.stack)
+    axis = real if place.index is None else place.index
+    by_path = place.site.layer is None and place.site.positions == "all"  # what shape is there the run will tell
     for states in source.values() if isinstance(source, Mapping) else [source]:
         if states is None:
             continue
@@ -351,7 +372,12 @@ def _check_source(place: Place, source: Source, batch: Batch) -> None:
                 f"{place.site}: {len(states)} source states for {len(batch)} base rows; each row of the base "
                 "needs its own source."
             )
-        if place.index is not None and states.shape[1] != place.index.shape[1]:
+        if place.tap.width is not None and states.shape[-1] != place.tap.width:
+            raise ValueError(f"{place.site} has width {place.tap.width}; its source has {states.shape[-1]}.")
+        if axis is None or by_path:
+            continue
+        if states.ndim != 3 or states.shape[1] != axis.shape[1]:
             raise ValueError(
-                f"{place.site}: the source has {states.shape[1]} positions a row, the base {place.index.shape[1]}."
+                f"{place.site}: a source of shape {tuple(states.shape)} (batch, positions, width); the base has "
+                f"{axis.shape[1]} positions a row."
             )
