@@ -21,6 +21,7 @@ from subspace_lab.core.training import TrainingConfig, shuffled_rows, train_toge
 from subspace_lab.das.encoding import Counterfactuals
 
 CHUNK = 64
+SMALL_BATCH = 2**16  # numbers
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Pairs:
         given = []
         stack = Stack(edits)
         with torch.no_grad():
-            for rows in torch.arange(len(self)).split(max(1, CHUNK // len(edits))):
+            for rows in torch.arange(len(self)).split(max(1, _chunk(self.data) // len(edits))):
                 again = rows.repeat(len(edits))
                 states = rows_of(self.states[site], again)
                 logits = self.run.logits(again, {site: stack}, {site: states})
@@ -83,7 +84,7 @@ class Pairs:
 
     def unedited(self) -> Tensor:
         """(pairs,): the answers that the model gives to the bases."""
-        parts = torch.arange(len(self)).split(CHUNK)
+        parts = torch.arange(len(self)).split(_chunk(self.data))
         with torch.no_grad():
             return torch.cat([one_read(self.run.logits(rows, {})).argmax(-1).cpu() for rows in parts])
 
@@ -153,13 +154,19 @@ def source_states(backbone: Backbone, data: Counterfactuals, sites: Sequence[Sit
     One run over the sources serves all sites; it ends after the last of them.
     """
     by_variable = {}
-    chunk = CHUNK if data.base.positional is None else len(data)
+    chunk = _chunk(data)
     for name, source in data.sources.items():
         parts = [collect(backbone, source.rows(r), sites) for r in torch.arange(len(data)).split(chunk)]
         by_variable[name] = {site: _one([p[site] for p in parts], site) for site in sites}
     if len(by_variable) == 1:
         return dict(next(iter(by_variable.values())))
     return {site: {name: states[site] for name, states in by_variable.items()} for site in sites}
+
+
+def _chunk(data: Counterfactuals) -> int:
+    """Rows a run. A plain module's are many: starting a run costs more than running some numbers more."""
+    rows = data.base.positional
+    return CHUNK if rows is None else max(CHUNK, SMALL_BATCH // max(1, rows.shape[1:].numel()))
 
 
 def one_read(logits: Tensor) -> Tensor:
