@@ -62,3 +62,15 @@ def test_answers_as_text_or_as_they_stand_in_the_vocabulary(tokenizer: Any) -> N
     assert answer_tokens(tokenizer, ["yes", " no"]).tolist() == tokenizer.convert_tokens_to_ids(["yes", "no"])
     with pytest.raises(ValueError, match="one and the same token"):
         answer_tokens(tokenizer, ["yes", " yes"])
+
+
+def test_the_mark_of_a_space_is_the_vocabularys_own() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE({"Ġ": 0, "S": 1, "ĠS": 2, "<unk>": 3}, [("Ġ", "S")], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    for answer in ("▁S", " S", "ĠS"):
+        assert answer_tokens(byte_level, [answer]).tolist() == [2]
+    assert answer_tokens(byte_level, ["S"]).tolist() == [1]

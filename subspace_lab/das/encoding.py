@@ -160,23 +160,28 @@ def _span(text: str, piece: str, name: str) -> list[int]:
 
 def answer_tokens(tokenizer: Any, answers: Sequence[str]) -> Tensor:
     """The ids of answers given as tokens of the vocabulary (ValueError for one that is none)."""
-    vocabulary = tokenizer.get_vocab()
-    ids = []
-    for answer in answers:
-        if answer in vocabulary:
-            ids.append(vocabulary[answer])
-            continue
-        pieces = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
-            raise ValueError(
-                f"The answer {answer!r} is not one token of this tokenizer, which splits it into "
-                f"{tokenizer.convert_ids_to_tokens(pieces)}; an answer must be one token, as text or written as "
-                "it stands in the vocabulary ('▁She', 'Ġyes')."
-            )
-        ids.append(pieces[0])
+    ids = [_answer_token(tokenizer, answer) for answer in answers]
     if len(set(ids)) < len(ids):
         raise ValueError(f"Several of the answers {list(answers)} are one and the same token.")
     return torch.tensor(ids)
+
+
+def _answer_token(tokenizer: Any, answer: str) -> int:
+    vocabulary = tokenizer.get_vocab()
+    word = answer.lstrip(" ▁Ġ")
+    # "▁She", "ĠShe" and " She" are one word after a space, whichever mark the vocabulary has for it.
+    marked = [mark + word for mark in "▁Ġ"] if word != answer else []
+    for form in (answer, *marked):
+        if form in vocabulary:
+            return vocabulary[form]
+    pieces = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
+        raise ValueError(
+            f"The answer {answer!r} is not one token of this tokenizer, which splits it into "
+            f"{tokenizer.convert_ids_to_tokens(pieces)}; an answer must be one token, as text or written as it "
+            "stands in the vocabulary ('▁She', 'Ġyes')."
+        )
+    return pieces[0]
 
 
 def _batch(tokenizer: Any, texts: list[str], spans: list[Mapping[str, list[int]]]) -> Batch:
