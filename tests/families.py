@@ -377,3 +377,42 @@ def standing(spec: str, lengths: tuple[int, ...], length: int, padding: str = "r
             case _:
                 raise ValueError(spec)
     return chosen
+
+
+def by_hand(edit: nn.Module) -> Callable[[Tensor], Tensor]:
+    """LoReFT's formula, h + Rᵀ((W − R) h + b) in the precision that the package promises."""
+    rows, p = edit.subspace.basis(), edit.value
+
+    def formula(h: Tensor) -> Tensor:
+        exact = h.to(torch.promote_types(h.dtype, torch.float32))
+        change = exact @ (p.weight - rows).to(exact.dtype).T + p.bias.to(exact.dtype)
+        return h + (change @ rows.to(exact.dtype)).to(h.dtype)
+
+    return formula
+
+
+# --- comparing ------------------------------------------------------------------------------------------------
+
+
+def differ(one: Tensor, other: Tensor) -> float:
+    """The relative distance of one from the other."""
+    one, other = one.detach().double(), other.detach().double()
+    return float((one - other).norm() / other.norm())
+
+
+def state(model: nn.Module) -> dict:
+    """Everything of a model that a guest could disturb."""
+    hooks = [
+        {kind: list(getattr(m, kind).items()) for kind in vars(m) if kind.endswith("_hooks")}
+        for m in model.modules()
+    ]
+    config = getattr(model, "config", None)
+    generation = getattr(model, "generation_config", None)
+    return {
+        "hooks": hooks,
+        "training": [m.training for m in model.modules()],
+        "flags": [(p.requires_grad, p.grad, p.data_ptr(), p._version) for p in model.parameters()],
+        "config": None if config is None else config.to_dict(),
+        "generation": None if generation is None else generation.to_dict(),
+        "names": [list(m._parameters) + list(m._buffers) + list(m._modules) for m in model.modules()],
+    }

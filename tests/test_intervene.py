@@ -16,8 +16,10 @@ from families import (
     WIDTH,
     Spot,
     build,
+    by_hand,
     call,
     capture,
+    differ,
     editing,
     fresh,
     heads,
@@ -25,6 +27,7 @@ from families import (
     inputs,
     spots,
     standing,
+    state,
 )
 from torch import nn
 
@@ -80,18 +83,6 @@ def width_at(name, spot, given):
     return capture(backbone(name).model, given, spot).shape[-1]
 
 
-def by_hand(edit):
-    """LoReFT's formula, h + Rᵀ((W − R) h + b) in the precision that the package promises."""
-    rows, p = edit.subspace.basis(), edit.value
-
-    def formula(h):
-        exact = h.to(torch.promote_types(h.dtype, torch.float32))
-        change = exact @ (p.weight - rows).to(exact.dtype).T + p.bias.to(exact.dtype)
-        return h + (change @ rows.to(exact.dtype)).to(h.dtype)
-
-    return formula
-
-
 def strong(width, rank=4, seed=0):
     """LoReFT from the paper's start with a bias that shows in the logits."""
     edit = loreft(width, min(rank, width), seed=seed, start="paper")
@@ -103,11 +94,6 @@ def strong(width, rank=4, seed=0):
 def output(name, given, edits, dtype=torch.float32, **options):
     out = forward(backbone(name, dtype), given, edits, **options)
     return out if isinstance(out, torch.Tensor) else out.logits
-
-
-def differ(one, other):
-    one, other = one.detach().double(), other.detach().double()
-    return float((one - other).norm() / other.norm())
 
 
 CASES = [(name, component) for name in NAMES for component in spots(name, 1)]
@@ -335,24 +321,6 @@ def test_flags_that_the_user_set_stay():
 
 
 # --- a guest of the model -----------------------------------------------------------------------------------
-
-
-def state(model):
-    """Everything of a model that a guest could disturb."""
-    hooks = [
-        {kind: list(getattr(m, kind).items()) for kind in vars(m) if kind.endswith("_hooks")}
-        for m in model.modules()
-    ]
-    config = getattr(model, "config", None)
-    generation = getattr(model, "generation_config", None)
-    return {
-        "hooks": hooks,
-        "training": [m.training for m in model.modules()],
-        "flags": [(p.requires_grad, p.grad, p.data_ptr(), p._version) for p in model.parameters()],
-        "config": None if config is None else config.to_dict(),
-        "generation": None if generation is None else generation.to_dict(),
-        "names": [list(m._parameters) + list(m._buffers) + list(m._modules) for m in model.modules()],
-    }
 
 
 class Failure(Exception):

@@ -229,9 +229,19 @@ def test_the_papers_start_is_no_identity():
     assert weight.abs().max() <= 1 / 20 and weight.std().item() == pytest.approx(1 / 20 / 3**0.5, rel=0.02)
 
 
-def test_seed_is_of_the_basis():
-    one, same, other = (consreft(D, K, seed=seed).subspace.basis() for seed in (0, 0, 1))
-    assert torch.equal(one, same) and not torch.allclose(one, other, atol=0.1)
+def test_everything_random_comes_from_the_seed():
+    for make in (loreft, noreft, direft):
+        one, same, other = (make(D, K, seed=seed, start="paper").state_dict() for seed in (0, 0, 1))
+        assert list(one) == list(same) and all(torch.equal(one[name], same[name]) for name in one)
+        assert not any(torch.allclose(one[name], other[name], atol=0.01) for name in one if "bias" not in name)
+    before = torch.get_rng_state()
+    for make in (loreft, noreft, direft, consreft, lobireft):
+        make(D, K, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    # R and W of one seed have nothing to do with each other.
+    edit = loreft(500, 40, seed=0, start="paper")
+    together = torch.stack([edit.subspace.basis().flatten(), edit.value.weight.flatten()]).detach()
+    assert abs(torch.corrcoef(together)[0, 1].item()) < 4 / (500 * 40) ** 0.5
 
 
 def test_loreft_depends_on_the_span_and_not_on_its_basis():
@@ -596,7 +606,7 @@ def test_start_is_checked_without_the_shape_checker():
     """The checker of these tests would catch a misspelt start first; users have no checker."""
     plain = inspect.unwrap(interventions._with_map)
     with pytest.raises(ValueError, match="start='zero': possible are 'identity' and 'paper'"):
-        plain(FreeDirections(D, K, seed=0), "zero", "linear", 0.0, write=True)
+        plain(FreeDirections(D, K, seed=0), "zero", "linear", 0.0, None, write=True)
 
 
 def test_the_oracles_gram_schmidt():

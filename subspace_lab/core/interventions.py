@@ -109,14 +109,17 @@ class FromSource(Value):
 class Affine(Value):
     """z = σ(W h + b)."""
 
-    def __init__(self, width: int, rank: int, activation: str = "linear") -> None:
+    def __init__(self, width: int, rank: int, activation: str = "linear", seed: int | None = None) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: possible are {sorted(ACTIVATIONS)}.")
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(rank, width))
         self.bias = nn.Parameter(torch.zeros(rank))
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # nn.Linear's own, as the authors have it
+        # Far from the seed of a basis drawn with the same one, so that the two share no random numbers.
+        generator = None if seed is None else torch.Generator().manual_seed(seed + 2**32)
+        # nn.Linear's own, as the authors have it
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5, generator=generator)
 
     def change(self, subspace: Subspace, h: Tensor, source: Source, write: bool) -> Tensor:
         if self.activation == "linear":
@@ -259,13 +262,14 @@ def loreft(
     """LoReFT: h + Rᵀ(W h + b − R h), 2dk + k parameters (Wu et al. 2024, eq. 2).
 
     Args:
-        width: d, or a subspace to edit in (a DAS result, say): then `rank` and `seed` are its own.
+        width: d, or a subspace to edit in (a DAS result, say): then `rank` is its own.
         rank: k.
+        seed: of the random R, and of the random W that "paper" starts from.
         start: "identity" has W = R, b = 0, so that training starts from the model as it is; "paper" has W as
             `nn.Linear` starts it.
     """
     subspace = width if isinstance(width, Subspace) else LearnedSubspace(width, _given(rank), seed=seed)
-    return _with_map(subspace, start, activation, dropout, write=True)
+    return _with_map(subspace, start, activation, dropout, seed, write=True)
 
 
 def noreft(
@@ -279,7 +283,7 @@ def noreft(
 ) -> Intervention:
     """NoReFT: h + Dᵀ(W h + b − D h) with D free, 2dk + k parameters (pyreft)."""
     directions = FreeDirections(width, rank, seed=seed)
-    return _with_map(directions, start, activation, dropout, write=True)
+    return _with_map(directions, start, activation, dropout, seed, write=True)
 
 
 def direft(
@@ -296,7 +300,7 @@ def direft(
     pyreft calls this `NodireftIntervention`. Its `start="identity"` has W = 0.
     """
     directions = FreeDirections(width, rank, seed=seed)
-    return _with_map(directions, start, activation, dropout, write=False)
+    return _with_map(directions, start, activation, dropout, seed, write=False)
 
 
 def consreft(
@@ -351,8 +355,10 @@ def steering_vector(vector: Float[Tensor, " width"]) -> tuple[FixedSubspace, Ten
     return FixedSubspace((vector / length)[None]), length[None]
 
 
-def _with_map(subspace: Subspace, start: Start, activation: str, dropout: float, *, write: bool) -> Intervention:
-    value = Affine(subspace.width, subspace.rank, activation)
+def _with_map(
+    subspace: Subspace, start: Start, activation: str, dropout: float, seed: int | None, *, write: bool
+) -> Intervention:
+    value = Affine(subspace.width, subspace.rank, activation, seed)
     if start not in ("identity", "paper"):
         raise ValueError(f"start={start!r}: possible are 'identity' and 'paper'.")
     if start == "identity":
