@@ -4,7 +4,6 @@ from subspace_lab.reft.config import METHODS, ReftConfig
 from subspace_lab.reft.data import PromptCollator, tokenise
 from subspace_lab.reft.finetune import finetune
 from subspace_lab.reft.model import ReftModel, get_reft_model
-from subspace_lab.reft.storage import from_pretrained, load_adapter, push_to_hub, save_pretrained
 
 __all__ = [
     "METHODS",
@@ -12,10 +11,6 @@ __all__ = [
     "ReftConfig",
     "ReftModel",
     "finetune",
-    "from_pretrained",
     "get_reft_model",
-    "load_adapter",
-    "push_to_hub",
-    "save_pretrained",
     "tokenise",
 ]

@@ -43,14 +43,14 @@ class ReftConfig:
 
     method: str = "LoReFT"
     rank: int = 4
-    layers: str | tuple[int, ...] = "all"
+    layers: str | Sequence[int] = "all"
     positions: str = "f3+l3"
     tied: Literal["all", "group", "position"] = "all"
     component: str = "block_output"
     dropout: float = 0.0
     activation: str = "linear"
     start: Literal["identity", "paper"] = "identity"
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: str | Sequence[str] = ()
     base_model_name_or_path: str | None = None
     revision: str | None = None
     seed: int = 0
@@ -63,9 +63,10 @@ class ReftConfig:
         _set(self, "positions", normalise(self.positions))
         _set(self, "modules_to_save", _names(self.modules_to_save))
         if self.layers != "all":
-            if isinstance(self.layers, str) or not self.layers or len(set(self.layers)) < len(self.layers):
+            chosen = () if isinstance(self.layers, str) else tuple(self.layers)
+            if not chosen or len(set(chosen)) < len(chosen) or not all(type(x) is int for x in chosen):
                 raise ValueError(f"layers={self.layers!r}; possible are 'all' or distinct integers.")
-            _set(self, "layers", tuple(int(layer) for layer in self.layers))
+            _set(self, "layers", chosen)
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}; possible is 1 or more.")
         if not 0 <= self.dropout < 1:
@@ -135,10 +136,10 @@ class ReftConfig:
         strange = sorted(set(found) - known)
         if strange:
             raise ValueError(f"Unknown keys {strange} in a ReFT configuration; known are {sorted(known)}.")
-        found = dict(found)
-        if isinstance(found.get("layers"), list):
-            found["layers"] = tuple(found["layers"])
-        return cls(**found)
+        try:
+            return cls(**found)
+        except TypeError as error:
+            raise ValueError(f"A ReFT configuration with a value of another type: {error}") from error
 
 
 def _set(config: ReftConfig, name: str, value: Any) -> None:

@@ -113,3 +113,30 @@ class PromptCollator:
         if "input_ids" not in rows[0]:
             rows = list(tokenise(rows, self.tokenizer, end=self.end, max_length=self.max_length))
         return pad(rows, self.tokenizer.pad_token_id)
+
+
+def prompt_lengths_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """How many real tokens stand before the first label that is not −100, in each row.
+
+    Raises:
+        ValueError: a row without a label, or without a prompt.
+    """
+    if labels.ndim != 2:
+        raise ValueError(
+            f"Labels of shape {tuple(labels.shape)} for a language model; needed is (batch, sequence)."
+        )
+    answered = labels != -100
+    if not bool(answered.any(1).all()):
+        row = int((~answered.any(1)).nonzero()[0])
+        raise ValueError(f"Row {row} has no label but −100: nothing is left to learn from in it.")
+    first = answered.long().argmax(1)
+    real = torch.ones_like(labels) if attention_mask is None else attention_mask
+    before = torch.arange(labels.shape[1], device=labels.device) < first[:, None]
+    lengths = (real.bool() & before).sum(1)
+    if not bool((lengths > 0).all()):
+        row = int((lengths == 0).nonzero()[0])
+        raise ValueError(
+            f"Row {row} has an empty prompt: its first token has a label already. Set the labels of the prompt "
+            "to −100, or give prompt_lengths."
+        )
+    return lengths

@@ -11,8 +11,8 @@ from subspace_lab.core.batches import Batch
 from subspace_lab.core.frozen_past import FrozenPast
 from subspace_lab.core.runs import Readout
 from subspace_lab.core.training import TrainingConfig, progress_bar, shuffled_rows, train
-from subspace_lab.reft.data import pad
-from subspace_lab.reft.model import ReftModel, prompt_lengths_of
+from subspace_lab.reft.data import pad, prompt_lengths_of
+from subspace_lab.reft.model import ReftModel
 
 
 def finetune(

@@ -7,9 +7,12 @@ the base model's own speed.
 
 from __future__ import annotations
 
-import copy
+import inspect
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,49 +20,14 @@ from torch import Tensor, nn
 
 from subspace_lab.core.backbone import Backbone, Visit
 from subspace_lab.core.batches import Batch
-from subspace_lab.core.frozen_past import FrozenPast
 from subspace_lab.core.intervene import forward, generate
 from subspace_lab.core.interventions import Intervention
-from subspace_lab.core.sites import COMPONENTS, Site
+from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
+from subspace_lab.reft.adapter import Adapter, base_facts
 from subspace_lab.reft.config import ReftConfig
-
-
-class Adapter(nn.Module):
-    """The interventions of one adapter and the modules that are trained along."""
-
-    def __init__(self, config: ReftConfig, backbone: Backbone) -> None:
-        super().__init__()
-        self.config = config
-        self.sites = adapter_sites(config, backbone)
-        self.edits = nn.ModuleList(
-            config.intervention(backbone.width(site), config.seed * 100_003 + i)
-            for i, site in enumerate(self.sites)
-        ).to(backbone.device)
-        self.saved = nn.ModuleDict()
-        for name in config.modules_to_save:
-            paths = [p for p in backbone.anatomy.modules if p == name or p.endswith(f".{name}")]
-            if not paths:
-                raise ValueError(
-                    f"modules_to_save names {name!r}; the model's own parts are "
-                    f"{[n for n, _ in backbone.model.named_children()]}."
-                )
-            for path in paths:
-                # A copy, so that the base model stays what it was.
-                self.saved[_key(path)] = copy.deepcopy(backbone.anatomy.modules[path]).requires_grad_(True)
-
-    def by_site(self) -> dict[Site, Intervention]:
-        """{site: intervention}."""
-        return dict(zip(self.sites, self.edits, strict=True))  # type: ignore[arg-type]
-
-    def visits(self, backbone: Backbone) -> list[Visit]:
-        """The modules that stand in for those of the base model."""
-        position = backbone.anatomy.position
-        # Behind everything inside blocks: such modules are heads.
-        return [
-            Visit(_path(key), "replace", (position[_path(key)], len(COMPONENTS)), module)
-            for key, module in self.saved.items()
-        ]
+from subspace_lab.reft.data import prompt_lengths_of
+from subspace_lab.reft.storage import local_folder, read_adapter, upload, write_adapter
 
 
 class ReftModel(nn.Module):
@@ -77,10 +45,10 @@ class ReftModel(nn.Module):
             raise TypeError("This model has ReFT adapters already: use its `add_adapter`.")
         self.backbone = Backbone(model)
         self.base_model = model
+        self.training = model.training  # or the edits' dropout would be on while the base model's is off
         self._asked = [p for p in model.parameters() if p.requires_grad]
         self.adapters = nn.ModuleDict()
         self.active_adapters: list[str] = []
-        self._past: FrozenPast | None = None
         self.add_adapter(adapter_name, config)
         for p in self._asked:
             p.requires_grad_(False)
@@ -90,12 +58,12 @@ class ReftModel(nn.Module):
 
     def add_adapter(self, adapter_name: str, config: ReftConfig) -> None:
         """Add an untrained adapter, not yet active (ValueError for a name that is taken or has a dot)."""
-        if adapter_name in self.adapters or "." in adapter_name:
+        if adapter_name in self.adapters or hasattr(self.adapters, adapter_name) or "." in adapter_name:
             raise ValueError(f"Adapter name {adapter_name!r} is taken or has a dot; there are {self.names}.")
-        name = getattr(getattr(self.base_model, "config", None), "_name_or_path", "") or None
+        name = getattr(self.config, "_name_or_path", "") or None
         if config.base_model_name_or_path is None and name is not None:
-            config = ReftConfig.from_dict({**config.as_dict(), "base_model_name_or_path": name})
-        self.adapters[adapter_name] = Adapter(config, self.backbone)
+            config = replace(config, base_model_name_or_path=name)
+        self.adapters[adapter_name] = Adapter(config, self.backbone).train(self.training).requires_grad_(False)
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Make one adapter, or several, the active and trainable ones."""
@@ -120,6 +88,7 @@ class ReftModel(nn.Module):
 
     @property
     def names(self) -> list[str]:
+        """Of all adapters, active or not."""
         return list(self.adapters)
 
     @contextmanager
@@ -154,6 +123,67 @@ class ReftModel(nn.Module):
         if site not in edits:
             raise ValueError(f"No active adapter edits {site}; edited are {list(map(str, edits))}.")
         return edits[site].subspace.frozen()
+
+    # --- on disk and on the Hub ---------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, adapter_name: str | None = None) -> None:
+        """Write one adapter into a folder, or all of them.
+
+        Of several, "default" goes into the folder itself and each other one into a folder of its name inside.
+        """
+        names = self.names if adapter_name is None else [adapter_name]
+        base, kind = base_facts(self.base_model), type(self.base_model).__name__
+        for name in names:
+            at_root = name == "default" or len(names) == 1
+            write_adapter(self.adapter(name), Path(folder) if at_root else Path(folder, name), base, kind)
+
+    def load_adapter(
+        self, folder: str | Path, adapter_name: str, is_trainable: bool = False, revision: str | None = None
+    ) -> None:
+        """Read an adapter, from a folder or from the Hub, under a name; it is not active yet.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: an unknown format or key, a base model that the adapter was not made for, or numbers
+                that do not fit the configuration.
+        """
+        config, state = read_adapter(local_folder(folder, revision), base_facts(self.base_model))
+        self.add_adapter(adapter_name, config)
+        self._fill(adapter_name, state, is_trainable)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        folder: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        revision: str | None = None,
+    ) -> ReftModel:
+        """The base model with a saved adapter, active; the errors are those of `load_adapter`."""
+        config, state = read_adapter(local_folder(folder, revision), base_facts(model))
+        wrapped = cls(model, config, adapter_name)
+        try:
+            wrapped._fill(adapter_name, state, is_trainable)
+        except ValueError:
+            wrapped.unload()
+            raise
+        return wrapped
+
+    def push_to_hub(self, name: str, private: bool = False, token: str | None = None) -> str:
+        """Upload the adapters to the Hub; returns the address."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), name, private=private, token=token)
+
+    def _fill(self, adapter_name: str, state: Mapping[str, Tensor], is_trainable: bool) -> None:
+        adapter = self.adapter(adapter_name)
+        try:
+            adapter.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            self.delete_adapter(adapter_name)
+            raise ValueError(f"The saved numbers do not fit their configuration: {error}") from error
+        adapter.requires_grad_(is_trainable)
 
     # --- running ----------------------------------------------------------------------------------------
 
@@ -255,8 +285,6 @@ class ReftModel(nn.Module):
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the base model averages its loss over the items that Trainer counts."""
-        import inspect
-
         parameters = inspect.signature(self.base_model.forward).parameters.values()
         return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
@@ -271,9 +299,9 @@ class ReftModel(nn.Module):
         base: Any = self.base_model
         base.gradient_checkpointing_disable()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The adapters' numbers alone."""
+        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for key in [k for k in state if k.startswith(f"{prefix}base_model.")]:
             del state[key]
         return state
@@ -307,55 +335,3 @@ def get_reft_model(model: nn.Module, config: ReftConfig, adapter_name: str = "de
         ValueError, IndexError: a layer, component, module or rank that the model has not.
     """
     return ReftModel(model, config, adapter_name)
-
-
-def adapter_sites(config: ReftConfig, backbone: Backbone) -> list[Site]:
-    """The sites of an adapter, checked against the model: layers ascending, groups in their order."""
-    stack = config.component.rpartition(".")[0]
-    depth = backbone.anatomy.depth(stack)
-    layers = range(depth) if config.layers == "all" else config.layers
-    sites = []
-    for layer in layers:
-        assert not isinstance(layer, str)
-        if not -depth <= layer < depth:
-            raise IndexError(f"layers={config.layers}: the model has layers 0 to {depth - 1}.")
-        sites += [Site(config.component, layer % depth, group) for group in config.groups()]
-    width = backbone.width(sites[0])
-    if config.rank > width:
-        raise ValueError(f"rank={config.rank} at {sites[0]}, which has width {width}.")
-    return sites
-
-
-def prompt_lengths_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """How many real tokens stand before the first label that is not −100, in each row.
-
-    Raises:
-        ValueError: a row without a label, or without a prompt.
-    """
-    if labels.ndim != 2:
-        raise ValueError(
-            f"Labels of shape {tuple(labels.shape)} for a language model; needed is (batch, sequence)."
-        )
-    answered = labels != -100
-    if not bool(answered.any(1).all()):
-        row = int((~answered.any(1)).nonzero()[0])
-        raise ValueError(f"Row {row} has no label but −100: nothing is left to learn from in it.")
-    first = answered.long().argmax(1)
-    real = torch.ones_like(labels) if attention_mask is None else attention_mask
-    before = torch.arange(labels.shape[1], device=labels.device) < first[:, None]
-    lengths = (real.bool() & before).sum(1)
-    if not bool((lengths > 0).all()):
-        row = int((lengths == 0).nonzero()[0])
-        raise ValueError(
-            f"Row {row} has an empty prompt: its first token has a label already. Set the labels of the prompt "
-            "to −100, or give prompt_lengths."
-        )
-    return lengths
-
-
-def _key(path: str) -> str:
-    return path.replace(".", "/")
-
-
-def _path(key: str) -> str:
-    return key.replace("/", ".")

@@ -3,22 +3,30 @@
 adapter_config.json         everything that changes the function, and what the adapter is for
 adapter_model.safetensors   the numbers: raw bases, W, b, saved modules; nothing of size d × d
 README.md                   a model card
+
+The two first belong together: the numbers carry a digest of their configuration. A save that is cut short leaves
+the old pair, or the new numbers with the new configuration still under its provisional name; both are read.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor
 
 from subspace_lab.core.checkpoints import read_json, save_tensors, write_json, write_text
+from subspace_lab.reft.adapter import Adapter, differences
 from subspace_lab.reft.config import ReftConfig
-from subspace_lab.reft.model import Adapter, ReftModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NEXT = f".{CONFIG}.next"
 FORMAT = 1
 
 CARD = """---
@@ -33,85 +41,82 @@ tags:
 A representation-finetuning adapter for `{base}`, made with subspace_lab {version}.
 
 - method: {method}, rank {rank}, layers {layers}, positions `{positions}` (tied: {tied}), at `{component}`
-- trainable parameters: {parameters:,}
+- parameters of its interventions: {parameters:,}
 
 ```python
-from transformers import AutoModelForCausalLM
-from subspace_lab.reft import ReftModel, from_pretrained
+from transformers import {model}
+from subspace_lab.reft import ReftModel
 
-model = from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/adapter")
+model = ReftModel.from_pretrained({model}.from_pretrained("{base}"), "path/to/this/adapter")
 ```
 """
 
 
-def save_pretrained(model: ReftModel, folder: str | Path, adapter_name: str | None = None) -> None:
-    """Write one adapter, or all: "default" (or the one named) into the folder, others into folders inside it."""
-    folder = Path(folder)
-    if adapter_name is not None:
-        _save(model, model.adapter(adapter_name), folder)
-        return
-    for name in model.names:
-        _save(model, model.adapter(name), folder if name == "default" or len(model.names) == 1 else folder / name)
+def write_adapter(adapter: Adapter, folder: Path, base: dict[str, Any], model: str) -> None:
+    """Write an adapter into a folder.
 
-
-def _save(model: ReftModel, adapter: Adapter, folder: Path) -> None:
-    from importlib.metadata import version
-
+    Args:
+        base: the facts of its base model.
+        model: the base model's class, for the card.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}
     facts = adapter.config.as_dict()
-    save_tensors(folder / WEIGHTS, state)
-    write_json(
-        folder / CONFIG,
-        {
-            "peft_type": "REFT",
-            "format": FORMAT,
-            "subspace_lab": version("subspace-lab"),
-            **facts,
-            "base": base_facts(model),
-        },
-    )
-    card = {**facts, "base": facts["base_model_name_or_path"] or "unknown", "version": version("subspace-lab")}
-    parameters = sum(p.numel() for p in adapter.edits.parameters())
-    card = {k: v for k, v in card.items() if k in CARD}
-    write_text(folder / "README.md", CARD.format(**card, parameters=parameters))
+    described = {"peft_type": "REFT", "format": FORMAT, "subspace_lab": _version(), **facts, "base": base}
+    write_json(folder / NEXT, described)
+    save_tensors(folder / WEIGHTS, state, {"config": digest(adapter.config)})
+    os.replace(folder / NEXT, folder / CONFIG)
+    card = {
+        **{k: facts[k] for k in ("method", "rank", "layers", "positions", "tied", "component")},
+        "base": facts["base_model_name_or_path"] or "unknown",
+        "version": _version(),
+        "model": model,
+        "parameters": sum(p.numel() for p in adapter.edits.parameters()),
+    }
+    write_text(folder / "README.md", CARD.format(**card))
 
 
-def load_adapter(model: ReftModel, folder: str | Path, adapter_name: str, *, is_trainable: bool = False) -> None:
-    """Read an adapter into a model under a name.
+def read_adapter(folder: Path, base: dict[str, Any]) -> tuple[ReftConfig, dict[str, Tensor]]:
+    """(configuration, numbers) of a saved adapter, for a base model with these facts.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: an unknown format or key, a base model that the adapter was not made for, or numbers
-            that do not fit the configuration.
+        ValueError: an unknown format or key, files that are broken or do not belong together, or a base model
+            that the adapter was not made for.
     """
-    folder = Path(folder)
-    config = read_config(folder, model)
-    model.add_adapter(adapter_name, config)
+    if not (folder / WEIGHTS).exists() or not any((folder / c).exists() for c in (CONFIG, NEXT)):
+        missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
+        raise FileNotFoundError(f"{folder} is no whole adapter: {' and '.join(missing)} missing.")
     try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            written_with = (file.metadata() or {}).get("config")
         state = load_file(folder / WEIGHTS)
-        model.adapter(adapter_name).load_state_dict(state, strict=True)
-    except (RuntimeError, SafetensorError) as error:
-        model.delete_adapter(adapter_name)
-        raise ValueError(f"{folder / WEIGHTS} does not fit its configuration: {error}") from error
-    model.adapter(adapter_name).requires_grad_(is_trainable)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is no whole safetensors file: {error}") from error
+    for name in (CONFIG, NEXT):
+        if not (folder / name).exists():
+            continue
+        raw = read_json(folder / name)
+        config = _config(raw, folder / name)
+        if digest(config) == written_with:
+            break
+    else:
+        raise ValueError(
+            f"{folder / CONFIG} is not the configuration that {WEIGHTS} was saved with: one of them was changed."
+        )
+    different = differences(raw.get("base", {}), base)
+    if different:
+        raise ValueError(f"{folder} was made for another base model: {different}.")
+    return config, state
 
 
-def from_pretrained(
-    model: nn.Module, folder: str | Path, adapter_name: str = "default", *, is_trainable: bool = False
-) -> ReftModel:
-    """The base model with a saved adapter, from a folder or from the Hub; see `load_adapter` for the errors."""
-    folder = local_folder(folder)
-    raw = dict(read_json(folder / CONFIG)) if (folder / CONFIG).exists() else {}
-    wrapped = ReftModel(model, _config(raw, folder), adapter_name)
-    wrapped.delete_adapter(adapter_name)
-    load_adapter(wrapped, folder, adapter_name, is_trainable=is_trainable)
-    wrapped.active_adapters = [adapter_name]
-    wrapped.train(model.training)
-    return wrapped
+def digest(config: ReftConfig) -> str:
+    """Of what changes the function: the base model may be renamed, nothing else may."""
+    facts = {k: v for k, v in config.as_dict().items() if k not in ("base_model_name_or_path", "revision")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def local_folder(name: str | Path) -> Path:
+def local_folder(name: str | Path, revision: str | None = None) -> Path:
     """A folder that is there, or the Hub's copy of that name."""
     if Path(name).is_dir():
         return Path(name)
@@ -119,60 +124,36 @@ def local_folder(name: str | Path) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(str(name)))
+        return Path(snapshot_download(str(name), revision=revision))
     except (HFValidationError, OSError) as error:
         raise FileNotFoundError(f"{name} is neither a folder nor an adapter on the Hub: {error}") from error
 
 
-def push_to_hub(model: ReftModel, name: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload the adapters to the Hub; returns the address."""
-    import tempfile
-
+def upload(folder: Path, name: str, *, private: bool = False, token: str | None = None) -> str:
+    """Put a folder on the Hub; returns the address."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     api.create_repo(name, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder)
-        return str(api.upload_folder(repo_id=name, folder_path=folder))
+    return str(api.upload_folder(repo_id=name, folder_path=folder))
 
 
-def read_config(folder: Path, model: ReftModel) -> ReftConfig:
-    """The configuration in a folder, checked against the base model."""
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder} is no whole adapter: {name} is missing.")
-    raw = dict(read_json(folder / CONFIG))
-    config = _config(raw, folder)
-    made_for, here = raw.get("base", {}), base_facts(model)
-    different = {k: (made_for[k], here[k]) for k in here if k in made_for and made_for[k] != here[k]}
-    if different:
+def _config(raw: Any, path: Path) -> ReftConfig:
+    if not isinstance(raw, dict) or raw.get("peft_type") != "REFT" or raw.get("format") != FORMAT:
+        found = raw if isinstance(raw, dict) else {}
         raise ValueError(
-            f"{folder} was made for another base model: "
-            + ", ".join(f"{k} {a!r}, here {b!r}" for k, (a, b) in different.items())
-        )
-    return config
-
-
-def _config(raw: dict[str, Any], folder: Path) -> ReftConfig:
-    if not raw:
-        raise FileNotFoundError(f"{folder} is no whole adapter: {CONFIG} is missing.")
-    if raw.get("peft_type") != "REFT" or raw.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / CONFIG} is of type {raw.get('peft_type')!r}, format {raw.get('format')!r}; this version "
+            f"{path} is of type {found.get('peft_type')!r}, format {found.get('format')!r}; this version "
             f"reads 'REFT', {FORMAT}."
         )
     known = {k: v for k, v in raw.items() if k not in ("peft_type", "format", "subspace_lab", "base")}
-    return ReftConfig.from_dict(known)
+    try:
+        return ReftConfig.from_dict(known)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def base_facts(model: ReftModel) -> dict[str, Any]:
-    """What an adapter must find again in its base model."""
-    config = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return {
-        "model_type": getattr(config, "model_type", type(model.base_model).__name__),
-        "hidden_size": getattr(text, "hidden_size", None),
-        "num_hidden_layers": getattr(text, "num_hidden_layers", None),
-        "vocab_size": getattr(text, "vocab_size", None),
-    }
+def _version() -> str:
+    try:
+        return version("subspace-lab")
+    except PackageNotFoundError:  # a source tree on the path
+        return "unknown"
