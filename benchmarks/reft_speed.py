@@ -61,7 +61,14 @@ class Case:
     """A model, prompts with answers, and the contenders' training steps."""
 
     def __init__(
-        self, shape: str, device: str, batch: int, prompt: int, answer: int, positions: str, layers: str | list[int]
+        self,
+        shape: str,
+        device: str,
+        batch: int,
+        prompt: int,
+        answer: int,
+        positions: str,
+        layers: str | list[int],
     ) -> None:
         self.device, self.prompt, self.positions = device, prompt, positions
         self.model = model_of(shape, device)
@@ -221,7 +228,9 @@ def main() -> None:
         results[f"cost_over_bare_{name}"] = ratio(times, "ours", "bare")
         results[f"seconds_ours_{name}"] = figure(times["ours"])
         del case, steps
-    results |= generation(shape("width1024"), args.device, 8 if args.quick else 64, 2 if args.quick else args.rounds)
+    results |= generation(
+        shape("width1024"), args.device, 8 if args.quick else 64, 2 if args.quick else args.rounds
+    )
     forwarded = ["--device", args.device, *(["--quick"] if args.quick else [])]
     for contender in ("ours", "pyreft"):
         suffix = "" if contender == "ours" else f"_{contender}"

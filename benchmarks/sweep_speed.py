@@ -4,7 +4,9 @@
 
 Ours is timed from nothing to the last trained basis: the passes over bases and sources, which serve all sites,
 and every training step at every site. pyvene's sweep takes hours, so its step is measured at the first, middle
-and last layer, and the mean is multiplied by the number of steps; its step does not depend on the position.
+and last layer, and the mean is multiplied by the number of steps; its step does not depend on the position. The
+plain loop of two forward passes and the bare blocks above the edit (the floor, without any pass over the data) are
+measured likewise.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 import sys
 
 import torch
-from das_speed import Case
+from das_speed import Case, differences
 from harness import clock, figure, interleaved, peak_memory, print_peak, report, wait
 
 from subspace_lab.core.backbone import Backbone
@@ -81,22 +83,36 @@ def main() -> None:
     taken = ours(case, config, layers)
     wait(args.device)
     whole = clock(args.device) - start
-    contenders = {}
-    for layer in sorted({0, depth // 2, depth - 1}):
-        case.layer = layer
-        contenders[f"pyvene, layer {layer}"] = case.step_of(*case.pyvene())
+    measured = sorted({0, depth // 2, depth - 1})
+    contenders, loss_gaps, gradient_gaps = {}, [], []
+    for layer in measured:
+        case.layer, case.site = layer, Site("block_output", layer, "last")
+        for name in ("pyvene", "plain", "floor"):
+            contenders[name, layer] = case.step_of(*getattr(case, name)())
+        loss, gradient = differences(case)
+        loss_gaps.append(loss)
+        gradient_gaps.append(gradient)
     times = interleaved(contenders, args.rounds, args.device)
-    per_round = [sum(t[i] for t in times.values()) / len(times) for i in range(args.rounds)]
+
+    def scaled(name: str) -> list[float]:
+        """Seconds of the whole sweep, round by round, from the mean step over the measured layers."""
+        steps = [[t[i] for (who, _), t in times.items() if who == name] for i in range(args.rounds)]
+        return [taken * sum(s) / len(s) for s in steps]
+
     forwarded = ["--device", args.device, *(["--quick"] if args.quick else [])]
     results = {
-        "speedup_over_pyvene": figure([taken * step / whole for step in per_round]),
+        "speedup_over_pyvene": figure([t / whole for t in scaled("pyvene")]),
+        "speedup_over_plain": figure([t / whole for t in scaled("plain")]),
+        "cost_over_floor": figure([whole / t for t in scaled("floor")]),
+        "loss_difference": figure(loss_gaps),
+        "gradient_difference": figure(gradient_gaps),
         "seconds_ours": figure([whole]),
-        "seconds_pyvene_scaled": figure([taken * step for step in per_round]),
+        "seconds_pyvene_scaled": figure(scaled("pyvene")),
         "peak_memory_mb": figure([peak_memory(__file__, "ours", forwarded)]),
     }
     settings = {k: v for k, v in vars(args).items() if k not in ("json", "peak_of")}
     settings |= {"model": shape, "sites": len(layers) * len(POSITIONS), "steps": taken}
-    settings["pyvene"] = f"{sorted(contenders)} measured, their mean times {taken} steps"
+    settings["others"] = f"a step at the last position of layers {measured}, their mean times {taken} steps"
     report("sweep_speed", settings, results, args.device, args.json)
 
 
