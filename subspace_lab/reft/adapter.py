@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from subspace_lab.core.backbone import Backbone, Visit
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import COMPONENTS, Site
+from subspace_lab.core.subspaces import Subspace
+from subspace_lab.reft.composition import of_parts
 from subspace_lab.reft.config import ReftConfig
 
 SAMPLE = 64  # entries of the embeddings by which a base model is known again
@@ -19,12 +22,15 @@ SAMPLE = 64  # entries of the embeddings by which a base model is known again
 class Adapter(nn.Module):
     """The interventions of one adapter and the modules that are trained along."""
 
-    def __init__(self, config: ReftConfig, backbone: Backbone) -> None:
+    def __init__(
+        self, config: ReftConfig, backbone: Backbone, subspaces: Mapping[Site, Subspace] | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.sites = adapter_sites(config, backbone)
+        given = {} if subspaces is None else _matched(subspaces, self.sites, config.rank)
         self.edits = nn.ModuleList(
-            config.intervention(backbone.width(site), config.seed * 100_003 + i)
+            config.intervention(backbone.width(site), config.seed * 100_003 + i, given.get(site))
             for i, site in enumerate(self.sites)
         ).to(backbone.device)
         self.saved = nn.ModuleDict()
@@ -42,6 +48,33 @@ class Adapter(nn.Module):
     def by_site(self) -> dict[Site, Intervention]:
         """{site: intervention}."""
         return dict(zip(self.sites, self.edits, strict=True))  # type: ignore[arg-type]
+
+    def train_parts(self, names: Sequence[str]) -> None:
+        """Of the bases in parts, put these in force and let them alone be trained."""
+        self.use_parts(names)
+        for edit in self.by_site().values():
+            if basis := of_parts(edit):
+                basis.train_parts(names)
+        self.asks_for_gradient(True)
+
+    def use_parts(self, names: Sequence[str]) -> None:
+        """Of the bases in parts, put these in force (ValueError for a name that is none of theirs)."""
+        unknown = sorted(set(names) - set(self.config.sizes))
+        if unknown or not names:
+            raise ValueError(f"Parts {list(names)} asked for; there are {list(self.config.sizes)}.")
+        for edit in self.by_site().values():
+            if basis := of_parts(edit):
+                basis.use(names)
+
+    def asks_for_gradient(self, asks: bool) -> None:
+        """Let the adapter be trained, or not; of bases in parts only those parts that move."""
+        self.requires_grad_(asks)
+        for edit in self.by_site().values():
+            if basis := of_parts(edit):
+                for name in basis.raw:
+                    moves = asks and name in basis.moving
+                    basis.raw[name].requires_grad_(moves)
+                    edit.value.get_submodule(f"values.{name}").requires_grad_(moves)
 
     def visits(self, backbone: Backbone) -> list[Visit]:
         """The modules that stand in for those of the base model."""
@@ -73,6 +106,16 @@ def adapter_sites(config: ReftConfig, backbone: Backbone) -> list[Site]:
     if config.rank > width:
         raise ValueError(f"rank={config.rank} at {sites[0]}, which has width {width}.")
     return sites
+
+
+def _matched(subspaces: Mapping[Site, Subspace], sites: list[Site], rank: int) -> dict[Site, Subspace]:
+    given = dict(subspaces)
+    if set(given) != set(sites):
+        raise ValueError(f"Subspaces given for {list(given)}; the adapter's sites are {sites}.")
+    ranks = {str(site): s.rank for site, s in given.items() if s.rank != rank}
+    if ranks:
+        raise ValueError(f"Subspaces of ranks {ranks} for an adapter of rank {rank}.")
+    return given
 
 
 def base_facts(model: nn.Module) -> dict[str, Any]:

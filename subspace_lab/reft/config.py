@@ -7,13 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+import torch
+
 from subspace_lab.core import interventions as iv
 from subspace_lab.core.interventions import ACTIVATIONS, Intervention
 from subspace_lab.core.positions import normalise
 from subspace_lab.core.sites import COMPONENTS
+from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, Subspace, random_subspace
+from subspace_lab.reft.composition import compose
 
 METHODS = ("LoReFT", "NoReFT", "DiReFT", "ConsReFT", "LobiReFT", "RED")
 MAPPED = ("LoReFT", "NoReFT", "DiReFT")  # the methods with z = σ(W h + b), which have a start and an activation
+ORTHONORMAL = ("LoReFT", "ConsReFT", "LobiReFT")  # those that edit in a subspace
 
 _END = re.compile(r"([fl])(\d+)")
 
@@ -33,6 +38,10 @@ class ReftConfig:
         tied: which positions of a layer share one intervention: "all"; "group", one for the prefix and one for
             the suffix (what the paper's code calls untied); "position", one each (what its text says).
         component: where in the block, "block_output" in the paper.
+        basis: "learned"; or "fixed" where a given (or a random) subspace stays and only what is written into it
+            is learned.
+        parts: {name: rows} or pairs, where one basis is partitioned into subspaces that are trained and used on
+            their own (`ReftModel.train_parts`, `use_parts`); the sizes add up to the rank.
         dropout: probability with which a coordinate of the change is dropped in training.
         activation: σ, of LoReFT, NoReFT and DiReFT.
         start: "identity" starts training from the model as it is; "paper" has W as `nn.Linear` starts it.
@@ -47,6 +56,8 @@ class ReftConfig:
     positions: str = "f3+l3"
     tied: Literal["all", "group", "position"] = "all"
     component: str = "block_output"
+    basis: Literal["learned", "fixed"] = "learned"
+    parts: Mapping[str, int] | Sequence[Sequence[str | int]] = ()
     dropout: float = 0.0
     activation: str = "linear"
     start: Literal["identity", "paper"] = "identity"
@@ -80,13 +91,39 @@ class ReftConfig:
             )
         if self.start not in ("identity", "paper"):
             raise ValueError(f"start={self.start!r}; possible are 'identity' and 'paper'.")
-        if self.activation != "linear" and self.start == "identity" and self.method != "DiReFT":
+        stays = self.method == "DiReFT" and not bool(ACTIVATIONS[self.activation](torch.zeros(())))
+        if self.activation != "linear" and self.start == "identity" and not stays:
             raise ValueError(
                 f"With activation {self.activation!r} {self.method} cannot start as the identity: start='paper'."
             )
         if self.tied not in ("all", "group", "position"):
             raise ValueError(f"tied={self.tied!r}; possible are 'all', 'group' and 'position'.")
+        if self.basis not in ("learned", "fixed"):
+            raise ValueError(f"basis={self.basis!r}; possible are 'learned' and 'fixed'.")
+        if self.basis == "fixed" and self.method not in ORTHONORMAL:
+            raise ValueError(f"{self.method} has no orthonormal basis to fix; {', '.join(ORTHONORMAL)} have.")
+        self._check_parts()
+        if not any(int(m[2]) if (m := _END.fullmatch(t)) else True for t in self.positions.split("+")):
+            raise ValueError(f"positions={self.positions!r} are no position of any prompt.")
         self.groups()  # refuses what cannot be split
+
+    def _check_parts(self) -> None:
+        pairs = self.parts.items() if isinstance(self.parts, Mapping) else self.parts
+        _set(self, "parts", tuple((str(name), size) for name, size in pairs))
+        if not self.parts:
+            return
+        sizes = self.sizes
+        if self.method not in ORTHONORMAL or self.basis == "fixed":
+            raise ValueError(f"Parts are of a learned orthonormal basis, of {', '.join(ORTHONORMAL)}.")
+        if not all(name.isidentifier() for name in sizes) or len(sizes) < len(self.parts):
+            raise ValueError(f"parts={self.parts}: names must be distinct identifiers.")
+        if sum(sizes.values()) != self.rank or min(sizes.values()) < 1:
+            raise ValueError(f"parts={self.parts} must be 1 or more rows each and {self.rank} together, the rank.")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """{part: rows}."""
+        return {str(name): int(size) for name, size in self.parts}
 
     def groups(self) -> tuple[str, ...]:
         """The sets of positions that have an intervention of their own."""
@@ -102,28 +139,45 @@ class ReftConfig:
         # Each side keeps in mind the room that the other needs in short prompts.
         partner = {side: "".join(f"({o}{n})" for o, n in ends.items() if o != side) for side in ends}
         if self.tied == "group":
-            return tuple(f"{side}{n}{partner[side]}" for side, n in ends.items())
+            return tuple(f"{side}{n}{partner[side]}" for side, n in ends.items() if n)
         return tuple(f"{side}{n}[{i}]{partner[side]}" for side, n in ends.items() for i in range(n))
 
-    def intervention(self, width: int, seed: int) -> Intervention:
-        """One intervention of this adapter, untrained."""
-        match self.method:
-            case "LoReFT" | "NoReFT" | "DiReFT":
-                make = {"LoReFT": iv.loreft, "NoReFT": iv.noreft, "DiReFT": iv.direft}[self.method]
-                return make(
-                    width,
-                    self.rank,
-                    seed=seed,
-                    start=self.start,
-                    activation=self.activation,
-                    dropout=self.dropout,
-                )
-            case "ConsReFT":
-                return iv.consreft(width, self.rank, seed=seed, dropout=self.dropout)
-            case "LobiReFT":
-                return iv.lobireft(width, self.rank, seed=seed, dropout=self.dropout)
-            case _:
-                return iv.red(width, dropout=self.dropout)
+    def intervention(self, width: int, seed: int, subspace: Subspace | None = None) -> Intervention:
+        """One intervention of this adapter, untrained.
+
+        Args:
+            width: of the stream.
+            seed: of what it draws at random.
+            subspace: to start in, or to stay in where the basis is fixed; a random one by default.
+        """
+        if self.method == "RED":
+            return iv.red(width, dropout=self.dropout)
+        if self.method not in ORTHONORMAL:
+            make = iv.noreft if self.method == "NoReFT" else iv.direft
+            return make(width, self.rank, seed=seed, **self._mapped())  # type: ignore[arg-type]
+        if self.parts:
+            return compose(
+                width,
+                self.sizes,
+                lambda part, i: self._inside(part, seed + 7919 * i),
+                seed=seed,
+                dropout=self.dropout,
+            )
+        if self.basis == "fixed":
+            given = random_subspace(width, self.rank, seed) if subspace is None else subspace
+            return self._inside(FixedSubspace(given.basis().detach()), seed)
+        start = None if subspace is None else subspace.basis().detach()
+        return self._inside(LearnedSubspace(width, self.rank, seed=seed, start=start), seed)
+
+    def _inside(self, subspace: Subspace, seed: int) -> Intervention:
+        """The intervention in a given subspace."""
+        if self.method == "LoReFT":
+            return iv.loreft(subspace, seed=seed, **self._mapped())  # type: ignore[arg-type]
+        make = iv.consreft if self.method == "ConsReFT" else iv.lobireft
+        return make(subspace, dropout=self.dropout)
+
+    def _mapped(self) -> dict[str, object]:
+        return {"start": self.start, "activation": self.activation, "dropout": self.dropout}
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON."""

@@ -140,3 +140,18 @@ def prompt_lengths_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
             "to −100, or give prompt_lengths."
         )
     return lengths
+
+
+def padding_mask(ids: Tensor, model: Any, generation: Mapping[str, Any]) -> Tensor | None:
+    """The mask that `generate` makes of ids without one: pad tokens are padding unless they also end texts."""
+    configs = (generation.get("generation_config"), getattr(model, "generation_config", None))
+
+    def setting(name: str) -> Any:
+        given = (generation.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in given if value is not None), None)
+
+    pad, ends = setting("pad_token_id"), setting("eos_token_id")
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if pad is None or pad in ends or not bool((ids == pad).any()):
+        return None
+    return (ids != pad).long()

@@ -7,7 +7,6 @@ the base model's own speed.
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,19 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.backbone import Backbone, Visit
+from subspace_lab.core.backbone import Visit
 from subspace_lab.core.batches import Batch
 from subspace_lab.core.intervene import forward, generate
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
 from subspace_lab.reft.adapter import Adapter, base_facts
+from subspace_lab.reft.composition import folded
 from subspace_lab.reft.config import ReftConfig
-from subspace_lab.reft.data import prompt_lengths_of
+from subspace_lab.reft.data import padding_mask, prompt_lengths_of
+from subspace_lab.reft.facade import Facade
 from subspace_lab.reft.storage import local_folder, read_adapter, upload, write_adapter
 
 
-class ReftModel(nn.Module):
+class ReftModel(Facade):
     """A frozen base model with ReFT adapters; make it with `get_reft_model`.
 
     Attributes:
@@ -39,40 +40,64 @@ class ReftModel(nn.Module):
         active_adapters: the adapters in force. Several at once need disjoint positions.
     """
 
-    def __init__(self, model: nn.Module, config: ReftConfig, adapter_name: str = "default") -> None:
-        super().__init__()
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ReftConfig,
+        adapter_name: str = "default",
+        subspaces: Mapping[Site, Subspace] | None = None,
+    ) -> None:
         if isinstance(model, ReftModel):
             raise TypeError("This model has ReFT adapters already: use its `add_adapter`.")
-        self.backbone = Backbone(model)
-        self.base_model = model
-        self.training = model.training  # or the edits' dropout would be on while the base model's is off
-        self._asked = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(model)
         self.adapters = nn.ModuleDict()
         self.active_adapters: list[str] = []
-        self.add_adapter(adapter_name, config)
+        self.add_adapter(adapter_name, config, subspaces)
         for p in self._asked:
             p.requires_grad_(False)
         self.set_adapter(adapter_name)
 
     # --- adapters ---------------------------------------------------------------------------------------
 
-    def add_adapter(self, adapter_name: str, config: ReftConfig) -> None:
-        """Add an untrained adapter, not yet active (ValueError for a name that is taken or has a dot)."""
+    def add_adapter(
+        self, adapter_name: str, config: ReftConfig, subspaces: Mapping[Site, Subspace] | None = None
+    ) -> None:
+        """Add an untrained adapter, not yet active (ValueError for a name that is taken or has a dot).
+
+        Args:
+            subspaces: one for each of its sites, to start in (or to stay in, with `basis="fixed"`).
+        """
         if adapter_name in self.adapters or hasattr(self.adapters, adapter_name) or "." in adapter_name:
             raise ValueError(f"Adapter name {adapter_name!r} is taken or has a dot; there are {self.names}.")
         name = getattr(self.config, "_name_or_path", "") or None
         if config.base_model_name_or_path is None and name is not None:
             config = replace(config, base_model_name_or_path=name)
-        self.adapters[adapter_name] = Adapter(config, self.backbone).train(self.training).requires_grad_(False)
+        adapter = Adapter(config, self.backbone, subspaces).train(self.training)
+        adapter.asks_for_gradient(False)
+        self.adapters[adapter_name] = adapter
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Make one adapter, or several, the active and trainable ones."""
+        """Make one adapter, or several, the active and trainable ones (ValueError if two share a site)."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
-            self.adapter(name)
+        self._merged(names)
         self.active_adapters = names
-        for name, adapter in self.adapters.items():
-            adapter.requires_grad_(name in names)
+        for name in self.names:
+            self.adapter(name).asks_for_gradient(name in names)
+
+    def train_parts(self, parts: str | Sequence[str], adapter_name: str | None = None) -> None:
+        """Of a basis in parts, put some in force and train them alone; the other parts rest as they are."""
+        self._in_parts(adapter_name).train_parts([parts] if isinstance(parts, str) else parts)
+
+    def use_parts(self, parts: str | Sequence[str], adapter_name: str | None = None) -> None:
+        """Of a basis in parts, put some in force."""
+        self._in_parts(adapter_name).use_parts([parts] if isinstance(parts, str) else parts)
+
+    def _in_parts(self, name: str | None) -> Adapter:
+        found = [self.adapter(n) for n in (self.active_adapters if name is None else [name])]
+        found = [adapter for adapter in found if adapter.config.parts]
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} of the adapters {name or self.active_adapters} have parts; name one.")
+        return found[0]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
@@ -100,21 +125,33 @@ class ReftModel(nn.Module):
         finally:
             self.active_adapters = active
 
-    def unload(self) -> nn.Module:
-        """The base model as it was before it was wrapped."""
-        for p in self._asked:
-            p.requires_grad_(True)
-        return self.base_model
-
     def edits(self) -> dict[Site, Intervention]:
-        """{site: intervention} of the active adapters (ValueError if two share a site)."""
+        """{site: intervention} of the active adapters."""
+        return self._merged(self.active_adapters)
+
+    def _merged(self, names: Sequence[str]) -> dict[Site, Intervention]:
         merged: dict[Site, Intervention] = {}
-        for name in self.active_adapters:
+        for name in names:
             for site, edit in self.adapter(name).by_site().items():
                 if site in merged:
-                    raise ValueError(f"Two active adapters edit {site}; their positions must be disjoint.")
+                    raise ValueError(f"Two of the adapters {names} edit {site}; their positions must be disjoint.")
                 merged[site] = edit
         return merged
+
+    def fold(self) -> dict[Site, Intervention]:
+        """The active adapters' edits in plain matrices, to serve from: h + Dᵀ(M h + v), M = W − R for LoReFT.
+
+        What is not affine (RED, an activation other than linear) is a copy. `core.intervene` runs them.
+        """
+        return {site: folded(edit) for site, edit in self.edits().items()}
+
+    def merge_and_unload(self) -> nn.Module:
+        """Refused: no weights do what an edit does."""
+        raise TypeError(
+            "A ReFT edit cannot be merged into the weights: it changes the hidden states of some positions of the "
+            "prompt, and weights treat all positions, also those that are generated, alike. `fold()` gives the "
+            "edits as plain matrices, `unload()` the base model."
+        )
 
     def subspace(self, site: Site | str) -> Subspace:
         """The subspace that the active adapters edit at a site, for DAS and for analysis."""
@@ -183,7 +220,7 @@ class ReftModel(nn.Module):
         except RuntimeError as error:
             self.delete_adapter(adapter_name)
             raise ValueError(f"The saved numbers do not fit their configuration: {error}") from error
-        adapter.requires_grad_(is_trainable)
+        adapter.asks_for_gradient(is_trainable)
 
     # --- running ----------------------------------------------------------------------------------------
 
@@ -247,7 +284,15 @@ class ReftModel(nn.Module):
         every_token: bool = False,
         **generation: Any,
     ) -> Any:
-        """The base model's `generate` with the prompt edited; see `core.intervene.generate`."""
+        """The base model's `generate` with the prompt edited; see `core.intervene.generate`.
+
+        Args:
+            attention_mask: without it padding is told by the pad token, as `generate` itself does it.
+            every_token: edit each generated token as well.
+            generation: keyword arguments of the base model's `generate`, which checks them.
+        """
+        if attention_mask is None and input_ids is not None:
+            attention_mask = padding_mask(input_ids, self.base_model, generation)
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
         batch = Batch({name: value for name, value in given.items() if value is not None})
         return generate(
@@ -262,76 +307,33 @@ class ReftModel(nn.Module):
         return hasattr(self.base_model, "generate") and not getattr(config, "is_encoder_decoder", False)
 
     def _check_checkpointing(self) -> None:
-        if not getattr(self.base_model, "is_gradient_checkpointing", False) or not torch.is_grad_enabled():
+        base = self.base_model
+        if not base.training or not torch.is_grad_enabled():
             return
-        inside = [s for s in self.edits() if not s.component.endswith(("block_output", "block_input"))]
-        if inside and self.base_model.training:
+        if not any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+            return
+        inside = [str(s) for s in self.edits() if not s.component.endswith(("block_output", "block_input"))]
+        blocks = [f"{block}." for stack in self.backbone.anatomy.stacks.values() for block in stack]
+        inside += [v.path for v in self._visits() if v.path.startswith(tuple(blocks))]
+        if inside:
             raise ValueError(
-                f"Gradient checkpointing runs blocks twice and loses the gradient of edits inside them: {inside}. "
-                "Edit block_output, or train without gradient checkpointing."
+                "Gradient checkpointing runs blocks twice and loses the gradient of what is trained inside them: "
+                f"{inside}. Edit block_output, or train without gradient checkpointing."
             )
 
-    # --- what Trainer and PyTorch ask of a model --------------------------------------------------------
 
-    @property
-    def config(self) -> Any:
-        """The base model's configuration."""
-        return getattr(self.base_model, "config", None)
-
-    @property
-    def device(self) -> torch.device:
-        return self.backbone.device
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the base model averages its loss over the items that Trainer counts."""
-        parameters = inspect.signature(self.base_model.forward).parameters.values()
-        return any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute the base model's blocks in the backward pass."""
-        base: Any = self.base_model
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
-        # A checkpointed block passes gradients on only if something that enters it asks for one.
-        base.enable_input_require_grads()
-
-    def gradient_checkpointing_disable(self) -> None:
-        base: Any = self.base_model
-        base.gradient_checkpointing_disable()
-
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The adapters' numbers alone."""
-        state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        for key in [k for k in state if k.startswith(f"{prefix}base_model.")]:
-            del state[key]
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the adapters' numbers; every one of them must be there (RuntimeError otherwise)."""
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [k for k in result.missing_keys if not k.startswith("base_model.")]
-        if missing or result.unexpected_keys:
-            raise RuntimeError(f"Missing {missing}, unexpected {result.unexpected_keys} in a ReFT state.")
-        return type(result)([], [])
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable parameters, all parameters)."""
-        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return trainable, sum(p.numel() for p in self.parameters())
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, as PEFT does."""
-        trainable, every = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {every:,d} || "
-            f"trainable%: {100 * trainable / every:.4f}"
-        )
-
-
-def get_reft_model(model: nn.Module, config: ReftConfig, adapter_name: str = "default") -> ReftModel:
+def get_reft_model(
+    model: nn.Module,
+    config: ReftConfig,
+    adapter_name: str = "default",
+    subspaces: Mapping[Site, Subspace] | None = None,
+) -> ReftModel:
     """A model with a new, untrained adapter; its own parameters are frozen while it is wrapped.
+
+    Args:
+        subspaces: one for each of the adapter's sites, to start in: those that a search found, say.
 
     Raises:
         ValueError, IndexError: a layer, component, module or rank that the model has not.
     """
-    return ReftModel(model, config, adapter_name)
+    return ReftModel(model, config, adapter_name, subspaces)
