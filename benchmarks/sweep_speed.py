@@ -76,8 +76,9 @@ def main() -> None:
     layers = [0, depth - 1] if args.quick else list(range(depth))
     steps = args.epochs * -(-args.pairs // args.batch)
     config = TrainingConfig(steps=steps, batch_size=args.batch, learning_rate=1e-3)
-    if args.peak_of:
-        print_peak(args.device, lambda: ours(case, config, layers))
+    if args.peak_of:  # what is kept decides, not how many steps start from it
+        short = TrainingConfig(steps=1, batch_size=args.batch)
+        print_peak(args.device, lambda: ours(case, short, layers))
         return
     start = clock(args.device)
     taken = ours(case, config, layers)
