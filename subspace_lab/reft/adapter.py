@@ -138,7 +138,7 @@ def differences(made_for: dict[str, Any], here: dict[str, Any]) -> str:
     keys = [k for k in here if k != "embedding_sample" and k in made_for and made_for[k] != here[k]]
     found = [f"{k} {made_for[k]!r}, here {here[k]!r}" for k in keys]
     one, other = made_for.get("embedding_sample"), here.get("embedding_sample")
-    if one and other and len(one) == len(other):
+    if one and other and len(one) == len(other) and any(one) and any(other):
         cosine = torch.cosine_similarity(torch.tensor(one), torch.tensor(other), dim=0)
         if not cosine >= 0.9:
             found.append(f"its embeddings are others (cosine {cosine:.2f} of a sample)")
@@ -151,8 +151,9 @@ def _embedding_sample(model: nn.Module) -> list[float] | None:
     weight = getattr(find() if find is not None else None, "weight", None)
     if not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2 or weight.numel() < SAMPLE:
         return None
-    i = torch.arange(SAMPLE)
-    sample = weight.detach()[(7 * i) % len(weight), (37 * i) % weight.shape[1]]
+    i = torch.arange(SAMPLE, device=weight.device)
+    spread = 7 if len(weight) >= 7 * SAMPLE else 1
+    sample = weight.detach()[(spread * i) % len(weight), (37 * i) % weight.shape[1]]
     return [round(x, 6) for x in sample.float().tolist()]
 
 

@@ -60,6 +60,7 @@ def write_adapter(adapter: Adapter, folder: Path, base: dict[str, Any], model: s
         model: the base model's class, for the card.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _finish(folder)
     state = {k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}
     facts = adapter.config.as_dict()
     described = {"peft_type": "REFT", "format": FORMAT, "subspace_lab": _version(), **facts, "base": base}
@@ -88,8 +89,7 @@ def read_adapter(folder: Path, base: dict[str, Any]) -> tuple[ReftConfig, dict[s
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
         raise FileNotFoundError(f"{folder} is no whole adapter: {' and '.join(missing)} missing.")
     try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            written_with = (file.metadata() or {}).get("config")
+        written_with = _written_with(folder)
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is no whole safetensors file: {error}") from error
@@ -136,6 +136,24 @@ def upload(folder: Path, name: str, *, private: bool = False, token: str | None 
     api = HfApi(token=token)
     api.create_repo(name, private=private, exist_ok=True)
     return str(api.upload_folder(repo_id=name, folder_path=folder))
+
+
+def _written_with(folder: Path) -> str | None:
+    """The digest of the configuration that the numbers were saved with."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return (file.metadata() or {}).get("config")
+
+
+def _finish(folder: Path) -> None:
+    """Complete a save that was cut short between its files, before the next one overwrites what it needs."""
+    if not (folder / NEXT).exists():
+        return
+    try:
+        belongs = _written_with(folder) == digest(_config(read_json(folder / NEXT), folder / NEXT))
+    except (OSError, ValueError, SafetensorError):
+        return
+    if belongs:
+        os.replace(folder / NEXT, folder / CONFIG)
 
 
 def _config(raw: Any, path: Path) -> ReftConfig:
