@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,11 +39,14 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"steps={self.steps}, batch_size={self.batch_size}: both need to be at least 1.")
-        if self.learning_rate <= 0 or not 0 <= self.warmup < 1 or self.weight_decay < 0:
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.warmup < 1 or not self.weight_decay >= 0:
             raise ValueError(
                 f"learning_rate={self.learning_rate}, warmup={self.warmup}, weight_decay={self.weight_decay}: "
                 "needed are > 0, 0 ≤ warmup < 1 and ≥ 0."
             )
+        # A negative length would turn the gradients round.
+        if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
+            raise ValueError(f"max_gradient_norm={self.max_gradient_norm}: needed is > 0, or None.")
         if self.schedule not in ("linear", "constant"):
             raise ValueError(f"schedule={self.schedule!r}: possible are 'linear' and 'constant'.")
 

@@ -38,7 +38,8 @@ def proportion(correct: Tensor, confidence: float = 0.95) -> Estimate:
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half), n)
+    # At 0 and 1 a limit is the share itself, which rounding must not put outside.
+    return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), n)
 
 
 def bootstrap_mean(values: Tensor, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> Estimate:
