@@ -337,6 +337,23 @@ def test_every_token_of_t5s_decoder():
     assert differ(run("t5", given, both)[1], logits) > 1e-3
 
 
+def test_decoder_prompts_must_hold_the_start_token():
+    given, edit, spot = inputs("t5", 3, LENGTH), strong(WIDTH, 9), spots("t5", 1)["decoder.block_output"]
+    site, door = Site("decoder.block_output", 1, "last"), backbone("t5")
+    with pytest.raises(ValueError, match="puts the start token 0 before decoder_input_ids"):
+        run("t5", given, {site: edit})
+    given["decoder_input_ids"][:, 0] = 0
+    tokens, logits = run("t5", given, {site: edit})
+    with hooked(door.model, prefill_hooks({site: (edit, spot)}, (LENGTH,) * 3)):
+        expected, same = plain(door.model, given)
+    assert torch.equal(tokens, expected) and differ(logits, same) < 1e-5
+    assert differ(plain(door.model, given)[1], logits) > 1e-3
+    # The token that is edited is the one that a forward pass edits.
+    seen = []
+    generate(door, given, {site: lambda h: seen.append(h.clone()) or h}, max_new_tokens=1)
+    torch.testing.assert_close(seen[0], collect(door, given, [site])[site], atol=1e-5, rtol=1e-5)
+
+
 # --- a guest, and what is refused ---------------------------------------------------------------------------
 
 
@@ -428,3 +445,18 @@ def test_without_positions_a_left_padded_batch_would_differ():
     with hooked(model, {spot: lambda ids: seen.append(ids.clone())}):
         forward(door, left, {})
     assert seen[0][1].tolist()[-5:] == [0, 1, 2, 3, 4]
+
+
+@torch.no_grad()
+def test_kin_of_roberta_count_from_their_padding():
+    """CamemBERT has RoBERTa's way of counting under another name."""
+    config = transformers.CamembertConfig(**build("roberta").config.to_diff_dict() | {"model_type": "camembert"})
+    model = transformers.AutoModelForMaskedLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    left, right = (inputs("roberta", 3, LENGTH, lengths=RAGGED, padding=side) for side in ("left", "right"))
+    found, expected = (forward(Backbone(model), given, {}).logits for given in (left, right))
+    for row, n in enumerate(RAGGED):
+        assert differ(found[row, -n:], expected[row, :n]) < 1e-5
+    counted = {**left, "position_ids": (left["attention_mask"].cumsum(-1) - 1).clamp_min(0)}
+    assert differ(model(**counted).logits[1, -5:], expected[1, :5]) > 0.01  # the control: GPT-2's way of counting

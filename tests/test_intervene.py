@@ -448,6 +448,15 @@ def test_collected_states_are_the_users_own():
     assert torch.equal(collect(door, given, [site])[site], again)
 
 
+def test_collected_states_are_not_those_that_a_model_overwrites():
+    """An activation in place, between two sites, writes into what the first one saw."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    given, sites = torch.randn(5, 4), [Site("0.output"), Site("2.output")]
+    states = collect(Backbone(model), given, sites)
+    torch.testing.assert_close(states[sites[0]], model[0](given).detach())
+    assert (states[sites[0]] < 0).any()
+
+
 def test_the_run_ends_after_the_last_site():
     counted = []
     model = fresh("llama")
@@ -605,6 +614,28 @@ def test_a_batch_of_rows_is_the_rows_of_the_batch():
     site = Site("block_output", 1, "word")
     whole = collect(backbone("llama"), batch, [site])[site]
     torch.testing.assert_close(collect(backbone("llama"), part, [site])[site], whole[[2, 0]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # true of the layers below the edit
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_inside_a_block_is_refused(reentrant):
+    """Run again, the block does not meet the edit: no gradient, and with one kind of checkpoint no error."""
+    model, given = fresh("llama"), inputs("llama", 2, 7)
+    door = Backbone(model)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for component in ("head_output", "attention_output", "mlp_output", "key_output"):
+        site = Site(component, 1)
+        with pytest.raises(ValueError, match=r"checkpointing is on, and 'model.layers.1\..*' is inside a block"):
+            forward(door, given, {site: strong(door.width(site))})
+        collect(door, given, [site])
+    edit = strong(WIDTH)
+    if reentrant:
+        forward(door, given, {Site("block_output", 1): edit}).logits.square().sum().backward()
+        found, _ = edit.value.weight.grad.clone(), edit.zero_grad()
+        model.gradient_checkpointing_disable()
+        forward(door, given, {Site("block_output", 1): edit}).logits.square().sum().backward()
+        assert differ(found, edit.value.weight.grad) < 1e-6 < edit.value.weight.grad.norm()
 
 
 # --- what is refused, before anything runs ------------------------------------------------------------------

@@ -118,6 +118,7 @@ class Backbone:
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         if not order:
             return run(*args, **kwargs)
+        self._check_checkpointing(order)
         result: list[Any] = []
 
         def remembering(*args: Any, **kwargs: Any) -> Any:
@@ -127,6 +128,20 @@ class Backbone:
         with self._lock, self._net.trace(*args, fn=remembering, **kwargs) as tracer:
             self._visit(order, tracer, stop, every_step)
         return result[0] if result else None
+
+    def _check_checkpointing(self, visits: Sequence[Visit]) -> None:
+        """Refuse what would silently get no gradient: a block that is run again does not meet its edits again."""
+        model = self.model
+        if not (torch.is_grad_enabled() and model.training and getattr(model, "is_gradient_checkpointing", False)):
+            return
+        blocks = [f"{block}." for stack in self.anatomy.stacks.values() for block in stack]
+        inside = [visit.path for visit in visits if visit.path.startswith(tuple(blocks))]
+        if inside:
+            raise ValueError(
+                f"Gradient checkpointing is on, and {inside[0]!r} is inside a block, which would be run again "
+                "without its edit: edit block_input or block_output, or switch it off with "
+                "`model.gradient_checkpointing_disable()`."
+            )
 
     def _visit(self, order: list[Visit], tracer: Any, stop: bool, every_step: bool) -> None:
         """The body of the trace: runs in step with the model, parked wherever it waits for a value."""

@@ -162,10 +162,12 @@ def generate(
     run = getattr(backbone.model, "generate", None)
     if run is None:
         raise TypeError(f"{type(backbone.model).__name__} has no generate.")
-    cached = _caches(backbone.model, generation)
+    cached = _setting(backbone.model, generation, "use_cache") is not False
     prompt = edit_visits(backbone, batch, edits, sources, growing=True)
     encoder = {tap.path for tap in map(backbone.tap, edits) if tap.stack == "encoder"}  # it runs once
     visits = [replace(v, steps="first" if cached or v.path in encoder else "every") for v in prompt]
+    if any(backbone.tap(site).stack == "decoder" for site in edits):
+        _check_start(batch, _setting(backbone.model, generation, "decoder_start_token_id"))
     if every_token:
         visits += [
             _new_tokens(backbone, batch, site, edit, cached)
@@ -177,11 +179,21 @@ def generate(
         return backbone.run(inputs, [*_grouped(visits), *also], call=run, every_step=True)
 
 
-def _caches(model: nn.Module, generation: Mapping[str, Any]) -> bool:
-    """Whether a generation keeps keys and values: what `generate` was given, else what the model has set."""
+def _setting(model: nn.Module, generation: Mapping[str, Any], name: str) -> Any:
+    """What `generate` goes by: its keyword, else the configuration it was given, else the model's own."""
     configs = (generation.get("generation_config"), getattr(model, "generation_config", None))
-    wishes = (generation.get("use_cache"), *(getattr(config, "use_cache", None) for config in configs))
-    return next((bool(wish) for wish in wishes if wish is not None), True)
+    wishes = (generation.get(name), *(getattr(config, name, None) for config in configs))
+    return next((wish for wish in wishes if wish is not None), None)
+
+
+def _check_start(batch: Batch, start: int | None) -> None:
+    """Refuse decoder inputs before which `generate` would put a token, and so move every position."""
+    ids = batch.inputs.get("decoder_input_ids")
+    if isinstance(ids, Tensor) and start is not None and bool((ids[:, 0] != start).any()):
+        raise ValueError(
+            f"Generation puts the start token {start} before decoder_input_ids that do not begin with it, and "
+            "positions of the decoder would no longer be those of the batch: begin each row with it."
+        )
 
 
 def _new_tokens(backbone: Backbone, batch: Batch, site: Site, edit: Edit, cached: bool) -> Visit:
@@ -273,16 +285,20 @@ def model_inputs(model: nn.Module, batch: Batch) -> Mapping[str, Any] | Sequence
         or "position_ids" in inputs
         or "past_key_values" in inputs
         or "position_ids" not in inspect.signature(model.forward).parameters
-        or "roberta" in str(_config(model, "model_type", ""))  # counts from its own padding index
         or bool(mask[:, 0].all())
+        or _counts_from_padding(model)
     ):
         return inputs
     inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
     return inputs
 
 
-def _config(model: nn.Module, name: str, default: Any) -> Any:
-    return getattr(getattr(model, "config", None), name, default)
+def _counts_from_padding(model: nn.Module) -> bool:
+    """RoBERTa and its kin find positions by the padding token, and count them from its index."""
+    return any(
+        path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        for path, module in model.named_modules()
+    )
 
 
 def _keeper(place: Place, found: dict[Site, Tensor]) -> Callable[[Tensor], None]:
