@@ -1,0 +1,175 @@
+"""Overlaps and principal angles against closed forms, and chance against its own draws."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from subspace_lab.analysis.geometry import (
+    Chance,
+    Comparison,
+    _haar_traces,
+    compare,
+    haar_overlap,
+    overlap,
+    principal_angles,
+)
+from subspace_lab.core.subspaces import (
+    Axes,
+    FixedSubspace,
+    FreeDirections,
+    LearnedSubspace,
+    random_orthonormal,
+    random_subspace,
+)
+
+
+def rotation(size: int, seed: int) -> Tensor:
+    return random_orthonormal(size, size, seed)
+
+
+def turned(angles: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Two bases with exactly these principal angles, in a frame that shows nothing of them."""
+    k = len(angles)
+    a, b = torch.zeros(2, k, width, dtype=torch.float64)
+    for i, angle in enumerate(angles):
+        a[i, i] = 1
+        b[i, i], b[i, k + i] = angle.cos(), angle.sin()
+    generator = torch.Generator().manual_seed(4)
+    frame = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))[0]
+    mix = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64, generator=generator))[0]
+    return a @ frame, mix @ b @ frame
+
+
+def test_overlap_of_equal_orthogonal_and_nested_spans():
+    a = random_subspace(12, 4, 0)
+    assert overlap(a, a) == pytest.approx(1, abs=1e-12)
+    assert overlap(Axes(12, [0, 1, 2]), Axes(12, [5, 7])) == 0
+    assert overlap(Axes(12, [0, 1, 2]), Axes(12, [1])) == 1
+    assert overlap(Axes(12, [0, 1, 2, 3]), Axes(12, [2, 3, 4, 5, 6])) == 0.5
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 10**6))
+def test_overlap_belongs_to_the_spans(k1, k2, seed):
+    """No matter which bases, in which order, and in which frame of the stream."""
+    a, b = random_orthonormal(11, k1, seed), random_orthonormal(11, k2, seed + 1)
+    expected = overlap(a, b)
+    assert overlap(rotation(k1, seed + 2) @ a, rotation(k2, seed + 3) @ b) == pytest.approx(expected, abs=1e-6)
+    assert overlap(b, a) == pytest.approx(expected, abs=1e-12)
+    frame = rotation(11, seed + 4)
+    assert overlap(a @ frame, b @ frame) == pytest.approx(expected, abs=1e-6)
+    assert 0 <= expected <= 1 + 1e-12
+    assert principal_angles(a, b).cos().square().mean() == pytest.approx(expected, abs=1e-9)
+
+
+def test_overlap_is_the_formula_with_projectors():
+    a, b = random_subspace(9, 2, 0), random_subspace(9, 5, 1)
+    projectors = [s.basis().T @ s.basis() for s in (a, b)]
+    assert overlap(a, b) == pytest.approx(float(torch.trace(projectors[0] @ projectors[1])) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "angles", [[0.0, 0.3, 1.2], [1e-9, 1e-6, 1e-3], [math.pi / 2, math.pi / 2 - 1e-8, 0.5], [0.7]]
+)
+def test_principal_angles_are_those_put_in(angles):
+    put_in = torch.tensor(sorted(angles), dtype=torch.float64)
+    a, b = turned(put_in, 9)
+    torch.testing.assert_close(principal_angles(a, b), put_in, rtol=1e-6, atol=1e-14)
+    torch.testing.assert_close(principal_angles(b, a), put_in, rtol=1e-6, atol=1e-14)
+
+
+def test_principal_angles_of_different_ranks_and_learned_subspaces():
+    a, b = LearnedSubspace(20, 3, seed=0), random_subspace(20, 6, 1)
+    found = principal_angles(a, b)
+    expected = torch.linalg.svdvals((a.basis() @ b.basis().T).double()).clamp(max=1).acos()
+    assert found.shape == (3,) and not found.requires_grad
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("d", "k1", "k2"), [(64, 8, 8), (64, 4, 16), (16, 10, 12), (12, 6, 6), (10, 9, 8), (5, 1, 1)]
+)
+def test_simulated_chance_has_the_moments_of_haar(d, k1, k2):
+    small, large = sorted((k1, k2))
+    traces = _haar_traces(d, large, small, 20_000, np.random.default_rng(1))
+    variance = 2 * k1 * k2 * (d - k1) * (d - k2) / (d**2 * (d - 1) * (d + 2))
+    error = math.sqrt(variance / 20_000)
+    assert traces.mean() == pytest.approx(k1 * k2 / d, abs=4 * error)
+    assert traces.std() == pytest.approx(math.sqrt(variance), rel=0.03)
+    assert haar_overlap(d, k1, k2).mean == pytest.approx(k1 * k2 / d / small)
+
+
+@pytest.mark.parametrize(("d", "k1", "k2"), [(64, 8, 8), (16, 10, 12), (8, 2, 5)])
+def test_the_band_holds_95_percent_of_subspaces_drawn_anew(d, k1, k2):
+    chance = haar_overlap(d, k1, k2)
+    drawn = [overlap(random_subspace(d, k1, 2 * i), random_subspace(d, k2, 2 * i + 1)) for i in range(1000)]
+    inside = sum(chance.low <= value <= chance.high for value in drawn) / 1000
+    assert 0.925 <= inside <= 0.975  # 3.6 standard errors of 1000 draws, and those of the band itself
+    assert chance.low < chance.mean < chance.high
+
+
+def test_chance_is_a_value_of_its_seed():
+    assert haar_overlap(32, 4, 6) == haar_overlap(32, 6, 4) == haar_overlap(32, 4, 6, seed=0)
+    assert haar_overlap(32, 4, 6) != haar_overlap(32, 4, 6, seed=1)
+    assert haar_overlap(32, 32, 6) == Chance(1.0, 1.0, 1.0, 2000)
+    assert haar_overlap(10**6, 16, 16).mean == pytest.approx(1.6e-5)  # no d × d matrix
+
+
+def three() -> dict[str, FixedSubspace]:
+    return {"x": random_subspace(16, 4, 0), "y": random_subspace(16, 4, 1), "z": random_subspace(16, 2, 2)}
+
+
+def test_comparison_is_a_frozen_value():
+    subspaces = three()
+    found = compare(subspaces, {"x": 5, "y": 6, "z": 7})
+    assert isinstance(found, Comparison) and found.labels == ("x", "y", "z") and found.ranks == (4, 4, 2)
+    for i, a in enumerate(subspaces.values()):
+        for j, b in enumerate(subspaces.values()):
+            assert found.matrix[i][j] == pytest.approx(overlap(a, b))
+    assert set(found.chance) == {(4, 4), (2, 4), (2, 2)}
+    assert found.chance_of(0, 2) == haar_overlap(16, 2, 4) and found.chance_of(0, 1) == haar_overlap(16, 4, 4)
+    told = found.as_dict()
+    assert told["labels"] == ["x", "y", "z"] and told["width"] == 16
+    assert told["chance"][0]["ranks"] == [2, 2] and told["chance"][0]["mean"] == pytest.approx(2 / 16)
+    with pytest.raises(AttributeError):
+        found.labels = ()  # type: ignore[misc]
+
+
+def test_within_chance_tells_a_copy_from_a_stranger():
+    base = random_subspace(64, 4, 0)
+    found = compare({"a": base, "copy": FixedSubspace(base.rows), "stranger": random_subspace(64, 4, 9)})
+    assert not found.within_chance(0, 1)
+    assert found.within_chance(0, 2) and found.within_chance(2, 0)
+    whole = compare({"a": random_subspace(6, 6, 0), "b": random_subspace(6, 6, 1)})
+    assert whole.within_chance(0, 1)  # the whole stream overlaps the whole stream
+
+
+def test_fits_from_one_start_are_not_compared_unawares():
+    seeds = {"x": 5, "y": 6, "z": 5}
+    with pytest.raises(ValueError, match=r"5: \['x', 'z'\].*same_start_allowed=True"):
+        compare(three(), seeds)
+    assert compare(three(), seeds, same_start_allowed=True) == compare(three())
+    with pytest.raises(ValueError, match=r"No seed given for \['z'\]"):
+        compare(three(), {"x": 1, "y": 2})
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ValueError, match="No subspaces"):
+        compare({})
+    with pytest.raises(ValueError, match="widths"):
+        compare({"a": random_subspace(8, 2, 0), "b": random_subspace(9, 2, 0)})
+    with pytest.raises(ValueError, match="width 8 and 9"):
+        overlap(random_subspace(8, 2, 0), random_subspace(9, 2, 0))
+    skewed = FreeDirections(8, 2, start=torch.randn(2, 8))
+    with pytest.raises(ValueError, match="not orthonormal"):
+        principal_angles(skewed, random_subspace(8, 2, 0))
+    with pytest.raises(ValueError, match="rank 9 asked"):
+        haar_overlap(8, 9, 1)
+    with pytest.raises(ValueError, match="100 or more"):
+        haar_overlap(8, 2, 1, draws=10)
