@@ -1,0 +1,289 @@
+"""Pictures of results. Nothing is computed here: every number shown is read from the result.
+
+Under each picture stands what it can and cannot show.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import wrap
+
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from subspace_lab.analysis.geometry import Chance, Comparison
+from subspace_lab.core.sites import Site
+from subspace_lab.das.search import Found, SearchResult
+
+# One ramp of lightness: the same to eyes that do not tell red from green, and in grey print.
+COLOURS = LinearSegmentedColormap.from_list(
+    "subspace_lab", ["#f4f2ec", "#cfdcdc", "#8fb3bd", "#4f82a0", "#2b557e", "#1b2f52"]
+)
+DOTS_PER_INCH = 150
+INK, GREY, ACCENT = "#222222", "#6b6b6b", "#c8553d"
+MOST_NUMBERS = 16  # rows or columns beyond which numbers in the cells could not be read
+LINE = 0.165  # inches of a caption's line
+CHARACTERS_PER_INCH = 18  # of it
+
+_IIA_CAUTION = (
+    "A high IIA says that this subspace suffices to move the answer as the variable would; it does not say that "
+    "the model has only this one, nor that its axes mean anything"
+)
+_OVERLAP_CAUTION = (
+    "The subspaces were trained from independent starts. A low overlap at high IIA does not mean different "
+    "mechanisms, since the data do not identify the span; where the IIA is at its floor an overlap means nothing."
+)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Which sites stand in which row and column of a heat map."""
+
+    rows: tuple[tuple[str, int | None, tuple[int, ...] | None], ...]
+    columns: tuple[str, ...]
+
+    @classmethod
+    def of(cls, sites: Sequence[Site]) -> _Grid:
+        rows = dict.fromkeys((s.component, s.layer, s.heads) for s in sites)
+        order = sorted(rows, key=lambda row: (row[1] is not None, row[1] or 0))
+        return cls(tuple(order), tuple(dict.fromkeys(s.positions for s in sites)))
+
+    def place(self, site: Site) -> tuple[int, int]:
+        return self.rows.index((site.component, site.layer, site.heads)), self.columns.index(site.positions)
+
+    def names(self) -> tuple[str, list[str]]:
+        """The title of the rows' axis and their labels: layers alone where nothing else differs."""
+        kinds = {(component, heads) for component, _, heads in self.rows}
+        if len(kinds) == 1 and None not in {layer for _, layer, _ in self.rows}:
+            component, heads = next(iter(kinds))
+            which = f", heads {', '.join(map(str, heads))}" if heads else ""
+            return f"layer  ({component}{which})", [str(layer) for _, layer, _ in self.rows]
+        return "", [str(Site(c, layer, "all", heads)).removesuffix("@all") for c, layer, heads in self.rows]
+
+
+def iia_heatmap(result: SearchResult, twin: SearchResult | None, path: str | Path, *, task: str) -> Figure:
+    """Held-out IIA by layer and position, beside that of the randomised twin on the same colours.
+
+    A cell holds the IIA and, small, its 95 % interval. The colours start at the lower of the two floors (no
+    intervention, best constant answer), and both are marked on the colour bar.
+
+    Args:
+        result: of the model.
+        twin: of its randomly initialised twin at the same sites; None where none was searched.
+        path: of the PNG, written aside and renamed.
+        task: its name, for the title.
+
+    Raises:
+        ValueError: a twin that was searched at other sites; a site that was searched more than once.
+    """
+    sites = [found.site for found in result.found]
+    if twin is not None and [found.site for found in twin.found] != sites:
+        raise ValueError(f"The model was searched at {sites}, its twin at {[f.site for f in twin.found]}.")
+    if len(set(sites)) < len(sites):
+        raise ValueError(
+            f"{len(sites)} results for {len(set(sites))} sites: a cell shows one rank, seed and learning rate."
+        )
+    grid, first = _Grid.of(sites), result.found[0]
+    panels = {"model": result} if twin is None else {"model": result, "randomly initialised twin": twin}
+    legible = len(grid.rows) <= MOST_NUMBERS
+    cells = max(2.4, 0.95 * len(grid.columns)) * len(panels), len(grid.rows) * (0.6 if legible else 0.2)
+    beside = "; no twin was searched" if twin is None else ": see the twin and the random subspaces"
+    figure = _figure(
+        (cells[0] + 1.9, max(cells[1], 0.7) + 1.45),
+        f"{task}: where is {' and '.join(first.subspaces)}?",
+        f"Rank {first.rank}, {first.iia.n} held-out pairs; small: 95 % interval. {_floors(result, twin)}",
+        f"{_IIA_CAUTION}{beside}.",
+    )
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    floors = result.no_intervention.value, result.constant.value
+    lowest = min(*floors, 0.9)
+    scale = Normalize(lowest, 1)
+    for axis, (name, shown) in zip(axes, panels.items(), strict=True):
+        _draw_grid(axis, grid, shown.found, scale, legible)
+        axis.set_title(f"{name}, accuracy {shown.accuracy.value:.2f}", fontsize=9.5, color=INK, loc="left")
+    axes[0].set_ylabel(grid.names()[0], fontsize=9, color=INK)
+    below = any(found.iia.value < lowest for shown in panels.values() for found in shown.found)
+    bar = figure.colorbar(
+        ScalarMappable(scale, COLOURS), ax=axes, aspect=16, pad=0.02, extend="min" if below else "neither"
+    )
+    _finish(bar, "held-out IIA")
+    bar.ax.axhline(floors[0], color=ACCENT, linewidth=2.4, clip_on=False)
+    bar.ax.axhline(floors[1], color=INK, linewidth=1.2, linestyle=(0, (2, 2)), clip_on=False)
+    _save(figure, path)
+    return figure
+
+
+def overlap_heatmap(comparison: Comparison, path: str | Path) -> Figure:
+    """Overlaps of the subspaces of different sites; those that chance explains are told apart.
+
+    One panel a position, layer against layer, where the labels are sites and every position has several
+    layers; else one matrix of all. Cells inside the 95 % band of random subspaces are pale and marked.
+
+    Args:
+        comparison: of subspaces from independent starts.
+        path: of the PNG, written aside and renamed.
+    """
+    compared, panels = _panels(comparison.labels)
+    largest = max(len(members) for members, _ in panels.values())
+    legible = largest <= MOST_NUMBERS
+    size = max(1, largest - 1) * (0.6 if legible else 0.2) + 0.6
+    down = -(-len(panels) // max(1, int(11 / size)))
+    across = -(-len(panels) // down)
+    bands = "; ".join(_band(ranks, chance) for ranks, chance in comparison.chance.items())
+    figure = _figure(
+        (across * size + 1.9, down * size + 1.1),
+        f"Overlap of the subspaces found{f', {compared}' if compared else ''}",
+        f"Independent random (Haar) subspaces of a stream of width {comparison.width}: {bands} (marked on the "
+        "colour bar). Cells in the band are pale and say “chance”; one random pair of twenty falls outside.",
+        _OVERLAP_CAUTION,
+    )
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    scale = Normalize(0, 1)
+    for axis, (name, (members, ticks)) in zip(axes, panels.items(), strict=False):
+        _draw_triangle(axis, comparison, members, ticks, scale, legible)
+        axis.set_title(name, fontsize=9.5, color=INK, loc="left")
+        axis.set_xlabel("layer" if compared else "", fontsize=9, color=INK)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    bar = figure.colorbar(ScalarMappable(scale, COLOURS), ax=list(axes), aspect=16 * down, pad=0.02)
+    _finish(bar, "overlap  tr(P₁P₂) / min(k₁, k₂)")
+    for chance in comparison.chance.values():
+        bar.ax.axhspan(chance.low, chance.high, facecolor="none", edgecolor=ACCENT, linewidth=1.2)
+        bar.ax.axhline(chance.mean, color=ACCENT, linewidth=1.2)
+    _save(figure, path)
+    return figure
+
+
+def _draw_grid(axis: Axes, grid: _Grid, found: Sequence[Found], scale: Normalize, legible: bool) -> None:
+    _frame(axis, grid.columns, grid.names()[1])
+    axis.set_xlabel("position", fontsize=9, color=INK)
+    for one in found:
+        row, column = grid.place(one.site)
+        colour = COLOURS(scale(one.iia.value))
+        _cell(axis, column, row, colour)
+        if legible:
+            interval = f"{one.iia.low:.2f}–{one.iia.high:.2f}"
+            _write(axis, column, row + 0.1, f"{one.iia.value:.2f}", _ink(colour), 10)
+            _write(axis, column, row - 0.24, interval, _ink(colour), 6.5)
+
+
+def _draw_triangle(
+    axis: Axes,
+    comparison: Comparison,
+    members: Sequence[int],
+    ticks: Sequence[str],
+    scale: Normalize,
+    legible: bool,
+) -> None:
+    """The triangle below the diagonal: an overlap is symmetric, and 1 with itself."""
+    if len(members) == 1:
+        axis.axis("off")
+        axis.text(0, 0.5, f"{ticks[0]} alone:\nnothing to compare", fontsize=9, color=INK, va="center")
+        return
+    _frame(axis, ticks[:-1], ticks[1:])
+    axis.invert_yaxis()
+    for row, i in enumerate(members[1:]):
+        for column, j in enumerate(members[: row + 1]):
+            value, chance = comparison.matrix[i][j], comparison.within_chance(i, j)
+            colour = (0.945, 0.945, 0.945, 1.0) if chance else COLOURS(scale(value))
+            _cell(axis, column, row, colour)
+            if legible:
+                _write(axis, column, row - 0.08 * chance, f"{value:.2f}", GREY if chance else _ink(colour), 9)
+            if legible and chance:
+                _write(axis, column, row + 0.24, "chance", GREY, 6.5)
+
+
+def _panels(labels: Sequence[str]) -> tuple[str, dict[str, tuple[list[int], list[str]]]]:
+    """(what is compared, {title of a panel: (its members, their ticks)})."""
+    whole = "", {"": (list(range(len(labels))), list(labels))}
+    try:
+        sites = [Site.parse(label) for label in labels]
+    except ValueError:
+        return whole
+    grid = _Grid.of(sites)
+    axis, names = grid.names()
+    panels = {}
+    for column, position in enumerate(grid.columns):
+        rows = {grid.place(site)[0]: i for i, site in enumerate(sites) if grid.place(site)[1] == column}
+        panels[f"position {position}"] = ([rows[r] for r in sorted(rows)], [names[r] for r in sorted(rows)])
+    if min(len(members) for members, _ in panels.values()) < 2:
+        return whole
+    return (f"{axis.replace('  ', ' ')} against layer" if axis else ""), panels
+
+
+def _frame(axis: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
+    axis.set_xlim(-0.5, len(columns) - 0.5)
+    axis.set_ylim(-0.5, len(rows) - 0.5)
+    if max(map(len, columns)) > 10:
+        axis.set_xticks(
+            range(len(columns)), columns, fontsize=8.5, rotation=40, ha="right", rotation_mode="anchor"
+        )
+    else:
+        axis.set_xticks(range(len(columns)), columns, fontsize=8.5)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8.5)
+    axis.tick_params(length=0, colors=INK)
+    axis.spines[:].set_visible(False)
+
+
+def _cell(axis: Axes, column: int, row: int, colour: tuple[float, ...]) -> None:
+    axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=1.2))
+
+
+def _write(axis: Axes, x: float, y: float, text: str, colour: str, size: float) -> None:
+    axis.text(x, y, text, color=colour, fontsize=size, ha="center", va="center")
+
+
+def _ink(colour: tuple[float, ...]) -> str:
+    """Black or white, whichever is read on a colour (its luma, Rec. 601)."""
+    red, green, blue, *_ = colour
+    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
+
+
+def _finish(bar: Colorbar, label: str) -> None:
+    bar.set_label(label, fontsize=9, color=INK)
+    bar.ax.tick_params(labelsize=8, length=2, colors=INK)
+    bar.outline.set_visible(False)
+
+
+def _floors(result: SearchResult, twin: SearchResult | None) -> str:
+    chance = [found.random_subspace.value for found in result.found]
+    of_twin = "" if twin is None else f"; twin {twin.no_intervention.value:.2f}"
+    return (
+        f"Floors: no intervention {result.no_intervention.value:.2f} (line on the colour bar{of_twin}), best "
+        f"constant answer {result.constant.value:.2f} (dashes), random subspaces of this rank "
+        f"{min(chance):.2f} to {max(chance):.2f}."
+    )
+
+
+def _band(ranks: tuple[int, int], chance: Chance) -> str:
+    which = f"rank {ranks[0]}" if ranks[0] == ranks[1] else f"ranks {ranks[0]} and {ranks[1]}"
+    return f"{which}, mean {chance.mean:.3f}, 95 % band {chance.low:.3f} to {chance.high:.3f}"
+
+
+def _figure(size: tuple[float, float], title: str, *sentences: str) -> Figure:
+    """A figure with its title above and its sentences below; `size` is without the sentences."""
+    width, height = max(size[0], 6.2), size[1]
+    lines = [line for sentence in sentences for line in wrap(sentence, int(width * CHARACTERS_PER_INCH))]
+    figure = Figure((width, height + LINE * len(lines)), DOTS_PER_INCH, facecolor="white", layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, color=INK, weight="bold")
+    # As the label of the common x axis the layout makes room for them.
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, color=GREY, linespacing=1.4)
+    return figure
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    """A PNG, written aside and renamed."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(aside, format="png", bbox_inches="tight", pad_inches=0.12)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
