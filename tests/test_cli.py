@@ -1,0 +1,246 @@
+"""The terminal: what a search leaves, and how bad input is answered."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from subspace_lab.analysis.controls import reinitialised
+from subspace_lab.analysis.geometry import overlap
+from subspace_lab.cli import app
+from subspace_lab.core.checkpoints import load_subspaces
+from subspace_lab.das import search as das_search
+from subspace_lab.tasks import PRICE_TAGGING
+
+TINY = ["--layers", "1", "--steps", "5", "--pairs", "40", "--test-pairs", "40"]
+FILES = {"results.json", "subspaces.safetensors", "iia.png", "overlap.png"}
+SHIPPED = Path(str(files("subspace_lab"))) / "assets" / "tiny_decoder"
+
+
+def search(*options: str | Path):
+    return CliRunner().invoke(app, ["search", *map(str, options)])
+
+
+def offline(**extra: str) -> dict[str, str]:
+    plain = {n: v for n, v in os.environ.items() if n not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")}
+    return {**plain, "PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "100", **extra}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "nested" / "search"
+    result = search(*TINY, "--positions", "amount,last", "--seed", "3", "--out", folder)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return folder, result, json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def test_all_files_are_written_and_nothing_else(done):
+    folder, _, _ = done
+    assert {path.name for path in folder.iterdir()} == FILES
+    for name in ("iia.png", "overlap.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG") and (folder / name).stat().st_size > 10_000
+
+
+def test_results_have_the_documented_keys(done):
+    _, _, results = done
+    assert set(results) == {"settings", "model", "twin", "comparison"}
+    settings = results["settings"]
+    expected = {
+        "model": "tiny_decoder", "task": "price_tagging", "variable": PRICE_TAGGING.variable, "layers": "1",
+        "positions": "amount,last", "component": "block_output", "steps": 5, "pairs": 40, "test_pairs": 40,
+        "seed": 3, "twin": True, "allow_failing_model": False, "memory": None,
+    }  # fmt: skip
+    assert {name: settings[name] for name in expected} == expected
+    assert set(settings["versions"]) == {"subspace_lab", "torch", "transformers", "nnsight"}
+    assert settings["versions"]["torch"] == torch.__version__
+    for who in ("model", "twin"):
+        told = results[who]
+        assert set(told) == {"accuracy", "no_intervention", "constant", "engine", "found"}
+        assert [one["site"] for one in told["found"]] == ["block_output[1]@amount", "block_output[1]@last"]
+        for one in told["found"]:
+            for score in ("iia", "train_iia", "full_vector", "random_subspace"):
+                assert set(one[score]) == {"value", "low", "high", "n"} and one[score]["n"] == 40
+            assert one["rank"] == settings["rank"] and one["seed"] == 3
+    assert results["model"]["accuracy"]["value"] > 0.9 > results["twin"]["accuracy"]["value"]
+    assert results["model"]["found"] != results["twin"]["found"]
+
+
+def test_subspaces_reload_and_are_those_compared(done):
+    folder, _, results = done
+    subspaces = load_subspaces(folder / "subspaces.safetensors")
+    compared = results["comparison"]
+    assert set(subspaces) == {f"{site}/above_lower" for site in compared["labels"]}
+    assert compared["labels"] == [one["site"] for one in results["model"]["found"]]
+    first, second = (subspaces[f"{site}/above_lower"] for site in compared["labels"])
+    assert first.rank == results["settings"]["rank"] and first.width == compared["width"] == 64
+    assert overlap(first, second) == pytest.approx(compared["overlap"][0][1], abs=1e-9)
+    (chance,) = compared["chance"]
+    assert chance["mean"] == pytest.approx(first.rank / 64) and chance["low"] < chance["mean"] < chance["high"]
+
+
+def test_output_is_the_table_and_progress_goes_aside(done):
+    _, result, results = done
+    best = max(results["model"]["found"], key=lambda one: one["iia"]["value"])
+    for part in ("amount", "last", "twin", f"Best: {best['site']}", "selected", "no intervention", "Written to"):
+        assert part in " ".join(result.stdout.split())
+    for one in results["model"]["found"]:
+        assert f"{one['iia']['value']:.2f} [{one['iia']['low']:.2f}, {one['iia']['high']:.2f}]" in result.stdout
+    assert "model" in result.stderr and "twin" in result.stderr
+    assert "━" not in result.stdout
+
+
+def test_a_result_is_a_function_of_its_settings(done, tmp_path):
+    _, _, results = done
+    again = search(*TINY, "--positions", "amount,last", "--seed", "3", "--out", tmp_path / "again")
+    assert again.exit_code == 0
+    repeated = json.loads((tmp_path / "again" / "results.json").read_text(encoding="utf-8"))
+    repeated["settings"]["out"] = results["settings"]["out"]
+    assert repeated == results
+
+
+def test_a_small_model_takes_one_thread_and_gives_the_others_back(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(2)
+    seen = set()
+    search_sites = das_search.search
+    monkeypatch.setattr(
+        das_search, "search", lambda *a, **k: seen.add(torch.get_num_threads()) or search_sites(*a, **k)
+    )
+    assert search(*TINY, "--positions", "last", "--out", tmp_path).exit_code == 0
+    assert seen == {1} and torch.get_num_threads() == 2
+
+
+def test_without_a_twin(tmp_path):
+    result = search(*TINY, "--positions", "amount", "--no-twin", "--out", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["twin"] is None
+    assert "twin" not in result.stdout.partition("Written to")[0]
+
+
+@pytest.mark.parametrize("layers", ["0,2-3", "3,1-2", "all"])
+def test_layers_are_lists_and_ranges(layers, tmp_path):
+    result = search("--layers", layers, *TINY[2:], "--positions", "last", "--no-twin", "--out", tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["model"]["found"]
+    numbers = {"0,2-3": [0, 2, 3], "3,1-2": [3, 1, 2], "all": [0, 1, 2, 3]}[layers]
+    assert result.exit_code == 0 and [one["site"] for one in found] == [f"block_output[{n}]@last" for n in numbers]
+
+
+BAD = {
+    "task": (["--task", "prices"], ["'prices'", "price_tagging", "story_gender"]),
+    "variable": (["--variable", "price"], ["price", "above_lower", "below_upper"]),
+    "component": (["--component", "block"], ["'block'", "block_output", "mlp_output"]),
+    "submodule": (["--component", "model.nothing.output", "--layers", "all"], ["model.nothing", "model.norm"]),
+    "layers of a submodule": (["--component", "lm_head.output"], ["lm_head.output", "no layers"]),
+    "layer": (["--layers", "4"], ["'4'", "0 to 3", "1-3"]),
+    "layers": (["--layers", "3-1"], ["'3-1'", "0 to 3"]),
+    "no layers": (["--layers", ""], ["''", "0 to 3"]),
+    "span": (["--positions", "amount,price"], ["'price'", "lower", "unit", "first", "2:5"]),
+    "grammar": (["--positions", "a?b"], ["a?b", "first", "2:5", "unit"]),
+    "position": (["--positions", "40"], ["'40'", "0 to"]),
+    "rank": (["--rank", "65"], ["65", "1 to 64"]),
+    "no rank": (["--rank", "0"], ["0", "1 to 64"]),
+    "steps": (["--steps", "0"], ["steps=0", "at least 1"]),
+    "rate": (["--learning-rate", "0"], ["learning_rate=0", "> 0"]),
+    "pairs": (["--pairs", "0"], ["0 rows", "1 or more"]),
+    "folder": (["--model", "/no/such/folder"], ["/no/such/folder", "no such folder"]),
+    "name": (["--model", "no-such-model-anywhere"], ["no-such-model-anywhere", "no such folder", "offline"]),
+    "tokenizer": (["--task", "story_gender"], ["▁She", "not one token"]),
+    "memory": (["--memory", "lots"], ["'lots'", "8GiB"]),
+    "little memory": (["--memory", "10"], ["cannot hold one batch"]),
+    "device": (["--device", "abacus"], ["abacus"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_answered_in_one_line(name, tmp_path):
+    options, parts = BAD[name]
+    out = tmp_path / "made" / "for it"
+    result = search(*TINY, *options, "--out", out)
+    assert result.exit_code == 2, result.exception
+    assert result.stdout == "" and result.stderr.count("\n") == 1 and result.stderr.startswith("subspace-lab: ")
+    assert all(part in result.stderr for part in parts), result.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_model(tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    result = search(*TINY, "--model", model, "--out", out)
+    assert result.exit_code == 2 and "config.json" in result.stderr and not out.exists()
+    (model / "config.json").write_text("{}")
+    result = search(*TINY, "--model", model, "--out", out)
+    assert result.exit_code == 2 and "could not be loaded" in result.stderr and not out.exists()
+    assert result.stderr.count("\n") == 1
+
+
+def test_results_are_never_mixed(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "notes.txt"):
+        result = search(*TINY, "--model", "/not/even/looked/at", "--out", out)
+        assert result.exit_code == 2 and "not empty" in result.stderr and result.stderr.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_was_there_stays(tmp_path):
+    out = tmp_path / "empty"
+    out.mkdir()
+    assert search(*TINY, "--rank", "0", "--out", out).exit_code == 2
+    assert out.is_dir()
+
+
+def test_a_model_that_fails_its_task_is_refused_unless_allowed(tmp_path):
+    model = tmp_path / "untrained"
+    reinitialised(AutoModelForCausalLM.from_pretrained(SHIPPED), 0).save_pretrained(model)
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(model)
+    options = [*TINY, "--positions", "last", "--no-twin", "--model", model, "--out", tmp_path / "out"]
+    result = search(*options)
+    assert result.exit_code == 2 and "--allow-failing-model" in result.stderr and "40 bases" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert search(*options, "--allow-failing-model").exit_code == 0
+
+
+def test_an_option_that_does_not_exist_is_no_option(tmp_path):
+    result = search("--rnak", "3", "--out", tmp_path)
+    assert result.exit_code == 2 and "--rnak" in result.stderr and not any(tmp_path.iterdir())
+
+
+def test_help_needs_neither_torch_nor_a_model():
+    program = (
+        "import sys; from subspace_lab.cli import main; sys.argv = ['subspace-lab', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "finally: print(*{'torch', 'transformers', 'nnsight', 'matplotlib'} & set(sys.modules), file=sys.stderr)"
+    )
+    for options, expected in (([], "search"), (["search"], "--allow-failing-model")):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *options, "--help"],
+            capture_output=True, text=True, timeout=60, env=offline(),
+        )  # fmt: skip
+        assert done.returncode == 0 and expected in done.stdout and "Usage: subspace-lab" in done.stdout
+        assert done.stderr.split() == [], done.stderr
+
+
+def test_the_shipped_model_is_searched_without_a_network(tmp_path):
+    """`python -m subspace_lab`, in a process that may open no connection and was not told that it is offline."""
+    program = (
+        "import runpy, socket, sys\n"
+        "def refuse(*_, **__): raise RuntimeError('a connection was tried')\n"
+        "socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse\n"
+        "runpy.run_module('subspace_lab', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "search", *TINY, "--positions", "amount", "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=300, env=offline(HF_HOME=str(tmp_path / "cache")),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert "Traceback" not in done.stderr and "connection" not in done.stderr
