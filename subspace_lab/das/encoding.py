@@ -82,7 +82,8 @@ def encode(dataset: Dataset, tokenizer: Any, answers: Sequence[str]) -> Counterf
         answers: the answers' tokens as they stand in the vocabulary.
 
     Raises:
-        ValueError: an answer that is not one token of the vocabulary; a tokenizer without offsets.
+        ValueError: an answer that is not one token of the vocabulary, or not among `answers`; a tokenizer without
+            offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -92,6 +93,11 @@ def encode(dataset: Dataset, tokenizer: Any, answers: Sequence[str]) -> Counterf
     number = {answer: i for i, answer in enumerate(answers)}
     variables = list(dataset[0]["sources"])
     rows = dataset[:]
+    unlisted = sorted({*rows["base_answer"], *rows["answer"]} - set(answers))
+    if unlisted:
+        raise ValueError(
+            f"The data set has the answers {unlisted}, which are not among those given, {list(answers)}."
+        )
     return Counterfactuals(
         base=_batch(tokenizer, rows["base"], rows["base_spans"]),
         sources={
