@@ -140,6 +140,11 @@ def search(
     cells = [(r, replace(config, seed=s, learning_rate=rate)) for r, s, rate in product(ranks, seeds, rates)]
     sites = list(dict.fromkeys(sites))
     variables = list(test.sources)
+    if not sites or not cells:
+        raise ValueError(
+            f"Nothing to search: {len(sites)} sites, {len(ranks)} ranks, {len(seeds)} seeds, "
+            f"{len(rates)} learning rates."
+        )
     _check(backbone, sites, ranks, variables)
     held_out = Pairs.of(backbone, test, sites, memory=memory)
     given = held_out.unedited()
@@ -156,10 +161,13 @@ def search(
         task = bar.add_task(label, total=len(sites) * config.steps)
         for site in sites:
             bar.update(task, description=f"{label} {site}")
-            draws = [
-                from_pool(fixed, site, c) if fixed else from_stream(backbone, training, site)  # type: ignore[arg-type]
-                for _, c in cells
-            ]
+            if callable(training):
+                draws = [from_stream(backbone, training, site)] * len(
+                    cells
+                )  # one, so that its pairs are made once
+            else:
+                assert fixed is not None
+                draws = [from_pool(fixed, site, c) for _, c in cells]
             found += _search_site(
                 backbone, site, variables, cells, draws, fixed, held_out, lambda *_: bar.advance(task)
             )
@@ -174,8 +182,6 @@ def search(
 
 
 def _check(backbone: Backbone, sites: list[Site], ranks: list[int], variables: list[str]) -> None:
-    if not sites or not ranks:
-        raise ValueError(f"Nothing to search: {len(sites)} sites, {len(ranks)} ranks.")
     for site in sites:
         width = backbone.width(site)
         wrong = [r for r in ranks if not 1 <= r * len(variables) <= width]
