@@ -21,13 +21,14 @@ What is chosen, from best to most general, and why a better one was refused, is 
     keys and values    causal decoders
     layers             models that attend both ways: skipped blocks alone; chains of modules likewise
     plain              whatever has no block that can be skipped, or whose past is not frozen
+
+A model may keep none of the assumptions behind the first two, so each is tried on a few rows, with edits that
+change something, against the plain run before it is trusted.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,51 +37,25 @@ from torch import Tensor, nn
 
 from subspace_lab.core.backbone import Backbone, Visit
 from subspace_lab.core.batches import Batch
+from subspace_lab.core.budget import budgets
+from subspace_lab.core.changes import Watch, restless, tensors_of
 from subspace_lab.core.intervene import Edits, Place, Sources, edit_visits, model_inputs, place
-from subspace_lab.core.runs import LAST, PlainRun, Readout
+from subspace_lab.core.kept import Aligned, Chain, Past, Schedule, cached, take
+from subspace_lab.core.runs import LAST, NEEDLESS, PlainRun, Readout, place_of
 from subspace_lab.core.sites import Site
 
-DECODER_INPUTS = {"input_ids", "attention_mask", "position_ids"}
+DECODER_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", *NEEDLESS}
+LESSER = {"keys and values": "layers", "layers": "plain"}
+PLANS_KEPT = 16
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """The rows of a data set without their padding: token j of a row in column j.
+class Plan:
+    """How one set of edits is run: from which block, on which tokens, and where the edits stand in those."""
 
-    ids, position_ids: (rows, longest); column: where a token stood in the padded batch; lengths: (rows,).
-    """
-
-    ids: Tensor
-    position_ids: Tensor
-    column: Tensor
-    number: Tensor  # the inverse of `column`: which token stands in a column
-    lengths: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch) -> Tokens:
-        real = batch.real_tokens()
-        assert real is not None
-        column = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
-        number = real.long().cumsum(1) - 1
-        given = batch.inputs.get("position_ids")
-        steps = torch.arange(real.shape[1], device=real.device).expand_as(column)
-        positions = steps if given is None else given.expand_as(column).gather(1, column)
-        return cls(batch.inputs["input_ids"].gather(1, column), positions, column, number, real.sum(1))
-
-
-@dataclass
-class Past:
-    """What a pass over some rows kept: states by boundary, keys and values by block."""
-
-    states: dict[int, Tensor]  # (rows, tokens from `first` on, width)
-    keys: dict[int, Tensor]  # (rows, heads, tokens, head width)
-    values: dict[int, Tensor]
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.states.values(), *self.keys.values(), *self.values.values()]
-
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+    boundary: int
+    aligned: Aligned | None  # None: on all tokens
+    places: dict[Site, Place]
 
 
 class FrozenPast:
@@ -111,19 +86,25 @@ class FrozenPast:
         chunk: int = 32,
     ) -> None:
         self.backbone, self.batch, self.readout, self.chunk = backbone, batch, readout, chunk
-        self.plain = PlainRun(backbone, batch, readout)
-        self.places = {site: place(backbone, batch, site, growing=True) for site in dict.fromkeys(sites)}
-        if not self.places:
-            raise ValueError("A frozen past needs the sites that will be edited; none were given.")
         self.past: Past | None = None
         self.where = ""
-        self.mode, self.reason = self._choose()
-        if self.mode == "keys and values":
-            self._plan_tokens()
-        if self.mode != "plain":
-            self._keep(_bytes(memory, backbone.device))
-            self._verify()
-        self._state = self._fingerprint()
+        budget = budgets(memory, backbone.device)
+        with torch.inference_mode(False):  # what is kept must serve training, wherever it is made
+            self.plain = PlainRun(backbone, batch, readout)
+            self.places = {site: place(backbone, batch, site, growing=True) for site in dict.fromkeys(sites)}
+            if not self.places:
+                raise ValueError("A frozen past needs the sites that will be edited; none were given.")
+            self._weights = nn.ParameterList(backbone.model.parameters())
+            self._plans: dict[tuple[Site, ...], Plan] = {}
+            chain = Chain.of(backbone.anatomy, self.places)
+            self._chain, self._boundary = chain.blocks, chain.boundary
+            self.mode, self.reason = self._best()
+            while self.mode != "plain":
+                refused = self._try(budget)
+                if refused is None:
+                    break
+                self.reason = f"resuming by {self.mode} was refused by its check: {refused}"
+                self.mode, self.past = LESSER[self.mode], None
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -138,158 +119,146 @@ class FrozenPast:
 
     def logits(self, rows: Tensor, edits: Edits, sources: Sources | None = None) -> Tensor:
         """(rows, reads, answers) with the edits in force; see `core/runs.py`."""
-        if self._fingerprint() != self._state:
-            raise RuntimeError(
-                "The model or the data set was changed after its past was kept (weights, train mode, dtype, "
-                "device or inputs); make a new FrozenPast."
-            )
         strange = [s for s in edits if s not in self.places]
         if strange:
             raise ValueError(f"{strange} were not named when the past was kept; it serves {list(self.places)}.")
         if self.mode == "plain":
             return self.plain.logits(rows, edits, sources)
-        rows = rows.to(self.backbone.device)
-        past, at = (self._pass(rows), torch.arange(len(rows))) if self.past is None else (self.past, rows)
-        boundary = min((self._boundary(s) for s in edits), default=max(past.states, default=0))
-        boundary = max((b for b in [0, *past.states] if b <= boundary), default=0)
-        if self.mode == "layers":
-            return self._resume_layers(rows, past, at, boundary, edits, sources)
-        return self._resume_tokens(rows, past, at, boundary, edits, sources)
+        if self._watch.changed():
+            raise RuntimeError(
+                "The model or the data set was changed after its past was kept (weights, train mode, dtype, "
+                "device or inputs); make a new FrozenPast."
+            )
+        return self._resume(rows, edits, sources, self.readout)
 
     # --- what is frozen -------------------------------------------------------------------------------
 
-    def _choose(self) -> tuple[str, str]:
-        model = self.backbone.model
-        active = _active_dropout(model)
-        if active:
-            return "plain", f"dropout is active in {active}: the past is not frozen"
-        blocks = self._blocks()
-        if not blocks:
-            return "plain", "no chain of blocks below the sites"
-        config = getattr(model, "config", None)
-        if getattr(config, "is_encoder_decoder", False):
+    def _best(self) -> tuple[str, str]:
+        """The best mode that what is known of the model and the data allows, and why no better one."""
+        moving = restless(self.backbone.model)
+        if moving:
+            return "plain", f"{moving}: the past is not frozen"
+        if getattr(getattr(self.backbone.model, "config", None), "is_encoder_decoder", False):
             return "plain", "encoder-decoder"
-        by_path = any(site.layer is None for site in self.places)
-        tokens = self.batch.real_tokens() is not None and "input_ids" in self.batch.inputs
-        if by_path or not tokens:
-            return "layers", "sites are named by path"
-        reads = self.readout.index is not None and self.backbone.head() is not None
-        extra = set(self.batch.inputs) - DECODER_INPUTS
-        if not hasattr(model, "generate") or extra or not reads:
-            return "layers", f"inputs {sorted(extra)}" if extra else "no causal language model"
-        return "keys and values", ""
+        if not self._chain:
+            return "plain", "no chain of blocks below the sites"
+        real = self.batch.real_tokens()
+        if real is not None and bool((real[:, 1:] & ~real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any()):
+            # The positions of such rows depend on the rows beside them.
+            return "plain", "the attention mask has holes"
+        worse = self._no_keys(real)
+        return ("layers", worse) if worse else ("keys and values", "")
 
-    def _blocks(self) -> list[str]:
-        """The chain of modules that can be skipped one after the other."""
-        anatomy = self.backbone.anatomy
-        if all(site.layer is not None for site in self.places):
-            stacks = {place.tap.stack for place in self.places.values()}
-            return anatomy.stacks[stacks.pop()] if len(stacks) == 1 else []
-        if any(site.layer is not None for site in self.places):
-            return []
-        for path, module in anatomy.modules.items():
-            if isinstance(module, nn.Sequential) and all(self._child(path, s) is not None for s in self.places):
-                return [f"{path}.{name}" if path else name for name in module._modules]
-        return []
+    def _no_keys(self, real: Tensor | None) -> str:
+        """Why earlier tokens cannot come through a cache, if they cannot."""
+        inputs, readout = self.batch.inputs, self.readout
+        if any(site.layer is None for site in self.places):
+            return "sites are named by path"
+        extra = sorted(set(inputs) - DECODER_INPUTS)
+        if extra:
+            return f"inputs {extra}"
+        if not hasattr(self.backbone.model, "generate") or self.backbone.head() is None:
+            return "no causal language model"
+        if real is None or "input_ids" not in inputs or readout.index is None:
+            return "no tokens, or no positions at which logits are read"
+        counted = [inputs[name] for name in ("attention_mask", "position_ids") if inputs.get(name) is not None]
+        if any(not isinstance(t, Tensor) or t.ndim != 2 for t in counted):
+            return "a mask or positions with more axes than (row, token)"
+        given = inputs.get("position_ids")
+        if given is not None and "attention_mask" not in inputs and bool((given.diff(dim=1) != 1).any()):
+            return "positions that begin anew: several texts in a row"
+        at_padding = ~real.gather(1, readout.index.to(real.device))
+        if readout.valid is not None:
+            at_padding &= readout.valid.to(real.device)
+        return "logits are read at padding" if bool(at_padding.any()) else ""
 
-    def _child(self, chain: str, site: Site) -> int | None:
-        """Which module of a chain a site by path is on the outside of."""
-        path = site.component.rpartition(".")[0]
-        children = self.backbone.anatomy.modules[chain]._modules
-        for i, name in enumerate(children):
-            if path == (f"{chain}.{name}" if chain else name):
-                return i
-        return None
+    def _prepare(self) -> None:
+        """What every resumption by this mode needs to know of the data."""
+        inputs = model_inputs(self.backbone.model, self.batch)
+        self._whole = replace(self.batch, inputs=inputs) if isinstance(inputs, Mapping) else self.batch
+        self._plans.clear()
+        by_tokens = self.mode == "keys and values"
+        self._schedule = Schedule(self._whole, self.places, self.readout) if by_tokens else None
 
-    def _boundary(self, site: Site) -> int:
-        """How many blocks of the chain lie wholly before the edit: block b is the first that runs."""
-        if site.layer is None:
-            path, _, side = site.component.rpartition(".")
-            return self._blocks().index(path) + (side == "output")
-        depth = len(self._blocks())
-        layer = site.layer % depth
-        return layer + (site.component.rpartition(".")[2] == "block_output")
-
-    def _plan_tokens(self) -> None:
-        """For every site the first edited token of each row; for every row what it must run."""
-        tokens = Tokens.of(self.batch)
-        assert self.readout.index is not None
-        reads = tokens.number.gather(1, self.readout.index.to(tokens.number.device))
-        far = torch.iinfo(torch.long).max
-        valid = self.readout.valid
-        first_read = reads if valid is None else reads.masked_fill(~valid, far)
-        last_read = reads if valid is None else reads.masked_fill(~valid, -1)
-        self.tokens, self.reads = tokens, reads
-        self.stop = last_read.amax(1) + 1
-        self.first_read = first_read.amin(1)
-        self.edited: dict[Site, Tensor] = {}
-        for site, spot in self.places.items():
-            assert spot.index is not None
-            number = tokens.number.gather(1, spot.index)
-            if spot.valid is not None:
-                number = number.masked_fill(~spot.valid, far)
-            self.edited[site] = number
-        self.lowest = self._first(self.places)
-
-    def _first(self, sites: Iterable[Site]) -> Tensor:
-        """The first token of each row that has to run when these sites are edited."""
-        starts = [self.edited[s].amin(1) for s in sites if self.edited[s].shape[1]]
-        return torch.stack([self.first_read, *starts]).amin(0).clamp_max(self.stop.max() - 1)
+    def _plan(self, edits: Edits) -> Plan:
+        """How this set of edits is run; kept, as training asks for the same one at each step."""
+        key = tuple(edits)
+        if key in self._plans:
+            return self._plans[key]
+        boundary = min((self._boundary[s] for s in key), default=max(self._boundary.values()))
+        with torch.inference_mode(False):
+            if self._schedule is None:
+                plan = Plan(boundary, None, {s: self.places[s] for s in key})
+            else:
+                first = self._schedule.first(key)
+                others = (p.aligned for p in self._plans.values())
+                aligned = next((a for a in others if a is not None and torch.equal(a.first, first)), None)
+                aligned = aligned or self._schedule.aligned(first)
+                plan = Plan(boundary, aligned, {s: self._schedule.moved(s, aligned) for s in key})
+        if len(self._plans) >= PLANS_KEPT:
+            self._plans.pop(next(iter(self._plans)))
+        self._plans[key] = plan
+        return plan
 
     # --- the pass over the data -------------------------------------------------------------------------
 
-    def _keep(self, budget: tuple[int, int]) -> None:
-        on_device, on_host = budget
-        n = len(self.batch)
-        probe = self._pass(torch.arange(min(n, self.chunk)))
-        one = probe.nbytes()
-        if one > max(on_device, on_host):
-            raise ValueError(
-                f"A memory budget of {max(on_device, on_host) / 2**20:.1f} MiB cannot hold one batch of "
-                f"{min(n, self.chunk)} rows, which needs {one / 2**20:.1f} MiB; give more or a smaller chunk."
+    def _try(self, budget: tuple[int, int]) -> str | None:
+        """Keep the past and check it; why it cannot be trusted, if it cannot."""
+        try:
+            self._prepare()
+            probe = self._pass(torch.arange(min(len(self), self.chunk)))
+        except Exception as failure:  # whatever an unfamiliar model does with a cache or a skipped block
+            return _told(failure)
+        device = self._home(probe.nbytes(), budget)
+        try:
+            self._keep(probe, device)
+            self._watch = Watch(
+                self.backbone.model,
+                lambda: tensors_of(self.batch, self.readout.index, self.readout.valid, self.readout.tokens),
             )
-        total = one * n // max(1, min(n, self.chunk))
+            return self._difference()
+        except Exception as failure:
+            return _told(failure)
+
+    def _home(self, one: int, budget: tuple[int, int]) -> torch.device | None:
+        """Where the past of all rows is kept, given what one pass needs; None: nowhere.
+
+        Raises:
+            ValueError: not even one pass fits.
+        """
+        on_device, on_host = budget
+        rows = min(len(self), self.chunk)
+        if one > max(budget):
+            raise ValueError(
+                f"A memory budget of {max(budget) / 2**20:.3g} MiB cannot hold one batch of {rows} rows, which "
+                f"needs {one / 2**20:.3g} MiB; give more or a smaller chunk."
+            )
+        total = one * len(self) // max(1, rows)
         if total <= on_device:
-            device, self.where = self.backbone.device, f"on {self.backbone.device}"
-        elif total <= on_host:
-            device, self.where = torch.device("cpu"), "in host memory"
-        else:
-            self.where = f"recomputed a batch ({total / 2**20:.0f} MiB would not fit)"
+            self.where = f"on {self.backbone.device}"
+            return self.backbone.device
+        if total <= on_host:
+            self.where = "in host memory"
+            return torch.device("cpu")
+        self.where = f"recomputed a batch ({total / 2**20:.3g} MiB would not fit)"
+        return None
+
+    def _keep(self, probe: Past, device: torch.device | None) -> None:
+        if device is None:
             return
-
-        def room(like: Tensor) -> Tensor:
-            pinned = device.type == "cpu" and self.backbone.device.type == "cuda"
-            return torch.empty(n, *like.shape[1:], dtype=like.dtype, device=device, pin_memory=pinned)
-
-        kept = Past(*({k: room(t) for k, t in part.items()} for part in (probe.states, probe.keys, probe.values)))
-        for start in range(0, n, self.chunk):
-            rows = torch.arange(start, min(n, start + self.chunk))
-            part = probe if start == 0 else self._pass(rows)
-            for into, piece in zip(kept.tensors(), part.tensors(), strict=True):
-                into[start : start + len(rows)].copy_(piece)
+        pinned = device.type == "cpu" and self.backbone.device.type == "cuda"
+        kept = probe.room_for(len(self), device, pinned)
+        for start in range(0, len(self), self.chunk):
+            rows = torch.arange(start, min(len(self), start + self.chunk))
+            kept.put(start, probe if start == 0 else self._pass(rows))
         self.past = kept
 
     def _pass(self, rows: Tensor) -> Past:
         """Run some rows once, plainly, and keep what resuming needs."""
-        part = self.batch.rows(rows)
-        blocks = self._blocks()
-        boundaries = sorted({self._boundary(s) for s in self.places} - {0})
+        inputs: Any = self._inputs(rows)
         found: dict[int, Tensor] = {}
-        by_tokens = self.mode == "keys and values"
-
-        def keeper(boundary: int) -> Any:
-            def keep(value: Tensor) -> None:
-                if by_tokens:
-                    value = _take(value, self._columns(rows))
-                found[boundary] = value.detach().clone()
-
-            return keep
-
-        position = self.backbone.anatomy.position
-        visits = [Visit(blocks[b - 1], "output", (position[blocks[b - 1]], 10**6), keeper(b)) for b in boundaries]
-        inputs: Any = model_inputs(self.backbone.model, part)
-        cache = None
-        if by_tokens:
+        schedule, cache, columns, visits = self._schedule, None, None, []
+        if schedule is not None:
             from transformers import DynamicCache
 
             # Without a configuration every layer keeps all its keys, also those with a sliding window.
@@ -298,218 +267,114 @@ class FrozenPast:
             head = self.backbone.head()
             assert head is not None
             visits.append(Visit(head, "input", LAST, lambda hidden: None))
-        with torch.no_grad():
-            self.backbone.run(inputs, visits, stop=True)
-        keys: dict[int, Tensor] = {}
-        values: dict[int, Tensor] = {}
-        longest = int(self.lowest_keys()) if by_tokens else 0
-        if cache is not None and longest:
-            column = self.tokens.column[rows.to(self.tokens.column.device)][:, :longest]
-            for layer in range(min([self._boundary(s) for s in self.places]), len(blocks)):
-                keys[layer] = _take_keys(cache.layers[layer].keys, column)
-                values[layer] = _take_keys(cache.layers[layer].values, column)
-        return Past(found, keys, values)
+            columns = schedule.kept_states(rows)
 
-    def lowest_keys(self) -> Tensor:
-        """How many tokens' keys are kept: those before the latest first edit of any site."""
-        return torch.stack([self._first([s]) for s in self.places]).max()
+        def keeper(boundary: int) -> Any:
+            def keep(value: Tensor) -> None:
+                value = value.detach()
+                found[boundary] = value.clone() if columns is None else take(value, columns)
 
-    def _columns(self, rows: Tensor) -> Tensor:
-        """The columns of the tokens from the first edited one on, for each of some rows."""
-        rows = rows.to(self.lowest.device)
-        length = int((self.stop - self.lowest).max())
-        number = self.lowest[rows][:, None] + torch.arange(length, device=rows.device)
-        number = torch.minimum(number, self.tokens.lengths[rows][:, None] - 1)
-        return self.tokens.column[rows].gather(1, number)
+            return keep
+
+        position = self.backbone.anatomy.position
+        for boundary in sorted(set(self._boundary.values()) - {0}):
+            block = self._chain[boundary - 1]
+            visits.append(Visit(block, "output", (position[block], 10**6), keeper(boundary)))
+        if visits:
+            with torch.no_grad():
+                self.backbone.run(inputs, visits, stop=True)
+        if schedule is None or cache is None or not schedule.before:
+            return Past(found, [])
+        layers = range(min(self._boundary.values()), len(self._chain))
+        pairs = {(i, side): getattr(cache.layers[i], side) for i in layers for side in ("keys", "values")}
+        return Past.of(found, pairs, schedule.kept_keys(rows))
+
+    def _inputs(self, rows: Tensor) -> Any:
+        part = self._whole.rows(rows)
+        return part.inputs if part.positional is None else [part.positional]
 
     # --- resuming ---------------------------------------------------------------------------------------
 
-    def _resume_tokens(
-        self, rows: Tensor, past: Past, at: Tensor, boundary: int, edits: Edits, sources: Sources | None
-    ) -> Tensor:
-        device = self.backbone.device
-        tokens = self.tokens
-        here = rows.to(tokens.ids.device)
-        first, stop = self._first(edits)[here], self.stop[here]
-        length, before = int((stop - first).max()), int(first.max())
-        steps = torch.arange(length, device=here.device)
-        number = torch.minimum(first[:, None] + steps, tokens.lengths[here][:, None] - 1)
-        real = first[:, None] + steps < tokens.lengths[here][:, None]
-        even = bool((first == before).all())
-        seen = torch.arange(before, device=here.device) >= (before - first)[:, None]
-        mask = torch.cat([seen, real], 1).long()
-        inputs = {
-            "input_ids": tokens.ids[here].gather(1, number).to(device),
-            "position_ids": tokens.position_ids[here].gather(1, number).to(device),
-            "attention_mask": mask.to(device),
-            "past_key_values": self._cache(past, at, boundary, first, before, even),
-            "use_cache": True,
-        }
-        moved = {site: self._moved(site, here, first, length) for site in edits}
-        part = Batch({"input_ids": inputs["input_ids"]})
-        visits = edit_visits(self.backbone, part, edits, sources, places=moved)
-        states = None
-        if boundary:
-            offset = first - self.lowest[here]
-            states = past.states[boundary][at.to(past.states[boundary].device)]
-            span = (offset[:, None] + steps).clamp_max(states.shape[1] - 1).to(states.device)
-            same = states.shape[1] == length and not bool(offset.any())
-            states = (states if same else _take(states, span)).to(device, non_blocking=True)
-        readout = replace(self.readout.rows(here), index=(self.reads[here] - first[:, None]).clamp(0, length - 1))
-        return self.plain.finish(inputs, self._skipping(boundary, states, visits), readout)
-
-    def _resume_layers(
-        self, rows: Tensor, past: Past, at: Tensor, boundary: int, edits: Edits, sources: Sources | None
-    ) -> Tensor:
-        part = self.batch.rows(rows.to(next(iter(past.states.values())).device) if past.states else rows)
-        visits = edit_visits(self.backbone, part, edits, sources)
-        states = None
-        if boundary:
-            kept = past.states[boundary]
-            states = kept[at.to(kept.device)].to(self.backbone.device, non_blocking=True)
-        inputs = model_inputs(self.backbone.model, part)
-        return self.plain.finish(inputs, self._skipping(boundary, states, visits), self.readout.rows(rows))
+    def _resume(self, rows: Tensor, edits: Edits, sources: Sources | None, readout: Readout) -> Tensor:
+        rows = rows.cpu()
+        plan = self._plan(edits)
+        past, at = (self._pass(rows), torch.arange(len(rows))) if self.past is None else (self.past, rows)
+        placed = {site: place_of(spot, rows) for site, spot in plan.places.items()}
+        device, boundary = self.backbone.device, plan.boundary
+        kept = past.states.get(boundary)
+        inputs: Any
+        if plan.aligned is None:
+            inputs, readout = self._inputs(rows), readout.rows(rows)
+            states = None if kept is None else kept[at.to(kept.device)].to(device, non_blocking=True)
+        else:
+            # Above the last block nothing looks back.
+            suffix = plan.aligned.rows(rows, look_back=boundary < len(self._chain))
+            inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in suffix.inputs().items()}
+            inputs["past_key_values"] = cached(past.groups, at, suffix, boundary, len(self._chain), device)
+            inputs["use_cache"] = True
+            readout = replace(readout.rows(rows), index=suffix.reads)
+            states = None if kept is None else suffix.states(kept, at).to(device, non_blocking=True)
+        visits = edit_visits(self.backbone, Batch({"input_ids": rows}), edits, sources, places=placed)
+        return self.plain.finish(inputs, self._skipping(boundary, states, visits), readout, self._weights)
 
     def _skipping(self, boundary: int, states: Tensor | None, visits: list[Visit]) -> list[Visit]:
-        """The visits of a run that starts at a boundary: its blocks below give way to the kept states."""
+        """The visits of a run that starts at a boundary: the blocks below it give way to the kept states."""
         if not boundary:
             return visits
-        blocks = self._blocks()
-        last = blocks[boundary - 1]
+        *below, last = self._chain[:boundary]
         position = self.backbone.anatomy.position
         at_last = [v for v in visits if v.path == last and v.side == "output"]
 
-        def resume(_: None) -> Tensor:
+        def resume(_: None) -> Tensor | None:
             value = states
             for visit in at_last:
                 value = visit.act(value)
-            assert value is not None
             return value
 
-        skips = [Visit(b, "skip", (position[b], -1), lambda _: states) for b in blocks[: boundary - 1]]
+        skips = [Visit(b, "skip", (position[b], -1), lambda _: states) for b in below]
         skips.append(Visit(last, "skip", (position[last], -1), resume))
         return [*skips, *(v for v in visits if v not in at_last)]
 
-    def _moved(self, site: Site, rows: Tensor, first: Tensor, length: int) -> Place:
-        """A site's place in a batch that starts at each row's first edited token."""
-        spot = self.places[site]
-        index = self.edited[site][rows] - first[:, None]
-        # Edits behind the last logit that is read have no effect on it, and no column here.
-        valid = (index >= 0) & (index < length)
-        return replace(spot, index=index.clamp(0, length - 1), valid=None if bool(valid.all()) else valid)
-
-    def _cache(self, past: Past, at: Tensor, boundary: int, first: Tensor, before: int, even: bool) -> Any:
-        from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
-
-        cache = DynamicCache()
-        if not before:
-            return cache
-        device = self.backbone.device
-        # Each row's earlier tokens, pushed right so that they end where its edits begin.
-        span = (torch.arange(before, device=first.device) - (before - first)[:, None]).clamp_min(0)
-        start = min(past.keys)
-        for layer in range(max(past.keys) + 1):
-            filled = DynamicLayer()
-            kept = past.keys[max(layer, start)], past.values[max(layer, start)]
-            if layer < boundary:  # never run; asked for its length alone
-                shape = (len(at), kept[0].shape[1], before, kept[0].shape[3])
-                pair = [k.new_zeros(1).expand(shape).to(device) for k in kept]
-            else:
-                pair = []
-                for k in kept:
-                    k = k[at.to(k.device)]
-                    k = k[:, :, :before] if even else _take_keys(k, span.to(k.device))
-                    pair.append(k.to(device, non_blocking=True))
-            filled.keys, filled.values = pair
-            filled.dtype, filled.device, filled.is_initialized = pair[0].dtype, pair[0].device, True
-            cache.layers.append(filled)
-        return cache
-
     # --- trust ------------------------------------------------------------------------------------------
 
-    def _verify(self) -> None:
-        """Resume a few rows and compare with the plain run; an unfamiliar model may break an assumption."""
+    def _difference(self) -> str | None:
+        """Why resumed runs are not plain ones, if they are not: tried on a few rows and the outermost sites.
+
+        The edits must change something: a model that attends both ways resumes rightly as long as nothing is
+        edited. And the rows come in another order: a block that leaves something for a later one aside from
+        its output would otherwise find what the plain run just left.
+        """
         real = self.batch.real_tokens()
-        lengths = real.sum(1) if real is not None else torch.zeros(len(self.batch))
-        rows = torch.cat([lengths.topk(min(2, len(lengths))).indices, lengths.argmin()[None]]).unique().cpu()
-        self._state = self._fingerprint()
-        with torch.no_grad():
-            expected = self.plain.logits(rows, {})
-            error: float | str
-            try:
-                found = [self._try(rows, site) for site in self._extremes()]
-                error = max(float((f - expected).float().norm() / expected.float().norm()) for f in found)
-            except Exception as failure:  # whatever an unfamiliar model does with a cache or a skipped block
-                error = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-        half = expected.dtype in (torch.float16, torch.bfloat16)
-        if isinstance(error, float) and error <= (5e-2 if half else 1e-4):
-            return
-        told = error if isinstance(error, str) else f"its logits differ by {error:.1e}"
-        refused = f"resuming by {self.mode} was refused by its check: {told}"
-        if self.mode == "keys and values":
-            self.mode, self.reason, self.past = "layers", refused, None
-            self._keep(_bytes(None, self.backbone.device))
-            self._verify()
-            return
-        self.mode, self.reason, self.past = "plain", refused, None
-
-    def _try(self, rows: Tensor, site: Site) -> Tensor:
-        return self.logits(rows, {site: lambda states: states})
-
-    def _extremes(self) -> Sequence[Site]:
-        ordered = sorted(self.places, key=self._boundary)
-        return list(dict.fromkeys([ordered[0], ordered[-1]]))
-
-    def _fingerprint(self) -> tuple:
-        """Changes whenever weights, flags or inputs are changed in place or replaced."""
-        model = self.backbone.model
-        weights = tuple((p.data_ptr(), p._version, p.dtype) for p in model.parameters())
-        data = tuple(
-            (t.data_ptr(), t._version)
-            for t in (*self.batch.inputs.values(), self.batch.positional)
-            if isinstance(t, Tensor)
-        )
-        return weights, data, tuple(m.training for m in model.modules())
+        lengths = torch.zeros(len(self)) if real is None else real.sum(1).cpu()
+        extremes = [lengths.topk(min(2, len(self))).indices, lengths.argmin()[None]]
+        sites = sorted(self.places, key=lambda s: self._boundary[s])
+        sites = [sites[0], sites[-1]]
+        if self._schedule is not None:
+            starts = self._schedule.starts
+            extremes += [self._schedule.lowest.argmin()[None], self._schedule.lowest.argmax()[None]]
+            by_start = sorted(self.places, key=lambda s: float(starts[s].double().mean()))
+            sites += [by_start[0], by_start[-1]]
+        rows = torch.cat(extremes).unique()
+        readout = replace(self.readout, tokens=None)  # two logits may be near 0, a vocabulary's are not
+        valid = readout.rows(rows).valid
+        plain = PlainRun(self.backbone, self.batch, readout)
+        for site in dict.fromkeys(sites):
+            edits = {site: _stirred}
+            with torch.no_grad():
+                expected = plain.logits(rows, edits)
+                found = self._resume(rows.flip(0), edits, None, readout).flip(0)
+            if valid is not None:
+                expected, found = expected[valid.to(expected.device)], found[valid.to(found.device)]
+            error = float((found - expected).float().norm() / expected.float().norm().clamp_min(1e-30))
+            half = expected.dtype in (torch.float16, torch.bfloat16)
+            if not error <= (5e-2 if half else 1e-4):
+                return f"its logits differ by {error:.1e} with an edit at {site}"
+        return "running the model changes it" if self._watch.changed() else None
 
 
-def _take(states: Tensor, index: Tensor) -> Tensor:
-    """(rows, tokens, width) → (rows, index, width)."""
-    return states.gather(1, index.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
+def _stirred(states: Tensor) -> Tensor:
+    return -states.roll(1, -1)
 
 
-def _take_keys(keys: Tensor, index: Tensor) -> Tensor:
-    """(rows, heads, tokens, head width) → (rows, heads, index, head width)."""
-    return keys.gather(2, index.to(keys.device)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[-1]))
-
-
-def _active_dropout(model: nn.Module) -> str | None:
-    """The first module that would drop something at random now."""
-    for name, module in model.named_modules():
-        if not module.training:
-            continue
-        rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else 0
-        for attribute in ("attention_dropout", "dropout", "dropout_p"):  # functional dropout in attention
-            given = getattr(module, attribute, 0)
-            rate = max(rate, given if isinstance(given, float) else 0)
-        if rate:
-            return name or type(module).__name__
-    return None
-
-
-_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def _bytes(memory: int | str | None, device: torch.device) -> tuple[int, int]:
-    """(on the device, on the host): a stated budget holds for each, by default half of what is free."""
-    if isinstance(memory, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", memory, re.IGNORECASE)
-        if found is None or found[2].upper() not in _UNITS:
-            raise ValueError(f"memory={memory!r}: write bytes or, say, '8GiB' or '500MB'.")
-        memory = int(float(found[1]) * _UNITS[found[2].upper()])
-    if memory is not None:
-        return memory, memory
-    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2, host
-    return host, host
+def _told(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}".splitlines()[0][:200]

@@ -7,7 +7,7 @@ data set and answers `logits(rows, edits, sources)`. The plain run here computes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 from subspace_lab.core.backbone import Backbone, Visit, frozen
 from subspace_lab.core.batches import Batch
-from subspace_lab.core.intervene import Edits, Sources, edit_visits, model_inputs
+from subspace_lab.core.changes import Watch, tensors_of
+from subspace_lab.core.intervene import Edits, Place, Sources, edit_visits, model_inputs, place
 from subspace_lab.core.positions import locate
+from subspace_lab.core.sites import Site
 
 LAST = (2**31,)  # sorts behind every block
+# What only shapes the model's own loss and logits: a readout says which logits are wanted.
+NEEDLESS = {"labels", "logits_to_keep", "num_items_in_batch"}
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,15 @@ class Readout:
 
     @classmethod
     def at(cls, batch: Batch, positions: str = "last", tokens: Sequence[int] | Tensor | None = None) -> Readout:
-        """Read at positions of the prompt: at the last, what the model says next."""
-        real = batch.real_tokens()
+        """Read at positions of the prompt: at the last, what the model says next.
+
+        In a batch with tokens for a decoder of its own they are positions of those.
+        """
+        decoder = any(name.startswith("decoder_") for name in batch.inputs)
+        real = batch.real_tokens("decoder" if decoder else "")
         if real is None:
-            return cls(tokens=None if tokens is None else torch.as_tensor(tokens))
-        index, valid = locate(positions, real, batch.prompt_lengths, batch.columns)
+            return cls(tokens=_ids(tokens))
+        index, valid = locate(positions, real, None if decoder else batch.prompt_lengths, batch.columns)
         return cls(index, None if bool(valid.all()) else valid, _ids(tokens))
 
     @classmethod
@@ -92,6 +100,8 @@ class PlainRun:
 
     def __init__(self, backbone: Backbone, batch: Batch, readout: Readout) -> None:
         self.backbone, self.batch, self.readout = backbone, batch, readout
+        self._places: dict[Site, Place] = {}
+        self._watch: Watch | None = None
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -102,15 +112,41 @@ class PlainRun:
 
     def logits(self, rows: Tensor, edits: Edits, sources: Sources | None = None) -> Tensor:
         part = self.batch.rows(rows)
-        visits = edit_visits(self.backbone, part, edits, sources)
+        visits = edit_visits(self.backbone, part, edits, sources, places=self._placed(edits, rows))
         return self.finish(model_inputs(self.backbone.model, part), visits, self.readout.rows(rows))
 
-    def finish(self, inputs: Any, visits: list[Visit], readout: Readout) -> Tensor:
-        """Run and read."""
+    def finish(
+        self,
+        inputs: Mapping[str, Any] | Sequence[Any],
+        visits: list[Visit],
+        readout: Readout,
+        parameters: nn.Module | None = None,
+    ) -> Tensor:
+        """Run and read; `parameters`: a module of the model's parameters alone, quicker to go through."""
         head = head_visit(self.backbone, readout)
-        with frozen(self.backbone.model):
+        if head is not None and isinstance(inputs, Mapping) and not NEEDLESS.isdisjoint(inputs):
+            inputs = _without_needless(self.backbone.model, inputs)
+        with frozen(self.backbone.model if parameters is None else parameters):
             output = self.backbone.run(inputs, [*visits, *([] if head is None else [head])])
         return read(output, readout, by_head=head)
+
+    def _placed(self, sites: Iterable[Site], rows: Tensor) -> dict[Site, Place]:
+        """Where the sites are in some rows: found for the whole data set, so that sources are cut as it is."""
+        if self._watch is None or self._watch.changed():
+            self._watch, self._places = Watch(None, lambda: tensors_of(self.batch)), {}
+        with torch.inference_mode(False):  # kept for later steps, which may need gradients
+            for site in sites:
+                if site not in self._places:
+                    self._places[site] = place(self.backbone, self.batch, site)
+            return {site: place_of(self._places[site], rows) for site in sites}
+
+
+def place_of(whole: Place, rows: Tensor) -> Place:
+    """A place in some rows of the batch that it was found in."""
+    if whole.index is None:
+        return whole
+    index, valid = (None if t is None else t[rows.to(t.device)] for t in (whole.index, whole.valid))
+    return replace(whole, index=index, valid=None if valid is None or bool(valid.all()) else valid)
 
 
 def read(output: Any, readout: Readout, by_head: Visit | None) -> Tensor:
@@ -131,8 +167,8 @@ def head_visit(backbone: Backbone, readout: Readout) -> Visit | None:
 
     A plain linear head is multiplied by the answers' rows only; any other kind sees fewer positions.
     """
-    path = backbone.head()
-    if path is None or readout.index is None:
+    path = None if readout.index is None else backbone.head()
+    if path is None:
         return None
     head = backbone.anatomy.modules[path]
 
@@ -155,3 +191,12 @@ def head_visit(backbone: Backbone, readout: Readout) -> Visit | None:
 
 def _ids(tokens: Sequence[int] | Tensor | None) -> Tensor | None:
     return None if tokens is None else torch.as_tensor(tokens, dtype=torch.long)
+
+
+def _without_needless(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in inputs.items() if name not in NEEDLESS}
+    config = getattr(model, "config", None)
+    if "labels" in inputs and getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
+        shift: Any = model.prepare_decoder_input_ids_from_labels  # as the model itself would
+        kept["decoder_input_ids"] = shift(labels=inputs["labels"])
+    return kept

@@ -1,0 +1,54 @@
+"""How much memory may be used, on the model's device and beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def budgets(memory: int | str | None, device: torch.device) -> tuple[int, int]:
+    """(bytes on the device, bytes on the host): a stated budget holds for each, by default half of what is free.
+
+    Raises:
+        ValueError: a text that is no amount of memory.
+    """
+    if isinstance(memory, str):
+        memory = _bytes(memory)
+    if memory is not None:
+        return memory, memory
+    host = _free_on_host() // 2
+    if device.type != "cuda":
+        return host, host
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + unused) // 2, host
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if found is None or (found[3] and not found[2]):
+        raise ValueError(f"memory={text!r}: write bytes or, say, '8GiB' or '500MB'.")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** _POWERS[found[2].upper()])
+
+
+def _free_on_host() -> int:
+    """What this process may still take: of the machine's memory, within the limit of its control group."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        # No Linux: what is free is not told there, so a quarter of everything.
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if hasattr(os, "sysconf") else 2**32
+    group = Path("/sys/fs/cgroup")
+    try:
+        allowed = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    used -= int(facts.get("inactive_file", 0))  # read files, given up when memory is asked for
+    return free if allowed == "max" else max(0, min(free, int(allowed) - used))
