@@ -181,7 +181,10 @@ class LearnedSubspace(Subspace):
             start = random_orthonormal(width, rank, seed)
         check_orthonormal(start, (rank, width))
         self.width, self.rank, self.orthonormalise = width, rank, orthonormalise
-        self.raw = nn.Parameter(wide(start.detach(), torch.zeros(())).T.clone())
+        # Contiguous, as safetensors asks for.
+        self.raw = nn.Parameter(
+            wide(start.detach(), torch.zeros(())).T.clone(memory_format=torch.contiguous_format)
+        )
         self._cached: tuple[tuple, Tensor, Tensor, Tensor] | None = None
 
     def basis(self) -> Float[Tensor, "rank width"]:
