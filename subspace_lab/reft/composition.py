@@ -36,7 +36,9 @@ class PartedBasis(Subspace):
         super().__init__()
         check_rank(sum(sizes.values()), width)
         rows = random_orthonormal(width, sum(sizes.values()), seed).split(list(sizes.values()))
-        self.raw = nn.ParameterDict({n: part.T.clone() for n, part in zip(sizes, rows, strict=True)})
+        self.raw = nn.ParameterDict(
+            {n: part.T.clone(memory_format=torch.contiguous_format) for n, part in zip(sizes, rows, strict=True)}
+        )
         self.width = width
         self.moving = tuple(sizes)
         self.use(list(sizes))

@@ -55,6 +55,11 @@ def _row(
             raise ValueError(f"Row {i}: the last of the messages must be the assistant's answer.")
         before = tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True, return_dict=False)
         whole = tokenizer.apply_chat_template(talk, return_dict=False)
+        if whole[: len(before)] != before:
+            raise ValueError(
+                f"Row {i}: the chat template writes the whole conversation otherwise than its beginning, so that "
+                "prompt and answer cannot be told apart by length; give input_ids and labels instead."
+            )
     else:
         missing = [name for name in (prompt, answer) if not row.get(name)]
         if missing:
@@ -81,7 +86,11 @@ def _row(
 
 def pad(rows: Sequence[Mapping[str, Any]], pad_token_id: int | None) -> dict[str, Tensor]:
     """Rows of different length as one batch, padded on the right: ids by the pad token, labels by −100."""
+    if not rows:
+        raise ValueError("No rows to learn from.")
     longest = max(len(row["input_ids"]) for row in rows)
+    if "attention_mask" not in rows[0]:
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
     fill = {
         "input_ids": 0 if pad_token_id is None else pad_token_id,
         "attention_mask": 0,
@@ -108,11 +117,15 @@ class PromptCollator:
     tokenizer: Any
     end: bool = True
     max_length: int | None = None
+    prompt_lengths: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if "input_ids" not in rows[0]:
             rows = list(tokenise(rows, self.tokenizer, end=self.end, max_length=self.max_length))
-        return pad(rows, self.tokenizer.pad_token_id)
+        batch = pad(rows, self.tokenizer.pad_token_id)
+        if self.prompt_lengths and "prompt_lengths" not in batch:
+            batch["prompt_lengths"] = prompt_lengths_of(batch["labels"], batch.get("attention_mask"))
+        return batch
 
 
 def prompt_lengths_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,12 @@ class Facade(nn.Module):
         self.base_model = model
         self.training = model.training  # or the edits' dropout would be on while the base model's is off
         self._asked = [p for p in model.parameters() if p.requires_grad]
+        self.model_tags: list[str] = []
 
     def unload(self) -> nn.Module:
         """The base model as it was before it was wrapped."""
+        if self.is_gradient_checkpointing:
+            self.gradient_checkpointing_disable()
         for p in self._asked:
             p.requires_grad_(True)
         return self.base_model
@@ -41,24 +44,84 @@ class Facade(nn.Module):
     def device(self) -> torch.device:
         return self.backbone.device
 
+    def _get_name(self) -> str:
+        # By this name, and by `loss_type`, Trainer tells whether labels are shifted.
+        return self.base_model._get_name()
+
+    @property
+    def loss_type(self) -> Any:
+        """The base model's kind of loss."""
+        return getattr(self.base_model, "loss_type", None)
+
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the base model averages its loss over the items that Trainer counts."""
-        parameters = inspect.signature(self.base_model.forward).parameters.values()
-        return any(p.kind is p.VAR_KEYWORD for p in parameters)
+        """Whether the base model averages its loss over the items that Trainer counts.
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute the base model's blocks in the backward pass."""
+        Language models do; heads of classification may take the number and not use it, which a training that
+        accumulates gradients would then multiply by its micro-batches.
+        """
         base: Any = self.base_model
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
-        # A checkpointed block passes gradients on only if something that enters it asks for one.
+        if hasattr(base, "accepts_loss_kwargs"):
+            return bool(base.accepts_loss_kwargs)
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())
+        return takes_any and self.loss_type == "ForCausalLM"
+
+    @property
+    def generation_config(self) -> Any:
+        """The base model's defaults of `generate`."""
+        base: Any = self.base_model
+        return base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        base: Any = self.base_model
+        base.generation_config = value
+
+    def add_model_tags(self, tags: str | Sequence[str]) -> None:
+        """Tags for the model card."""
+        self.model_tags += [tags] if isinstance(tags, str) else list(tags)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether some block of the base model is recomputed in the backward pass."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.base_model.modules())
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute the base model's blocks in the backward pass; the arguments are its own."""
+        base: Any = self.base_model
+        more = {"every_n_layers": every_n_layers} if every_n_layers != 1 else {}
+        more |= {"offload": offload} if offload else {}
+        if hasattr(base, "activation_checkpointing_enable"):
+            base.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
+        else:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **more)
+        # A checkpointed block passes gradients on only if something that enters it asks for one. The base model
+        # may have seen to that itself; a second hook would be one that it never removes.
+        base.disable_input_require_grads()
         base.enable_input_require_grads()
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable`, by its newer name."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep the base model's activations again."""
         base: Any = self.base_model
-        base.gradient_checkpointing_disable()
+        newer = getattr(base, "activation_checkpointing_disable", None)
+        (newer or base.gradient_checkpointing_disable)()
         base.disable_input_require_grads()
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The adapters' numbers alone."""

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
-
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.frozen_past import FrozenPast
-from subspace_lab.core.runs import Readout
 from subspace_lab.core.training import TrainingConfig, progress_bar, shuffled_rows, train
-from subspace_lab.reft.data import pad, prompt_lengths_of
 from subspace_lab.reft.model import ReftModel
+from subspace_lab.reft.past import AnswersPast
 
 
 def finetune(
@@ -44,20 +39,14 @@ def finetune(
         raise ValueError("No active adapter: nothing would be trained.")
     if any(model.adapter(name).config.modules_to_save for name in model.active_adapters):
         raise ValueError("This loop trains edits alone; train modules_to_save with transformers.Trainer.")
-    data = pad(list(rows), getattr(model.config, "pad_token_id", None))
-    labels = data.pop("labels")
-    readout, targets = Readout.before_labels(labels)
-    batch = Batch(data, prompt_lengths_of(labels, data.get("attention_mask"))).to(model.device)
-    readout = Readout(readout.index.to(model.device), readout.valid, None)  # type: ignore[union-attr]
-    past = FrozenPast(model.backbone, batch, edits, readout, memory=memory)
-    order = shuffled_rows(len(batch), config)
-
-    def loss_of(_: int) -> Tensor:
-        chosen = next(order)
-        logits = past.logits(chosen, edits)
-        wanted = targets[chosen].to(logits.device)
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-100)
+    past = AnswersPast(model.backbone, rows, edits, memory=memory)
+    order = shuffled_rows(len(past), config)
 
     with progress_bar(quiet=quiet) as bar:
-        task = bar.add_task(f"finetune ({past.describe()})", total=config.steps)
-        return train(edits.values(), loss_of, config, on_step=lambda *_: bar.advance(task))
+        task = bar.add_task(f"finetune ({past.past.describe()})", total=config.steps)
+        return train(
+            edits.values(),
+            lambda _: past.loss(next(order), edits)[0],
+            config,
+            on_step=lambda *_: bar.advance(task),
+        )

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from subspace_lab.core.backbone import Visit
 from subspace_lab.core.batches import Batch
@@ -28,6 +30,7 @@ from subspace_lab.reft.composition import folded
 from subspace_lab.reft.config import ReftConfig
 from subspace_lab.reft.data import padding_mask, prompt_lengths_of
 from subspace_lab.reft.facade import Facade
+from subspace_lab.reft.past import AnswersPast
 from subspace_lab.reft.storage import local_folder, read_adapter, upload, write_adapter
 
 
@@ -52,6 +55,7 @@ class ReftModel(Facade):
         super().__init__(model)
         self.adapters = nn.ModuleDict()
         self.active_adapters: list[str] = []
+        self._past: AnswersPast | None = None
         self.add_adapter(adapter_name, config, subspaces)
         for p in self._asked:
             p.requires_grad_(False)
@@ -172,7 +176,8 @@ class ReftModel(Facade):
         base, kind = base_facts(self.base_model), type(self.base_model).__name__
         for name in names:
             at_root = name == "default" or len(names) == 1
-            write_adapter(self.adapter(name), Path(folder) if at_root else Path(folder, name), base, kind)
+            into = Path(folder) if at_root else Path(folder, name)
+            write_adapter(self.adapter(name), into, base, kind, self.model_tags)
 
     def load_adapter(
         self, folder: str | Path, adapter_name: str, is_trainable: bool = False, revision: str | None = None
@@ -241,6 +246,7 @@ class ReftModel(Facade):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        row: Tensor | None = None,
     ) -> Any:
         """The base model's output with the active adapters in force.
 
@@ -248,8 +254,11 @@ class ReftModel(Facade):
             labels: as the base model takes them. In a causal language model the tokens before the first label
                 that is not −100 are the prompt, by which positions are counted.
             prompt_lengths: (batch,) the number of prompt tokens, instead.
+            row: (batch,) which rows of the data set of `keep_past` these are; the rest is then known already.
             others: as the base model takes them; what it does not know it refuses.
         """
+        if row is not None:
+            return self._from_past(row, num_items_in_batch)
         given = {
             name: value
             for name, value in {
@@ -270,8 +279,15 @@ class ReftModel(Facade):
             }.items()
             if value is not None
         }
-        if prompt_lengths is None and labels is not None and self._is_causal():
-            prompt_lengths = prompt_lengths_of(labels, attention_mask)
+        if prompt_lengths is None and self._is_causal():
+            if labels is not None:
+                prompt_lengths = prompt_lengths_of(labels, attention_mask)
+            elif self.training and torch.is_grad_enabled() and self.active_adapters:
+                raise ValueError(
+                    "Training needs labels or prompt_lengths: they tell the prompt, by which positions are "
+                    "counted, from the answer. Trainer takes the labels away for label smoothing and for a loss "
+                    "of one's own; PromptCollator(tokenizer, prompt_lengths=True) gives the lengths."
+                )
         self._check_checkpointing()
         batch = Batch(given, prompt_lengths)
         return forward(self.backbone, batch, self.edits(), train_base=True, also=self._visits())
@@ -299,6 +315,47 @@ class ReftModel(Facade):
             self.backbone, batch, self.edits(), every_token=every_token, also=self._visits(), **generation
         )
 
+    def keep_past(self, rows: Dataset, *, memory: int | str | None = None) -> Dataset:
+        """Compute once what training on these rows need not compute again (`core/frozen_past.py`).
+
+        Args:
+            rows: tokenised prompts and answers, as `reft.data.tokenise` gives them.
+            memory: budget of what is kept.
+
+        Returns:
+            The data set with a column `row`, by which `forward` finds what was kept: train on it, with plain
+            `Trainer` too, and with `PromptCollator` or any collator that lets an integer column through. Until
+            `forget_past` the base model stays in eval mode: what it drops at random is no past to keep.
+
+        Raises:
+            ValueError: no active adapter, or one with `modules_to_save`, whose past is not frozen.
+        """
+        edits = self.edits()
+        if not edits or self._visits():
+            raise ValueError(
+                "The past is kept for active adapters without modules_to_save: what those change is not frozen."
+            )
+        self.base_model.eval()
+        self._past = AnswersPast(self.backbone, list(rows), edits, memory=memory)
+        return rows.add_column("row", list(range(len(rows))))
+
+    def forget_past(self) -> None:
+        """Free what `keep_past` kept."""
+        self._past = None
+
+    def train(self, mode: bool = True) -> ReftModel:
+        """Train mode of edits and base model; the base model stays in eval mode while a past is kept."""
+        super().train(mode)
+        if self._past is not None:
+            self.base_model.eval()
+        return self
+
+    def _from_past(self, row: Tensor, items: Tensor | int | None) -> CausalLMOutput:
+        if self._past is None:
+            raise ValueError("Rows are given by number, but no past is kept: call keep_past first.")
+        loss, logits = self._past.loss(row, self.edits(), items)
+        return CausalLMOutput(loss=loss, logits=logits)
+
     def _visits(self) -> list[Visit]:
         return [v for name in self.active_adapters for v in self.adapter(name).visits(self.backbone)]
 
@@ -310,7 +367,7 @@ class ReftModel(Facade):
         base = self.base_model
         if not base.training or not torch.is_grad_enabled():
             return
-        if not any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        if not self.is_gradient_checkpointing:
             return
         inside = [str(s) for s in self.edits() if not s.component.endswith(("block_output", "block_input"))]
         blocks = [f"{block}." for stack in self.backbone.anatomy.stacks.values() for block in stack]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ CARD = """---
 base_model: {base}
 library_name: subspace-lab
 tags:
-- reft
+- reft{tags}
 ---
 
 # {method} adapter
@@ -52,12 +53,14 @@ model = ReftModel.from_pretrained({model}.from_pretrained("{base}"), "path/to/th
 """
 
 
-def write_adapter(adapter: Adapter, folder: Path, base: dict[str, Any], model: str) -> None:
+def write_adapter(
+    adapter: Adapter, folder: Path, base: dict[str, Any], model: str, tags: Sequence[str] = ()
+) -> None:
     """Write an adapter into a folder.
 
     Args:
         base: the facts of its base model.
-        model: the base model's class, for the card.
+        model, tags: the base model's class, and further tags, for the card.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _finish(folder)
@@ -72,6 +75,7 @@ def write_adapter(adapter: Adapter, folder: Path, base: dict[str, Any], model: s
         "base": facts["base_model_name_or_path"] or "unknown",
         "version": _version(),
         "model": model,
+        "tags": "".join(f"\n- {tag}" for tag in tags),
         "parameters": sum(p.numel() for p in adapter.edits.parameters()),
     }
     write_text(folder / "README.md", CARD.format(**card))

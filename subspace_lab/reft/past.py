@@ -1,0 +1,66 @@
+"""Prompts and answers over the frozen past: for the loop here and for plain `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspace_lab.core.backbone import Backbone
+from subspace_lab.core.batches import Batch
+from subspace_lab.core.frozen_past import FrozenPast
+from subspace_lab.core.intervene import Edits
+from subspace_lab.core.runs import Readout
+from subspace_lab.reft.data import pad, prompt_lengths_of
+
+
+class AnswersPast:
+    """Tokenised rows of prompts and answers, kept up to their first edit.
+
+    Args:
+        rows: `input_ids`, `labels` (−100 over the prompt) and the rest, as `reft.data.tokenise` gives them.
+        edits: the edits that will be trained; their sites decide what is kept.
+        memory: budget, as in `FrozenPast`.
+
+    Raises:
+        ValueError: no rows, or a row without prompt or answer.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        rows: Iterable[Mapping[str, Any]],
+        edits: Edits,
+        *,
+        memory: int | str | None = None,
+    ) -> None:
+        rows = list(rows)
+        if not rows:
+            raise ValueError("No rows to learn from.")
+        data = pad(rows, getattr(getattr(backbone.model, "config", None), "pad_token_id", None))
+        labels = data.pop("labels")
+        lengths = data.pop("prompt_lengths", None)
+        lengths = prompt_lengths_of(labels, data.get("attention_mask")) if lengths is None else lengths
+        readout, self.targets = Readout.before_labels(labels)
+        assert readout.index is not None
+        valid = None if readout.valid is None else readout.valid.to(backbone.device)
+        batch = Batch(data, lengths).to(backbone.device)
+        readout = Readout(readout.index.to(backbone.device), valid, None)
+        self.past = FrozenPast(backbone, batch, edits, readout, memory=memory)
+
+    def __len__(self) -> int:
+        return len(self.past)
+
+    def loss(self, rows: Tensor, edits: Edits, items: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy over the answers' tokens of some rows, and their logits (rows, reads, vocabulary).
+
+        The mean over the tokens, or their sum divided by `items`, as Trainer asks for it where it accumulates.
+        """
+        rows = rows.cpu()
+        logits = self.past.logits(rows, edits)
+        wanted = self.targets[rows].to(logits.device).flatten()
+        kind = "mean" if items is None else "sum"
+        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), wanted, ignore_index=-100, reduction=kind)
+        return loss if items is None else loss / torch.as_tensor(items, device=loss.device), logits

@@ -1,0 +1,134 @@
+"""Prompts and answers as rows of ids: chat templates, tokenizers that join words, padding, what is refused."""
+
+import pytest
+import tokenizers
+import torch
+from families import build
+from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from subspace_lab.reft import PromptCollator, ReftConfig, get_reft_model, tokenise
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", ":", "say", "hi", "no", "yes", "now", "please"]
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }} : {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant : {% endif %}"
+)
+
+
+def make_tokenizer(pad="<pad>", template=TEMPLATE):
+    """Words of a small vocabulary, split at spaces."""
+    inner = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=pad, eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def ids(text):
+    return [WORDS.index(word) for word in text.split()]
+
+
+def split(row):
+    """(prompt, answer) of a row of ids, by its labels."""
+    ids, labels = row["input_ids"], row["labels"]
+    start = next(i for i, label in enumerate(labels) if label != -100)
+    assert labels[start:] == ids[start:] and set(labels[:start]) == {-100}
+    return ids[:start], ids[start:]
+
+
+def test_columns_of_prompts_and_answers():
+    rows = tokenise([{"prompt": "say hi", "answer": " now please"}], make_tokenizer())
+    assert split(rows[0]) == (ids("say hi"), ids("now please </s>"))
+    assert rows[0]["attention_mask"] == [1] * 5
+    rows = tokenise([{"q": "say hi", "a": " no"}], make_tokenizer(), prompt="q", answer="a", end=False)
+    assert split(rows[0]) == (ids("say hi"), ids("no"))
+    rows = tokenise([{"prompt": "say hi", "answer": " now please"}], make_tokenizer(), max_length=3)
+    assert split(rows[0]) == (ids("say hi"), ids("now"))
+
+
+def test_a_tokenizer_that_joins_prompt_and_answer_is_kept_from_it():
+    """The prompt's ids are those that generation will see."""
+    rows = tokenise([{"prompt": "say h", "answer": "i now"}], make_tokenizer(), end=False)
+    prompt, answer = split(rows[0])
+    assert prompt == [*ids("say"), 3] and answer == [3, *ids("now")]
+
+
+def test_chat_templates():
+    talk = [
+        {"role": "user", "content": "say hi"},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": "no"},
+        {"role": "assistant", "content": "yes now"},
+    ]
+    template = TEMPLATE.replace("<s>", "<s> ").replace("</s>", " </s> ")
+    (row,) = tokenise([{"messages": talk}], make_tokenizer(template=template))
+    before = ids("<s> user : say hi </s> <s> assistant : hi </s> <s> user : no </s> <s> assistant :")
+    assert split(row) == (before, ids("yes now </s>"))
+    with pytest.raises(ValueError, match="Row 0: the last of the messages must be the assistant's"):
+        tokenise([{"messages": talk[:3]}], make_tokenizer(template=template))
+    with pytest.raises(ValueError, match="Row 1: the last"):
+        tokenise([{"messages": talk}, {"messages": []}], make_tokenizer(template=template))
+
+
+def test_a_template_that_writes_a_conversation_otherwise_than_its_beginning_is_refused():
+    """Labels cut at the prompt's length would then begin in the wrong place."""
+    odd = (
+        "{% if add_generation_prompt %}now now now {% endif %}{% for m in messages %}{{ m.content }} {% endfor %}"
+    )
+    talk = [{"role": "user", "content": "say hi"}, {"role": "assistant", "content": "hi no no no"}]
+    with pytest.raises(ValueError, match="Row 0: the chat template"):
+        tokenise([{"messages": talk}], make_tokenizer(template=odd))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "No rows"),
+        ([{"prompt": "", "answer": "hi"}], r"Row 0 has no text in \['prompt'\]"),
+        (
+            [{"prompt": "say", "answer": "hi"}, {"prompt": "say", "answer": ""}],
+            r"Row 1 has no text in \['answer'\]",
+        ),
+        ([{"question": "say", "answer": "hi"}], r"\['prompt'\]; it has the columns \['answer', 'question'\]"),
+        ([{"prompt": "say hi now", "answer": "hi"}], "0 of the answer"),
+        ([{"prompt": "   ", "answer": "hi"}], "0 prompt tokens"),
+    ],
+)
+def test_rows_that_teach_nothing_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        tokenise(rows, make_tokenizer(), max_length=3)
+
+
+ROWS = [{"prompt": "say hi now please", "answer": " no"}, {"prompt": "say", "answer": " yes yes"}]
+
+
+def test_the_collator_pads_rows_and_tokenises_text():
+    tokenizer = make_tokenizer()
+    collator = PromptCollator(tokenizer, prompt_lengths=True)
+    from_text = collator(ROWS)
+    from_ids = collator(list(tokenise(ROWS, tokenizer)))
+    assert from_text.keys() == from_ids.keys() == {"input_ids", "attention_mask", "labels", "prompt_lengths"}
+    for key, value in from_text.items():
+        assert torch.equal(value, from_ids[key])
+    assert from_text["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 1, 0, 0]]
+    assert from_text["labels"][1].tolist() == [-100, *ids("yes yes </s>"), -100, -100]
+    assert from_text["prompt_lengths"].tolist() == [4, 1]
+    assert "prompt_lengths" not in PromptCollator(tokenizer)(ROWS)
+    bare = [{k: v for k, v in row.items() if k != "attention_mask"} for row in tokenise(ROWS, tokenizer)]
+    assert torch.equal(collator(bare)["attention_mask"], from_text["attention_mask"])
+
+
+def test_a_tokenizer_without_pad_token_needs_none():
+    """Padding is hidden by the mask, so whichever token fills it, each row's loss is the row's alone."""
+    model = get_reft_model(build("llama"), ReftConfig(rank=2, positions="f1+l1", start="paper"))
+    collator = PromptCollator(make_tokenizer(pad=None))
+    together = collator(ROWS)
+    with torch.no_grad():
+        loss = model(**together).loss
+        alone = [model(**collator([row])) for row in ROWS]
+    counts = (together["labels"] != -100).sum(1)
+    expected = sum(a.loss * n for a, n in zip(alone, counts, strict=True)) / counts.sum()
+    torch.testing.assert_close(loss, expected)

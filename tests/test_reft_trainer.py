@@ -1,0 +1,436 @@
+"""Training: `transformers.Trainer` as it is, with nothing subclassed, and the core's own loop."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from families import fresh
+from safetensors.torch import load_file
+from test_reft_data import make_tokenizer
+from transformers import Trainer, TrainingArguments
+
+from subspace_lab.core.training import TrainingConfig
+from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model
+from subspace_lab.reft.data import pad
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = 24
+
+
+def answers(rows=ROWS, seed=0):
+    """Prompts of 3 to 8 tokens, each with an answer of 1 to 3 tokens, always the same ones."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(rows):
+        prompt = torch.randint(3, 60, (3 + i % 6,), generator=generator).tolist()
+        answer = [7, 11, 5][: 1 + i % 3]
+        made.append(
+            {
+                "input_ids": prompt + answer,
+                "attention_mask": [1] * (len(prompt) + len(answer)),
+                "labels": [-100] * len(prompt) + answer,
+            }
+        )
+    return Dataset.from_list(made)
+
+
+def classes(rows=ROWS, seed=0):
+    """Texts of 3 to 8 tokens of one half of the vocabulary or the other."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(rows):
+        ids = torch.randint(3, 30, (3 + i % 6,), generator=generator) + 30 * (i % 2)
+        made.append({"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": i % 2})
+    return Dataset.from_list(made)
+
+
+def collate(rows):
+    return pad(rows, 0)
+
+
+def classifier(kind="bert"):
+    torch.manual_seed(5)
+    if kind == "bert":
+        config = transformers.BertConfig(
+            vocab_size=60,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        return transformers.BertForSequenceClassification(config).eval()
+    config = fresh("llama").config
+    config.num_labels = 2
+    return transformers.LlamaForSequenceClassification(config).eval()
+
+
+def decoder(positions="f1+l1", **options):
+    return get_reft_model(fresh("llama"), ReftConfig(**{"rank": 4, "positions": positions, "seed": 3, **options}))
+
+
+def encoder(kind="bert", head="classifier"):
+    config = ReftConfig(rank=4, positions="all", modules_to_save=(head,), seed=3)
+    return get_reft_model(classifier(kind), config)
+
+
+def trainer(model, folder, data, evaluation=None, *, metrics=None, collator=collate, **options):
+    arguments = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 3e-2,
+        "max_steps": 10,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "seed": 7,
+        **options,
+    }
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=data,
+        eval_dataset=evaluation,
+        data_collator=collator,
+        compute_metrics=metrics,
+    )
+
+
+def numbers(model):
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def apart(one, other):
+    return max((one[k] - other[k]).abs().max().item() for k in one)
+
+
+def losses(run):
+    return [row["loss"] for row in run.state.log_history if "loss" in row]
+
+
+# --- plain Trainer ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_plain_trainer(kind, tmp_path):
+    """The loss falls, the base model stays, checkpoints hold the adapter alone and resume to the same weights."""
+    make, data = (decoder, answers()) if kind == "decoder" else (encoder, classes())
+    model = make()
+    base = {k: v.clone() for k, v in model.base_model.state_dict().items()}
+    whole = trainer(model, tmp_path, data, max_steps=30, save_strategy="steps", save_steps=15)
+    whole.train()
+    assert sum(losses(whole)[-3:]) < 0.7 * sum(losses(whole)[:3])
+    assert equal(model.base_model.state_dict(), base)
+    kept = load_file(tmp_path / "checkpoint-15" / "model.safetensors")
+    assert kept.keys() == model.state_dict().keys() and all(k.startswith("adapters.default.") for k in kept)
+    assert sum(v.numel() for v in kept.values()) == model.get_nb_trainable_parameters()[0]
+
+    again = make()
+    assert not equal(numbers(again), numbers(model))
+    resumed = trainer(again, tmp_path, data, max_steps=30)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-15"))
+    assert equal(numbers(again), numbers(model)), "resumed is not what was uninterrupted"
+    short = make()
+    trainer(short, tmp_path / "short", data, max_steps=15).train()
+    assert not equal(numbers(short), numbers(model)), "the last 15 steps did nothing"
+    whole.save_model(tmp_path / "final")
+    third = make()
+    third.load_state_dict(load_file(tmp_path / "final" / "model.safetensors"))
+    assert equal(numbers(third), numbers(model))
+    model.save_pretrained(tmp_path / "adapter")
+    fourth = ReftModel.from_pretrained(fresh("llama") if kind == "decoder" else classifier(), tmp_path / "adapter")
+    assert equal(numbers(fourth), numbers(model))
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_the_best_model_is_loaded_at_the_end(kind, tmp_path):
+    def accuracy(prediction):
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    model, data = (decoder(), answers()) if kind == "decoder" else (encoder(), classes())
+    run = trainer(
+        model,
+        tmp_path,
+        data,
+        data.select(range(8)),
+        metrics=accuracy if kind == "encoder" else None,
+        learning_rate=0.02,
+        lr_scheduler_type="constant_with_warmup",
+        max_steps=12,
+        max_grad_norm=0.0,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_strategy="steps",
+        save_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=kind
+        == "encoder",  # whichever is not the last: the worst for the one that only gets better
+    )
+    run.train()
+    found = {row["step"]: row["eval_loss"] for row in run.state.log_history if "eval_loss" in row}
+    assert len(found) == 4
+    best = (max if kind == "encoder" else min)(found, key=found.get)
+    assert run.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert kind == "decoder" or best != 12
+    evaluated = run.evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(found[best], rel=1e-6)
+    kept = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
+    assert equal(numbers(model), kept)
+    others = [s for s in found if s != best]
+    assert not any(equal(kept, load_file(tmp_path / f"checkpoint-{s}" / "model.safetensors")) for s in others)
+    if kind == "encoder":
+        assert 0 <= evaluated["eval_accuracy"] <= 1
+
+
+def test_a_decoder_that_classifies(tmp_path):
+    model = encoder("llama", "score")
+    run = trainer(model, tmp_path, classes(), max_steps=40, learning_rate=2e-2)
+    run.train()
+    assert sum(losses(run)[-5:]) < 0.6 * sum(losses(run)[:5])
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_accumulated_gradients_are_those_of_the_big_batch(kind, tmp_path):
+    """Rows have different numbers of answer tokens, so means of means would be another loss."""
+    make, data = (decoder, answers()) if kind == "decoder" else (encoder, classes())
+    found = []
+    for size, accumulate in ((12, 1), (3, 4), (12, 1)):
+        model = make(start="paper") if kind == "decoder" else make()
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate}
+        if len(found) == 2:
+            options["seed"] = 8
+        run = trainer(model, tmp_path, data, max_steps=3, optim="sgd", learning_rate=0.3, **options)
+        run.train()
+        found.append(numbers(model))
+    assert apart(found[0], found[1]) < 1e-5 < 1e-3 < apart(found[0], found[2])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_at_block_outputs_changes_nothing(reentrant, tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        model = decoder(start="paper")
+        run = trainer(
+            model,
+            tmp_path,
+            answers(),
+            max_steps=3,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant} if checkpointing else None,
+        )
+        run.train()
+        found.append((numbers(model), losses(run)))
+        assert any(m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")) == (
+            checkpointing
+        )
+        model.gradient_checkpointing_disable()
+        assert not model.base_model.get_input_embeddings()._forward_hooks
+    assert apart(found[0][0], found[1][0]) < 1e-6
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
+
+
+def test_gradient_checkpointing_is_refused_where_it_would_lose_gradients(tmp_path):
+    model = decoder(component="mlp_output")
+    run = trainer(model, tmp_path, answers(), gradient_checkpointing=True)
+    with pytest.raises(ValueError, match=r"inside them: \['mlp_output\[0\]@f1\+l1'"):
+        run.train()
+    model = get_reft_model(fresh("llama"), ReftConfig(rank=2, modules_to_save=("mlp",)))
+    model.train()
+    model.gradient_checkpointing_enable()
+    batch = collate(list(answers(2)))
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp"):
+        model(**batch)
+    with torch.no_grad():
+        model(**batch)
+    model.eval()
+    model(**batch)
+
+
+def test_bf16(tmp_path):
+    """Autocast takes no product of an edit to a half precision, and parameters stay float32."""
+    found = []
+    for bf16 in (False, True):
+        model = decoder()
+        run = trainer(model, tmp_path, answers(), max_steps=30, bf16=bf16)
+        run.train()
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        found.append(losses(run))
+    assert all(math.isfinite(x) for x in found[1])
+    assert found[1][0] == pytest.approx(found[0][0], rel=2e-2) and found[1] != found[0]
+    assert sum(found[1][-3:]) < 0.8 * sum(found[1][:3])
+
+
+def test_a_base_model_in_bf16(tmp_path):
+    model = get_reft_model(fresh("llama", torch.bfloat16), ReftConfig(rank=4, positions="f1+l1"))
+    run = trainer(model, tmp_path, answers(), max_steps=30)
+    run.train()
+    assert {p.dtype for p in model.adapters.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.base_model.parameters()} == {torch.bfloat16}
+    assert sum(losses(run)[-3:]) < 0.8 * sum(losses(run)[:3])
+
+
+# --- where the prompt ends ----------------------------------------------------------------------------------
+
+
+def with_lengths(data):
+    return data.map(lambda row: {"prompt_lengths": sum(label == -100 for label in row["labels"])})
+
+
+def test_a_column_of_prompt_lengths(tmp_path):
+    """It reaches the model through Trainer, and says what labels without −100 do not."""
+    by_labels, by_column = decoder("last", start="paper"), decoder("last", start="paper")
+    trainer(by_labels, tmp_path, answers(), max_steps=3).train()
+    trainer(by_column, tmp_path, with_lengths(answers()), max_steps=3).train()
+    assert equal(numbers(by_labels), numbers(by_column))
+    everywhere = with_lengths(answers()).map(lambda row: {"labels": row["input_ids"]})
+    run = trainer(decoder("last", start="paper"), tmp_path, everywhere, max_steps=1)
+    run.train()
+    with pytest.raises(ValueError, match=r"empty prompt.*give prompt_lengths"):
+        trainer(decoder("last"), tmp_path, everywhere.remove_columns("prompt_lengths"), max_steps=1).train()
+
+
+def test_label_smoothing_needs_the_column_and_then_shifts_the_labels(tmp_path):
+    smooth = {"label_smoothing_factor": 0.1, "max_steps": 1}
+    with pytest.raises(ValueError, match="Training needs labels or prompt_lengths"):
+        trainer(decoder("last"), tmp_path, answers(), **smooth).train()
+    model, data = decoder("last", start="paper"), with_lengths(answers(8))
+    batch = collate(list(data))
+    with torch.no_grad():
+        logits = model(**batch).logits[:, :-1]
+    run = trainer(model, tmp_path, data, **smooth)
+    run.train()
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, label_smoothing=0.1
+    )
+    assert losses(run)[0] == pytest.approx(expected.item(), rel=1e-4)
+
+
+# --- several processes --------------------------------------------------------------------------------------
+
+PARALLEL = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch
+from test_reft_trainer import answers, decoder, trainer
+torch.set_num_threads(1)
+model = decoder(start="paper")
+options = dict(optim="sgd", learning_rate=0.3, max_steps=3, save_strategy="steps", save_steps=3)
+run = trainer(model, sys.argv[1], answers(), per_device_train_batch_size=6, ddp_backend="gloo", **options)
+assert run.accelerator.num_processes == 2
+run.train()
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PARALLEL.format(tests=str(ROOT / "tests"), root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(program), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=surroundings,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    there = load_file(tmp_path / "out" / "checkpoint-3" / "model.safetensors")
+    model = decoder(start="paper")
+    before = numbers(model)
+    trainer(
+        model,
+        tmp_path / "one",
+        answers(),
+        per_device_train_batch_size=12,
+        optim="sgd",
+        learning_rate=0.3,
+        max_steps=3,
+    ).train()
+    assert apart(there, numbers(model)) < 1e-5 < 1e-2 < apart(there, before)
+
+
+# --- TRL ----------------------------------------------------------------------------------------------------
+
+
+def test_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is no dependency; install it (below 1.9) to run this test")
+    if importlib.util.find_spec("trl.trainer.utils") and hasattr(trl.trainer.utils, "add_fused_lm_head"):
+        pytest.skip("this trl replaces the model's forward by one that runs the layers without labels")
+    model = decoder()
+    losses_known = {"loss_type": "nll"} if hasattr(trl.SFTConfig, "loss_type") else {}
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        per_device_train_batch_size=8,
+        learning_rate=3e-2,
+        max_steps=20,
+        save_strategy="no",
+        logging_steps=1,
+        gradient_checkpointing=False,
+        completion_only_loss=True,
+        **losses_known,
+    )
+    data = answers().map(lambda row: {"completion_mask": [int(label != -100) for label in row["labels"]]})
+    run = trl.SFTTrainer(
+        model,
+        args=arguments,
+        train_dataset=data.remove_columns("labels"),
+        processing_class=make_tokenizer(),
+    )
+    run.train()
+    assert sum(losses(run)[-3:]) < 0.8 * sum(losses(run)[:3])
+
+
+# --- the core's own loop ------------------------------------------------------------------------------------
+
+
+def test_the_frozen_past_trains_as_trainer_does(tmp_path):
+    """Same losses and weights: whole batches, AdamW at a constant rate, no decay."""
+    model, again = decoder(start="paper"), decoder(start="paper")
+    options = {"lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0, "max_steps": 5}
+    run = trainer(model, tmp_path, answers(), per_device_train_batch_size=ROWS, learning_rate=3e-3, **options)
+    run.train()
+    config = TrainingConfig(steps=5, learning_rate=3e-3, batch_size=ROWS, warmup=0.0, schedule="constant")
+    found = finetune(again, answers(), config, quiet=True)
+    assert found == pytest.approx(losses(run), rel=2e-4)
+    assert (
+        apart(numbers(model), numbers(again))
+        < 2e-3
+        < 1e-2
+        < apart(numbers(model), numbers(decoder(start="paper")))
+    )
+    third = decoder(start="paper")
+    assert finetune(third, with_lengths(answers()), config, quiet=True) == found
+
+
+def test_what_the_loop_refuses():
+    with pytest.raises(ValueError, match="train modules_to_save with"):
+        finetune(decoder(modules_to_save=("lm_head",)), answers())
+    with pytest.raises(ValueError, match="No rows"):
+        finetune(decoder(), [])
+    model = decoder()
+    with model.disable_adapter(), pytest.raises(ValueError, match="No active adapter"):
+        finetune(model, answers())
+    silent = answers().map(lambda row: {"labels": [-100] * len(row["labels"])})
+    with pytest.raises(ValueError, match="Row 0 has no label but −100"):
+        finetune(model, silent)
+    with pytest.raises(ValueError, match="empty prompt"):
+        finetune(model, answers().map(lambda row: {"labels": row["input_ids"]}))
