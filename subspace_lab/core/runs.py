@@ -100,6 +100,7 @@ class PlainRun:
 
     def __init__(self, backbone: Backbone, batch: Batch, readout: Readout) -> None:
         self.backbone, self.batch, self.readout = backbone, batch, readout
+        self._head = Head.of(backbone)
         self._places: dict[Site, Place] = {}
         self._watch: Watch | None = None
 
@@ -123,7 +124,7 @@ class PlainRun:
         parameters: nn.Module | None = None,
     ) -> Tensor:
         """Run and read; `parameters`: a module of the model's parameters alone, quicker to go through."""
-        head = head_visit(self.backbone, readout)
+        head = None if self._head is None else head_visit(self.backbone, readout, self._head)
         if head is not None and isinstance(inputs, Mapping) and not NEEDLESS.isdisjoint(inputs):
             inputs = _without_needless(self.backbone.model, inputs)
         with frozen(self.backbone.model if parameters is None else parameters):
@@ -162,15 +163,38 @@ def read(output: Any, readout: Readout, by_head: Visit | None) -> Tensor:
     return logits
 
 
-def head_visit(backbone: Backbone, readout: Readout) -> Visit | None:
+@dataclass(frozen=True)
+class Head:
+    """The output embeddings of a model: their path, and whether rows of them can be multiplied alone."""
+
+    path: str
+    narrow: bool
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> Head | None:
+        path = backbone.head()
+        if path is None:
+            return None
+        head = backbone.anatomy.modules[path]
+        # `type(...) is` on purpose: a subclass (quantised, adapted) may multiply in another way.
+        if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+            return cls(path, False)
+        # A bias that is added behind the head has the size of the vocabulary.
+        added = (t for t in (*backbone.model.parameters(), *backbone.model.buffers()) if t is not head.bias)
+        return cls(path, all(t.numel() != head.out_features for t in added))
+
+
+def head_visit(backbone: Backbone, readout: Readout, head: Head | None = None) -> Visit | None:
     """Make the head compute the wanted rows alone: at a large vocabulary it is half of a short step.
 
     A plain linear head is multiplied by the answers' rows only; any other kind sees fewer positions.
     """
-    path = None if readout.index is None else backbone.head()
-    if path is None:
+    if readout.index is None:
         return None
-    head = backbone.anatomy.modules[path]
+    head = head or Head.of(backbone)
+    if head is None:
+        return None
+    module = backbone.anatomy.modules[head.path]
 
     def positions(hidden: Tensor) -> Tensor:
         assert readout.index is not None
@@ -178,15 +202,14 @@ def head_visit(backbone: Backbone, readout: Readout) -> Visit | None:
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def answers(hidden: Tensor) -> Tensor:
-        assert readout.tokens is not None and isinstance(head, nn.Linear)
+        assert readout.tokens is not None and isinstance(module, nn.Linear)
         tokens = readout.tokens.to(hidden.device)
-        bias = None if head.bias is None else head.bias[tokens]
-        return nn.functional.linear(positions(hidden), head.weight[tokens], bias)
+        bias = None if module.bias is None else module.bias[tokens]
+        return nn.functional.linear(positions(hidden), module.weight[tokens], bias)
 
-    # `type(...) is` on purpose: a subclass (quantised, adapted) may multiply in another way.
-    if readout.tokens is not None and type(head) is nn.Linear:
-        return Visit(path, "replace", LAST, answers)
-    return Visit(path, "input", LAST, positions)
+    if readout.tokens is not None and head.narrow:
+        return Visit(head.path, "replace", LAST, answers)
+    return Visit(head.path, "input", LAST, positions)
 
 
 def _ids(tokens: Sequence[int] | Tensor | None) -> Tensor | None:
