@@ -1,0 +1,150 @@
+"""The tutorials run from top to bottom, offline, and what is stored in them is what they give."""
+
+import getpass
+import itertools
+import json
+import platform
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+SECONDS = 300
+KILOBYTES = 700
+# Beginnings of paths of somebody's machine, where no longer path or address goes before them.
+MACHINE = re.compile(
+    r"(?<![\w.:/-])(?:/(?:home|root|Users|tmp|var|opt|usr|work|mnt|private)/|[A-Z]:\\)|site-packages"
+)
+# The numbers that a tutorial's last cell prints, with the range in which its text stays true.
+RANGES = {
+    "01_find_a_variable": {
+        "found_iia": (0.9, 1.0),
+        "confirmed_iia": (0.88, 1.0),
+        "twin_iia": (0.35, 0.65),
+        "set_found": (0.9, 1.0),
+        "set_controls": (0.5, 0.88),
+    }
+}
+
+
+def load(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def texts_of(cell: NotebookNode) -> list[str]:
+    """What a cell printed or showed, pictures left out."""
+    texts = []
+    for output in cell.outputs:
+        texts += [output.get("text", ""), *output.get("traceback", [])]
+        texts += [str(v) for kind, v in output.get("data", {}).items() if not kind.startswith("image/")]
+    return texts
+
+
+def numbers_of(notebook: NotebookNode) -> dict:
+    """The JSON that the last cell prints."""
+    return json.loads(code_cells(notebook)[-1].outputs[0]["text"])
+
+
+@pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
+def executed(request, tmp_path_factory) -> tuple[Path, NotebookNode]:
+    """A tutorial, and the same executed anew; a cell that raises fails here."""
+    return request.param, execute(request.param, tmp_path_factory.mktemp("tutorial"))
+
+
+def execute(path: Path, folder: Path) -> NotebookNode:
+    """A tutorial executed offline by this interpreter, in an empty folder that it leaves empty."""
+    notebook = load(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("IPYTHONDIR", str(folder / "ipython"))
+        # The kernel of this interpreter, whichever ones the user has installed; pictures go into the notebook.
+        patch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+        patch.setenv("JUPYTER_DATA_DIR", str(folder / "jupyter"))
+        patch.delenv("MPLBACKEND", raising=False)
+        here = folder / "here"
+        here.mkdir()
+        client = NotebookClient(
+            notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(here)}}
+        )
+        client.execute()
+    assert not list(here.iterdir())
+    return notebook
+
+
+def test_there_are_tutorials():
+    assert {path.stem for path in NOTEBOOKS} == set(RANGES)
+
+
+def test_what_the_tutorial_says_is_so(executed):
+    path, notebook = executed
+    numbers = numbers_of(notebook)
+    for name, (low, high) in RANGES[path.stem].items():
+        assert low <= numbers[name] <= high, name
+
+
+def test_what_is_stored_is_what_the_tutorial_gives(executed):
+    path, anew = executed
+    stored = load(path)
+    for name, value in numbers_of(anew).items():
+        assert numbers_of(stored)[name] == (value if isinstance(value, str) else pytest.approx(value, abs=0.05))
+    for cell, again in zip(code_cells(stored), code_cells(anew), strict=True):
+        kinds = [[(o.output_type, sorted(o.get("data", {}))) for o in c.outputs] for c in (cell, again)]
+        assert kinds[0] == kinds[1], cell.id
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestStored:
+    def test_every_cell_was_executed_in_order_and_without_complaint(self, path):
+        cells = code_cells(load(path))
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+        for cell in cells:
+            for output in cell.outputs:
+                assert output.output_type != "error" and output.get("name") != "stderr", cell.id
+
+    def test_its_outputs_are_there(self, path):
+        shown = {kind for c in code_cells(load(path)) for o in c.outputs for kind in o.get("data", {})}
+        assert {"image/png", "text/markdown"} <= shown
+        assert numbers_of(load(path))
+
+    def test_it_tells_nothing_of_the_machine(self, path):
+        notebook = load(path)
+        for cell in notebook.cells:
+            outputs = texts_of(cell) if cell.cell_type == "code" else []
+            for text in (cell.source, *outputs):
+                assert not MACHINE.search(text), cell.id
+            for name in (getpass.getuser(), platform.node()):
+                assert not any(re.search(rf"\b{re.escape(name)}\b", text) for text in outputs), cell.id
+
+    def test_its_metadata_is_minimal(self, path):
+        notebook = load(path)
+        assert dict(notebook.metadata) == {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+        assert not any(cell.metadata for cell in notebook.cells)
+        assert path.stat().st_size < KILOBYTES * 1000
+
+    def test_its_cells_are_short_named_and_explained(self, path):
+        cells = load(path).cells
+        assert len({cell.id for cell in cells}) == len(cells)
+        assert all(re.fullmatch(r"[a-z][a-z0-9-]*", cell.id) for cell in cells)
+        for before, cell in itertools.pairwise(cells):
+            if cell.cell_type == "code":
+                assert before.cell_type == "markdown", cell.id
+                assert sum(bool(line.strip()) for line in cell.source.splitlines()) <= 15, cell.id
+
+
+def test_paths_are_recognised_and_addresses_are_not():
+    assert MACHINE.search("saved to /home/ada/x.png") and MACHINE.search(r"C:\Users\ada")
+    assert not MACHINE.search("https://example.org/home/x and layers/mean and a/tmp/b")
