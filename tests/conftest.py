@@ -42,9 +42,7 @@ _checker.check = beartype(  # type: ignore[attr-defined]
 sys.modules[_checker.__name__] = _checker
 _early = sorted(name for name in sys.modules if name.split(".")[0] == "subspace_lab")
 if _early:
-    raise RuntimeError(
-        f"{_early} were imported before the shape checks were installed: their shapes go unchecked"
-    )
+    raise RuntimeError(f"{_early} were imported before the shape checks were installed: their shapes go unchecked")
 install_import_hook("subspace_lab", f"{_checker.__name__}.check")
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)

@@ -110,9 +110,7 @@ def wrong_arrows(folder: Path) -> list[str]:
             continue
         for target in sorted(of_package(imports(name, tree, known))):
             if room_of(target) not in ROOMS[room] | {room}:
-                wrong.append(
-                    f"{name} imports {target}: {room} may know {sorted(ROOMS[room]) or 'no other room'}"
-                )
+                wrong.append(f"{name} imports {target}: {room} may know {sorted(ROOMS[room]) or 'no other room'}")
     return wrong
 
 
@@ -147,12 +145,8 @@ def heavy_door(folder: Path) -> list[str]:
 
 
 def long_files(folder: Path) -> list[str]:
-    lengths = {
-        name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules(folder).items()
-    }
-    return [
-        f"{name} has {n} lines, at most {LONGEST_FILE}" for name, n in lengths.items() if n > LONGEST_FILE
-    ]
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules(folder).items()}
+    return [f"{name} has {n} lines, at most {LONGEST_FILE}" for name, n in lengths.items() if n > LONGEST_FILE]
 
 
 def swallowed_keywords(folder: Path) -> list[str]:
@@ -314,9 +308,7 @@ def plant(folder: Path, files: dict[str, str]) -> Path:
     return package
 
 
-@pytest.mark.parametrize(
-    ("check", "files", "message"), FAULTS, ids=lambda value: getattr(value, "__name__", None)
-)
+@pytest.mark.parametrize(("check", "files", "message"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
 def test_planted_fault_is_seen(check: Check, files: dict[str, str], message: str, tmp_path: Path) -> None:
     faults = check(plant(tmp_path, files))
     assert len(faults) == 1 and message in faults[0], faults
