@@ -65,6 +65,7 @@ def test_results_have_the_documented_keys(done):
     for who in ("model", "twin"):
         told = results[who]
         assert set(told) == {"accuracy", "no_intervention", "constant", "engine", "found"}
+        assert told["engine"].startswith("frozen past by keys and values")
         assert [one["site"] for one in told["found"]] == ["block_output[1]@amount", "block_output[1]@last"]
         for one in told["found"]:
             for score in ("iia", "train_iia", "full_vector", "random_subspace"):
@@ -125,6 +126,14 @@ def test_without_a_twin(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["twin"] is None
     assert "twin" not in result.stdout.partition("Written to")[0]
+
+
+def test_a_search_that_finds_nothing_says_so(tmp_path):
+    """At the amount the model has not compared anything yet; at the last token of layer 1 it has."""
+    options = ["--layers", "1", "--steps", "20", "--pairs", "100", "--test-pairs", "100", "--no-twin"]
+    nothing = search(*options, "--positions", "amount", "--out", tmp_path / "amount")
+    something = search(*options, "--positions", "last", "--out", tmp_path / "last")
+    assert "nothing was found" in nothing.stdout and "nothing was found" not in something.stdout
 
 
 @pytest.mark.parametrize("layers", ["0,2-3", "3,1-2", "all"])

@@ -71,8 +71,8 @@ class _Grid:
 def iia_heatmap(result: SearchResult, twin: SearchResult | None, path: str | Path, *, task: str) -> Figure:
     """Held-out IIA by layer and position, beside that of the randomised twin on the same colours.
 
-    A cell holds the IIA and, small, its 95 % interval. The colours start at the lower of the two floors (no
-    intervention, best constant answer), and both are marked on the colour bar.
+    A cell holds the IIA and, small, its 95 % interval. The colours start at the higher of the two floors (no
+    intervention, best constant answer): what is no better has none.
 
     Args:
         result: of the model.
@@ -103,7 +103,7 @@ def iia_heatmap(result: SearchResult, twin: SearchResult | None, path: str | Pat
     )
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     floors = result.no_intervention.value, result.constant.value
-    lowest = min(*floors, 0.9)
+    lowest = min(max(floors), 0.9)
     scale = Normalize(lowest, 1)
     for axis, (name, shown) in zip(axes, panels.items(), strict=True):
         _draw_grid(axis, grid, shown.found, scale, legible)
@@ -114,8 +114,7 @@ def iia_heatmap(result: SearchResult, twin: SearchResult | None, path: str | Pat
         ScalarMappable(scale, COLOURS), ax=axes, aspect=16, pad=0.02, extend="min" if below else "neither"
     )
     _finish(bar, "held-out IIA")
-    bar.ax.axhline(floors[0], color=ACCENT, linewidth=2.4, clip_on=False)
-    bar.ax.axhline(floors[1], color=INK, linewidth=1.2, linestyle=(0, (2, 2)), clip_on=False)
+    bar.ax.axhline(lowest, color=ACCENT, linewidth=2.4, clip_on=False)
     _save(figure, path)
     return figure
 
@@ -254,11 +253,11 @@ def _finish(bar: Colorbar, label: str) -> None:
 
 def _floors(result: SearchResult, twin: SearchResult | None) -> str:
     chance = [found.random_subspace.value for found in result.found]
-    of_twin = "" if twin is None else f"; twin {twin.no_intervention.value:.2f}"
+    of_twin = "" if twin is None else f" (twin {twin.no_intervention.value:.2f})"
     return (
-        f"Floors: no intervention {result.no_intervention.value:.2f} (line on the colour bar{of_twin}), best "
-        f"constant answer {result.constant.value:.2f} (dashes), random subspaces of this rank "
-        f"{min(chance):.2f} to {max(chance):.2f}."
+        f"Floors: no intervention {result.no_intervention.value:.2f}{of_twin}, best constant answer "
+        f"{result.constant.value:.2f}, random subspaces of this rank {min(chance):.2f} to {max(chance):.2f}. The "
+        "colours start at the higher of the first two."
     )
 
 

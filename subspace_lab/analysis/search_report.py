@@ -106,6 +106,8 @@ def _remarks(found: SearchResult, twin: SearchResult | None, comparison: Compari
         f"{found.constant.value:.2f}.",
         f"Before any intervention the model answers {found.accuracy} of the bases right{accuracy}.",
     ]
+    if best.iia.low <= max(found.no_intervention.value, found.constant.value):
+        remarks.append("No site lies above the floors: nothing was found, and the pictures show noise.")
     if n > 1:
         remarks += [
             f"Best: {best.site}, {best.iia}. The best of {n} is selected on these pairs and so looks better than "
@@ -113,4 +115,4 @@ def _remarks(found: SearchResult, twin: SearchResult | None, comparison: Compari
             f"Overlap of the sites' subspaces: {above} of {n * (n - 1) // 2} pairs lie above the 95 % band of "
             f"random ones, {chance.low:.3f} to {chance.high:.3f} (mean {chance.mean:.3f}).",
         ]
-    return [*remarks, f"Computed once: {found.engine}."]
+    return [*remarks, f"Engine: {found.engine}."]
