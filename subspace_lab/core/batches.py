@@ -57,8 +57,29 @@ class Batch:
         ids = self.inputs.get("input_ids")
         ids = self.inputs.get("inputs_embeds") if ids is None else ids
         if isinstance(ids, Tensor):
-            return torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+            shape = ids.shape[:2] if not self.cached else (ids.shape[0], self.cached + ids.shape[1])
+            return torch.ones(shape, dtype=torch.bool, device=ids.device)
         return None
+
+    @property
+    def cached(self) -> int:
+        """How many columns of the rows are in a cache that is among the inputs: they do not run again."""
+        cache = self.inputs.get("past_key_values")
+        return 0 if cache is None else int(cache.get_seq_length())
+
+    def continuing(self, cache: Any) -> Batch:
+        """The batch as `generate` takes it with a cache: ids, or the mask, are also of what is in the cache."""
+        if cache is None:
+            return self
+        inputs = {**self.inputs, "past_key_values": cache}
+        if "attention_mask" not in inputs and isinstance(inputs.get("input_ids"), Tensor):
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        return replace(self, inputs=inputs)
+
+    def after_cache(self, index: Tensor, valid: Tensor, stack: str = "") -> tuple[Tensor, Tensor]:
+        """Positions of the whole rows as columns of the stream, which begins behind what is in the cache."""
+        cached = 0 if stack else self.cached
+        return (index - cached).clamp_min(0), valid & (index >= cached)
 
     def rows(self, index: Tensor | slice) -> Batch:
         """Some rows, as a batch."""

@@ -156,18 +156,19 @@ def generate(
         backbone, batch, edits, sources: as in `forward`.
         every_token: edit each generated token as well, where it stands.
         also: further visits, at the steps that each of them names.
-        generation: keyword arguments of the model's `generate`, which checks them.
+        generation: keyword arguments of the model's `generate`, which checks them. With `past_key_values` the
+            prompt is the whole conversation; of its positions those in the cache stay as they were cached.
     """
-    batch = Batch.of(batch)
+    batch = Batch.of(batch).continuing(generation.pop("past_key_values", None))
     run = getattr(backbone.model, "generate", None)
     if run is None:
         raise TypeError(f"{type(backbone.model).__name__} has no generate.")
-    cached = _setting(backbone.model, generation, "use_cache") is not False
+    cached = setting(backbone.model, generation, "use_cache") is not False
     prompt = edit_visits(backbone, batch, edits, sources, growing=True)
     encoder = {tap.path for tap in map(backbone.tap, edits) if tap.stack == "encoder"}  # it runs once
     visits = [replace(v, steps="first" if cached or v.path in encoder else "every") for v in prompt]
     if any(backbone.tap(site).stack == "decoder" for site in edits):
-        _check_start(batch, _setting(backbone.model, generation, "decoder_start_token_id"))
+        _check_start(batch, setting(backbone.model, generation, "decoder_start_token_id"))
     if every_token:
         visits += [
             _new_tokens(backbone, batch, site, edit, cached)
@@ -179,7 +180,7 @@ def generate(
         return backbone.run(inputs, [*_grouped(visits), *also], call=run, every_step=True)
 
 
-def _setting(model: nn.Module, generation: Mapping[str, Any], name: str) -> Any:
+def setting(model: nn.Module, generation: Mapping[str, Any], name: str) -> Any:
     """What `generate` goes by: its keyword, else the configuration it was given, else the model's own."""
     configs = (generation.get("generation_config"), getattr(model, "generation_config", None))
     wishes = (generation.get(name), *(getattr(config, name, None) for config in configs))
@@ -229,7 +230,7 @@ def place(backbone: Backbone, batch: Batch, site: Site, *, growing: bool = False
             )
         return Place(site, tap, None, None)
     lengths = batch.prompt_lengths if tap.stack != "decoder" else None
-    index, valid = locate(site.positions, real, lengths, batch.columns)
+    index, valid = batch.after_cache(*locate(site.positions, real, lengths, batch.columns), tap.stack)
     if site.positions == "all" and lengths is None and not growing and bool(real.all()):
         return Place(site, tap, None, None)
     return Place(site, tap, index, None if bool(valid.all()) else valid)
