@@ -10,6 +10,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from subspace_lab.core.intervene import setting
+
 
 def tokenise(
     rows: Iterable[Mapping[str, Any]],
@@ -157,13 +159,7 @@ def prompt_lengths_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 def padding_mask(ids: Tensor, model: Any, generation: Mapping[str, Any]) -> Tensor | None:
     """The mask that `generate` makes of ids without one: pad tokens are padding unless they also end texts."""
-    configs = (generation.get("generation_config"), getattr(model, "generation_config", None))
-
-    def setting(name: str) -> Any:
-        given = (generation.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in given if value is not None), None)
-
-    pad, ends = setting("pad_token_id"), setting("eos_token_id")
+    pad, ends = (setting(model, generation, name) for name in ("pad_token_id", "eos_token_id"))
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if pad is None or pad in ends or not bool((ids == pad).any()):
         return None
