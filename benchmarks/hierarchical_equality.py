@@ -1,0 +1,146 @@
+"""Interchange intervention accuracy on hierarchical equality, by layer, in trained and untrained networks.
+
+    python benchmarks/hierarchical_equality.py --json benchmarks/results/hierarchical_equality.json
+
+One thread, about 3 minutes with 5 networks. One setting for every search, controls included; it was chosen on
+other networks (see `SEARCH_TRAINING`). A network's random subspaces are the mean of 5. The networks trained as
+published are less accurate and have a lower IIA, so how well a network learned its task is part of the figure.
+An untrained network says the same whatever it sees; `calibrated` it says both answers, which makes the control
+one that could have failed.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from subspace_lab.core.backbone import Backbone
+from subspace_lab.core.checkpoints import write_json
+from subspace_lab.das.search import search
+from subspace_lab.tasks.hierarchical_equality import (
+    BOTH_EQUALITIES,
+    LAYERS,
+    LEFT_EQUALITY,
+    NETWORK_TRAINING,
+    PUBLISHED_TRAINING,
+    SEARCH_TRAINING,
+    EqualityMLP,
+    calibrated,
+    counterfactuals,
+    fresh,
+    hidden,
+    train_network,
+)
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--json", type=Path, help="where to write the figures")
+parser.add_argument("--networks", type=int, default=5)
+parser.add_argument("--quick", action="store_true", help="2 networks, 100 steps a search: does it run?")
+options = parser.parse_args()
+torch.set_num_threads(1)
+started = time.perf_counter()
+
+RANK, HELD_OUT, HELD_OUT_SEED = 8, 4096, 1_000_000
+seeds = range(2 if options.quick else options.networks)
+config = replace(SEARCH_TRAINING, steps=100) if options.quick else SEARCH_TRAINING
+hypotheses = {"both equalities": BOTH_EQUALITIES, "left equality": LEFT_EQUALITY}
+
+# The networks.
+trained = [train_network(seed) for seed in seeds]
+published = [train_network(seed, PUBLISHED_TRAINING, min_accuracy=0.98) for seed in seeds]
+networks = {
+    "trained": [network for network, _ in trained],
+    "trained as published": [network for network, _ in published],
+    "untrained": [EqualityMLP(seed) for seed in seeds],
+    "untrained, calibrated": [calibrated(EqualityMLP(seed)) for seed in seeds],
+}
+figures = {
+    "trained, accuracy": [accuracy.value for _, accuracy in trained],
+    "trained as published, accuracy": [accuracy.value for _, accuracy in published],
+}
+
+# The searches: every layer of every network, each from a random start of its own.
+seconds = []
+for kind, of_kind in networks.items():
+    for hypothesis, variables in hypotheses.items():
+        held_out = counterfactuals(HELD_OUT, HELD_OUT_SEED, variables)
+        for seed, network in zip(seeds, of_kind, strict=True):
+            began = time.process_time()
+            result = search(
+                Backbone(network),
+                fresh(config.batch_size, seed, variables),
+                held_out,
+                [hidden(layer) for layer in range(1, LAYERS + 1)],
+                rank=RANK,
+                config=config,
+                seed=seed,
+                min_accuracy=None,
+                label=f"{kind}, {hypothesis}, network {seed}",
+            )
+            seconds.append((time.process_time() - began) / LAYERS)
+            for layer, found in enumerate(result.found, 1):
+                name = f"{kind}, {hypothesis}, layer {layer}"
+                figures.setdefault(f"{name}, IIA", []).append(found.iia.value)
+                figures.setdefault(f"{name}, random subspace", []).append(found.random_subspace.value)
+
+# Two searches of one network, which differ in their random start and their pairs.
+again = {}
+for seed, network in zip(seeds, networks["trained"], strict=True):
+    pairs = fresh(config.batch_size, seed + 1000)
+    held_out = counterfactuals(HELD_OUT, HELD_OUT_SEED)
+    result = search(
+        Backbone(network), pairs, held_out, [hidden(1)], rank=RANK, config=config, seed=seed + 1000, quiet=True
+    )
+    again[seed] = result.found[0].iia.value
+first = figures["trained, both equalities, layer 1, IIA"]
+figures["trained, both equalities, layer 1, IIA of a second search"] = list(again.values())
+figures["trained, both equalities, layer 1, difference of two searches"] = [
+    abs(a - b) for a, b in zip(first, again.values(), strict=True)
+]
+figures["processor seconds a search"] = seconds
+
+print(f"{'':68} {'mean':>6} {'sd':>6}   each network")
+for name, values in figures.items():
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    each = " ".join(f"{value:.3f}" for value in values) if len(values) == len(seeds) else ""
+    print(f"{name:68} {statistics.mean(values):6.3f} {spread:6.3f}   {each}")
+print(f"{time.perf_counter() - started:.0f} s")
+
+if options.json:
+    results = {
+        name: {
+            "median": round(statistics.median(values), 4),
+            "low": round(min(values), 4),
+            "high": round(max(values), 4),
+            "n": len(values),
+            "mean": round(statistics.mean(values), 4),
+            "sd": round(statistics.stdev(values), 4) if len(values) > 1 else 0.0,
+        }
+        for name, values in figures.items()
+    }
+    settings = {
+        "rank of each variable": RANK,
+        "width": 16,
+        "held-out pairs": HELD_OUT,
+        "search": asdict(config),
+        "networks": asdict(NETWORK_TRAINING),
+        "networks trained as published": asdict(PUBLISHED_TRAINING),
+        "seeds": list(seeds),
+        "low, high": "the lowest and the highest of n",
+        "pairs": "fresh at every step",
+    }
+    machine = {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        options.json,
+        {"name": "hierarchical_equality", "settings": settings, "machine": machine, "results": results},
+    )
