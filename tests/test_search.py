@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -191,7 +192,7 @@ def test_floors_are_counted_as_they_are_defined(backbone: Backbone) -> None:
     data = random_pairs(1)
     before = torch.where(number < 45, given, (given + 1) % 12)  # right on 45 of 60
     after = torch.where(number < 12, given, torch.full_like(given, 2))
-    data = Counterfactuals(data.base, data.sources, before, after, data.answers, data.tokens)
+    data = replace(data, base_answer=before, answer=after)
     found = searched(backbone, test=data, sites=SITES[:1])
     assert found.accuracy == proportion(number < 45)
     assert found.no_intervention == proportion(given == after)
@@ -347,27 +348,26 @@ def _failing(step: int) -> Counterfactuals:
 
 
 def test_two_variables_are_swapped_side_by_side(backbone: Backbone) -> None:
-    data = random_pairs(1, ("v", "w"))
-    result = searched(backbone, training=random_pairs(0, ("v", "w")), test=data, sites=SITES[1:])
-    (found,) = result.found
+    data, site = random_pairs(1, ("v", "w")), SITES[1]
+    training = random_pairs(0, ("v", "w"))
+    (found,) = searched(backbone, training=training, test=data, sites=[site]).found
     assert set(found.subspaces) == {"v", "w"} and found.full_vector is None and found.rank == 4
     v, w = found.subspaces["v"].rows, found.subspaces["w"].rows
     assert v.shape == w.shape == (4, WIDTH) and (v @ w.T).abs().max() < 1e-5
-    of_v, of_w = (states_by_hook(backbone.model, ids_of(data.sources[n]), SITES[1]) for n in ("v", "w"))
-    given = answers_by_hook(
-        backbone.model,
-        ids_of(data.base),
-        SITES[1],
-        lambda h: h + (of_v - h) @ v.T @ v + (of_w - h) @ w.T @ w,
-    )
-    assert found.iia == proportion(given == data.answer)
-    exchanged = answers_by_hook(
-        backbone.model,
-        ids_of(data.base),
-        SITES[1],
-        lambda h: h + (of_w - h) @ v.T @ v + (of_v - h) @ w.T @ w,
-    )
-    assert not torch.equal(given, exchanged)  # which source goes where is seen
+    base = ids_of(data.base)
+    of_v, of_w = (states_by_hook(backbone.model, ids_of(data.sources[n]), site) for n in ("v", "w"))
+
+    def answers(to_v: Tensor, to_w: Tensor) -> Tensor:
+        return answers_by_hook(
+            backbone.model, base, site, lambda h: h + (to_v - h) @ v.T @ v + (to_w - h) @ w.T @ w
+        )
+
+    assert found.iia == proportion(answers(of_v, of_w) == data.answer)
+    # Which source goes where is seen: expect what the one order gives, and only that order scores 1.
+    for to_v, to_w, right in ((of_v, of_w, True), (of_w, of_v, False)):
+        expected = replace(data, answer=answers(to_v, to_w))
+        (again,) = searched(backbone, training=training, test=expected, sites=[site]).found
+        assert (again.iia.value == 1) == right
 
 
 def test_a_variable_whose_source_is_the_base_changes_nothing(backbone: Backbone) -> None:
@@ -425,5 +425,5 @@ def test_a_model_that_solves_the_task_is_not_refused(backbone: Backbone) -> None
     data = random_pairs(1)
     with torch.no_grad():
         given = backbone.model(ids_of(data.base)).logits[:, -1, ANSWERS].argmax(-1)
-    solved = Counterfactuals(data.base, data.sources, given, data.answer, data.answers, data.tokens)
+    solved = replace(data, base_answer=given)
     assert searched(backbone, test=solved, min_accuracy=1.0, sites=SITES[:1]).accuracy.value == 1

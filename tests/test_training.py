@@ -66,6 +66,14 @@ def test_a_parameter_that_the_loss_does_not_use_or_that_is_frozen_stays() -> Non
     assert used.w < 0 and unused.w == 1 and frozen.w == 2
 
 
+def test_whatever_else_asks_for_gradients_gets_none() -> None:
+    trained, other, marked = Scalar(1.0), Scalar(2.0), Scalar(3.0)
+    marked.w.grad = torch.tensor(7.0, dtype=torch.float64)
+    train([trained], lambda _: trained.w * other.w * marked.w, TrainingConfig(steps=3))
+    assert trained.w < 1
+    assert other.w.grad is None and marked.w.grad == 7
+
+
 # --- the rate -----------------------------------------------------------------------------------------------
 
 

@@ -162,9 +162,8 @@ def search(
         for site in sites:
             bar.update(task, description=f"{label} {site}")
             if callable(training):
-                draws = [from_stream(backbone, training, site)] * len(
-                    cells
-                )  # one, so that its pairs are made once
+                # One for all cells, so that its pairs are made once.
+                draws = [from_stream(backbone, training, site)] * len(cells)
             else:
                 assert fixed is not None
                 draws = [from_pool(fixed, site, c) for _, c in cells]
