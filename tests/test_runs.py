@@ -266,6 +266,13 @@ def test_inputs_that_shape_the_model_s_own_logits_and_loss(more):
     assert torch.equal(found, expected)
 
 
+def test_a_cache_among_the_inputs_is_refused():
+    batch = make_batch("llama")
+    given = Batch({**batch.inputs, "past_key_values": transformers.DynamicCache()})
+    with pytest.raises(ValueError, match="cache among the inputs"):
+        PlainRun(Backbone(build("llama")), given, Readout.at(batch, "last"))
+
+
 def test_labels_that_a_decoder_starts_from():
     model, batch = build("t5"), make_batch("t5")
     labels = batch.inputs["decoder_input_ids"].roll(-1, 1)

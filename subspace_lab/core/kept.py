@@ -150,11 +150,8 @@ class Suffix:
 
     def states(self, kept: Tensor, at: Tensor) -> Tensor:
         """The states at these tokens, of rows `at` of what is kept."""
-        at, length = at.to(kept.device), self.ids.shape[1]
-        if not bool(self.offset.any()):
-            return kept[:, :length].index_select(0, at)
-        span = (self.offset[:, None] + torch.arange(length)).clamp_max(kept.shape[1] - 1)
-        return kept[at[:, None], span.to(kept.device)]
+        number = self.offset[:, None] + torch.arange(self.ids.shape[1])
+        return picked(kept, at, number.clamp_max(kept.shape[1] - 1), 0)
 
 
 class Schedule:
@@ -224,7 +221,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Group:
-    """Keys or values of one shape: (several, rows, heads, tokens, head width), and whose each is."""
+    """Keys and values of one shape: (several, rows, tokens, heads, head width), and whose each is."""
 
     labels: list[tuple[int, str]]
     kept: Tensor
@@ -245,8 +242,9 @@ class Past:
             shapes.setdefault((t.shape, t.dtype, t.device), []).append(label)
         groups = []
         for labels in shapes.values():
-            index = column.to(pairs[labels[0]].device)[:, None, :, None]
-            groups.append(Group(labels, torch.stack([pairs[n].take_along_dim(index, 2) for n in labels])))
+            index = column.to(pairs[labels[0]].device)[:, :, None, None]
+            found = [pairs[label].transpose(1, 2).take_along_dim(index, 1) for label in labels]
+            groups.append(Group(labels, torch.stack(found)))
         return cls(states, groups)
 
     def tensors(self) -> list[Tensor]:
@@ -271,6 +269,15 @@ class Past:
             self.states[boundary][start : start + len(t)].copy_(t)
         for into, group in zip(self.groups, part.groups, strict=True):
             into.kept[:, start : start + group.kept.shape[1]].copy_(group.kept)
+
+
+def picked(kept: Tensor, at: Tensor, number: Tensor, axis: int) -> Tensor:
+    """Of rows `at` the tokens `number`, (rows, tokens); rows stand at an axis and tokens at the next.
+
+    One look-up of whole tokens: several times faster than indices for each axis.
+    """
+    index = (at[:, None] * kept.shape[axis + 1] + number).flatten().to(kept.device)
+    return kept.flatten(axis, axis + 1).index_select(axis, index).unflatten(axis, number.shape)
 
 
 def take(states: Tensor, index: Tensor) -> Tensor:
@@ -301,14 +308,10 @@ def _taken(
 ) -> Iterator[tuple[tuple[int, str], Tensor]]:
     """All blocks' keys or values of some rows, taken out at once."""
     start = next((i for i, (block, _) in enumerate(group.labels) if block >= boundary), len(group.labels))
-    kept, before, at = group.kept[start:], suffix.before, at.to(group.kept.device)
-    if bool((suffix.first == before).all()):
-        kept = kept[:, :, :, :before].index_select(1, at)
-    else:
-        span = (torch.arange(before) - (before - suffix.first)[:, None]).clamp_min(0).to(kept.device)
-        heads = torch.arange(kept.shape[2], device=kept.device)
-        kept = kept[:, at[:, None, None], heads[:, None], span[:, None]]
-    return zip(group.labels[start:], kept.to(device, non_blocking=True).unbind(0), strict=True)
+    # Rows that begin earlier than others have less behind them: theirs is pushed right.
+    number = (torch.arange(suffix.before) - (suffix.before - suffix.first)[:, None]).clamp_min(0)
+    kept = picked(group.kept[start:], at, number, 1).to(device, non_blocking=True)
+    return zip(group.labels[start:], kept.transpose(2, 3).unbind(0), strict=True)
 
 
 def _filled(keys: Tensor, values: Tensor) -> Any:

@@ -99,6 +99,8 @@ class PlainRun:
     """Every batch from the first layer to the last."""
 
     def __init__(self, backbone: Backbone, batch: Batch, readout: Readout) -> None:
+        if batch.inputs.get("past_key_values") is not None:
+            raise ValueError("A cache among the inputs would be written by each run; give the whole rows instead.")
         self.backbone, self.batch, self.readout = backbone, batch, readout
         self._head = Head.of(backbone)
         self._places: dict[Site, Place] = {}
