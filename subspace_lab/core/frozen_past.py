@@ -126,8 +126,8 @@ class FrozenPast:
             return self.plain.logits(rows, edits, sources)
         if self._watch.changed():
             raise RuntimeError(
-                "The model or the data set was changed after its past was kept (weights, train mode, dtype, "
-                "device or inputs); make a new FrozenPast."
+                "The model or the data set was changed after its past was kept (weights, modules, train mode, "
+                "dtype, device, autocast or inputs); make a new FrozenPast."
             )
         return self._resume(rows, edits, sources, self.readout)
 
