@@ -3,7 +3,9 @@
 from subspace_lab.reft.config import METHODS, ReftConfig
 from subspace_lab.reft.data import PromptCollator, tokenise
 from subspace_lab.reft.finetune import finetune
+from subspace_lab.reft.foreign import from_adapters
 from subspace_lab.reft.model import ReftModel, get_reft_model
+from subspace_lab.reft.pyreft import from_pyreft, to_pyreft
 
 __all__ = [
     "METHODS",
@@ -11,6 +13,9 @@ __all__ = [
     "ReftConfig",
     "ReftModel",
     "finetune",
+    "from_adapters",
+    "from_pyreft",
     "get_reft_model",
+    "to_pyreft",
     "tokenise",
 ]
