@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.interventions import Intervention, full_vector, interchange
+from subspace_lab.core.interventions import Intervention, full_vector, interchange, loreft
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, Subspace, random_subspace
 from subspace_lab.core.training import TrainingConfig, progress_bar
@@ -59,6 +59,25 @@ class Found:
     start_overlap: float
     loss: float
     subspaces: dict[str, FixedSubspace] = field(repr=False)
+
+    def subspace(self, variable: str | None = None) -> FixedSubspace:
+        """Of one variable, which needs no name where it is the only one (ValueError otherwise)."""
+        names = list(self.subspaces) if variable is None else [variable]
+        if len(names) != 1 or names[0] not in self.subspaces:
+            raise ValueError(f"variable={variable!r}; this site has {list(self.subspaces)}.")
+        return self.subspaces[names[0]]
+
+    def as_reft(self, variable: str | None = None, *, free: bool = True) -> dict[Site, Intervention]:
+        """LoReFT in what was found, as {site: intervention}; it starts as the identity.
+
+        Args:
+            variable: the one meant, where there are several.
+            free: train the basis too, from here; else only what is written into it.
+        """
+        subspace: Subspace = self.subspace(variable)
+        if free:
+            subspace = LearnedSubspace(subspace.width, subspace.rank, start=subspace.basis())
+        return {self.site: loreft(subspace)}
 
     def as_dict(self) -> dict[str, Any]:
         """What a program reads; the subspaces are saved apart."""

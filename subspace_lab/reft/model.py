@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,4 +272,33 @@ def get_reft_model(
     Raises:
         ValueError, IndexError: a layer, component, module or rank that the model has not.
     """
+    return ReftModel(model, config, adapter_name, subspaces)
+
+
+def as_reft(
+    model: nn.Module,
+    subspaces: Mapping[Site, Subspace],
+    config: ReftConfig | None = None,
+    adapter_name: str = "default",
+) -> ReftModel:
+    """A model with an adapter that starts in subspaces that were found, by a search say.
+
+    Args:
+        subspaces: at one component and the same positions of each layer.
+        config: of everything that the subspaces do not say; `basis="fixed"` keeps them as they are.
+
+    Raises:
+        ValueError: subspaces that no one adapter can have.
+    """
+    config = config or ReftConfig()
+    sites = list(subspaces)
+    same = {(s.component, s.positions, s.heads, subspaces[s].rank) for s in sites}
+    layers = [s.layer for s in sites if s.layer is not None]
+    if len(same) != 1 or len(layers) != len(sites) or sites[0].heads is not None:
+        raise ValueError(
+            f"Subspaces at {sites}, of ranks {[s.rank for s in subspaces.values()]}: an adapter has one "
+            "component, one set of positions and one rank in all its layers, and no single heads."
+        )
+    component, positions, _, rank = same.pop()
+    config = replace(config, component=component, positions=positions, rank=rank, layers=layers, tied="all")
     return ReftModel(model, config, adapter_name, subspaces)
