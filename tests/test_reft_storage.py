@@ -281,33 +281,46 @@ def two_adapters(folder):
     return old, new
 
 
+def interrupted(monkeypatch, model, folder, step):
+    """Save, with the disk full after so many files; whether it was done."""
+    count, replaced = 0, os.replace
+
+    def failing(a, b):
+        nonlocal count
+        count += 1
+        if count > step:
+            raise OSError("no space left")
+        replaced(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        try:
+            model.save_pretrained(folder)
+        except OSError:
+            return False
+    return True
+
+
 def test_whichever_step_of_a_save_fails_one_whole_adapter_is_read(tmp_path, monkeypatch):
-    given, replaced = inputs("llama"), os.replace
+    given = inputs("llama")
     old, new = two_adapters(tmp_path)
-    outcomes = []
-    for step in range(6):
-        count = 0
+    third = stirred(get_reft_model(build("llama"), ReftConfig(rank=2, positions="all")), 2)
+    expected = {name: logits(m, given) for name, m in (("old", old), ("new", new), ("third", third))}
 
-        def failing(a, b, step=step):
-            nonlocal count
-            count += 1
-            if count > step:
-                raise OSError("no space left")
-            replaced(a, b)
-
-        old.save_pretrained(tmp_path)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", failing)
-            try:
-                new.save_pretrained(tmp_path)
-                done = True
-            except OSError:
-                done = False
+    def read():
         found = logits(ReftModel.from_pretrained(build("llama"), tmp_path), given)
-        which = [name for name, m in (("old", old), ("new", new)) if torch.equal(found, logits(m, given))]
-        assert len(which) == 1
-        outcomes.append((which[0], done))
-    assert outcomes[0] == ("old", False) and outcomes[-1] == ("new", True)
+        (name,) = [name for name, e in expected.items() if torch.equal(found, e)]
+        return name
+
+    outcomes = []
+    for first in range(6):
+        for second in range(3):
+            old.save_pretrained(tmp_path)
+            done = interrupted(monkeypatch, new, tmp_path, first)
+            outcomes.append((read(), done))
+            interrupted(monkeypatch, third, tmp_path, second)  # nor does a second one, cut short after it
+            assert read() in ((outcomes[-1][0], "third") if second else (outcomes[-1][0],))
+    assert outcomes[0] == ("old", False) and outcomes[-1] == ("new", True) and ("new", False) in outcomes
     assert [o[0] for o in outcomes] == sorted((o[0] for o in outcomes), reverse=True)
 
 
@@ -326,7 +339,7 @@ def test_a_process_killed_while_it_saves_leaves_one_whole_adapter(tmp_path):
             while True:
                 for model in (new, old):
                     model.save_pretrained(tmp_path)
-        time.sleep(0.004 + 0.0017 * attempt)
+        time.sleep(0.004 + 0.0025 * attempt)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         found = logits(ReftModel.from_pretrained(build("llama"), tmp_path), given)
