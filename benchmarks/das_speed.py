@@ -137,17 +137,18 @@ class Case:
 
         return loss, [subspace.raw]
 
-    def floor(self):
-        """GPT-2's and Llama's blocks above the edit, by hand."""
+    def floor(self, tail: int = 1):
+        """GPT-2's and Llama's blocks above an edit at the first of the last `tail` positions, by hand."""
         subspace = self.basis()
         rows, model = self.rows, self.model
+        above = self.blocks()[self.layer + 1 :]
         for p in model.parameters():
             p.requires_grad_(False)
         found = {}
 
         def keep(name):
             def hook(module, inputs, output):
-                found[name] = (output[0] if isinstance(output, tuple) else output)[:, -1:].clone()
+                found[name] = (output[0] if isinstance(output, tuple) else output)[:, -tail:].clone()
 
             return hook
 
@@ -158,23 +159,27 @@ class Case:
             handle = self.blocks()[self.layer].register_forward_hook(keep("base"))
             full = model(input_ids=self.base[rows], past_key_values=DynamicCache(), use_cache=True)
             handle.remove()
-        kept = [(k.keys[:, :, :-1], k.values[:, :, :-1]) for k in full.past_key_values.layers]
+        kept = [(k.keys[:, :, :-tail], k.values[:, :, :-tail]) for k in full.past_key_values.layers]
         head = model.get_output_embeddings().weight[ANSWERS]
-        positions = torch.full((len(rows), 1), self.last, device=self.device)
+        positions = torch.arange(self.last + 1 - tail, self.last + 1, device=self.device).expand(len(rows), -1)
         extra = {}
         if hasattr(model, "transformer"):
             norm = model.transformer.ln_f
         else:
             norm = model.model.norm
             extra["position_embeddings"] = model.model.rotary_emb(found["base"], positions)
+        if tail > 1:
+            seen = torch.ones(tail, self.last + 1, dtype=torch.bool, device=self.device)
+            extra["attention_mask"] = seen.tril(self.last + 1 - tail)[None, None]
 
         def loss() -> torch.Tensor:
             cache = DynamicCache(ddp_cache_data=kept)
-            h = subspace.swap(found["base"], found["source"])
-            for block in self.blocks()[self.layer + 1 :]:
+            base, source = found["base"], found["source"]
+            h = torch.cat([subspace.swap(base[:, :1], source[:, :1]), base[:, 1:]], 1)
+            for block in above:
                 h = block(h, past_key_values=cache, use_cache=True, position_ids=positions, **extra)
                 h = h[0] if isinstance(h, tuple) else h
-            logits = nn.functional.linear(norm(h), head)[:, 0]
+            logits = nn.functional.linear(norm(h[:, -1]), head)
             return nn.functional.cross_entropy(logits.float(), self.answer[rows])
 
         return loss, [subspace.raw]

@@ -5,8 +5,8 @@
 Ours is timed from nothing to the last trained basis: the passes over bases and sources, which serve all sites,
 and every training step at every site. pyvene's sweep takes hours, so its step is measured at the first, middle
 and last layer, and the mean is multiplied by the number of steps; its step does not depend on the position. The
-plain loop of two forward passes and the bare blocks above the edit (the floor, without any pass over the data) are
-measured likewise.
+plain loop of two forward passes is measured likewise, and the bare blocks above the edit (the floor, without any
+pass over the data) at each position.
 """
 
 from __future__ import annotations
@@ -88,8 +88,10 @@ def main() -> None:
     contenders, loss_gaps, gradient_gaps = {}, [], []
     for layer in measured:
         case.layer, case.site = layer, Site("block_output", layer, "last")
-        for name in ("pyvene", "plain", "floor"):
+        for name in ("pyvene", "plain"):
             contenders[name, layer] = case.step_of(*getattr(case, name)())
+        for tail in range(1, len(POSITIONS) + 1):  # the further from the end, the more the blocks above have to do
+            contenders["floor", layer, tail] = case.step_of(*case.floor(tail))
         loss, gradient = differences(case)
         loss_gaps.append(loss)
         gradient_gaps.append(gradient)
@@ -97,7 +99,7 @@ def main() -> None:
 
     def scaled(name: str) -> list[float]:
         """Seconds of the whole sweep, round by round, from the mean step over the measured layers."""
-        steps = [[t[i] for (who, _), t in times.items() if who == name] for i in range(args.rounds)]
+        steps = [[t[i] for (who, *_), t in times.items() if who == name] for i in range(args.rounds)]
         return [taken * sum(s) / len(s) for s in steps]
 
     forwarded = ["--device", args.device, *(["--quick"] if args.quick else [])]

@@ -29,7 +29,7 @@ ROOMS = {
     "__main__": {"core", "das", "reft", "tasks", "analysis", "door", "cli"},
 }
 NNSIGHT_HOME = f"{PACKAGE}.core.backbone"
-MAY_TAKE_ANY_KEYWORD = {"generate"}
+MAY_TAKE_ANY_KEYWORD = {"generate", "__call__"}
 LONGEST_FILE = 400
 PICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 HEAVY = ("nnsight", "matplotlib", "transformers.modeling_utils", "transformers.trainer")

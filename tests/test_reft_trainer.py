@@ -1,6 +1,5 @@
 """Training: `transformers.Trainer` as it is, with nothing subclassed, and the core's own loop."""
 
-import importlib.util
 import math
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import trl
 from datasets import Dataset
 from families import fresh
 from safetensors.torch import load_file
@@ -367,36 +367,66 @@ def test_two_processes_train_as_one(tmp_path):
 # --- TRL ----------------------------------------------------------------------------------------------------
 
 
-def test_sft_trainer(tmp_path):
-    trl = pytest.importorskip("trl", reason="trl is no dependency; install it (below 1.9) to run this test")
-    if importlib.util.find_spec("trl.trainer.utils") and hasattr(trl.trainer.utils, "add_fused_lm_head"):
-        pytest.skip("this trl replaces the model's forward by one that runs the layers without labels")
-    model = decoder()
+def sft(model, out, data, **options):
     losses_known = {"loss_type": "nll"} if hasattr(trl.SFTConfig, "loss_type") else {}
     arguments = trl.SFTConfig(
-        output_dir=str(tmp_path),
+        output_dir=str(out),
         use_cpu=True,
         bf16=False,
         report_to="none",
         disable_tqdm=True,
-        per_device_train_batch_size=8,
-        learning_rate=3e-2,
-        max_steps=20,
         save_strategy="no",
         logging_steps=1,
         gradient_checkpointing=False,
         completion_only_loss=True,
         **losses_known,
+        **options,
     )
-    data = answers().map(lambda row: {"completion_mask": [int(label != -100) for label in row["labels"]]})
-    run = trl.SFTTrainer(
-        model,
-        args=arguments,
-        train_dataset=data.remove_columns("labels"),
-        processing_class=make_tokenizer(),
+    data = data.map(lambda row: {"completion_mask": [int(label != -100) for label in row["labels"]]})
+    data = data.remove_columns("labels")
+    return trl.SFTTrainer(
+        model, args=arguments, train_dataset=data, eval_dataset=data, processing_class=make_tokenizer()
     )
+
+
+def test_sft_trainer_learns_what_trainer_learns(tmp_path):
+    model, again = decoder(start="paper"), decoder(start="paper")
+    options = {"lr_scheduler_type": "constant", "max_steps": 5, "per_device_train_batch_size": 8, "seed": 3}
+    options |= {"learning_rate": 3e-2, "average_tokens_across_devices": False}
+    run = sft(model, tmp_path / "sft", answers(), **options)
     run.train()
-    assert sum(losses(run)[-3:]) < 0.8 * sum(losses(run)[:3])
+    plain = trainer(again, tmp_path / "plain", answers(), **options)
+    plain.train()
+    assert losses(run)[-1] < losses(run)[0]
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-4)
+    assert apart(numbers(model), numbers(again)) < 1e-3 < apart(numbers(model), numbers(decoder(start="paper")))
+    assert run.evaluate()["eval_loss"] == pytest.approx(plain.evaluate(answers())["eval_loss"], rel=1e-3)
+
+
+def test_labels_in_the_place_of_logits():
+    """What TRL reads of a model: from the run with the edits in force, the same numbers as from its logits."""
+    model, given = decoder(start="paper"), collate(list(answers(5)))
+    with torch.no_grad():
+        plain, found = model(**given), model(**given, fused_lm_head=True)
+    wanted = given["labels"][:, 1:]
+    known = torch.distributions.Categorical(logits=plain.logits[:, :-1])
+    mask = wanted != -100
+    assert torch.equal(found.label_mask, mask) and torch.equal(found.loss, plain.loss)
+    log_probs = known.log_prob(wanted.clamp(min=0)).where(mask, 0)
+    assert torch.allclose(found.log_probs, log_probs, atol=1e-6)
+    assert torch.allclose(-found.log_probs.sum() / mask.sum(), plain.loss, atol=1e-6)
+    assert torch.allclose(found.entropy, known.entropy().where(mask, 0), atol=1e-6)
+    assert torch.equal(found.is_top1, ((plain.logits[:, :-1].argmax(-1) == wanted) & mask).float())
+
+
+def test_packed_texts_are_refused():
+    model = decoder()
+    ids = torch.arange(3, 11)[None]
+    labels = torch.where(torch.arange(8)[None] % 4 > 1, ids, -100)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with pytest.raises(ValueError, match="packed"):
+        model(input_ids=ids, labels=labels, position_ids=packed)
+    model(input_ids=ids, labels=labels, position_ids=torch.arange(8)[None])
 
 
 # --- the core's own loop ------------------------------------------------------------------------------------

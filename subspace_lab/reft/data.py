@@ -157,6 +157,17 @@ def prompt_lengths_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     return lengths
 
 
+def refuse_packed(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Raise ValueError where a row holds several texts one behind another: its positions begin anew."""
+    if position_ids is None or attention_mask is not None:
+        return
+    if bool((position_ids[..., 1:] < position_ids[..., :-1]).any()):
+        raise ValueError(
+            "Rows of several packed texts: only the first one's prompt could be told. Train without packing and "
+            "padding_free."
+        )
+
+
 def padding_mask(ids: Tensor, model: Any, generation: Mapping[str, Any]) -> Tensor | None:
     """The mask that `generate` makes of ids without one: pad tokens are padding unless they also end texts."""
     pad, ends = (setting(model, generation, name) for name in ("pad_token_id", "eos_token_id"))

@@ -24,7 +24,8 @@ from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
 from subspace_lab.reft.adapter import base_facts
 from subspace_lab.reft.config import ReftConfig
-from subspace_lab.reft.data import padding_mask, prompt_lengths_of
+from subspace_lab.reft.data import padding_mask, prompt_lengths_of, refuse_packed
+from subspace_lab.reft.fused_head import label_output
 from subspace_lab.reft.host import Host
 from subspace_lab.reft.past import AnswersPast
 from subspace_lab.reft.storage import local_folder, read_adapter, upload, write_adapter
@@ -105,6 +106,11 @@ class ReftModel(Host):
 
     # --- running ----------------------------------------------------------------------------------------
 
+    def __call__(self, *inputs: Any, fused_lm_head: bool = False, **named: Any) -> Any:
+        """`forward`, as of every module; for TRL's trainers, which say so, the labels' log-probabilities."""
+        output = super().__call__(*inputs, **named)
+        return label_output(output.logits, named["labels"], output.loss) if fused_lm_head else output
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -157,6 +163,7 @@ class ReftModel(Host):
         }
         if prompt_lengths is None and self._is_causal():
             if labels is not None:
+                refuse_packed(position_ids, attention_mask)
                 prompt_lengths = prompt_lengths_of(labels, attention_mask)
             elif self.training and torch.is_grad_enabled() and self.active_adapters:
                 raise ValueError(
