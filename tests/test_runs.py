@@ -308,6 +308,21 @@ def test_edits_and_gradients_are_those_of_forward(name):
             assert b.norm() > 0 and (a - b).norm() <= 1e-4 * b.norm()
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("tokens", [None, TOKENS])
+def test_an_edited_head_is_run_whole(side, tokens):
+    """It cannot be narrowed to the rows that are read and be edited as a whole at once."""
+    backbone, batch = Backbone(build("llama")), make_batch("llama", "left")
+    site = Site(f"lm_head.{side}", None, "last")
+    edit = loreft(backbone.width(site), 2, seed=1, start="paper")
+    readout = Readout.at(batch, "last", tokens)
+    found = PlainRun(backbone, batch, readout).logits(ROWS, {site: edit})[:, 0]
+    expected = forward(backbone, batch.rows(ROWS), {site: edit}).logits[:, -1]
+    expected = expected if tokens is None else expected[:, tokens]
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found, whole_logits(backbone.model, batch.rows(ROWS))[:, -1][:, tokens or ...])
+
+
 def test_sources_of_ragged_positions_fit_any_rows():
     """Row 1 has 4 tokens, the data set 9: its states come as they were cut from the whole."""
     backbone, batch = Backbone(build("llama")), make_batch("llama")

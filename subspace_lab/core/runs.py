@@ -126,7 +126,8 @@ class PlainRun:
         parameters: nn.Module | None = None,
     ) -> Tensor:
         """Run and read; `parameters`: a module of the model's parameters alone, quicker to go through."""
-        head = None if self._head is None else head_visit(self.backbone, readout, self._head)
+        edited = self._head is not None and any(visit.path == self._head.path for visit in visits)
+        head = None if self._head is None or edited else head_visit(self.backbone, readout, self._head)
         if head is not None and isinstance(inputs, Mapping) and not NEEDLESS.isdisjoint(inputs):
             inputs = _without_needless(self.backbone.model, inputs)
         with frozen(self.backbone.model if parameters is None else parameters):
