@@ -5,11 +5,9 @@ Under each picture stands what it can and cannot show.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import wrap
 
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -18,6 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from subspace_lab.analysis.canvas import ACCENT, GREY, INK, new_figure, save_figure
 from subspace_lab.analysis.geometry import Chance, Comparison
 from subspace_lab.core.sites import Site
 from subspace_lab.das.search import Found, SearchResult
@@ -26,11 +25,7 @@ from subspace_lab.das.search import Found, SearchResult
 COLOURS = LinearSegmentedColormap.from_list(
     "subspace_lab", ["#f4f2ec", "#cfdcdc", "#8fb3bd", "#4f82a0", "#2b557e", "#1b2f52"]
 )
-DOTS_PER_INCH = 150
-INK, GREY, ACCENT = "#222222", "#6b6b6b", "#c8553d"
 MOST_NUMBERS = 16  # rows or columns beyond which numbers in the cells could not be read
-LINE = 0.165  # inches of a caption's line
-CHARACTERS_PER_INCH = 18  # of it
 
 _IIA_CAUTION = (
     "A high IIA says that this subspace suffices to move the answer as the variable would; it does not say that "
@@ -95,7 +90,7 @@ def iia_heatmap(result: SearchResult, twin: SearchResult | None, path: str | Pat
     legible = len(grid.rows) <= MOST_NUMBERS
     cells = max(2.4, 0.95 * len(grid.columns)) * len(panels), len(grid.rows) * (0.6 if legible else 0.2)
     beside = "; no twin was searched" if twin is None else ": see the twin and the random subspaces"
-    figure = _figure(
+    figure = new_figure(
         (cells[0] + 1.9, max(cells[1], 0.7) + 1.45),
         f"{task}: where is {' and '.join(first.subspaces)}?",
         f"Rank {first.rank}, {first.iia.n} held-out pairs; small: 95 % interval. {_floors(result, twin)}",
@@ -115,7 +110,7 @@ def iia_heatmap(result: SearchResult, twin: SearchResult | None, path: str | Pat
     )
     _finish(bar, "held-out IIA")
     bar.ax.axhline(lowest, color=ACCENT, linewidth=2.4, clip_on=False)
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
@@ -136,7 +131,7 @@ def overlap_heatmap(comparison: Comparison, path: str | Path) -> Figure:
     down = -(-len(panels) // max(1, int(11 / size)))
     across = -(-len(panels) // down)
     bands = "; ".join(_band(ranks, chance) for ranks, chance in comparison.chance.items())
-    figure = _figure(
+    figure = new_figure(
         (across * size + 1.9, down * size + 1.1),
         f"Overlap of the subspaces found{f', {compared}' if compared else ''}",
         f"Independent random (Haar) subspaces of a stream of width {comparison.width}: {bands} (marked on the "
@@ -156,7 +151,7 @@ def overlap_heatmap(comparison: Comparison, path: str | Path) -> Figure:
     for chance in comparison.chance.values():
         bar.ax.axhspan(chance.low, chance.high, facecolor="none", edgecolor=ACCENT, linewidth=1.2)
         bar.ax.axhline(chance.mean, color=ACCENT, linewidth=1.2)
-    _save(figure, path)
+    save_figure(figure, path)
     return figure
 
 
@@ -264,25 +259,3 @@ def _floors(result: SearchResult, twin: SearchResult | None) -> str:
 def _band(ranks: tuple[int, int], chance: Chance) -> str:
     which = f"rank {ranks[0]}" if ranks[0] == ranks[1] else f"ranks {ranks[0]} and {ranks[1]}"
     return f"{which}, mean {chance.mean:.3f}, 95 % band {chance.low:.3f} to {chance.high:.3f}"
-
-
-def _figure(size: tuple[float, float], title: str, *sentences: str) -> Figure:
-    """A figure with its title above and its sentences below; `size` is without the sentences."""
-    width, height = max(size[0], 6.2), size[1]
-    lines = [line for sentence in sentences for line in wrap(sentence, int(width * CHARACTERS_PER_INCH))]
-    figure = Figure((width, height + LINE * len(lines)), DOTS_PER_INCH, facecolor="white", layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, color=INK, weight="bold")
-    # As the label of the common x axis the layout makes room for them.
-    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, color=GREY, linespacing=1.4)
-    return figure
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    """A PNG, written aside and renamed."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(aside, format="png", bbox_inches="tight", pad_inches=0.12)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

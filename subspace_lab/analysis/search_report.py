@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from subspace_lab.analysis.canvas import console
 from subspace_lab.analysis.geometry import Comparison, compare
 from subspace_lab.analysis.plots import iia_heatmap, overlap_heatmap
 from subspace_lab.core.checkpoints import save_subspaces, write_json
@@ -65,13 +65,11 @@ def print_search(
     comparison: Comparison,
 ) -> None:
     """The table on standard output, and under it what has to be known to read it."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=100)
-    console.print(_table(settings, found, twin))
+    terminal = console()
+    terminal.print(_table(settings, found, twin))
     for line in _remarks(found, twin, comparison):
-        console.print(line, markup=False)
-    console.print(f"Written to {folder}: {', '.join(FILES)}.", markup=False)
+        terminal.print(line, markup=False)
+    terminal.print(f"Written to {folder}: {', '.join(FILES)}.", markup=False)
 
 
 def _table(settings: Mapping[str, Any], found: SearchResult, twin: SearchResult | None) -> Table:

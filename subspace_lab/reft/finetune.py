@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from subspace_lab.core.training import TrainingConfig, progress_bar, shuffled_rows, train
@@ -17,6 +17,7 @@ def finetune(
     *,
     memory: int | str | None = None,
     quiet: bool = False,
+    on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train the active adapters on tokenised rows (`reft.data.tokenise`) of prompts and answers.
 
@@ -26,6 +27,7 @@ def finetune(
     Args:
         memory: budget of the frozen past, as in `FrozenPast`.
         quiet: show no progress bar.
+        on_step: told of each step and its loss.
 
     Returns:
         The loss at each step.
@@ -44,9 +46,10 @@ def finetune(
 
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task(f"finetune ({past.past.describe()})", total=config.steps)
-        return train(
-            edits.values(),
-            lambda _: past.loss(next(order), edits)[0],
-            config,
-            on_step=lambda *_: bar.advance(task),
-        )
+
+        def told(step: int, loss: float) -> None:
+            bar.advance(task)
+            if on_step is not None:
+                on_step(step, loss)
+
+        return train(edits.values(), lambda _: past.loss(next(order), edits)[0], config, on_step=told)

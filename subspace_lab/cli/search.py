@@ -1,24 +1,26 @@
-"""The terminal: `subspace-lab search`.
-
-Only the terminal's own libraries are imported here; torch and what needs it wait until a command runs, so that
-`--help` answers at once. Results go to standard output, progress and complaints to standard error. What cannot
-be done is said in one line before any long work, with exit code 2.
-"""
+"""`subspace-lab search`: where in a model does a variable live?"""
 
 from __future__ import annotations
 
-import os
 import random
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from subspace_lab.cli.common import (
+    SHIPPED,
+    check_device,
+    layer_numbers,
+    load_causal,
+    load_tokenizer,
+    nothing_left_behind,
+    refusing,
+    threads,
+    versions,
+)
 
 if TYPE_CHECKING:
     from subspace_lab.core.backbone import Backbone
@@ -27,33 +29,11 @@ if TYPE_CHECKING:
 else:  # names in annotations have to exist at run time as well, and importing these takes seconds
     Backbone = Site = Task = Any
 
-SHIPPED = "tiny_decoder"
 # Where the answer is made and, for contrast, tokens before it; a task that is not named here gives all its spans.
 POSITIONS = {"price_tagging": "amount,unit,query,last"}
 MIN_ACCURACY = 0.9
-SMALL = 10_000_000  # parameters of a model that one thread runs fastest
-LIBRARIES = ("subspace-lab", "torch", "transformers", "nnsight")
-
-app = typer.Typer(
-    help="Where in a model does a variable live, does it do anything there, and can it be edited?",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",  # which fills paragraphs
-)
 
 
-def main() -> None:
-    """The entry point of the installed command."""
-    app(prog_name="subspace-lab")
-
-
-@app.callback()
-def _commands() -> None:
-    """With a callback typer keeps the name of a command also while there is only one."""
-
-
-@app.command()
 def search(
     model: Annotated[
         str | None,
@@ -101,8 +81,8 @@ def search(
     a basis of shape rank × width), iia.png and overlap.png.
     """
     settings = {**locals(), "out": str(out)}
-    with _nothing_left_behind(out):
-        with _refusing():
+    with nothing_left_behind(out):
+        with refusing():
             from subspace_lab.core.backbone import Backbone
             from subspace_lab.core.checkpoints import output_folder
             from subspace_lab.core.training import TrainingConfig
@@ -112,14 +92,15 @@ def search(
             config = TrainingConfig(steps=steps, learning_rate=learning_rate)
             chosen, variable = _task(task, variable)
             specs = _positions(positions or POSITIONS.get(task), _spans(chosen))
-            network, tokenizer = _load(model, device)
+            device = check_device(device)
+            tokenizer, network = load_tokenizer(model), load_causal(model, device)
             backbone = Backbone(network)
             sites = _sites(backbone, component, layers, specs, rank)
             splits = {"train": pairs, "test": test_pairs}
             data = [_encoded(chosen, n, split, seed, variable, tokenizer) for split, n in splits.items()]
             run = partial(search_sites, sites=sites, rank=rank, config=config, seed=seed, memory=memory)
-        with _threads(network):
-            with _refusing():
+        with threads(network):
+            with refusing({"min_accuracy=None": "--allow-failing-model"}):
                 bar = None if allow_failing_model else MIN_ACCURACY
                 found = run(backbone, *data, min_accuracy=bar, label="model")
             control = None
@@ -133,56 +114,12 @@ def search(
             "positions": ",".join(specs),
             "device": str(backbone.device),
             "batch_size": config.batch_size,
-            "versions": {name.replace("-", "_"): _version(name) for name in LIBRARIES},
+            "versions": versions(),
         }
         from subspace_lab.analysis.search_report import print_search, save_search
 
         comparison = save_search(folder, settings, found, control)
         print_search(folder, settings, found, control, comparison)
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """Say what cannot be done in one line, and exit with 2."""
-    try:
-        yield
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        # The text of a KeyError is the repr of its message.
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        line = " ".join(str(text).split()).replace("min_accuracy=None", "--allow-failing-model")
-        typer.echo(f"subspace-lab: {line}", err=True)
-        raise typer.Exit(2) from None
-
-
-@contextmanager
-def _nothing_left_behind(out: Path) -> Iterator[None]:
-    """Remove the folders that were made on the way to `out` if nothing comes to stand in them."""
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        yield
-    except BaseException:
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-@contextmanager
-def _threads(network: Any) -> Iterator[None]:
-    """One thread for a small model, unless the user has said how many.
-
-    Its products are too small to share, and threads that wait for each other on busy cores made the search
-    eight times slower.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in network.parameters()) < SMALL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _task(name: str, variable: str | None) -> tuple[Task, str]:
@@ -220,45 +157,6 @@ def _positions(text: str | None, spans: list[str]) -> list[str]:
     return list(dict.fromkeys(specs))
 
 
-def _load(name: str | None, device: str | None) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer; a folder is read without asking the Hub."""
-    import torch
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    where = str(files("subspace_lab") / "assets" / SHIPPED) if name is None else name
-    local = Path(where).is_dir()
-    if not local and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", where):
-        raise ValueError(f"--model {where}: there is no such folder, and no model on the Hub has such a name.")
-    if local and not (Path(where) / "config.json").is_file():
-        raise ValueError(
-            f"--model {where}: this folder holds no model; one has a config.json, weights, a tokenizer."
-        )
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of the loading of weights; ours follow
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local)
-        model: Any = AutoModelForCausalLM.from_pretrained(where, local_files_only=local)
-        return model.to(device).eval(), tokenizer
-    except (OSError, ValueError) as error:
-        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if local:
-            raise ValueError(f"--model {where}: what this folder holds could not be loaded. {why}") from None
-        offline = " (offline: HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else ""
-        raise ValueError(
-            f"--model {where}: there is no such folder, and from the Hub it could not be loaded{offline}. {why}"
-        ) from None
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _sites(backbone: Backbone, component: str, layers: str, specs: list[str], rank: int) -> list[Site]:
     """Every layer at every position; checked to exist and to have room for the rank."""
     from subspace_lab.core.sites import Site
@@ -267,7 +165,7 @@ def _sites(backbone: Backbone, component: str, layers: str, specs: list[str], ra
     numbers: Sequence[int | None] = [None]
     if not component.endswith((".input", ".output")):
         Site(component, 0)  # an unknown component before the model's stacks are looked at
-        numbers = _layers(layers, backbone.anatomy.depth(component.rpartition(".")[0]))
+        numbers = layer_numbers(layers, backbone.anatomy.depth(component.rpartition(".")[0]))
     elif layers != "all":
         raise ValueError(f"--layers {layers}: {component!r} names one module by its path and has no layers.")
     sites = [Site(component, number, spec) for number in numbers for spec in specs]
@@ -279,32 +177,9 @@ def _sites(backbone: Backbone, component: str, layers: str, specs: list[str], ra
     return sites
 
 
-def _layers(text: str, depth: int) -> list[int]:
-    if text == "all":
-        return list(range(depth))
-    chosen: list[int] = []
-    for part in text.split(","):
-        span = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        first, last = (int(span[1]), int(span[2] or span[1])) if span else (0, -1)
-        if not first <= last < depth:
-            raise ValueError(
-                f"--layers {text}: {part!r} is no layer or range of this model, which has layers 0 to "
-                f"{depth - 1}; write 'all', '0,2' or '1-3'."
-            )
-        chosen += range(first, last + 1)
-    return list(dict.fromkeys(chosen))
-
-
 def _encoded(task: Task, n: int, split: str, seed: int, variable: str, tokenizer: Any) -> Any:
     from subspace_lab.das.counterfactuals import counterfactual_dataset
     from subspace_lab.das.encoding import encode
 
     dataset = counterfactual_dataset(task, n, split=split, seed=seed, variables=[variable])
     return encode(dataset, tokenizer, list(task.answers.values()))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # run from a checkout
-        return None

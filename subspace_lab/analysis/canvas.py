@@ -1,0 +1,43 @@
+"""What results are shown on: figures with a title above and what they can show below, and the terminal."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from textwrap import wrap
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+DOTS_PER_INCH = 150
+INK, GREY, ACCENT = "#222222", "#6b6b6b", "#c8553d"
+LINE = 0.165  # inches of a caption's line
+CHARACTERS_PER_INCH = 18  # of it
+
+
+def new_figure(size: tuple[float, float], title: str, *sentences: str) -> Figure:
+    """A figure with its title above and its sentences below; `size` is without the sentences."""
+    width, height = max(size[0], 6.2), size[1]
+    lines = [line for sentence in sentences for line in wrap(sentence, int(width * CHARACTERS_PER_INCH))]
+    figure = Figure((width, height + LINE * len(lines)), DOTS_PER_INCH, facecolor="white", layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, color=INK, weight="bold")
+    # As the label of the common x axis the layout makes room for them.
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, color=GREY, linespacing=1.4)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """A PNG, written aside and renamed."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(aside, format="png", bbox_inches="tight", pad_inches=0.12)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def console() -> Console:
+    """Standard output, 100 characters wide where it is no terminal."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=100)

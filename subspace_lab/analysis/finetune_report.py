@@ -1,0 +1,226 @@
+"""What a finetuning leaves beside its adapter: its numbers, its loss as a picture, and what a person reads.
+
+results.json            "settings"; "parameters" and "rows", how many; "losses" of each step; "held_out": loss,
+                        accuracy and the score of a constant answer, before and after; "classes"; "samples"
+loss.png                the training loss, and the held-out loss before and after
+
+The adapter (adapter_config.json, adapter_model.safetensors, README.md) is written by `ReftModel.save_pretrained`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from subspace_lab.analysis.canvas import ACCENT, GREY, INK, console, new_figure, save_figure
+from subspace_lab.core.checkpoints import write_json
+from subspace_lab.das.metrics import Estimate, proportion
+from subspace_lab.reft.jobs import Measured
+from subspace_lab.reft.storage import CONFIG, WEIGHTS
+
+FILES = (CONFIG, WEIGHTS, "results.json", "loss.png")
+LINE_COLOUR, PALE = "#2b557e", "#8fb3bd"
+WINDOWS = 20  # the smoothed curve is a mean over a twentieth of the steps
+SPREAD = 30  # a loss that falls by more than this is drawn on a logarithmic scale
+SHOWN = 160  # characters of a text in the table
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """How a finetuning went.
+
+    Attributes:
+        losses: of the training rows, at each step that was made.
+        before, after: the held-out rows under the base model, and with the adapter.
+        trained, parameters: how many parameters are trained, and how many there are in all.
+        rows: {"training": …, "held_out": …, "shortened": …}, how many.
+        samples: (prompt, the row's own answer), one for each of the measured texts.
+        classes: of labelled texts; None where rows have answers.
+        constant: what the most frequent class of the training rows scores on those held out.
+    """
+
+    losses: tuple[float, ...]
+    before: Measured
+    after: Measured
+    trained: int
+    parameters: int
+    rows: Mapping[str, int]
+    samples: tuple[tuple[str, str], ...] = ()
+    classes: tuple[str, ...] | None = None
+    constant: float | None = None
+
+    def accuracies(self) -> tuple[Estimate, Estimate] | None:
+        """Before and after, on held-out texts with their classes."""
+        if self.before.right is None or self.after.right is None:
+            return None
+        return proportion(self.before.right), proportion(self.after.right)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        told = self.accuracies()
+        texts = zip(self.samples, self.before.texts, self.after.texts, strict=True)
+        return {
+            "parameters": {"trained": self.trained, "all": self.parameters},
+            "rows": dict(self.rows),
+            "losses": list(self.losses),
+            "held_out": {
+                "loss": {"before": self.before.loss, "after": self.after.loss},
+                "accuracy": None if told is None else {"before": vars(told[0]), "after": vars(told[1])},
+                "constant": self.constant,
+            },
+            "classes": None if self.classes is None else dict(enumerate(self.classes)),
+            "samples": [
+                {"prompt": prompt, "answer": answer, "before": old, "after": new}
+                for (prompt, answer), old, new in texts
+            ],
+        }
+
+
+def save_finetuned(folder: Path, settings: Mapping[str, Any], done: Finetuned) -> None:
+    """Write the picture and the numbers, each aside and renamed; `results.json` comes last."""
+    loss_curve(done, folder / "loss.png", title=_title(settings), steps=settings["steps"])
+    write_json(folder / "results.json", {"settings": dict(settings), **done.as_dict()})
+
+
+def loss_curve(done: Finetuned, path: str | Path, *, title: str, steps: int) -> Figure:
+    """The training loss by step, thin, and its running mean; the held-out loss before and after as points.
+
+    Args:
+        path: of the PNG, written aside and renamed.
+        steps: that were asked for.
+    """
+    losses, n = done.losses, len(done.losses)
+    window = max(1, n // WINDOWS)
+    # Centred, and shorter at the ends: a mean of the past alone would lag behind what it smooths.
+    near = [min(window // 2, i, n - 1 - i) for i in range(n)]
+    smooth = [_mean(losses[i - reach : i + reach + 1]) for i, reach in enumerate(near)]
+    held = [(0, done.before.loss), (n, done.after.loss)]
+    points = [(x, y) for x, y in held if y is not None]
+    unit = "an answer's token" if done.classes is None else "a text"
+    ended = "" if n == steps else f" Interrupted after {n} of {steps} steps."
+    out = f"on {done.rows['held_out']} held-out rows" if points else "no rows were held out"
+    figure = new_figure(
+        (6.6, 3.7),
+        title,
+        f"Mean cross-entropy of {unit}, on batches of the {done.rows['training']} training rows; {out}.{ended}",
+        "A training loss that goes on falling while the held-out loss has not fallen is memorising.",
+    )
+    axis = figure.subplots()
+    axis.plot(range(1, n + 1), losses, color=PALE, linewidth=0.8, label="training, each step")
+    if window > 1:
+        label = f"training, mean over {window // 2 * 2 + 1} steps"
+        axis.plot(range(1, n + 1), smooth, color=LINE_COLOUR, linewidth=1.8, label=label)
+    if points:
+        xs, ys = zip(*points, strict=True)
+        axis.scatter(xs, ys, s=36, color=ACCENT, zorder=3, label="held out, before and after", clip_on=False)
+        for x, y in points:
+            right, side = (9, "left") if x == 0 else (0, "right")
+            axis.annotate(
+                _short(y), (x, y), (right, 7), textcoords="offset points", ha=side, fontsize=9, color=ACCENT
+            )
+    every = [*losses, *(y for _, y in points)]
+    if min(every) > 0 and max(every) > SPREAD * min(every):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_ylim(bottom=0)
+    axis.set_xlim(0, max(n, 1))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel("training step", fontsize=9, color=INK)
+    axis.set_ylabel("cross-entropy (nats)", fontsize=9, color=INK)
+    axis.tick_params(labelsize=8, length=2, colors=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(GREY)
+    axis.grid(axis="y", color="#e8e8e8", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.legend(fontsize=8, frameon=False, labelcolor=INK, loc="best")
+    save_figure(figure, path)
+    return figure
+
+
+def print_finetuned(folder: Path, settings: Mapping[str, Any], done: Finetuned) -> None:
+    """The samples, or the accuracy, on standard output, and under them what has to be known to read them."""
+    terminal = console()
+    terminal.print(_title(settings), style="bold", markup=False)
+    if told := done.accuracies():
+        terminal.print(_accuracies(*told, done.constant))
+    elif done.samples:
+        terminal.print(_samples(done))
+    for line in _remarks(folder, settings, done):
+        terminal.print(line, markup=False)
+
+
+def _title(settings: Mapping[str, Any]) -> str:
+    rank = "" if settings["method"] == "RED" else f", rank {settings['rank']}"
+    return (
+        f"{settings['method']}{rank}, {settings['component']} of layers {settings['layers']}, positions "
+        f"{settings['positions']}"
+    )
+
+
+def _samples(done: Finetuned) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_lines=False, leading=1)
+    for column in ("prompt", "before", "after", "the row's answer"):
+        table.add_column(column, ratio=1, overflow="fold")
+    for (prompt, answer), old, new in zip(done.samples, done.before.texts, done.after.texts, strict=True):
+        cells = (_shortened(prompt, start=True), *(_shortened(text) for text in (old, new, answer)))
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _accuracies(before: Estimate, after: Estimate, constant: float | None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(f"accuracy on {before.n} held-out texts")
+    table.add_column("[95 %]", justify="right")
+    table.add_row("always the most frequent class", "" if constant is None else f"{constant:.2f}")
+    table.add_row("before", str(before))
+    table.add_row("after", str(after), style="bold")
+    return table
+
+
+def _remarks(folder: Path, settings: Mapping[str, Any], done: Finetuned) -> list[str]:
+    n, rows, share = len(done.losses), done.rows, 100 * done.trained / done.parameters
+    ended = "" if n == settings["steps"] else f" Interrupted: {n} of {settings['steps']} steps were made."
+    remarks = [f"{done.trained:,} parameters are trained, {share:.2g} % of all {done.parameters:,}.{ended}"]
+    if done.before.loss is not None and done.after.loss is not None:
+        remarks.append(
+            f"Loss on {rows['held_out']} held-out rows: {_short(done.before.loss)} before, "
+            f"{_short(done.after.loss)} after."
+        )
+    else:
+        remarks.append(
+            f"Training loss: {_short(done.losses[0])} at first, {_short(done.losses[-1])} at last. No held-out "
+            "loss, so whether it carries over to other rows is not known."
+        )
+    if rows["shortened"]:
+        remarks.append(f"{rows['shortened']} rows were longer than the model takes and lost their end.")
+    told = done.accuracies()
+    if told and done.constant is not None and told[1].low <= done.constant:
+        remarks.append("It is not above the constant answer: what was learned does not show on held-out texts.")
+    return [*remarks, f"Written to {folder}: {', '.join(FILES)}."]
+
+
+def _shortened(text: str, *, start: bool = False) -> str:
+    """A text in one line; of a long prompt its end, of what follows its beginning."""
+    line = " ".join(text.split())
+    if len(line) <= SHOWN:
+        return line
+    return f"…{line[1 - SHOWN :]}" if start else f"{line[: SHOWN - 1]}…"
+
+
+def _short(loss: float) -> str:
+    return f"{loss:.3g}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

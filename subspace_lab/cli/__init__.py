@@ -1,0 +1,28 @@
+"""The terminal: `subspace-lab search` and `subspace-lab finetune`, a file each.
+
+Only the terminal's own libraries are imported at the top of these files; torch and what needs it wait until a
+command runs, so that `--help` answers at once. Results go to standard output, progress and complaints to
+standard error. What cannot be done is said in one line before any long work, with exit code 2.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from subspace_lab.cli.finetune import finetune as _finetune
+from subspace_lab.cli.search import search as _search
+
+app = typer.Typer(
+    help="Where in a model does a variable live, does it do anything there, and can it be edited?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # which fills paragraphs
+)
+app.command("search")(_search)
+app.command("finetune")(_finetune)
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    app(prog_name="subspace-lab")

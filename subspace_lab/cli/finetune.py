@@ -1,0 +1,249 @@
+"""`subspace-lab finetune`: an adapter learned from rows of a file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from subspace_lab.cli.common import (
+    SHIPPED,
+    check_device,
+    layer_numbers,
+    load_causal,
+    load_classifier,
+    load_tokenizer,
+    longest_text,
+    nothing_left_behind,
+    refusing,
+    threads,
+    versions,
+)
+
+if TYPE_CHECKING:
+    from subspace_lab.core.training import TrainingConfig
+    from subspace_lab.reft.config import ReftConfig
+    from subspace_lab.reft.jobs import Job
+    from subspace_lab.reft.model import ReftModel
+    from subspace_lab.reft.rows import Rows
+else:  # names in annotations have to exist at run time as well, and importing these takes seconds
+    Job = ReftConfig = ReftModel = Rows = TrainingConfig = Any
+
+EPOCHS = 10
+
+
+def finetune(
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="A .jsonl, .json, .csv or .parquet file with the columns prompt and answer, or messages, or "
+            "text and label."
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A folder or a name on the Hub.", show_default="a small decoder that comes along"),
+    ] = None,
+    method: Annotated[str, typer.Option(help="A wrong name is answered with those that exist.")] = "LoReFT",
+    positions: Annotated[
+        str, typer.Option(help="Of the prompt: all, first, last, f3, l2, 7, 2:5; '+' joins several.")
+    ] = "f3+l3",
+    rank: Annotated[int, typer.Option(help="Dimensions of each intervention.")] = 4,
+    layers: Annotated[str, typer.Option(help="'all', '0,2' or '1-3'.")] = "all",
+    component: Annotated[str, typer.Option(help="Of a block.")] = "block_output",
+    epochs: Annotated[
+        int | None, typer.Option(help="Times that each row is seen.", show_default=f"{EPOCHS}, or see --steps")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps, instead of --epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 4e-3,
+    held_out: Annotated[
+        str,
+        typer.Option(help="Rows that are not trained on: a share as '0.1', or how many as '50'; '0' for none."),
+    ] = "0.1",
+    samples: Annotated[int, typer.Option(help="Prompts to generate from, before and after.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="Of each generation.")] = 32,
+    end: Annotated[
+        bool,
+        typer.Option(help="Learn to stop: the end-of-text token behind each answer (messages as their template)."),
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of the rows held out, their order and the random starts.")] = 0,
+    out: Annotated[Path, typer.Option(help="A new or empty folder for the adapter.")] = Path("finetuned"),
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What may be kept of computed states, as '2GiB'; for answers.",
+            show_default="half of what is free",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="As torch names it.", show_default="cuda if there is one, else cpu")
+    ] = None,
+) -> None:
+    """Teach a frozen model to answer, or to classify, by edits of its hidden states (ReFT).
+
+    Rows of prompt and answer, or of messages, train a language model's edits; held-out loss and greedy
+    generations are shown before and after. Rows of text and label train a classifier with its head; shown is
+    the held-out accuracy beside that of the most frequent class. Ctrl-C ends the training early and saves.
+
+    Writes into --out the adapter, as `ReftModel.from_pretrained` and `load_adapter` read it, with results.json
+    (settings, losses, held-out scores, samples) and loss.png.
+    """
+    settings: dict[str, Any] = {**locals(), "data": str(data), "out": str(out)}
+    with nothing_left_behind(out), refusing():
+        from subspace_lab.core.checkpoints import output_folder
+        from subspace_lab.reft.config import ReftConfig
+        from subspace_lab.reft.jobs import pad_token
+        from subspace_lab.reft.model import get_reft_model
+        from subspace_lab.reft.rows import read_rows
+
+        folder = output_folder(out)
+        config = ReftConfig(method=method, rank=rank, positions=positions, component=component, seed=seed)
+        if min(samples, max_new_tokens - 1) < 0:
+            raise ValueError(f"--samples {samples}, --max-new-tokens {max_new_tokens}: needed are ≥ 0 and ≥ 1.")
+        rows = read_rows(data)
+        n_out = _held_out(held_out, len(rows))
+        training = _training(epochs, steps, len(rows) - n_out, batch_size, learning_rate, seed)
+        device = check_device(device)
+        _check_memory(memory, device, rows)
+        tokenizer = load_tokenizer(model)
+        generating = {"samples": samples, "max_new_tokens": max_new_tokens, "end": end}
+        job = _job(rows, rows.split(n_out, seed), tokenizer, longest_text(model, tokenizer), generating)
+        job.check_positions(config)
+        network, saved = _network(model, device, rows, seed, pad_token(tokenizer))
+        config = replace(config, layers=_layers(layers, network, component), modules_to_save=saved)
+        reft = get_reft_model(network, config)
+        settings |= {
+            "model": model or SHIPPED,
+            "method": config.method,
+            "positions": config.positions,
+            "steps": training.steps,
+            "device": str(reft.device),
+            "versions": versions(),
+        }
+        with threads(network):
+            _run(folder, settings, rows, job, reft, training, memory)
+
+
+def _run(
+    folder: Path,
+    settings: dict[str, Any],
+    rows: Rows,
+    job: Job,
+    reft: ReftModel,
+    training: TrainingConfig,
+    memory: str | None,
+) -> None:
+    """Measure, train, save, measure again, report."""
+    from subspace_lab.analysis.finetune_report import Finetuned, print_finetuned, save_finetuned
+
+    with reft.disable_adapter():
+        before = job.measure(reft, training.batch_size)
+    losses: list[float] = []
+    try:
+        job.train(reft, training, memory=memory, on_step=lambda _, loss: losses.append(loss))
+    except KeyboardInterrupt:
+        if not losses:
+            raise
+        typer.echo(
+            f"Interrupted after {len(losses)} of {training.steps} steps: what they trained is saved.", err=True
+        )
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} Try a lower --learning-rate than {training.learning_rate}.") from None
+    # At once: whatever ends the process from here on, the adapter is there.
+    reft.save_pretrained(folder)
+    after = job.measure(reft, training.batch_size)
+    trained, parameters = reft.get_nb_trainable_parameters()
+    done = Finetuned(
+        tuple(losses),
+        before,
+        after,
+        trained,
+        parameters,
+        {"training": len(job.training), "held_out": len(job.held_out), "shortened": job.shortened},
+        job.samples(),
+        rows.classes,
+        job.constant,
+    )
+    save_finetuned(folder, settings, done)
+    print_finetuned(folder, settings, done)
+
+
+def _held_out(text: str, n: int) -> int:
+    """How many of n rows '0.1' or '50' holds out."""
+    if not re.fullmatch(r"\d+|\d*\.\d+", text):
+        raise ValueError(f"--held-out {text}: write a share as '0.1', or how many rows as '50'.")
+    count = max(1, round(float(text) * n)) if "." in text and float(text) > 0 else int(float(text))
+    if count >= n:
+        raise ValueError(f"--held-out {text}: of {n} rows none would be left to train on; '0' holds none out.")
+    return count
+
+
+def _training(
+    epochs: int | None, steps: int | None, n: int, batch_size: int, learning_rate: float, seed: int
+) -> TrainingConfig:
+    """The training of n rows."""
+    from subspace_lab.core.training import TrainingConfig
+
+    if epochs is not None and steps is not None:
+        raise ValueError(f"--epochs {epochs} and --steps {steps} say the same thing twice: give one of them.")
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"--epochs {epochs}: needed is 1 or more.")
+    if steps is None:
+        steps = (epochs or EPOCHS) * -(-n // max(1, batch_size))
+    return TrainingConfig(steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+
+
+def _check_memory(memory: str | None, device: str, rows: Rows) -> None:
+    """Whether memory and device are ones that this job can use."""
+    import torch
+
+    from subspace_lab.core.budget import budgets
+
+    budgets(memory, torch.device(device))
+    if rows.classes is None:
+        return
+    if memory is not None:
+        raise ValueError(f"--memory {memory}: with labels a head is trained along, so that no past is kept.")
+    if torch.device(device).index:
+        raise ValueError(
+            f"--device {device}: with labels Trainer takes the first GPU; name it by CUDA_VISIBLE_DEVICES."
+        )
+
+
+def _job(
+    rows: Rows, split: tuple[list, list], tokenizer: Any, longest: int | None, generating: dict[str, Any]
+) -> Job:
+    """The rows, to train on and held out, as token ids."""
+    if rows.classes is not None:
+        from subspace_lab.reft.classes import Classes
+
+        return Classes(*split, tokenizer, longest=longest)
+    from subspace_lab.reft.jobs import Answers
+
+    return Answers(*split, tokenizer, longest=longest, **generating)
+
+
+def _network(model: str | None, device: str, rows: Rows, seed: int, pad: int) -> tuple[Any, tuple[str, ...]]:
+    """The model, and which of its modules are trained and saved along."""
+    if rows.classes is None:
+        return load_causal(model, device), ()
+    from subspace_lab.reft.classes import heads
+
+    network, fresh = load_classifier(model, device, rows.classes, seed)
+    # A head on a decoder looks for the last token that is no padding, and refuses batches where none is named.
+    text_config = network.config.get_text_config()
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = pad
+    return network, heads(network, fresh)
+
+
+def _layers(text: str, network: Any, component: str) -> str | list[int]:
+    if text == "all":
+        return text
+    from subspace_lab.core.backbone import Backbone
+
+    return layer_numbers(text, Backbone(network).anatomy.depth(component.rpartition(".")[0]))

@@ -1,0 +1,171 @@
+"""Texts and their classes, learned with the head by plain `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from subspace_lab.core.training import TrainingConfig, progress_bar
+from subspace_lab.reft.data import pad
+from subspace_lab.reft.jobs import Job, Measured, OnStep, Row, evaluating, over, pad_token
+from subspace_lab.reft.model import ReftModel
+
+
+class Classes(Job):
+    """Texts and their classes: the head is trained along, by plain `transformers.Trainer`.
+
+    The loop here trains edits alone, over a past that a head which moves would leave frozen no longer.
+
+    Args:
+        training, held_out: rows of `text` and `label`, the number of a class.
+        tokenizer, longest: as for `Answers`; longer texts lose their end.
+    """
+
+    def __init__(
+        self, training: Sequence[Row], held_out: Sequence[Row], tokenizer: Any, *, longest: int | None = None
+    ) -> None:
+        whole = [tokenizer(row["text"])["input_ids"] for row in [*training, *held_out]]
+        self.shortened = 0 if longest is None else sum(len(ids) > longest for ids in whole)
+        encoded = [
+            # Cut by the tokenizer, which keeps the tokens that it puts at the end of each text.
+            self._row(tokenizer(row["text"], truncation=longest is not None, max_length=longest), row["label"])
+            for row in [*training, *held_out]
+        ]
+        self.training, self.held_out = encoded[: len(training)], encoded[len(training) :]
+        self._pad = pad_token(tokenizer)
+
+    @staticmethod
+    def _row(tokens: Mapping[str, Any], label: int) -> dict[str, Any]:
+        ids = list(tokens["input_ids"])
+        if not ids:
+            raise ValueError("The tokenizer makes no token of a text.")
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label}
+
+    def prompt_lengths(self) -> Tensor:
+        return torch.tensor([len(row["input_ids"]) for row in [*self.training, *self.held_out]])
+
+    @property
+    def constant(self) -> float | None:
+        """The share of the held-out texts that are of the training texts' most frequent class."""
+        if not self.held_out:
+            return None
+        frequent = int(torch.tensor([row["labels"] for row in self.training]).bincount().argmax())
+        return sum(row["labels"] == frequent for row in self.held_out) / len(self.held_out)
+
+    def train(
+        self,
+        model: ReftModel,
+        config: TrainingConfig,
+        *,
+        memory: int | str | None = None,
+        on_step: OnStep | None = None,
+        quiet: bool = False,
+    ) -> None:
+        """The same, by `transformers.Trainer`.
+
+        Raises:
+            ValueError: a memory budget, since nothing of the past is kept.
+            FloatingPointError: a loss that is not finite.
+        """
+        if memory is not None:
+            raise ValueError(f"memory={memory!r}: a head is trained along, so that no past is kept.")
+        was_training = model.training
+        with tempfile.TemporaryDirectory() as scratch, progress_bar(quiet=quiet) as bar:
+            task = bar.add_task("finetune (with its head, by Trainer)", total=config.steps)
+
+            def told(step: int, loss: float) -> None:
+                bar.advance(task)
+                if on_step is not None:
+                    on_step(step, loss)
+
+            trainer = Trainer(
+                model=model,
+                args=_arguments(config, scratch, model.device),
+                train_dataset=Dataset.from_list([dict(row) for row in self.training]),
+                data_collator=self._collate,
+                callbacks=[_Watch(told)],
+            )
+            trainer.remove_callback(PrinterCallback)
+            try:
+                trainer.train()
+            finally:
+                model.train(was_training)
+
+    def measure(self, model: ReftModel, batch_size: int) -> Measured:
+        with evaluating(model):
+            loss, logits = over(model, self.held_out, batch_size, self._collate)
+        if loss is None:
+            return Measured(None)
+        right = torch.cat(logits).argmax(-1) == torch.tensor([row["labels"] for row in self.held_out])
+        return Measured(loss, right)
+
+    def _collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        return pad(rows, self._pad)
+
+
+class _Watch(TrainerCallback):
+    """Tells of each step's loss, and ends a training whose loss is no number."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self._on_step = on_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" not in logs:
+            return  # the summary at the end
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(f"The loss is {logs['loss']} at step {state.global_step - 1}.")
+        self._on_step(state.global_step - 1, float(logs["loss"]))
+
+
+def _arguments(config: TrainingConfig, folder: str, device: torch.device) -> TrainingArguments:
+    """The same training as `core.training` makes of a configuration, in Trainer's words."""
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        warmup_steps=round(config.warmup * config.steps),
+        lr_scheduler_type=config.schedule,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_gradient_norm or 0.0,
+        seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+    )
+
+
+def heads(network: nn.Module, fresh: Sequence[str]) -> tuple[str, ...]:
+    """The modules of a classifier that have to be trained and saved along.
+
+    Its head, which is what stands beside the base model; and whatever else the checkpoint did not hold (BERT's
+    pooler, say), since a reader of the adapter could not draw those random numbers again.
+
+    Args:
+        fresh: the paths of the modules that the checkpoint did not hold.
+
+    Raises:
+        ValueError: no head; or a block of the model itself that the checkpoint did not hold.
+    """
+    trunk = getattr(network, "base_model_prefix", "")
+    beside = [name for name, part in network.named_children() if name != trunk and list(part.parameters())]
+    if not beside:
+        raise ValueError(f"A {type(network).__name__} has no head beside its base model {trunk!r}.")
+    more = [path for path in fresh if path.split(".")[0] not in beside]
+    broken = [path for path in more if any(part.isdigit() for part in path.split("."))]
+    if broken:
+        raise ValueError(
+            f"This model's checkpoint holds no weights of {', '.join(broken[:3])}"
+            f"{' and more' if len(broken) > 3 else ''}: it is none of a {type(network).__name__}."
+        )
+    return (*beside, *more)
