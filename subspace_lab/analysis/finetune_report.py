@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -29,7 +30,7 @@ from subspace_lab.reft.storage import CONFIG, WEIGHTS
 
 FILES = (CONFIG, WEIGHTS, "results.json", "loss.png")
 LINE_COLOUR, PALE = "#2b557e", "#8fb3bd"
-WINDOWS = 20  # the smoothed curve is a mean over a twentieth of the steps
+WINDOWS = 12  # the smoothed curve is a mean over a twelfth of the steps
 SPREAD = 30  # a loss that falls by more than this is drawn on a logarithmic scale
 SHOWN = 160  # characters of a text in the table
 
@@ -107,15 +108,17 @@ def loss_curve(done: Finetuned, path: str | Path, *, title: str, steps: int) -> 
     points = [(x, y) for x, y in held if y is not None]
     unit = "an answer's token" if done.classes is None else "a text"
     ended = "" if n == steps else f" Interrupted after {n} of {steps} steps."
-    out = f"on {done.rows['held_out']} held-out rows" if points else "no rows were held out"
+    out = f"the points on {done.rows['held_out']} held-out rows" if points else "no rows were held out"
+    caution = "A training loss that goes on falling while the held-out loss has not fallen is memorising."
     figure = new_figure(
         (6.6, 3.7),
         title,
         f"Mean cross-entropy of {unit}, on batches of the {done.rows['training']} training rows; {out}.{ended}",
-        "A training loss that goes on falling while the held-out loss has not fallen is memorising.",
+        caution if points else "Whether the loss has fallen on other rows too is not known.",
     )
     axis = figure.subplots()
-    axis.plot(range(1, n + 1), losses, color=PALE, linewidth=0.8, label="training, each step")
+    dots = "." if window == 1 else ""  # one step alone makes no line
+    axis.plot(range(1, n + 1), losses, color=PALE, linewidth=0.8, marker=dots, label="training, each step")
     if window > 1:
         label = f"training, mean over {window // 2 * 2 + 1} steps"
         axis.plot(range(1, n + 1), smooth, color=LINE_COLOUR, linewidth=1.8, label=label)
@@ -124,13 +127,12 @@ def loss_curve(done: Finetuned, path: str | Path, *, title: str, steps: int) -> 
         axis.scatter(xs, ys, s=36, color=ACCENT, zorder=3, label="held out, before and after", clip_on=False)
         for x, y in points:
             right, side = (9, "left") if x == 0 else (0, "right")
-            axis.annotate(
-                _short(y), (x, y), (right, 7), textcoords="offset points", ha=side, fontsize=9, color=ACCENT
-            )
+            label = axis.annotate(_short(y), (x, y), (right, 8), textcoords="offset points", ha=side, fontsize=9)
+            label.set(color=ACCENT, zorder=4, path_effects=[withStroke(linewidth=3, foreground="white")])
     every = [*losses, *(y for _, y in points)]
     if min(every) > 0 and max(every) > SPREAD * min(every):
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
     else:
         axis.set_ylim(bottom=0)
@@ -207,7 +209,14 @@ def _remarks(folder: Path, settings: Mapping[str, Any], done: Finetuned) -> list
     told = done.accuracies()
     if told and done.constant is not None and told[1].low <= done.constant:
         remarks.append("It is not above the constant answer: what was learned does not show on held-out texts.")
-    return [*remarks, f"Written to {folder}: {', '.join(FILES)}."]
+    kind, options = ("CausalLM", "") if done.classes is None else ("SequenceClassification", ", num_labels=")
+    options += "" if done.classes is None else str(len(done.classes))
+    base = f"AutoModelFor{kind}.from_pretrained({settings['model']!r}{options})"
+    return [
+        *remarks,
+        f"Written to {folder}: {', '.join(FILES)}.",
+        f"Read again by ReftModel.from_pretrained({base}, {str(folder)!r}).",
+    ]
 
 
 def _shortened(text: str, *, start: bool = False) -> str:

@@ -132,7 +132,9 @@ class Backbone:
     def _check_checkpointing(self, visits: Sequence[Visit]) -> None:
         """Refuse what would silently get no gradient: a block that is run again does not meet its edits again."""
         model = self.model
-        if not (torch.is_grad_enabled() and model.training and getattr(model, "is_gradient_checkpointing", False)):
+        if not (torch.is_grad_enabled() and model.training):
+            return
+        if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             return
         blocks = [f"{block}." for stack in self.anatomy.stacks.values() for block in stack]
         inside = [visit.path for visit in visits if visit.path.startswith(tuple(blocks))]

@@ -124,14 +124,14 @@ class Answers(Job):
         if too_long:
             encoded = tokenise([*training, *held_out], tokenizer, end=end, max_length=longest).to_list()
         self.training, self.held_out = encoded[: len(training)], encoded[len(training) :]
-        self._samples = (self.held_out or self.training)[:samples]
+        shown = held_out or training
+        self._samples = list(zip(shown, self.held_out or self.training, strict=True))[:samples]
 
     def prompt_lengths(self) -> Tensor:
         return torch.tensor([len(_prompt(row)) for row in [*self.training, *self.held_out]])
 
     def samples(self) -> tuple[tuple[str, str], ...]:
-        text = self._text
-        return tuple((text(_prompt(r)), text(r["input_ids"][len(_prompt(r)) :])) for r in self._samples)
+        return tuple(self._shown(row, ids) for row, ids in self._samples)
 
     def train(
         self,
@@ -147,7 +147,14 @@ class Answers(Job):
     def measure(self, model: ReftModel, batch_size: int) -> Measured:
         with evaluating(model):
             loss, _ = over(model, self.held_out, batch_size, self._collate)
-            return Measured(loss, None, tuple(self._continued(model, _prompt(row)) for row in self._samples))
+            return Measured(loss, None, tuple(self._continued(model, _prompt(ids)) for _, ids in self._samples))
+
+    def _shown(self, row: Row, encoded: Row) -> tuple[str, str]:
+        """Prompt and answer as the row has them; a conversation as the model reads it."""
+        if "messages" not in row:
+            return row["prompt"], row["answer"]
+        before = _prompt(encoded)
+        return self._text(before), self._text(encoded["input_ids"][len(before) :])
 
     def _continued(self, model: ReftModel, prompt: Sequence[int]) -> str:
         room = self._new if self._longest is None else min(self._new, self._longest - len(prompt))
