@@ -21,10 +21,12 @@ import json
 import os
 import statistics
 import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import quality_minilm as minilm
+import quality_recipes as recipes
 import quality_stories as stories
 import torch
 import transformers
@@ -150,8 +152,27 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument(
         "--methods", nargs="+", choices=list(minilm.METHODS), help="of the part minilm; all by default"
     )
+    it.add_argument("--recipe", choices=list(recipes.RECIPES), help="one recipe of the paper, with the real model")
+    it.add_argument("--stand-in", action="store_true", help="of a recipe: the small model and the data in assets")
+    it.add_argument("--model", help="of a recipe: a name on the Hub or a folder")
+    it.add_argument("--train", help="of a recipe: a file, an address, or name:config:split on the Hub")
+    it.add_argument("--test", nargs="+", help="of a recipe: the same, one or several")
     it.add_argument("--peak-of", help=argparse.SUPPRESS)
     return it
+
+
+def one_recipe(args: argparse.Namespace, assets: Path) -> None:
+    recipe = recipes.RECIPES[args.recipe]
+    recipe = recipe.small(assets) if args.stand_in else recipe
+    given = {"model": args.model, "train": args.train, "tests": tuple(args.test) if args.test else None}
+    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    figures = recipes.run(recipe, args.device)
+    print(json.dumps(figures, indent=2))
+    if args.json is not None:
+        whole = {"name": f"reft_quality, {args.recipe}", "settings": asdict(recipe)}
+        write_json(
+            args.json, json.loads(json.dumps({**whole, "machine": machine(args.device), "results": figures}))
+        )
 
 
 def main() -> None:
@@ -163,6 +184,9 @@ def main() -> None:
     assets = args.assets.resolve()
     if args.peak_of is not None:
         print_peak(args.device, minilm.few_steps(args.peak_of, assets, args.device))
+        return
+    if args.recipe is not None:
+        one_recipe(args, assets)
         return
     kept = Kept(None if args.json is None else args.json.with_suffix(".partial.jsonl"), args.device)
     results: Row = {}
@@ -223,6 +247,10 @@ def main() -> None:
         columns = ["style", "method", "rate", "adapter parameters", "file size (bytes)", "training time (s)"]
         columns += ["dev", "test", "forgetting", "forgetting of Alice"]
         show("A style on stories260K: held-out openings in style, %", table["stories"], columns)
+
+    if args.part in ("recipes", "all"):
+        table["recipes"] = recipes.measure(assets, args.device)
+        settings["recipes"] = {name: asdict(recipe) for name, recipe in recipes.RECIPES.items()}
 
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
