@@ -276,7 +276,7 @@ FAULTS: list[tuple[Check, dict[str, str], str]] = [
 LAWFUL = {
     "__init__.py": "from .core.sites import Site\nfrom .das import search",
     "__main__.py": "from subspace_lab.cli import main",
-    "cli.py": "import subspace_lab\nfrom subspace_lab.tasks import ioi\nfrom .analysis import plots",
+    "cli/__init__.py": "import subspace_lab\nfrom subspace_lab.tasks import ioi\nfrom ..analysis import plots",
     "core/__init__.py": "",
     "core/sites.py": "class Site: ...",
     "core/backbone.py": """

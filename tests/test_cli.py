@@ -229,7 +229,7 @@ def test_help_needs_neither_torch_nor_a_model():
         "try: main()\n"
         "finally: print(*{'torch', 'transformers', 'nnsight', 'matplotlib'} & set(sys.modules), file=sys.stderr)"
     )
-    for options, expected in (([], "search"), (["search"], "--allow-failing-model")):
+    for options, expected in (([], "search"), (["search"], "--allow-failing-model"), (["finetune"], "--held-out")):
         done = subprocess.run(
             [sys.executable, "-c", program, *options, "--help"],
             capture_output=True, text=True, timeout=60, env=offline(),

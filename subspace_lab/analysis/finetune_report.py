@@ -127,8 +127,8 @@ def loss_curve(done: Finetuned, path: str | Path, *, title: str, steps: int) -> 
         axis.scatter(xs, ys, s=36, color=ACCENT, zorder=3, label="held out, before and after", clip_on=False)
         for x, y in points:
             right, side = (9, "left") if x == 0 else (0, "right")
-            label = axis.annotate(_short(y), (x, y), (right, 8), textcoords="offset points", ha=side, fontsize=9)
-            label.set(color=ACCENT, zorder=4, path_effects=[withStroke(linewidth=3, foreground="white")])
+            number = axis.annotate(_short(y), (x, y), (right, 8), textcoords="offset points", ha=side, fontsize=9)
+            number.set(color=ACCENT, zorder=4, path_effects=[withStroke(linewidth=3, foreground="white")])
     every = [*losses, *(y for _, y in points)]
     if min(every) > 0 and max(every) > SPREAD * min(every):
         axis.set_yscale("log")
@@ -211,7 +211,7 @@ def _remarks(folder: Path, settings: Mapping[str, Any], done: Finetuned) -> list
         remarks.append("It is not above the constant answer: what was learned does not show on held-out texts.")
     kind, options = ("CausalLM", "") if done.classes is None else ("SequenceClassification", ", num_labels=")
     options += "" if done.classes is None else str(len(done.classes))
-    base = f"AutoModelFor{kind}.from_pretrained({settings['model']!r}{options})"
+    base = f"AutoModelFor{kind}.from_pretrained(model{options})"
     return [
         *remarks,
         f"Written to {folder}: {', '.join(FILES)}.",
