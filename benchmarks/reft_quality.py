@@ -32,6 +32,7 @@ import torch
 import transformers
 from harness import figure, machine, peak_memory, print_peak
 from quality_runs import Kept, paired_interval
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -114,14 +115,16 @@ def story_rows(found: dict[str, dict[str, list[Row]]]) -> list[Row]:
 
 
 def show(title: str, rows: list[Row], columns: list[str]) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, justify="left" if column in ("style", "method") else "right")
+        table.add_column(
+            column, justify="left" if column in ("style", "method") else "right", no_wrap=column != "setting"
+        )
     for row in rows:
         table.add_row(*(written(column, row) for column in columns))
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=130)
+        console = Console(highlight=False, width=160)
     console.print(table)
 
 
