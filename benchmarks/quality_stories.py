@@ -259,7 +259,7 @@ def measure(assets: Path, device: str, kept: Kept, quick: bool) -> dict[str, Any
             styles[style][name] = [first, *(one([first["rate"]], seed) for seed in seeds[1:])]
             scores = [f"{run['test']:.2f}" for run in styles[style][name]]
             print(f"  {style:5s} {name:18s} rate {first['rate']:g}, test {' '.join(scores)}", flush=True)
-    memory = memorise(assets, kept, 50 if quick else MEMORY_STEPS, seeds)
+    memory = memorise(assets, kept, 5 if quick else MEMORY_STEPS, seeds)
     return {"style": styles, "memory": memory}
 
 
