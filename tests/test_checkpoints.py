@@ -381,6 +381,13 @@ def test_a_failure_while_writing_leaves_the_old_file_and_no_other(
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_others_may_read_what_they_may_read_beside_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "beside.json", {})
+    save_subspaces(tmp_path / "found.safetensors", {"a": random_subspace(WIDTH, 2, 0)})
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_json_comes_back_or_is_named(tmp_path: Path) -> None:
     path = tmp_path / "facts.json"
     write_json(path, {"site": "block_output[3]@last", "Δ": [1.5, None]})

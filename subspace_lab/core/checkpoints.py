@@ -228,7 +228,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """A safetensors file, written aside and renamed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode
         save_file(dict(tensors), aside, metadata={"format": "pt", **(metadata or {})})
+        aside.chmod(mode)  # safetensors lets nobody but the owner read, also where the folder is shared
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
