@@ -11,13 +11,15 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import quality_minilm as minilm
 import torch
 from datasets import Dataset, load_dataset
+from quality_runs import Kept
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -319,10 +321,11 @@ def classified(recipe: Recipe, model: nn.Module, words: Any, folder: str, device
     return figures
 
 
-def measure(assets: Path, device: str, names: Iterable[str] = tuple(RECIPES)) -> dict[str, Row]:
+def measure(assets: Path, device: str, kept: Kept, names: Iterable[str] = tuple(RECIPES)) -> dict[str, Row]:
     """Every recipe on its stand-ins."""
     found = {}
     for name in names:
-        found[name] = run(RECIPES[name].small(assets), device)
+        recipe = RECIPES[name].small(assets)
+        found[name] = kept.once({"part": "recipes", "name": name, **asdict(recipe)}, partial(run, recipe, device))
         print(f"  {name}: {found[name]}", flush=True)
     return found
