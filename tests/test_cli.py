@@ -120,9 +120,11 @@ def test_a_small_model_takes_one_thread_and_gives_the_others_back(tmp_path, monk
     assert seen == {1} and torch.get_num_threads() == 2
 
 
-def test_without_a_twin(tmp_path):
-    result = search(*TINY, "--positions", "amount", "--no-twin", "--out", tmp_path)
+def test_without_a_twin_in_half_precision(tmp_path):
+    result = search(*TINY, "--positions", "amount", "--no-twin", "--dtype", "bfloat16", "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
+    told = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert told["settings"]["dtype"] == "bfloat16" and told["model"]["accuracy"]["value"] > 0.8
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["twin"] is None
     assert "twin" not in result.stdout.partition("Written to")[0]
@@ -167,6 +169,7 @@ BAD = {
     "memory": (["--memory", "lots"], ["'lots'", "8GiB"]),
     "little memory": (["--memory", "10"], ["cannot hold one batch"]),
     "device": (["--device", "abacus"], ["abacus"]),
+    "dtype": (["--dtype", "int4"], ["int4", "float32, bfloat16, float16"]),
 }
 
 

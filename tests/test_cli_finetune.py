@@ -203,6 +203,38 @@ def test_a_result_is_a_function_of_its_settings(rows, tmp_path):
     assert found["one"][1] == found["again"][1]
 
 
+def test_a_model_in_half_precision(rows, tmp_path, keeping):
+    """The model computes in it; the edits stay in float32, and bits come back."""
+    out = tmp_path / "out"
+    assert finetuned("--data", rows, *TINY, "--dtype", "bfloat16", "--out", out).exit_code == 0
+    assert results_of(out)["settings"]["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in numbers(out).values()} == {torch.float32}
+    base = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.bfloat16).eval()
+    ids = torch.tensor([[5, 9, 4, 7, 3, 8, 6, 11]])
+    with torch.no_grad():
+        logits = ReftModel.from_pretrained(base, out)(ids).logits
+        assert logits.dtype == torch.bfloat16 and torch.equal(logits, keeping[-1](ids).logits)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_held_out_loss_that_is_no_number_is_said(when, rows, tmp_path, monkeypatch):
+    """What was trained is there all the same."""
+    measure, calls = jobs.over, []
+
+    def broken(model, *args):
+        calls.append(1)
+        if len(calls) == (1 if when == "before" else 2):
+            torch.nn.init.constant_(model.base_model.lm_head.weight, torch.nan)
+        return measure(model, *args)
+
+    monkeypatch.setattr(jobs, "over", broken)
+    result = finetuned("--data", rows, *TINY, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "held-out rows is nan" in result.stderr, result.stderr
+    assert (tmp_path / "out").exists() == (when == "after")
+    if when == "after":
+        assert str(tmp_path / "out") in result.stderr and numbers(tmp_path / "out")
+
+
 @pytest.mark.parametrize("method", ["NoReFT", "direft", "ConsReFT", "LobiReFT", "RED"])
 def test_other_methods(method, rows, tmp_path):
     result = finetuned("--data", rows, *TINY, "--method", method, "--positions", "last", "--out", tmp_path / "out")
@@ -434,6 +466,7 @@ BAD = {
     "memory": (["--memory", "lots"], ["'lots'", "8GiB"]),
     "little memory": (["--memory", "10"], ["cannot hold"]),
     "device": (["--device", "abacus"], ["abacus"]),
+    "dtype": (["--dtype", "int4"], ["int4", "float32, bfloat16, float16"]),
 }
 
 

@@ -164,10 +164,8 @@ def print_finetuned(folder: Path, settings: Mapping[str, Any], done: Finetuned) 
 
 def _title(settings: Mapping[str, Any]) -> str:
     rank = "" if settings["method"] == "RED" else f", rank {settings['rank']}"
-    return (
-        f"{settings['method']}{rank}, {settings['component']} of layers {settings['layers']}, positions "
-        f"{settings['positions']}"
-    )
+    layers = "all layers" if settings["layers"] == "all" else f"layers {settings['layers']}"
+    return f"{settings['method']}{rank}, {settings['component']} of {layers}, positions {settings['positions']}"
 
 
 def _samples(done: Finetuned) -> Table:

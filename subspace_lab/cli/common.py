@@ -15,6 +15,7 @@ import typer
 
 SHIPPED = "tiny_decoder"
 SMALL = 10_000_000  # parameters of a model that one thread runs fastest
+DTYPES = ("float32", "bfloat16", "float16")
 LIBRARIES = ("subspace-lab", "torch", "transformers", "nnsight")
 
 
@@ -80,6 +81,13 @@ def check_device(device: str | None) -> str:
     return device
 
 
+def check_dtype(dtype: str | None) -> str:
+    """The dtype asked for, as transformers takes it; by default the checkpoint's."""
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype {dtype}: possible are {', '.join(DTYPES)}.")
+    return dtype or "auto"
+
+
 def load_tokenizer(name: str | None) -> Any:
     """The tokenizer of a model; a folder is read without asking the Hub."""
     from transformers import AutoTokenizer
@@ -99,16 +107,18 @@ def longest_text(name: str | None, tokenizer: Any) -> int | None:
     return min((n for n in said if isinstance(n, int) and 0 < n < 10**9), default=None)
 
 
-def load_causal(name: str | None, device: str) -> Any:
+def load_causal(name: str | None, device: str, dtype: str) -> Any:
     """A causal language model."""
     from transformers import AutoModelForCausalLM
 
     with _loading(name) as (where, local):
-        network: Any = AutoModelForCausalLM.from_pretrained(where, local_files_only=local)
+        network: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=local)
         return network.to(device).eval()
 
 
-def load_classifier(name: str | None, device: str, classes: Sequence[str], seed: int) -> tuple[Any, list[str]]:
+def load_classifier(
+    name: str | None, device: str, dtype: str, classes: Sequence[str], seed: int
+) -> tuple[Any, list[str]]:
     """A classifier of texts into these classes, and the paths of its modules that the checkpoint did not hold.
 
     Those are drawn at random, always the same ones for one seed.
@@ -124,6 +134,7 @@ def load_classifier(name: str | None, device: str, classes: Sequence[str], seed:
             torch.manual_seed(seed)
             network, told = AutoModelForSequenceClassification.from_pretrained(
                 where,
+                dtype=dtype,
                 local_files_only=local,
                 id2label=dict(enumerate(classes)),
                 label2id={label: i for i, label in enumerate(classes)},

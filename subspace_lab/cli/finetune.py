@@ -12,6 +12,7 @@ import typer
 from subspace_lab.cli.common import (
     SHIPPED,
     check_device,
+    check_dtype,
     layer_numbers,
     load_causal,
     load_classifier,
@@ -82,6 +83,9 @@ def finetune(
     device: Annotated[
         str | None, typer.Option(help="As torch names it.", show_default="cuda if there is one, else cpu")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the model: float32, bfloat16, float16.", show_default="the checkpoint's")
+    ] = None,
 ) -> None:
     """Teach a frozen model to answer, or to classify, by edits of its hidden states (ReFT).
 
@@ -107,13 +111,13 @@ def finetune(
         rows = read_rows(data)
         n_out = _held_out(held_out, len(rows))
         training = _training(epochs, steps, len(rows) - n_out, batch_size, learning_rate, seed)
-        device = check_device(device)
+        device, dtype = check_device(device), check_dtype(dtype)
         _check_memory(memory, device, rows)
         tokenizer = load_tokenizer(model)
         generating = {"samples": samples, "max_new_tokens": max_new_tokens, "end": end}
         job = _job(rows, rows.split(n_out, seed), tokenizer, longest_text(model, tokenizer), generating)
         job.check_positions(config)
-        network, saved = _network(model, device, rows, seed, pad_token(tokenizer))
+        network, saved = _network(model, device, dtype, rows, seed, pad_token(tokenizer))
         config = replace(config, layers=_layers(layers, network, component), modules_to_save=saved)
         reft = get_reft_model(network, config)
         settings |= {
@@ -122,6 +126,7 @@ def finetune(
             "positions": config.positions,
             "steps": training.steps,
             "device": str(reft.device),
+            "dtype": str(network.dtype).removeprefix("torch."),
             "versions": versions(),
         }
         with threads(network):
@@ -155,7 +160,10 @@ def _run(
         raise FloatingPointError(f"{error} Try a lower --learning-rate than {training.learning_rate}.") from None
     # At once: whatever ends the process from here on, the adapter is there.
     reft.save_pretrained(folder)
-    after = job.measure(reft, training.batch_size)
+    try:
+        after = job.measure(reft, training.batch_size)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} The adapter lies in {folder}.") from None
     trained, parameters = reft.get_nb_trainable_parameters()
     done = Finetuned(
         tuple(losses),
@@ -227,13 +235,15 @@ def _job(
     return Answers(*split, tokenizer, longest=longest, **generating)
 
 
-def _network(model: str | None, device: str, rows: Rows, seed: int, pad: int) -> tuple[Any, tuple[str, ...]]:
+def _network(
+    model: str | None, device: str, dtype: str, rows: Rows, seed: int, pad: int
+) -> tuple[Any, tuple[str, ...]]:
     """The model, and which of its modules are trained and saved along."""
     if rows.classes is None:
-        return load_causal(model, device), ()
+        return load_causal(model, device, dtype), ()
     from subspace_lab.reft.classes import heads
 
-    network, fresh = load_classifier(model, device, rows.classes, seed)
+    network, fresh = load_classifier(model, device, dtype, rows.classes, seed)
     # A head on a decoder looks for the last token that is no padding, and refuses batches where none is named.
     text_config = network.config.get_text_config()
     if text_config.pad_token_id is None:

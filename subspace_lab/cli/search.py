@@ -13,6 +13,7 @@ import typer
 from subspace_lab.cli.common import (
     SHIPPED,
     check_device,
+    check_dtype,
     layer_numbers,
     load_causal,
     load_tokenizer,
@@ -70,6 +71,9 @@ def search(
     device: Annotated[
         str | None, typer.Option(help="As torch names it.", show_default="cuda if there is one, else cpu")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the model: float32, bfloat16, float16.", show_default="the checkpoint's")
+    ] = None,
 ) -> None:
     """Search a model for the subspaces in which a causal variable is swapped.
 
@@ -92,8 +96,8 @@ def search(
             config = TrainingConfig(steps=steps, learning_rate=learning_rate)
             chosen, variable = _task(task, variable)
             specs = _positions(positions or POSITIONS.get(task), _spans(chosen))
-            device = check_device(device)
-            tokenizer, network = load_tokenizer(model), load_causal(model, device)
+            device, dtype = check_device(device), check_dtype(dtype)
+            tokenizer, network = load_tokenizer(model), load_causal(model, device, dtype)
             backbone = Backbone(network)
             sites = _sites(backbone, component, layers, specs, rank)
             splits = {"train": pairs, "test": test_pairs}
@@ -113,6 +117,7 @@ def search(
             "variable": variable,
             "positions": ",".join(specs),
             "device": str(backbone.device),
+            "dtype": str(network.dtype).removeprefix("torch."),
             "batch_size": config.batch_size,
             "versions": versions(),
         }

@@ -31,13 +31,14 @@ class Classes(Job):
     def __init__(
         self, training: Sequence[Row], held_out: Sequence[Row], tokenizer: Any, *, longest: int | None = None
     ) -> None:
-        whole = [tokenizer(row["text"])["input_ids"] for row in [*training, *held_out]]
-        self.shortened = 0 if longest is None else sum(len(ids) > longest for ids in whole)
-        encoded = [
+        rows = [*training, *held_out]
+        tokens = [tokenizer(row["text"]) for row in rows]
+        too_long = [] if longest is None else [i for i, t in enumerate(tokens) if len(t["input_ids"]) > longest]
+        for i in too_long:
             # Cut by the tokenizer, which keeps the tokens that it puts at the end of each text.
-            self._row(tokenizer(row["text"], truncation=longest is not None, max_length=longest), row["label"])
-            for row in [*training, *held_out]
-        ]
+            tokens[i] = tokenizer(rows[i]["text"], truncation=True, max_length=longest)
+        self.shortened = len(too_long)
+        encoded = [self._row(of, row["label"]) for of, row in zip(tokens, rows, strict=True)]
         self.training, self.held_out = encoded[: len(training)], encoded[len(training) :]
         self._pad = pad_token(tokenizer)
 

@@ -209,6 +209,9 @@ def over(
     """The mean loss over everything that rows have a label for (None without rows), and their first logits.
 
     Each batch's mean weighs as many labels as it is of: all answers' tokens, or texts, count alike.
+
+    Raises:
+        FloatingPointError: a loss that is not finite.
     """
     total, count, logits = 0.0, 0, []
     for start in range(0, len(rows), batch_size):
@@ -221,4 +224,6 @@ def over(
         total, count = total + n * float(out.loss), count + n
         if labels.ndim == 1:
             logits.append(out.logits.float().cpu())
-    return (total / count if count and math.isfinite(total) else None), logits
+    if not math.isfinite(total):
+        raise FloatingPointError(f"The loss on the held-out rows is {total / count}.")
+    return (total / count if count else None), logits
