@@ -58,6 +58,7 @@ class Backbone:
         self.model = model
         self.anatomy = Anatomy(model)
         self._taps: dict[Site, Tap] = {}
+        self._beside: dict[type, int] = {}  # {class of module: how many values stand beside its output}
         with warnings.catch_warnings():
             # nnsight renames submodules called "output"; we find envoys by module, not by name.
             warnings.simplefilter("ignore")
@@ -169,11 +170,17 @@ class Backbone:
             # Thrown at the end of the generation into the step that never came.
 
     def _serve(self, visit: Visit) -> None:
-        envoy = self._envoys[id(self.anatomy.modules[visit.path])]
+        module = self.anatomy.modules[visit.path]
+        envoy = self._envoys[id(module)]
         if visit.side in ("skip", "replace"):
-            envoy.skip(visit.act(None if visit.side == "skip" else _first(envoy.input)))
+            new = visit.act(None if visit.side == "skip" else _first(envoy.input))
+            # As the module's own output was seen to be: GPT-J's blocks give (states, attention weights or None).
+            beside = self._beside.get(type(module))
+            envoy.skip(new if beside is None else (new, *[None] * beside))
             return
         value = envoy.input if visit.side == "input" else envoy.output
+        if visit.side == "output" and isinstance(value, tuple):
+            self._beside[type(module)] = len(value) - 1
         new = visit.act(_first(value))
         if new is None:
             return

@@ -17,29 +17,58 @@ from subspace_lab.core.sites import COMPONENTS, Site
 OUTPUT_PROJECTION = (
     "self_attn.o_proj",  # Llama, Mistral, Qwen, Gemma, OLMo, Phi-3
     "self_attn.dense",  # Phi
-    "self_attn.out_proj",
+    "self_attn.out_proj",  # OPT, BART, LFM2
+    "self_attention.dense",  # BLOOM, Falcon
     "attn.c_proj",  # GPT-2
+    "attn.out_proj",  # GPT-J, CodeGen, MPT
+    "attn.attention.out_proj",  # GPT-Neo
+    "temporal_block.o_proj",  # RecurrentGemma
     "attn.Wo",  # ModernBERT
     "attention.dense",  # GPT-NeoX
     "attention.output.dense",  # BERT, RoBERTa
     "layer.0.SelfAttention.o",  # T5
 )
-QUERY = ("self_attn.q_proj", "attention.self.query", "layer.0.SelfAttention.q")
-KEY = ("self_attn.k_proj", "attention.self.key", "layer.0.SelfAttention.k")
-VALUE = ("self_attn.v_proj", "attention.self.value", "layer.0.SelfAttention.v")
-CONTIGUOUS_QKV = ("attn.c_attn", "self_attn.qkv_proj", "attn.Wqkv")  # [queries | keys | values]
-INTERLEAVED_QKV = ("attention.query_key_value",)  # GPT-NeoX: for each head [query | key | value]
+PROJECTION = (  # of queries, keys or values, where each has its own
+    "self_attn.{}_proj",
+    "attn.{}_proj",  # GPT-J
+    "attn.attention.{}_proj",  # GPT-Neo
+    "temporal_block.{}_proj",  # RecurrentGemma
+    "attention.self.{}",  # BERT, RoBERTa
+    "layer.0.SelfAttention.{}",  # T5
+)
+# One projection of all three, whose columns only the model type tells: [queries | keys | values], or for each head
+# [query | key | value].
+FUSED = {
+    "gpt2": ("attn.c_attn", "contiguous"),
+    "gpt_bigcode": ("attn.c_attn", "contiguous"),
+    "phi3": ("self_attn.qkv_proj", "contiguous"),
+    "phi4_multimodal": ("self_attn.qkv_proj", "contiguous"),
+    "modernbert": ("attn.Wqkv", "contiguous"),
+    "mpt": ("attn.Wqkv", "contiguous"),
+    "gpt_neox": ("attention.query_key_value", "by head"),
+    "gpt_neox_japanese": ("attention.query_key_value", "by head"),
+    "bloom": ("self_attention.query_key_value", "by head"),
+}
 MLP_PROJECTION = (
     "mlp.down_proj",
     "mlp.c_proj",
     "mlp.dense_4h_to_h",
     "mlp.fc2",
+    "mlp.fc_out",  # GPT-J, CodeGen
     "mlp.Wo",
+    "fc2",  # BART, BioGPT
+    "ffn.down_proj",  # MPT
+    "feed_forward.down_proj",  # Jamba, Bamba
+    "feed_forward.w2",  # LFM2
+    "mlp_block.down_proj",  # RecurrentGemma
     "output.dense",
     "layer.2.DenseReluDense.wo",
     "layer.1.DenseReluDense.wo",
 )
-SEPARATE = {"query_output": QUERY, "key_output": KEY, "value_output": VALUE}
+MIXTURE = ("mlp", "block_sparse_moe", "feed_forward")  # of experts: no single projection
+BESIDE_IT = ("shared_mlp",)  # adds to what the mixture gives
+WORDS = {"query_output": ("q", "query"), "key_output": ("k", "key"), "value_output": ("v", "value")}
+SEPARATE = {name: tuple(p.format(w) for p in PROJECTION for w in words) for name, words in WORDS.items()}
 
 
 @dataclass(frozen=True)
@@ -137,13 +166,16 @@ class Anatomy:
                 units, width = self._sizes_or_none(down)
                 reads = component == "mlp_activation"
                 return down, "input" if reads else "output", None, units if reads else width
-            whole = self._first(block, ("mlp",))
-            if whole and component == "mlp_output":  # mixtures of experts have no single projection
-                return whole, "output", None, hidden
+            whole = self._first(block, MIXTURE)
+            if whole and component == "mlp_output" and not self._first(block, BESIDE_IT):
+                return whole, "output", None, hidden or self._hidden_size()
         if component in SEPARATE:
             separate = self._first(block, SEPARATE[component])
+            width = self._sizes_or_none(separate)[1]
+            if separate and component == "query_output" and inner and width == 2 * inner:
+                return separate, "output", self._part_of_heads(inner, 0, 2), inner  # Qwen3-Next: [query | gate]
             if separate:
-                return separate, "output", None, self._sizes_or_none(separate)[1]
+                return separate, "output", None, width
             fused = self._fused(block, component, inner)
             if fused:
                 return fused
@@ -157,17 +189,22 @@ class Anatomy:
         self, block: str, component: str, inner: int | None
     ) -> tuple[str, str, range | list[int], int] | None:
         which = list(SEPARATE).index(component)
-        path = self._first(block, CONTIGUOUS_QKV)
-        if path and inner:
-            keys = (self._sizes_or_none(path)[1] - inner) // 2
-            start, width = (0, inner) if which == 0 else (inner + (which - 1) * keys, keys)
-            return path, "output", range(start, start + width), width
-        path = self._first(block, INTERLEAVED_QKV)
-        if path and inner and getattr(self.config, "model_type", "") == "gpt_neox":
-            head = inner // self._head_count("head_output")
-            columns = [3 * head * h + which * head + i for h in range(inner // head) for i in range(head)]
-            return path, "output", columns, inner
-        return None
+        config: Any = self._text_config()
+        name, order = FUSED.get(getattr(config, "model_type", ""), ("", ""))
+        path = self._first(block, (name,))
+        if not path or not inner:
+            return None
+        # GPT-BigCode's is by head too unless it is multi-query.
+        if order == "by head" or not getattr(config, "multi_query", True):
+            return path, "output", self._part_of_heads(inner, which, 3), inner
+        keys = (self._sizes_or_none(path)[1] - inner) // 2
+        start, width = (0, inner) if which == 0 else (inner + (which - 1) * keys, keys)
+        return path, "output", range(start, start + width), width
+
+    def _part_of_heads(self, inner: int, which: int, parts: int) -> list[int]:
+        """The columns of one of so many equal parts of each head."""
+        head = inner // self._head_count("head_output")
+        return [parts * start + which * head + i for start in range(0, inner, head) for i in range(head)]
 
     def _heads(
         self, site: Site, component: str, block: str, columns: Any, width: int | None
@@ -204,14 +241,14 @@ class Anatomy:
 
 
 def _stacks(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
-    """The outermost lists of modules of which every one contains attention, by name."""
+    """The outermost lists of blocks, by name: of modules that contain attention, or that transformers calls so."""
     lists: list[str] = []
     for path, module in modules.items():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
         if any(path.startswith(f"{outer}.") for outer in lists):
             continue
-        if all(any("attention" in type(m).__name__.lower() for m in child.modules()) for child in module):
+        if all(_is_block(child) for child in module):
             lists.append(path)
     blocks = {path: [f"{path}.{i}" for i in range(len(modules[path]))] for path in lists}  # type: ignore[arg-type]
     if len(lists) == 1:
@@ -222,6 +259,15 @@ def _stacks(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
         side = next((s for s in ("decoder", "encoder") if s in parts), path)
         named[path if side in named else side] = blocks[path]
     return named
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether a block contains attention; one of Mamba's, say, does not."""
+    return any("attention" in type(part).__name__.lower() for part in module.modules())
+
+
+def _is_block(module: nn.Module) -> bool:
+    return attends(module) or any(k.__name__ == "GradientCheckpointingLayer" for k in type(module).__mro__)
 
 
 def _sizes(module: Any) -> tuple[int, int] | None:

@@ -39,8 +39,10 @@ from subspace_lab.core.backbone import Backbone, Visit
 from subspace_lab.core.batches import Batch
 from subspace_lab.core.budget import budgets
 from subspace_lab.core.changes import Watch, restless, tensors_of
-from subspace_lab.core.intervene import Edits, Place, Sources, edit_visits, model_inputs, place
+from subspace_lab.core.families import attends
+from subspace_lab.core.intervene import Edits, Sources, edit_visits, model_inputs
 from subspace_lab.core.kept import Aligned, Chain, Past, Schedule, cached, take
+from subspace_lab.core.places import Place, place
 from subspace_lab.core.runs import LAST, NEEDLESS, PlainRun, Readout, place_of
 from subspace_lab.core.sites import Site
 
@@ -154,6 +156,9 @@ class FrozenPast:
         inputs, readout = self.batch.inputs, self.readout
         if any(site.layer is None for site in self.places):
             return "sites are named by path"
+        modules = self.backbone.anatomy.modules
+        if not all(attends(modules[path]) for path in self._chain[min(self._boundary.values()) :]):
+            return "blocks without attention, whose past is a state and no keys"
         extra = sorted(set(inputs) - DECODER_INPUTS)
         if extra:
             return f"inputs {extra}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,75 +16,13 @@ from torch import Tensor, nn
 
 from subspace_lab.core.backbone import Backbone, Visit, frozen
 from subspace_lab.core.batches import Batch
-from subspace_lab.core.families import Tap
 from subspace_lab.core.interventions import Intervention, Source
-from subspace_lab.core.positions import locate
+from subspace_lab.core.places import Place, check_disjoint, place
 from subspace_lab.core.sites import Site
 
 Edit = Callable[..., Tensor]
 Edits = Mapping[Site, Edit]
 Sources = Mapping[Site, Source]
-
-
-@dataclass(frozen=True)
-class Place:
-    """A site in one batch: the tap and, for each row, where its positions stand.
-
-    index is (batch, positions), None where the stream has no position axis or all of it is meant; valid tells
-    its real entries, None where all of them are.
-    """
-
-    site: Site
-    tap: Tap
-    index: Tensor | None
-    valid: Tensor | None
-
-    def read(self, value: Tensor) -> Tensor:
-        """The states at the site, (batch, positions, width); 0 where a row has no such position."""
-        if self.tap.columns is not None:
-            value = value[..., torch.tensor(self.tap.columns, device=value.device)]
-        if self.index is None or self._without_positions(value):
-            return value
-        index, valid = self._here(value)
-        rows = torch.arange(len(value), device=value.device)[:, None]
-        states = value[rows, index]
-        return states if valid is None else states.masked_fill(~valid[..., None], 0)
-
-    def put(self, value: Tensor, states: Tensor) -> Tensor:
-        """The whole value with `states` at the site; the rest as it was."""
-        columns = self.tap.columns
-        cols = None if columns is None else torch.tensor(columns, device=value.device)
-        if self.index is None or self._without_positions(value):
-            return states if cols is None else value.index_copy(-1, cols, states)
-        index, valid = self._here(value)
-        if valid is None:
-            rows = torch.arange(len(value), device=value.device)[:, None].expand_as(index)
-        else:
-            rows, slots = valid.nonzero(as_tuple=True)
-            index, states = index[rows, slots], states[rows, slots]
-        if cols is None:
-            return value.index_put((rows, index), states)
-        return value.index_put((rows[..., None], index[..., None], cols), states)
-
-    def _without_positions(self, value: Tensor) -> bool:
-        if value.ndim > 2:
-            return False
-        if self.site.positions != "all":
-            raise ValueError(f"{self.site}: the stream there, {tuple(value.shape)}, has no position axis.")
-        return True
-
-    def _here(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
-        """index and valid for this value: on its device, and repeated for beams."""
-        assert self.index is not None
-        index, valid = self.index.to(value.device), self.valid
-        valid = None if valid is None else valid.to(value.device)
-        repeats, left = divmod(len(value), len(index))
-        if left:
-            raise ValueError(f"{self.site}: a batch of {len(index)} rows met a stream of {len(value)} rows.")
-        if repeats > 1:  # beams and returned sequences stand beside each other, row by row
-            index = index.repeat_interleave(repeats, 0)
-            valid = None if valid is None else valid.repeat_interleave(repeats, 0)
-        return index, valid
 
 
 def forward(
@@ -216,26 +154,6 @@ def _new_tokens(backbone: Backbone, batch: Batch, site: Site, edit: Edit, cached
     return Visit(tap.path, tap.side, tap.order, act, "later" if cached else "every")
 
 
-def place(backbone: Backbone, batch: Batch, site: Site, *, growing: bool = False) -> Place:
-    """Where a site is in this batch; `growing`: the stream will hold more tokens than the batch has."""
-    tap = backbone.tap(site)
-    real = batch.real_tokens(tap.stack)
-    if real is None and growing and tap.stack == "decoder":
-        # A decoder's generation starts from its start token.
-        real = torch.ones(len(batch), 1, dtype=torch.bool, device=backbone.device)
-    if real is None:
-        if site.positions != "all":
-            raise ValueError(
-                f"{site}: positions need tokens; this batch has {sorted(batch.inputs)} and no position axis."
-            )
-        return Place(site, tap, None, None)
-    lengths = batch.prompt_lengths if tap.stack != "decoder" else None
-    index, valid = batch.after_cache(*locate(site.positions, real, lengths, batch.columns), tap.stack)
-    if site.positions == "all" and lengths is None and not growing and bool(real.all()):
-        return Place(site, tap, None, None)
-    return Place(site, tap, index, None if bool(valid.all()) else valid)
-
-
 def edit_visits(
     backbone: Backbone,
     batch: Batch,
@@ -252,7 +170,7 @@ def edit_visits(
         raise ValueError(f"Sources for {unknown}, but the edits are at {list(edits)}.")
     if places is None:
         places = {site: place(backbone, batch, site, growing=growing) for site in edits}
-    _check_disjoint(list(places.values()), batch)
+    check_disjoint(list(places.values()))
     visits = []
     for site, edit in edits.items():
         if isinstance(edit, Intervention):
@@ -349,32 +267,6 @@ def _chain(group: list[Visit]) -> Visit:
         return value if changed else None
 
     return Visit(group[0].path, group[0].side, min(v.order for v in group), act, group[0].steps)
-
-
-def _check_disjoint(places: list[Place], batch: Batch) -> None:
-    for i, one in enumerate(places):
-        for other in places[:i]:
-            if (one.tap.path, one.tap.side) != (other.tap.path, other.tap.side):
-                continue
-            columns = [set(p.tap.columns) if p.tap.columns else None for p in (one, other)]
-            if columns[0] and columns[1] and not columns[0] & columns[1]:
-                continue
-            shared = _shared_row(one, other)
-            if shared is not None:
-                raise ValueError(
-                    f"{other.site} and {one.site} edit the same positions of one stream (row {shared} of the "
-                    "batch); two edits of a component must have disjoint positions (or heads)."
-                )
-
-
-def _shared_row(one: Place, other: Place) -> int | None:
-    if one.index is None or other.index is None:
-        return 0
-    same = one.index[:, :, None] == other.index[:, None]
-    same = same if one.valid is None else same & one.valid[:, :, None]
-    same = same if other.valid is None else same & other.valid[:, None]
-    rows = same.flatten(1).any(1).nonzero()
-    return int(rows[0]) if len(rows) else None
 
 
 def _check_source(place: Place, source: Source, batch: Batch) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from subspace_lab.core.batches import Batch
 from subspace_lab.core.families import Anatomy
-from subspace_lab.core.intervene import Place
+from subspace_lab.core.places import Place
 from subspace_lab.core.runs import Readout
 from subspace_lab.core.sites import Site
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from subspace_lab.core.backbone import Backbone, Visit, frozen
 from subspace_lab.core.batches import Batch
 from subspace_lab.core.changes import Watch, tensors_of
-from subspace_lab.core.intervene import Edits, Place, Sources, edit_visits, model_inputs, place
+from subspace_lab.core.intervene import Edits, Sources, edit_visits, model_inputs
+from subspace_lab.core.places import Place, place
 from subspace_lab.core.positions import locate
 from subspace_lab.core.sites import Site
 

@@ -1,0 +1,291 @@
+"""Families beside those of `families.py`, more lightly: where their parts are, and that resuming is the plain run.
+
+Mixtures of experts, latent attention, sinks, ALiBi, chunks, and hybrids of attention with state-space layers,
+convolutions or linear attention, of which no past of keys exists.
+"""
+
+import pytest
+import torch
+import transformers as t
+from families import VOCABULARY, WIDTH, Spot, capture, hooked, inputs
+from test_frozen_past import LENGTHS, SUBJECT, compare, make_edits
+
+from subspace_lab.core.backbone import Backbone
+from subspace_lab.core.batches import Batch
+from subspace_lab.core.frozen_past import FrozenPast
+from subspace_lab.core.intervene import collect, forward
+from subspace_lab.core.interventions import loreft
+from subspace_lab.core.runs import PlainRun, Readout
+from subspace_lab.core.sites import Site
+from subspace_lab.reft import ReftConfig, get_reft_model
+
+COMMON = dict(
+    vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+GROUPED = dict(COMMON, num_key_value_heads=2)
+OLD = dict(
+    vocab_size=VOCABULARY, n_embd=WIDTH, n_inner=48, n_layer=3, n_head=4, n_positions=64,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+MANY = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+LATENT = dict(
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=16,
+    qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_group=1, topk_group=1, first_k_dense_replace=1,
+)  # fmt: skip
+DELTA = dict(
+    linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, head_dim=8,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+)  # fmt: skip
+LLAMA = ("model.layers.1", "self_attn.o_proj", "mlp.down_proj")
+MIXED = (*LLAMA[:2], "mlp")
+
+# name: its configuration, and of block 1 the paths of the block, of attention's projection and of the MLP's
+FAMILIES = {
+    "gptj": (t.GPTJConfig(**OLD, rotary_dim=4), ("transformer.h.1", "attn.out_proj", "mlp.fc_out")),
+    "codegen": (t.CodeGenConfig(**OLD, rotary_dim=4), ("transformer.h.1", "attn.out_proj", "mlp.fc_out")),
+    "gpt_neo": (
+        t.GPTNeoConfig(
+            vocab_size=VOCABULARY, hidden_size=WIDTH, num_layers=3, num_heads=4, max_position_embeddings=64,
+            attention_types=[[["global", "local", "global"], 1]], window_size=8, intermediate_size=48,
+        ),
+        ("transformer.h.1", "attn.attention.out_proj", "mlp.c_proj"),
+    ),
+    "bloom": (
+        t.BloomConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=3, n_head=4, pad_token_id=0),
+        ("transformer.h.1", "self_attention.dense", "mlp.dense_4h_to_h"),
+    ),
+    "falcon": (
+        t.FalconConfig(**COMMON, num_kv_heads=2, new_decoder_architecture=True),
+        ("transformer.h.1", "self_attention.dense", "mlp.dense_4h_to_h"),
+    ),
+    "mpt": (
+        t.MptConfig(vocab_size=VOCABULARY, d_model=WIDTH, n_heads=4, n_layers=3, max_seq_len=64),
+        ("transformer.blocks.1", "attn.out_proj", "ffn.down_proj"),
+    ),
+    "opt": (
+        t.OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=WIDTH),
+        ("model.decoder.layers.1", "self_attn.out_proj", None),  # its MLP sees the tokens of all rows as one list
+    ),
+    "biogpt": (t.BioGptConfig(**COMMON), ("biogpt.layers.1", "self_attn.out_proj", "fc2")),
+    "gpt_bigcode": (t.GPTBigCodeConfig(**OLD), ("transformer.h.1", "attn.c_proj", "mlp.c_proj")),
+    "starcoder2": (t.Starcoder2Config(**GROUPED), ("model.layers.1", "self_attn.o_proj", "mlp.c_proj")),
+    "cohere2": (
+        t.Cohere2Config(
+            **GROUPED, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+        ),
+        LLAMA,
+    ),
+    "smollm3": (t.SmolLM3Config(**GROUPED), LLAMA),
+    "glm4": (t.Glm4Config(**GROUPED, head_dim=8), LLAMA),
+    "mixtral": (t.MixtralConfig(**GROUPED, **EXPERTS), MIXED),
+    "qwen3_moe": (t.Qwen3MoeConfig(**GROUPED, **MANY, head_dim=8), MIXED),
+    "gpt_oss": (t.GptOssConfig(**GROUPED, **EXPERTS, head_dim=8, sliding_window=8), MIXED),
+    "granitemoe": (t.GraniteMoeConfig(**GROUPED, **EXPERTS), (*LLAMA[:2], "block_sparse_moe")),
+    "deepseek_v3": (t.DeepseekV3Config(**COMMON, **LATENT, num_key_value_heads=4), MIXED),
+    "llama4": (
+        t.Llama4TextConfig(
+            **GROUPED, **EXPERTS, intermediate_size_mlp=48, head_dim=8, attention_chunk_size=8,
+            no_rope_layers=[1, 0, 1], layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+        ),
+        (*LLAMA[:2], None),
+    ),
+    "qwen3_next": (
+        t.Qwen3NextConfig(**GROUPED, **MANY, **DELTA, shared_expert_intermediate_size=16),
+        MIXED,
+    ),
+    "qwen3_5": (t.Qwen3_5TextConfig(**GROUPED, **DELTA), LLAMA),
+    "jamba": (
+        t.JambaConfig(
+            **GROUPED, num_experts=4, num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1,
+            expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8, use_mamba_kernels=False,
+        ),
+        (*LLAMA[:2], "feed_forward"),
+    ),
+    "lfm2": (
+        t.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "conv"]),
+        ("model.layers.1", "self_attn.out_proj", "feed_forward.w2"),
+    ),
+    "recurrent_gemma": (
+        t.RecurrentGemmaConfig(
+            **GROUPED, head_dim=8, lru_width=WIDTH, block_types=["recurrent", "attention"], attention_window_size=8
+        ),
+        ("model.layers.1", "temporal_block.o_proj", "mlp_block.down_proj"),
+    ),
+    "mamba": (
+        t.MambaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=3, state_size=8, pad_token_id=0),
+        ("backbone.layers.1", None, None),
+    ),
+}  # fmt: skip
+HYBRID = ("qwen3_next", "qwen3_5", "jamba", "lfm2", "recurrent_gemma", "mamba")
+CASES = [(name, padding) for name in FAMILIES for padding in ("right", "left")]
+
+
+def fresh(name):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        model = t.AutoModelForCausalLM.from_config(FAMILIES[name][0]).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.generation_config.eos_token_id = None  # generations have the length that was asked for
+    return model
+
+
+@pytest.fixture(scope="module")
+def models():
+    made = {}
+    return lambda name: made.setdefault(name, fresh(name))
+
+
+def spots(name):
+    """Of block 1: {component: spot}, written by hand."""
+    block, attention, mlp = FAMILIES[name][1]
+    found = {"block_input": Spot(block, "input"), "block_output": Spot(block, "output")}
+    if attention:
+        found["attention_output"] = Spot(f"{block}.{attention}", "output")
+        found["head_output"] = Spot(f"{block}.{attention}", "input")
+    if mlp:
+        found["mlp_output"] = Spot(f"{block}.{mlp}", "output")
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_parts_are_where_a_hook_finds_them(name, models):
+    model = models(name)
+    backbone, given = Backbone(model), inputs("gpt2", 3, 9, seed=2)
+    for component, spot in spots(name).items():
+        site = Site(component, 1)
+        expected = capture(model, given, spot)
+        assert torch.equal(collect(backbone, given, [site])[site], expected), component
+        width = expected.shape[-1]
+        assert backbone.tap(site).width in (None, width)
+        edit = loreft(width, 2, seed=5, start="paper")
+        with hooked(model, {spot: lambda value, edit=edit: edit(value)}):
+            expected = model(**given).logits
+        torch.testing.assert_close(forward(backbone, given, {site: edit}).logits, expected)
+        assert (expected - model(**given).logits).norm() > 1e-4 * expected.norm(), component
+
+
+@pytest.mark.parametrize(("name", "padding"), CASES)
+def test_resuming_is_the_plain_run(name, padding, models):
+    backbone = Backbone(models(name))
+    batch = Batch(
+        inputs("gpt2", 6, 12, lengths=LENGTHS, padding=padding), columns={"subject": torch.tensor(SUBJECT)}
+    )
+    source = Batch(inputs("gpt2", 6, 12, seed=9, lengths=LENGTHS, padding=padding))
+    readout = Readout.at(batch, "last", (5, 11, 42))
+    below = {"block_input": "subject", "block_output": "last", "attention_output": "f2+l1", "mlp_output": "-3"}
+    sites = [Site(component, 1, positions) for component, positions in below.items() if component in spots(name)]
+    sites += [Site("block_output", 0, "f2+l1")]
+    past, plain = FrozenPast(backbone, batch, sites, readout), PlainRun(backbone, batch, readout)
+    hybrid = name in HYBRID
+    assert past.mode == ("layers" if hybrid else "keys and values"), past.describe()
+    assert not hybrid or "blocks without attention" in past.describe()
+    states = collect(backbone, source, [site.at("all") for site in sites])
+    for seed, site in enumerate(sites):
+        edits = make_edits({site: states[site.at("all")]}, [site], seed=2 * seed)
+        compare(past, plain, torch.tensor([2, 0, 5, 2]), edits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_generation_cached_uncached_and_alone(name, models):
+    model, rows, lengths = models(name), 3, (9, 6, 7)
+    reft = get_reft_model(model, ReftConfig(rank=2, positions="f2+l2", start="paper", seed=1)).eval()
+    for parameter in reft.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    given = inputs("gpt2", rows, 9, seed=7, lengths=lengths, padding="left")
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    together = reft.generate(**given, **options)[:, 9:]
+    assert torch.equal(reft.generate(**given, **options, use_cache=False)[:, 9:], together)
+    for row, length in enumerate(lengths):
+        ids = given["input_ids"][row : row + 1, 9 - length :]
+        alone = reft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        assert torch.equal(alone[0, length:], together[row])
+    with reft.disable_adapter():
+        plain = reft.generate(**given, output_logits=True, return_dict_in_generate=True, **options).logits[0]
+    edited = reft.generate(**given, output_logits=True, return_dict_in_generate=True, **options).logits[0]
+    assert (edited - plain).norm() > 1e-3 * plain.norm()
+
+
+# --- queries, keys and values -------------------------------------------------------------------------------
+
+
+def by_head(parts, which):
+    """Columns of a projection that its attention views as (heads, parts, 8)."""
+    return tuple(torch.arange(parts * WIDTH).view(4, parts, 8)[:, which].flatten().tolist())
+
+
+def block(start, stop):
+    return tuple(range(start, stop))
+
+
+THIRDS = (block(0, 32), block(32, 64), block(64, 96))
+BY_HEAD = tuple(by_head(3, which) for which in range(3))
+GATED = (by_head(2, 0), None, None)
+PROJECTIONS = {
+    "gptj": ("attn.{}_proj", None),
+    "gpt_neo": ("attn.attention.{}_proj", None),
+    "bloom": ("self_attention.query_key_value", BY_HEAD),
+    "mpt": ("attn.Wqkv", THIRDS),
+    "gpt_bigcode": ("attn.c_attn", (block(0, 32), block(32, 40), block(40, 48))),  # one head of keys and values
+    "qwen3_next": ("self_attn.{}_proj", GATED),
+    "qwen3_5": ("self_attn.{}_proj", GATED),
+    "recurrent_gemma": ("temporal_block.{}_proj", None),
+}
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_queries_keys_and_values(name, models):
+    path, columns = PROJECTIONS[name]
+    check_projections(models(name), f"{FAMILIES[name][1][0]}.{path}", columns)
+
+
+def test_several_heads_of_keys_in_one_projection():
+    model = t.AutoModelForCausalLM.from_config(t.GPTBigCodeConfig(**OLD, multi_query=False)).eval()
+    check_projections(model, "transformer.h.1.attn.c_attn", BY_HEAD)
+
+
+def check_projections(model, path, columns):
+    backbone, given = Backbone(model), inputs("gpt2", 3, 9, seed=2)
+    for which, component in enumerate(("query_output", "key_output", "value_output")):
+        site = Site(component, 1)
+        wanted = None if columns is None else columns[which]
+        expected = capture(model, given, Spot(path.format("qkv"[which]), "output", wanted))
+        assert torch.equal(collect(backbone, given, [site])[site], expected), component
+        first = collect(backbone, given, [Site(component, 1, heads=0)])[Site(component, 1, heads=0)]
+        assert torch.equal(first, expected[..., :8])
+
+
+@pytest.mark.parametrize("name", ["falcon", "codegen", "deepseek_v3"])
+def test_projections_in_an_order_that_is_not_known_are_refused(name, models):
+    with pytest.raises(ValueError, match=r"no query_output that is known.*Submodules"):
+        Backbone(models(name)).tap(Site("query_output", 1))
+
+
+# --- streams of another shape -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["opt", "llama4"])
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_tokens_of_all_rows_as_one_list_are_refused(name, positions, models):
+    with pytest.raises(ValueError, match=r"mlp_output\[1\].*\(27, 32\), is not \(rows, positions, width\)"):
+        collect(Backbone(models(name)), inputs("gpt2", 3, 9), [Site("mlp_output", 1, positions)])
+
+
+def test_several_streams_at_once_are_refused():
+    config = t.Gemma3nTextConfig(
+        **GROUPED | dict(intermediate_size=[48] * 3), head_dim=8, sliding_window=8, num_kv_shared_layers=1,
+        laurel_rank=4, activation_sparsity_pattern=[0.0] * 3, hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=VOCABULARY,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    backbone = Backbone(t.AutoModelForCausalLM.from_config(config).eval())
+    given = inputs("gpt2", 4, 9)  # as many rows as streams: the shape alone tells them apart
+    with pytest.raises(ValueError, match=r"block_output\[1\].*\(4, 4, 9, 32\), is not \(rows, positions, width\)"):
+        forward(backbone, given, {Site("block_output", 1, "first"): loreft(WIDTH, 2)})
