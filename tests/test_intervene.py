@@ -779,6 +779,33 @@ class Pooled(nn.Module):
         return self.head(torch.tanh(self.pooler(states[:, 0])))
 
 
+class Backwards(nn.Module):
+    """Runs its second module first, and its third never."""
+
+    def __init__(self):
+        super().__init__()
+        self.later, self.sooner, self.never = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.later(self.sooner(x))
+
+
+@torch.no_grad()
+def test_modules_that_run_in_another_order_or_never_are_refused():
+    model, given = Backwards(), torch.randn(2, 4)
+    backbone = Backbone(model)
+    sooner, later, never = (Site(f"{name}.output") for name in ("sooner", "later", "never"))
+    for sites, named in (([later, sooner], "later.output.*sooner.output"), ([never], "never.output")):
+        for run in (
+            lambda sites=sites: collect(backbone, given, sites),
+            lambda sites=sites: forward(backbone, given, dict.fromkeys(sites, free)),
+        ):
+            with pytest.raises(ValueError, match=f"does not run.*{named}.*order"):
+                run()
+    for site, expected in ((sooner, model.sooner(given)), (later, model(given))):
+        assert torch.equal(collect(backbone, given, [site])[site], expected)
+
+
 @torch.no_grad()
 def test_stream_with_one_vector_a_row():
     model = Pooled()

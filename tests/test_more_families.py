@@ -118,18 +118,40 @@ FAMILIES = {
         ("backbone.layers.1", None, None),
     ),
 }  # fmt: skip
+ENCODERS = {
+    "distilbert": (
+        t.DistilBertConfig(vocab_size=VOCABULARY, dim=WIDTH, hidden_dim=48, n_layers=3, n_heads=4, pad_token_id=0),
+        ("distilbert.transformer.layer.1", "attention.out_lin", "ffn.lin2"),
+    ),
+    "deberta-v2": (
+        t.DebertaV2Config(**COMMON, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+        ("deberta.encoder.layer.1", "attention.output.dense", "output.dense"),
+    ),
+    "mpnet": (
+        t.MPNetConfig(**COMMON | dict(pad_token_id=0)),
+        ("mpnet.encoder.layer.1", "attention.attn.o", "output.dense"),
+    ),
+    "electra": (
+        t.ElectraConfig(**COMMON, embedding_size=WIDTH),
+        ("electra.encoder.layer.1", "attention.output.dense", "output.dense"),
+    ),
+}
+EVERY = FAMILIES | ENCODERS
 HYBRID = ("qwen3_next", "qwen3_5", "jamba", "lfm2", "recurrent_gemma", "mamba")
 CASES = [(name, padding) for name in FAMILIES for padding in ("right", "left")]
+CASES += [(name, "right") for name in ENCODERS]
 
 
 def fresh(name):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
-        model = t.AutoModelForCausalLM.from_config(FAMILIES[name][0]).eval()
+        kind = t.AutoModelForMaskedLM if name in ENCODERS else t.AutoModelForCausalLM
+        model = kind.from_config(EVERY[name][0]).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    model.generation_config.eos_token_id = None  # generations have the length that was asked for
+    if name in FAMILIES:
+        model.generation_config.eos_token_id = None  # generations have the length that was asked for
     return model
 
 
@@ -141,7 +163,7 @@ def models():
 
 def spots(name):
     """Of block 1: {component: spot}, written by hand."""
-    block, attention, mlp = FAMILIES[name][1]
+    block, attention, mlp = EVERY[name][1]
     found = {"block_input": Spot(block, "input"), "block_output": Spot(block, "output")}
     if attention:
         found["attention_output"] = Spot(f"{block}.{attention}", "output")
@@ -151,7 +173,7 @@ def spots(name):
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
 def test_parts_are_where_a_hook_finds_them(name, models):
     model = models(name)
@@ -176,13 +198,13 @@ def test_resuming_is_the_plain_run(name, padding, models):
         inputs("gpt2", 6, 12, lengths=LENGTHS, padding=padding), columns={"subject": torch.tensor(SUBJECT)}
     )
     source = Batch(inputs("gpt2", 6, 12, seed=9, lengths=LENGTHS, padding=padding))
-    readout = Readout.at(batch, "last", (5, 11, 42))
+    readout = Readout.at(batch, "all" if name in ENCODERS else "last", (5, 11, 42))
     below = {"block_input": "subject", "block_output": "last", "attention_output": "f2+l1", "mlp_output": "-3"}
     sites = [Site(component, 1, positions) for component, positions in below.items() if component in spots(name)]
     sites += [Site("block_output", 0, "f2+l1")]
     past, plain = FrozenPast(backbone, batch, sites, readout), PlainRun(backbone, batch, readout)
     hybrid = name in HYBRID
-    assert past.mode == ("layers" if hybrid else "keys and values"), past.describe()
+    assert past.mode == ("layers" if hybrid or name in ENCODERS else "keys and values"), past.describe()
     assert not hybrid or "blocks without attention" in past.describe()
     states = collect(backbone, source, [site.at("all") for site in sites])
     for seed, site in enumerate(sites):
@@ -212,6 +234,20 @@ def test_generation_cached_uncached_and_alone(name, models):
     assert (edited - plain).norm() > 1e-3 * plain.norm()
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        t.AlbertConfig(**COMMON, embedding_size=WIDTH),  # one block for all layers
+        t.XLMConfig(n_words=VOCABULARY, emb_dim=WIDTH, n_layers=3, n_heads=4),  # lists of attentions, of norms, …
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_models_without_blocks_to_number_say_so(config):
+    backbone = Backbone(t.AutoModelForMaskedLM.from_config(config))
+    with pytest.raises(ValueError, match="no stack of transformer blocks"):
+        backbone.tap(Site("block_output", 0))
+
+
 # --- queries, keys and values -------------------------------------------------------------------------------
 
 
@@ -236,13 +272,17 @@ PROJECTIONS = {
     "qwen3_next": ("self_attn.{}_proj", GATED),
     "qwen3_5": ("self_attn.{}_proj", GATED),
     "recurrent_gemma": ("temporal_block.{}_proj", None),
+    "distilbert": ("attention.{}_lin", None),
+    "deberta-v2": ("attention.self.{}_proj", None),
+    "mpnet": ("attention.attn.{}", None),
 }
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_queries_keys_and_values(name, models):
     path, columns = PROJECTIONS[name]
-    check_projections(models(name), f"{FAMILIES[name][1][0]}.{path}", columns)
+    words = ("query", "key", "value") if name == "deberta-v2" else "qkv"
+    check_projections(models(name), f"{EVERY[name][1][0]}.{path}", columns, words)
 
 
 def test_several_heads_of_keys_in_one_projection():
@@ -250,12 +290,12 @@ def test_several_heads_of_keys_in_one_projection():
     check_projections(model, "transformer.h.1.attn.c_attn", BY_HEAD)
 
 
-def check_projections(model, path, columns):
+def check_projections(model, path, columns, words="qkv"):
     backbone, given = Backbone(model), inputs("gpt2", 3, 9, seed=2)
     for which, component in enumerate(("query_output", "key_output", "value_output")):
         site = Site(component, 1)
         wanted = None if columns is None else columns[which]
-        expected = capture(model, given, Spot(path.format("qkv"[which]), "output", wanted))
+        expected = capture(model, given, Spot(path.format(words[which]), "output", wanted))
         assert torch.equal(collect(backbone, given, [site])[site], expected), component
         first = collect(backbone, given, [Site(component, 1, heads=0)])[Site(component, 1, heads=0)]
         assert torch.equal(first, expected[..., :8])
@@ -265,6 +305,16 @@ def check_projections(model, path, columns):
 def test_projections_in_an_order_that_is_not_known_are_refused(name, models):
     with pytest.raises(ValueError, match=r"no query_output that is known.*Submodules"):
         Backbone(models(name)).tap(Site("query_output", 1))
+
+
+def test_projections_that_see_positions_before_rows_are_refused():
+    config = t.LongformerConfig(**COMMON | dict(max_position_embeddings=66, pad_token_id=1), attention_window=8)
+    backbone = Backbone(t.AutoModelForMaskedLM.from_config(config).eval())
+    with pytest.raises(ValueError, match="no key_output that is known"):
+        backbone.tap(Site("key_output", 1))
+    by_path = Site("longformer.encoder.layer.1.attention.self.key.output", positions="last")
+    with pytest.raises(ValueError, match="2 rows met a stream of 16 rows"):
+        collect(backbone, inputs("gpt2", 2, 16), [by_path])
 
 
 # --- streams of another shape -------------------------------------------------------------------------------

@@ -113,6 +113,9 @@ class Backbone:
             call: what is run, the model by default; `model.generate`, say.
             stop: leave the run after the last visit; the result is then None.
             every_step: the run makes several forward passes; visits happen at those that they name.
+
+        Raises:
+            ValueError: modules that the model does not run, or not in the order in which they are registered.
         """
         order = sorted(visits, key=lambda v: v.order)
         run = self.model if call is None else call
@@ -126,8 +129,17 @@ class Backbone:
             result.append(run(*args, **kwargs))
             return result[0]
 
-        with self._lock, self._net.trace(*args, fn=remembering, **kwargs) as tracer:
-            self._visit(order, tracer, stop, every_step)
+        from nnsight.intervention.interleaver import OutOfOrderError
+
+        try:
+            with self._lock, self._net.trace(*args, fn=remembering, **kwargs) as tracer:
+                self._visit(order, tracer, stop, every_step)
+        except OutOfOrderError as error:
+            places = [f"{visit.path}.{visit.side}" for visit in order]
+            raise ValueError(
+                f"The model does not run {places} in this order, in which they are registered, or not all of "
+                f"them: {error}. Use them in separate runs, or name others."
+            ) from error
         return result[0] if result else None
 
     def _check_checkpointing(self, visits: Sequence[Visit]) -> None:

@@ -25,7 +25,9 @@ OUTPUT_PROJECTION = (
     "temporal_block.o_proj",  # RecurrentGemma
     "attn.Wo",  # ModernBERT
     "attention.dense",  # GPT-NeoX
-    "attention.output.dense",  # BERT, RoBERTa
+    "attention.output.dense",  # BERT, RoBERTa, DeBERTa
+    "attention.out_lin",  # DistilBERT
+    "attention.attn.o",  # MPNet
     "layer.0.SelfAttention.o",  # T5
 )
 PROJECTION = (  # of queries, keys or values, where each has its own
@@ -34,6 +36,9 @@ PROJECTION = (  # of queries, keys or values, where each has its own
     "attn.attention.{}_proj",  # GPT-Neo
     "temporal_block.{}_proj",  # RecurrentGemma
     "attention.self.{}",  # BERT, RoBERTa
+    "attention.self.{}_proj",  # DeBERTa-v2 and v3
+    "attention.{}_lin",  # DistilBERT
+    "attention.attn.{}",  # MPNet
     "layer.0.SelfAttention.{}",  # T5
 )
 # One projection of all three, whose columns only the model type tells: [queries | keys | values], or for each head
@@ -61,6 +66,7 @@ MLP_PROJECTION = (
     "feed_forward.down_proj",  # Jamba, Bamba
     "feed_forward.w2",  # LFM2
     "mlp_block.down_proj",  # RecurrentGemma
+    "ffn.lin2",  # DistilBERT
     "output.dense",
     "layer.2.DenseReluDense.wo",
     "layer.1.DenseReluDense.wo",
@@ -69,6 +75,8 @@ MIXTURE = ("mlp", "block_sparse_moe", "feed_forward")  # of experts: no single p
 BESIDE_IT = ("shared_mlp",)  # adds to what the mixture gives
 WORDS = {"query_output": ("q", "query"), "key_output": ("k", "key"), "value_output": ("v", "value")}
 SEPARATE = {name: tuple(p.format(w) for p in PROJECTION for w in words) for name, words in WORDS.items()}
+REPEATED = ("albert",)  # one block is run for several layers, so that no layer is one place
+TRANSPOSED = ("longformer",)  # its projections see (positions, rows, width)
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ class Anatomy:
         self.modules = dict(model.named_modules())
         self.position = {path: i for i, path in enumerate(self.modules)}
         self.config = getattr(model, "config", None)
-        self.stacks = _stacks(self.modules)
+        self.stacks = {} if self._kind() in REPEATED else _stacks(self.modules)
 
     def depth(self, stack: str = "") -> int:
         return len(self._blocks(stack, "the depth"))
@@ -169,7 +177,7 @@ class Anatomy:
             whole = self._first(block, MIXTURE)
             if whole and component == "mlp_output" and not self._first(block, BESIDE_IT):
                 return whole, "output", None, hidden or self._hidden_size()
-        if component in SEPARATE:
+        if component in SEPARATE and self._kind() not in TRANSPOSED:
             separate = self._first(block, SEPARATE[component])
             width = self._sizes_or_none(separate)[1]
             if separate and component == "query_output" and inner and width == 2 * inner:
@@ -189,13 +197,12 @@ class Anatomy:
         self, block: str, component: str, inner: int | None
     ) -> tuple[str, str, range | list[int], int] | None:
         which = list(SEPARATE).index(component)
-        config: Any = self._text_config()
-        name, order = FUSED.get(getattr(config, "model_type", ""), ("", ""))
+        name, order = FUSED.get(self._kind(), ("", ""))
         path = self._first(block, (name,))
         if not path or not inner:
             return None
         # GPT-BigCode's is by head too unless it is multi-query.
-        if order == "by head" or not getattr(config, "multi_query", True):
+        if order == "by head" or not getattr(self.config, "multi_query", True):
             return path, "output", self._part_of_heads(inner, which, 3), inner
         keys = (self._sizes_or_none(path)[1] - inner) // 2
         start, width = (0, inner) if which == 0 else (inner + (which - 1) * keys, keys)
@@ -228,6 +235,9 @@ class Anatomy:
 
     def _hidden_size(self) -> int | None:
         return getattr(self._text_config(), "hidden_size", None)
+
+    def _kind(self) -> str:
+        return getattr(self._text_config(), "model_type", "")
 
     def _text_config(self) -> Any:
         config: Any = self.config
@@ -262,8 +272,8 @@ def _stacks(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
 
 
 def attends(module: nn.Module) -> bool:
-    """Whether a block contains attention; one of Mamba's, say, does not."""
-    return any("attention" in type(part).__name__.lower() for part in module.modules())
+    """Whether a block contains attention; one of Mamba's, say, does not, nor does XLM's attention itself."""
+    return any("attention" in type(part).__name__.lower() for part in module.modules() if part is not module)
 
 
 def _is_block(module: nn.Module) -> bool:

@@ -20,13 +20,14 @@ class Place:
     """A site in one batch: the tap and, for each row, where its positions stand.
 
     index is (batch, positions), None where the stream has no position axis or all of it is meant; valid tells
-    its real entries, None where all of them are.
+    its real entries, None where all of them are. `growing`: it may meet several rows for each of the batch's.
     """
 
     site: Site
     tap: Tap
     index: Tensor | None
     valid: Tensor | None
+    growing: bool = False
 
     def read(self, value: Tensor) -> Tensor:
         """The states at the site, (batch, positions, width); 0 where a row has no such position."""
@@ -70,7 +71,7 @@ class Place:
         index, valid = self.index.to(value.device), self.valid
         valid = None if valid is None else valid.to(value.device)
         repeats, left = divmod(len(value), len(index))
-        if left:
+        if left or (repeats > 1 and not self.growing):
             raise ValueError(f"{self.site}: a batch of {len(index)} rows met a stream of {len(value)} rows.")
         if repeats > 1:  # beams and returned sequences stand beside each other, row by row
             index = index.repeat_interleave(repeats, 0)
@@ -95,7 +96,7 @@ def place(backbone: Backbone, batch: Batch, site: Site, *, growing: bool = False
     index, valid = batch.after_cache(*locate(site.positions, real, lengths, batch.columns), tap.stack)
     if site.positions == "all" and lengths is None and not growing and bool(real.all()):
         return Place(site, tap, None, None)
-    return Place(site, tap, index, None if bool(valid.all()) else valid)
+    return Place(site, tap, index, None if bool(valid.all()) else valid, growing)
 
 
 def check_disjoint(places: Sequence[Place]) -> None:
