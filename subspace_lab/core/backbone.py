@@ -58,7 +58,8 @@ class Backbone:
         self.model = model
         self.anatomy = Anatomy(model)
         self._taps: dict[Site, Tap] = {}
-        self._beside: dict[type, int] = {}  # {class of module: how many values stand beside its output}
+        # {class of module: how many values stand beside its output in a tuple, None where it is no tuple}
+        self._beside: dict[type, int | None] = {}
         with warnings.catch_warnings():
             # nnsight renames submodules called "output"; we find envoys by module, not by name.
             warnings.simplefilter("ignore")
@@ -191,8 +192,8 @@ class Backbone:
             envoy.skip(new if beside is None else (new, *[None] * beside))
             return
         value = envoy.input if visit.side == "input" else envoy.output
-        if visit.side == "output" and isinstance(value, tuple):
-            self._beside[type(module)] = len(value) - 1
+        if visit.side == "output":
+            self._beside[type(module)] = len(value) - 1 if isinstance(value, tuple) else None
         new = visit.act(_first(value))
         if new is None:
             return
