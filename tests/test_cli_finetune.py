@@ -289,12 +289,9 @@ def local_model(folder: Path, kind, pad="<pad>", **options) -> Path:
         vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=24, **options,
     )  # fmt: skip
-    config = (
-        transformers.LlamaConfig(**common)
-        if kind is transformers.LlamaForCausalLM
-        else transformers.BertConfig(**common, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    )
-    kind(config).save_pretrained(folder)
+    if kind is not transformers.LlamaForCausalLM:
+        common |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    kind(kind.config_class(**common)).save_pretrained(folder)
     make_tokenizer(pad).save_pretrained(folder)
     return folder
 
@@ -384,6 +381,16 @@ def test_a_training_that_shows_nothing_says_so(tmp_path):
         "--model", model, "--data", data, "--steps", 1, "--learning-rate", 1e-9, "--out", tmp_path / "out"
     )
     assert result.exit_code == 0 and "not above the constant answer" in result.stdout
+
+
+def test_positions_that_are_counted_from_the_padding_token(tmp_path):
+    """RoBERTa with 24 positions and padding token 1 takes 22 tokens; its tokenizer here states no length."""
+    model = local_model(tmp_path / "model", transformers.RobertaForMaskedLM, pad_token_id=1)
+    data = written(tmp_path / "rows.jsonl", [{"text": "say " * n, "label": n % 2} for n in (3, 22, 23, 60)])
+    options = ["--model", model, "--data", data, "--steps", 1, "--held-out", "0"]
+    result = finetuned(*options, "--out", tmp_path / "out")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert results_of(tmp_path / "out")["rows"]["shortened"] == 2
 
 
 def test_long_texts_keep_their_last_special_token(tmp_path):

@@ -16,6 +16,16 @@ import typer
 SHIPPED = "tiny_decoder"
 SMALL = 10_000_000  # parameters of a model that one thread runs fastest
 DTYPES = ("float32", "bfloat16", "float16")
+# RoBERTa and its kin count positions from the padding token's index on, and have as many fewer.
+FROM_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "roberta-prelayernorm",
+    "mpnet",
+    "longformer",
+)
 LIBRARIES = ("subspace-lab", "torch", "transformers", "nnsight")
 
 
@@ -102,7 +112,10 @@ def longest_text(name: str | None, tokenizer: Any) -> int | None:
 
     with _loading(name) as (where, local):
         config = AutoConfig.from_pretrained(where, local_files_only=local).get_text_config()
-    said = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and config.model_type in FROM_PADDING:
+        positions -= config.pad_token_id + 1
+    said = (tokenizer.model_max_length, positions)
     # A tokenizer that does not know says 10³⁰.
     return min((n for n in said if isinstance(n, int) and 0 < n < 10**9), default=None)
 
