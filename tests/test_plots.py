@@ -70,6 +70,37 @@ def check_file(path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing is left aside
 
 
+def test_without_a_path_a_picture_is_what_a_notebook_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    matrix = [[1.0, 0.4], [0.4, 1.0]]
+    labels = ["block_output[0]@last", "block_output[1]@last"]
+    for figure in (iia_heatmap(MODEL, task="prices"), overlap_heatmap(comparison(labels, matrix))):
+        assert not list(tmp_path.iterdir())
+        figure._ipython_display_()
+        picture = shown.pop()
+        assert picture.alt == figure.get_suptitle() and 600 <= picture.width <= 1000
+        (tmp_path / "shown.png").write_bytes(picture.data)
+        check_file(tmp_path / "shown.png")
+        (tmp_path / "shown.png").unlink()
+    assert len(iia_heatmap(MODEL, task="prices").axes) == 2  # no twin: one panel and its colours
+
+
+def test_what_a_search_found_is_compared_with_its_own_starts():
+    found = {str(one.site): one for one in MODEL.found}
+    plain = {label: one.subspace() for label, one in found.items()}
+    assert compare(found) == compare(plain)
+    assert len({one.start for one in MODEL.found}) == len(found)
+    beside = compare({**found, "random": random_subspace(16, 3, 99)})
+    assert beside.labels[-1] == "random" and beside.matrix[0][:6] == compare(found).matrix[0]
+    again = replace(MODEL.found[0], rank=2, subspaces={"above": random_subspace(16, 2, 8)})
+    with pytest.raises(ValueError, match=r"one start.*'again'.*same_start_allowed"):
+        compare({**found, "again": again})
+    with pytest.raises(ValueError, match=r"No seed given for \['random'\]"):
+        compare({**found, "random": random_subspace(16, 3, 99)}, {})
+
+
 def test_iia_and_its_interval_stand_in_their_cells(tmp_path):
     figure = iia_heatmap(MODEL, TWIN, tmp_path / "iia.png", task="prices")
     check_file(tmp_path / "iia.png")

@@ -234,6 +234,16 @@ def test_the_best_has_the_highest_score(result: SearchResult) -> None:
     assert result.best.iia.value == max(f.iia.value for f in result.found)
 
 
+def test_what_was_found_at_a_site(backbone: Backbone, result: SearchResult) -> None:
+    for found in result.found:
+        assert result.at(found.site) is found and found.start == site_seed(0, found.site)
+    with pytest.raises(KeyError, match=r"block_output\[0\]@3 has 0 results; searched were"):
+        result.at(Site("block_output", 0, 3))
+    several = searched(backbone, seed=[0, 1], sites=SITES[:1])
+    with pytest.raises(KeyError, match="has 2 results"):
+        several.at(SITES[0])
+
+
 def test_a_program_can_read_the_result(result: SearchResult) -> None:
     told = json.loads(json.dumps(result.as_dict(), allow_nan=False))
     assert [row["site"] for row in told["found"]] == [str(site) for site in SITES]

@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from pathlib import Path
 from textwrap import wrap
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
 
 DOTS_PER_INCH = 150
+SHOWN_PER_INCH = 100  # in a notebook, whose screen may have finer dots
 INK, GREY, ACCENT = "#222222", "#6b6b6b", "#c8553d"
 LINE = 0.165  # inches of a caption's line
 CHARACTERS_PER_INCH = 18  # of it
+FRAME: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.12}
+
+
+class Picture(Figure):
+    """A figure that a notebook shows where it is a cell's last value, in one size, pyplot imported or not."""
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import Image, display
+
+        into = BytesIO()
+        self.savefig(into, format="png", **FRAME)
+        width = self.get_size_inches()[0] * SHOWN_PER_INCH
+        display(Image(into.getvalue(), width=round(width), alt=self.get_suptitle()))
 
 
 def new_figure(size: tuple[float, float], title: str, *sentences: str) -> Figure:
     """A figure with its title above and its sentences below; `size` is without the sentences."""
     width, height = max(size[0], 6.2), size[1]
     lines = [line for sentence in sentences for line in wrap(sentence, int(width * CHARACTERS_PER_INCH))]
-    figure = Figure((width, height + LINE * len(lines)), DOTS_PER_INCH, facecolor="white", layout="constrained")
+    figure = Picture((width, height + LINE * len(lines)), DOTS_PER_INCH, facecolor="white", layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, color=INK, weight="bold")
     # As the label of the common x axis the layout makes room for them.
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, color=GREY, linespacing=1.4)
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """A PNG, written aside and renamed."""
+def save_figure(figure: Figure, path: str | Path | None) -> None:
+    """A PNG, written aside and renamed; nothing without a path."""
+    if path is None:
+        return
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(aside, format="png", bbox_inches="tight", pad_inches=0.12)
+        figure.savefig(aside, format="png", **FRAME)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from subspace_lab.core.subspaces import Subspace, check_orthonormal, check_rank
+from subspace_lab.das.search import Found
 
 CONFIDENCE = 0.95
 
@@ -124,7 +125,7 @@ def haar_overlap(width: int, k1: int, k2: int, draws: int = 2000, seed: int = 0)
 
 
 def compare(
-    subspaces: Mapping[str, Subspace],
+    subspaces: Mapping[str, Subspace | Found],
     seeds: Mapping[str, int] | None = None,
     *,
     same_start_allowed: bool = False,
@@ -132,8 +133,9 @@ def compare(
     """The overlap of each subspace with each, beside what chance gives.
 
     Args:
-        subspaces: {label: subspace}, all of streams of one width.
-        seeds: {label: seed of the random start that it was trained from}, where they were trained.
+        subspaces: {label: subspace, or what a search found at a site}, all of streams of one width.
+        seeds: {label: seed of the random start that it was trained from}, of all or of none; of what a search
+            found they are known.
         same_start_allowed: compare also what was trained from one start.
 
     Raises:
@@ -142,12 +144,13 @@ def compare(
     """
     if not subspaces:
         raise ValueError("No subspaces to compare.")
-    bases = {label: _orthonormal(subspace) for label, subspace in subspaces.items()}
+    starts = {label: one.start for label, one in subspaces.items() if isinstance(one, Found)}
+    _check_starts(list(starts if seeds is None else subspaces), {**starts, **(seeds or {})}, same_start_allowed)
+    spans = {label: one.subspace() if isinstance(one, Found) else one for label, one in subspaces.items()}
+    bases = {label: _orthonormal(subspace) for label, subspace in spans.items()}
     widths = {label: basis.shape[1] for label, basis in bases.items()}
     if len(set(widths.values())) > 1:
         raise ValueError(f"Subspaces of streams of different widths have no overlap: {widths}.")
-    if seeds is not None:
-        _check_starts(list(subspaces), seeds, same_start_allowed)
     ranks = tuple(len(basis) for basis in bases.values())
     width = next(iter(widths.values()))
     pairs = sorted({(min(a, b), max(a, b)) for a in ranks for b in ranks})

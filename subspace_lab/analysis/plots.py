@@ -63,7 +63,9 @@ class _Grid:
         return "", [str(Site(c, layer, "all", heads)).removesuffix("@all") for c, layer, heads in self.rows]
 
 
-def iia_heatmap(result: SearchResult, twin: SearchResult | None, path: str | Path, *, task: str) -> Figure:
+def iia_heatmap(
+    result: SearchResult, twin: SearchResult | None = None, path: str | Path | None = None, *, task: str
+) -> Figure:
     """Held-out IIA by layer and position, beside that of the randomised twin on the same colours.
 
     A cell holds the IIA and, small, its 95 % interval. The colours start at the higher of the two floors (no
@@ -72,7 +74,7 @@ def iia_heatmap(result: SearchResult, twin: SearchResult | None, path: str | Pat
     Args:
         result: of the model.
         twin: of its randomly initialised twin at the same sites; None where none was searched.
-        path: of the PNG, written aside and renamed.
+        path: of a PNG, written aside and renamed; without one the figure is only returned, as a notebook shows it.
         task: its name, for the title.
 
     Raises:
@@ -114,7 +116,7 @@ def iia_heatmap(result: SearchResult, twin: SearchResult | None, path: str | Pat
     return figure
 
 
-def overlap_heatmap(comparison: Comparison, path: str | Path) -> Figure:
+def overlap_heatmap(comparison: Comparison, path: str | Path | None = None) -> Figure:
     """Overlaps of the subspaces of different sites; those that chance explains are told apart.
 
     One panel a position, layer against layer, where the labels are sites and every position has several
@@ -122,7 +124,7 @@ def overlap_heatmap(comparison: Comparison, path: str | Path) -> Figure:
 
     Args:
         comparison: of subspaces from independent starts.
-        path: of the PNG, written aside and renamed.
+        path: as of `iia_heatmap`.
     """
     compared, panels = _panels(comparison.labels)
     largest = max(len(members) for members, _ in panels.values())

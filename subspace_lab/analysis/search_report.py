@@ -20,7 +20,7 @@ from subspace_lab.analysis.canvas import console
 from subspace_lab.analysis.geometry import Comparison, compare
 from subspace_lab.analysis.plots import iia_heatmap, overlap_heatmap
 from subspace_lab.core.checkpoints import save_subspaces, write_json
-from subspace_lab.das.search import SearchResult, site_seed
+from subspace_lab.das.search import SearchResult
 
 FILES = ("results.json", "subspaces.safetensors", "iia.png", "overlap.png")
 
@@ -39,11 +39,13 @@ def save_search(
         found, twin: of the model, and of its randomly initialised twin if that was searched.
     """
     variable = settings["variable"]
-    by_site = {str(one.site): one.subspaces[variable] for one in found.found}
-    comparison = compare(by_site, {str(one.site): site_seed(one.seed, one.site) for one in found.found})
+    by_site = {str(one.site): one for one in found.found}
+    comparison = compare(by_site)
     facts = {name: str(settings[name]) for name in ("model", "task", "variable", "seed")}
     save_subspaces(
-        folder / "subspaces.safetensors", {f"{site}/{variable}": s for site, s in by_site.items()}, facts
+        folder / "subspaces.safetensors",
+        {f"{site}/{variable}": one.subspace(variable) for site, one in by_site.items()},
+        facts,
     )
     iia_heatmap(found, twin, folder / "iia.png", task=settings["task"])
     overlap_heatmap(comparison, folder / "overlap.png")

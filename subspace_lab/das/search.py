@@ -60,6 +60,11 @@ class Found:
     loss: float
     subspaces: dict[str, FixedSubspace] = field(repr=False)
 
+    @property
+    def start(self) -> int:
+        """The seed of the random basis that training started from: of this site alone, whatever the search's."""
+        return site_seed(self.seed, self.site)
+
     def subspace(self, variable: str | None = None) -> FixedSubspace:
         """Of one variable, which needs no name where it is the only one (ValueError otherwise)."""
         names = list(self.subspaces) if variable is None else [variable]
@@ -108,6 +113,13 @@ class SearchResult:
     def best(self) -> Found:
         """The site with the highest held-out IIA (its score is selected, so optimistic)."""
         return max(self.found, key=lambda f: f.iia.value)
+
+    def at(self, site: Site) -> Found:
+        """What was found at a site (KeyError where it was not searched, or more than once)."""
+        here = [found for found in self.found if found.site == site]
+        if len(here) != 1:
+            raise KeyError(f"{site} has {len(here)} results; searched were {[str(f.site) for f in self.found]}.")
+        return here[0]
 
     def as_dict(self) -> dict[str, Any]:
         """What a program reads."""
