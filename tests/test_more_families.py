@@ -317,6 +317,84 @@ def test_projections_that_see_positions_before_rows_are_refused():
         collect(backbone, inputs("gpt2", 2, 16), [by_path])
 
 
+# --- models that see ----------------------------------------------------------------------------------------
+
+IMAGE = 59
+PICTURES = "model.vision_tower.encoder.layers"
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    """A language model that is given pictures of four patches each."""
+    eyes = dict(
+        hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=28,
+        patch_size=14,
+    )  # fmt: skip
+    config = t.LlavaConfig(
+        text_config=t.LlamaConfig(**GROUPED), vision_config=t.CLIPVisionConfig(**eyes), image_token_index=IMAGE
+    )
+    torch.manual_seed(3)
+    model = t.AutoModelForImageTextToText.from_config(config).eval()
+    given = inputs("gpt2", 3, 11, lengths=(11, 9, 8))
+    given["input_ids"] = given["input_ids"].clamp_max(IMAGE - 1)
+    given["input_ids"][:, 1:5] = IMAGE
+    pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(6))
+    return Backbone(model), {**given, "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("name", ["block_output", f"{PICTURES}.block_output"])
+@torch.no_grad()
+def test_blocks_are_the_language_models_and_the_others_have_a_name(name, seeing):
+    backbone, given = seeing
+    assert backbone.depth == 3
+    site, spot = Site(name, 0), Spot("model.language_model.layers.0", "output")
+    if name.startswith(PICTURES):
+        spot = Spot(f"{PICTURES}.0", "output")
+    expected = capture(backbone.model, given, spot)
+    found = collect(backbone, given, [site])[site]
+    real = real_tokens(given) if found.shape[1] == 11 else torch.ones(found.shape[:2], dtype=torch.bool)
+    assert torch.equal(found[real], expected[real]) and found.shape[-1] == WIDTH
+    edit = loreft(WIDTH, 2, seed=5, start="paper")
+    with hooked(backbone.model, {spot: edit}):
+        expected = backbone.model(**given).logits
+    logits = forward(backbone, given, {site: edit}).logits
+    torch.testing.assert_close(logits[real_tokens(given)], expected[real_tokens(given)])
+    assert (logits - backbone.model(**given).logits).norm() > 1e-3 * logits.norm()
+
+
+def real_tokens(given):
+    return given["attention_mask"].bool()
+
+
+def test_resuming_behind_a_picture(seeing):
+    backbone, given = seeing
+    batch = Batch(given)
+    readout, sites = (
+        Readout.at(batch, "last", (5, 11)),
+        [Site("block_output", 1, "last"), Site("mlp_output", 2, "l2")],
+    )
+    past, plain = FrozenPast(backbone, batch, sites, readout), PlainRun(backbone, batch, readout)
+    assert past.mode == "layers" and "pixel_values" in past.describe()
+    text = Batch({name: given[name] for name in ("input_ids", "attention_mask")})
+    text.inputs["input_ids"] = text.inputs["input_ids"].clamp_max(IMAGE - 1)
+    without, plainly = FrozenPast(backbone, text, sites, readout), PlainRun(backbone, text, readout)
+    assert without.mode == "keys and values", without.describe()
+    for site in sites:
+        edits = {site: loreft(WIDTH, 2, seed=1, start="paper")}
+        for one, other in ((past, plain), (without, plainly)):
+            compare(one, other, torch.tensor([2, 0]), edits)
+
+
+def test_what_is_not_known_of_pictures_is_refused(seeing):
+    backbone, given = seeing
+    with pytest.raises(ValueError, match="positions need tokens"):
+        collect(backbone, given, [Site(f"{PICTURES}.block_output", 0, "last")])
+    with pytest.raises(ValueError, match="configuration of this stack"):
+        backbone.tap(Site(f"{PICTURES}.head_output", 0, heads=1))
+    with pytest.raises(ValueError, match=f"no stack 'eyes'; the model has .*{PICTURES}"):
+        backbone.tap(Site("eyes.block_output", 0))
+
+
 # --- streams of another shape -------------------------------------------------------------------------------
 
 

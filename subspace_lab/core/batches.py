@@ -44,7 +44,12 @@ class Batch:
         return len(next(v for v in self.inputs.values() if isinstance(v, Tensor)))
 
     def real_tokens(self, stack: str = "") -> Tensor | None:
-        """(batch, sequence), True for tokens and False for padding; None where there are no tokens."""
+        """(batch, sequence), True for tokens and False for padding; None where there are no tokens.
+
+        A stack that is neither a language model nor the encoder or decoder of one (of images, say) has none.
+        """
+        if stack not in ("", "encoder", "decoder"):
+            return None
         if stack == "decoder":
             for name in ("decoder_attention_mask", "decoder_input_ids", "labels"):
                 if isinstance(self.inputs.get(name), Tensor):

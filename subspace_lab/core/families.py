@@ -75,6 +75,7 @@ MIXTURE = ("mlp", "block_sparse_moe", "feed_forward")  # of experts: no single p
 BESIDE_IT = ("shared_mlp",)  # adds to what the mixture gives
 WORDS = {"query_output": ("q", "query"), "key_output": ("k", "key"), "value_output": ("v", "value")}
 SEPARATE = {name: tuple(p.format(w) for p in PROJECTION for w in words) for name, words in WORDS.items()}
+TEXT = ("", "encoder", "decoder")  # the stacks whose sizes the configuration tells
 REPEATED = ("albert",)  # one block is run for several layers, so that no layer is one place
 TRANSPOSED = ("longformer",)  # its projections see (positions, rows, width)
 
@@ -101,7 +102,7 @@ class Anatomy:
         self.modules = dict(model.named_modules())
         self.position = {path: i for i, path in enumerate(self.modules)}
         self.config = getattr(model, "config", None)
-        self.stacks = {} if self._kind() in REPEATED else _stacks(self.modules)
+        self.stacks = {} if self._kind() in REPEATED else self._stacks(_lists(self.modules), model)
 
     def depth(self, stack: str = "") -> int:
         return len(self._blocks(stack, "the depth"))
@@ -121,12 +122,40 @@ class Anatomy:
             raise IndexError(f"{site}: layer {site.layer} of a model with layers 0 to {len(blocks) - 1}.")
         block = blocks[site.layer % len(blocks)]
         path, side, columns, width = self._part(block, component, site)
+        if stack not in TEXT and (columns is not None or site.heads is not None):
+            raise ValueError(f"{site}: the configuration of this stack is not looked at; name whole projections.")
         if site.heads is not None:
             columns, width = self._heads(site, component, block, columns, width)
         order = (self.position[block], COMPONENTS.index(component))
         if component == "block_output":  # after every site by path inside the block
             order = (self._end(block), len(COMPONENTS) + 1)
         return Tap(path, side, None if columns is None else tuple(columns), width, order, stack)
+
+    def _stacks(self, lists: list[str], model: nn.Module) -> dict[str, list[str]]:
+        """{name: its blocks}: "" for a model's only stack, and for the language model beside an image's encoder;
+        "encoder" and "decoder" where both make one model; else the path."""
+        config, text = self.config, ""
+        if len(lists) > 1 and config is not None and not getattr(config, "is_encoder_decoder", False):
+            names = {path: path for path in lists}
+            text = self._language(lists, model)
+        else:
+            sides = [next((s for s in ("decoder", "encoder") if s in path.split(".")), path) for path in lists]
+            names = {p: side if sides.count(side) == 1 else p for p, side in zip(lists, sides, strict=True)}
+            text = lists[0] if len(lists) == 1 else ""
+        return {
+            "" if path == text else name: [f"{path}.{i}" for i in range(len(self.modules[path]))]
+            for path, name in names.items()
+        }
+
+    def _language(self, lists: list[str], model: nn.Module) -> str:
+        """The list beside the embeddings of tokens."""
+        try:
+            embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            return ""
+        beside = next((p.rpartition(".")[0] for p, m in self.modules.items() if m is embeddings), "-")
+        found = [path for path in lists if path.startswith(f"{beside}.")]
+        return found[0] if len(found) == 1 else ""
 
     def _blocks(self, stack: str, what: str) -> list[str]:
         if not self.stacks:
@@ -162,8 +191,9 @@ class Anatomy:
     ) -> tuple[str, str, range | list[int] | None, int | None]:
         projection = self._first(block, OUTPUT_PROJECTION)
         inner, hidden = self._sizes_or_none(projection)
+        whole = hidden or (self._hidden_size() if site.component.rpartition(".")[0] in TEXT else None)
         if component in ("block_input", "block_output"):
-            return block, component.removeprefix("block_"), None, hidden or self._hidden_size()
+            return block, component.removeprefix("block_"), None, whole
         if component == "attention_output" and projection:
             return projection, "output", None, hidden
         if component == "head_output" and projection:
@@ -174,9 +204,9 @@ class Anatomy:
                 units, width = self._sizes_or_none(down)
                 reads = component == "mlp_activation"
                 return down, "input" if reads else "output", None, units if reads else width
-            whole = self._first(block, MIXTURE)
-            if whole and component == "mlp_output" and not self._first(block, BESIDE_IT):
-                return whole, "output", None, hidden or self._hidden_size()
+            mixture = self._first(block, MIXTURE)
+            if mixture and component == "mlp_output" and not self._first(block, BESIDE_IT):
+                return mixture, "output", None, whole
         if component in SEPARATE and self._kind() not in TRANSPOSED:
             separate = self._first(block, SEPARATE[component])
             width = self._sizes_or_none(separate)[1]
@@ -250,8 +280,8 @@ class Anatomy:
         return (None, None) if path is None else _sizes(self.modules[path]) or (None, None)
 
 
-def _stacks(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
-    """The outermost lists of blocks, by name: of modules that contain attention, or that transformers calls so."""
+def _lists(modules: dict[str, nn.Module]) -> list[str]:
+    """The outermost lists of blocks: of modules that contain attention, or that transformers calls so."""
     lists: list[str] = []
     for path, module in modules.items():
         if not isinstance(module, nn.ModuleList) or not len(module):
@@ -260,15 +290,7 @@ def _stacks(modules: dict[str, nn.Module]) -> dict[str, list[str]]:
             continue
         if all(_is_block(child) for child in module):
             lists.append(path)
-    blocks = {path: [f"{path}.{i}" for i in range(len(modules[path]))] for path in lists}  # type: ignore[arg-type]
-    if len(lists) == 1:
-        return {"": blocks[lists[0]]}
-    named = {}
-    for path in lists:
-        parts = path.split(".")
-        side = next((s for s in ("decoder", "encoder") if s in parts), path)
-        named[path if side in named else side] = blocks[path]
-    return named
+    return lists
 
 
 def attends(module: nn.Module) -> bool:
