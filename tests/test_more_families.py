@@ -15,6 +15,9 @@ from subspace_lab.core.batches import Batch
 from subspace_lab.core.frozen_past import FrozenPast
 from subspace_lab.core.intervene import collect, forward
 from subspace_lab.core.interventions import loreft
+from subspace_lab.core.kept import Schedule
+from subspace_lab.core.places import place
+from subspace_lab.core.recurrent import Recurrent, unknown_states
 from subspace_lab.core.runs import PlainRun, Readout
 from subspace_lab.core.sites import Site
 from subspace_lab.reft import ReftConfig, get_reft_model
@@ -137,7 +140,12 @@ ENCODERS = {
     ),
 }
 EVERY = FAMILIES | ENCODERS
-HYBRID = ("qwen3_next", "qwen3_5", "jamba", "lfm2", "recurrent_gemma", "mamba")
+# Resumed at a block, and not at a token as well.
+LAYERS_ONLY = (
+    "jamba",
+    "mamba",
+    "recurrent_gemma",
+)  # write over their states, or go on from none with several tokens
 CASES = [(name, padding) for name in FAMILIES for padding in ("right", "left")]
 CASES += [(name, "right") for name in ENCODERS]
 
@@ -203,13 +211,86 @@ def test_resuming_is_the_plain_run(name, padding, models):
     sites = [Site(component, 1, positions) for component, positions in below.items() if component in spots(name)]
     sites += [Site("block_output", 0, "f2+l1")]
     past, plain = FrozenPast(backbone, batch, sites, readout), PlainRun(backbone, batch, readout)
-    hybrid = name in HYBRID
-    assert past.mode == ("layers" if hybrid or name in ENCODERS else "keys and values"), past.describe()
-    assert not hybrid or "blocks without attention" in past.describe()
+    by_layers = name in LAYERS_ONLY or name in ENCODERS
+    assert past.mode == ("layers" if by_layers else "keys and values"), past.describe()
+    assert name not in LAYERS_ONLY or "was refused by its check" in past.describe()
     states = collect(backbone, source, [site.at("all") for site in sites])
     for seed, site in enumerate(sites):
         edits = make_edits({site: states[site.at("all")]}, [site], seed=2 * seed)
         compare(past, plain, torch.tensor([2, 0, 5, 2]), edits)
+
+
+STATEFUL = ("qwen3_next", "qwen3_5", "lfm2")
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_states_of_every_start(name, padding, models):
+    """Rows that begin at their first token and rows that begin late; sites alone, together, and in pairs."""
+    backbone = Backbone(models(name))
+    columns = {"early": torch.tensor([0, 8, 1, 7, 0, 9]), "other": torch.tensor([5, 1, 6, 3, 4, 2])}
+    batch = Batch(inputs("gpt2", 6, 12, lengths=LENGTHS, padding=padding), columns=columns)
+    readout = Readout.at(batch, "last", (5, 11, 42))
+    texts = ("block_output[0]@early", "mlp_output[1]@-3", "block_output[1]@last", "block_input[2]@other")
+    sites = [Site.parse(text) for text in texts]
+    past, plain = FrozenPast(backbone, batch, sites, readout, chunk=4), PlainRun(backbone, batch, readout)
+    assert past.mode == "keys and values", past.describe()
+    assert (
+        past.past is not None and len(past.past.recurrent) == 5
+    )  # each alone and all together; no edit: as "last"
+    for _ in range(2):  # no step leaves anything for the next
+        # The first two together begin where nothing was kept for, and run plainly.
+        for chosen in (*([site] for site in sites), sites[:2], sites[1:3], sites):
+            edits = {site: loreft(backbone.width(site), 2, seed=3, start="paper") for site in chosen}
+            compare(past, plain, torch.tensor([2, 0, 4, 1, 2]), edits)
+    with torch.no_grad():
+        torch.testing.assert_close(past.logits(torch.arange(6), {}), plain.logits(torch.arange(6), {}))
+
+
+def test_rows_without_a_past_have_no_state():
+    """Padding leaves nothing, also where a bias would."""
+    config = t.Lfm2Config(**GROUPED, conv_bias=True, layer_types=["conv", "full_attention", "conv"])
+    model = t.AutoModelForCausalLM.from_config(config).eval()
+    torch.nn.init.ones_(model.model.layers[0].conv.in_proj.bias)
+    backbone, batch = Backbone(model), Batch(inputs("gpt2", 3, 9), columns={"at": torch.tensor([0, 4, 0])})
+    site, readout = Site("block_output", 1, "at"), Readout.at(batch, "last")
+    schedule = Schedule(batch, {site: place(backbone, batch, site, growing=True)}, readout)
+    start = schedule.first([site])
+    states = Recurrent(backbone, backbone.anatomy.stacks[""], schedule, [start]).after(torch.arange(3), start)
+    assert start.tolist() == [0, 4, 0] and {block for block, _, _ in states} == {0, 2}
+    for tensor in states.values():
+        assert not tensor[[0, 2]].any() and tensor[1].any()
+
+
+def test_states_that_are_written_over_are_not_trained_through(models):
+    """Jamba's single steps write into the state; the logits are right, and the backward pass is not."""
+    backbone, batch = Backbone(models("jamba")), Batch(inputs("gpt2", 3, 9))
+    site, readout = Site("block_output", 1, "last"), Readout.at(batch, "last", (5, 11))
+    past = FrozenPast(backbone, batch, [site], readout)
+    assert past.mode == "layers" and "modified by an inplace operation" in past.describe(), past.describe()
+    edits = {site: loreft(WIDTH, 2, start="paper")}
+    compare(past, PlainRun(backbone, batch, readout), torch.tensor([2, 0]), edits)
+
+
+def test_states_that_are_kept_elsewhere_are_not_counted_on(models, monkeypatch):
+    backbone = Backbone(models("lfm2"))
+    chain = backbone.anatomy.stacks[""]
+    assert not unknown_states(backbone, chain) and unknown_states(backbone, chain[:-1])
+    monkeypatch.setattr("subspace_lab.core.frozen_past.unknown_states", lambda *_: True)
+    batch = Batch(inputs("gpt2", 3, 9))
+    past = FrozenPast(backbone, batch, [Site("block_output", 1, "last")], Readout.at(batch, "last"))
+    assert past.mode == "layers" and "no part of the model's cache" in past.describe()
+
+
+def test_states_for_which_there_is_no_room(models):
+    backbone = Backbone(models("qwen3_5"))
+    batch = Batch(inputs("gpt2", 64, 12))
+    site, readout = Site("block_output", 1, "last"), Readout.at(batch, "last", (5, 11))
+    whole = FrozenPast(backbone, batch, [site], readout, chunk=4).past.nbytes()
+    past = FrozenPast(backbone, batch, [site], readout, chunk=4, memory=whole // 2)
+    assert past.mode == "layers" and "MiB would not fit" in past.describe(), past.describe()
+    edits = {site: loreft(WIDTH, 2, seed=3, start="paper")}
+    compare(past, PlainRun(backbone, batch, readout), torch.tensor([2, 60]), edits)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

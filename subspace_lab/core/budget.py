@@ -28,6 +28,33 @@ def budgets(memory: int | str | None, device: torch.device) -> tuple[int, int]:
     return (torch.cuda.mem_get_info(device)[0] + unused) // 2, host
 
 
+def home(
+    one: int, rows: int, all_rows: int, budget: tuple[int, int], device: torch.device
+) -> tuple[torch.device | None, str]:
+    """Where the past of all rows is kept, and in words; None: nowhere.
+
+    Args:
+        one: bytes that one pass over so many `rows` needs.
+        budget: as of `budgets`.
+        device: the model's.
+
+    Raises:
+        ValueError: not even one pass fits.
+    """
+    on_device, on_host = budget
+    if one > max(budget):
+        raise ValueError(
+            f"A memory budget of {max(budget) / 2**20:.3g} MiB cannot hold one batch of {rows} rows, which "
+            f"needs {one / 2**20:.3g} MiB; give more or a smaller chunk."
+        )
+    total = one * all_rows // max(1, rows)
+    if total <= on_device:
+        return device, f"on {device}"
+    if total <= on_host:
+        return torch.device("cpu"), "in host memory"
+    return None, f"recomputed a batch ({total / 2**20:.3g} MiB would not fit)"
+
+
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if found is None or (found[3] and not found[2]):

@@ -18,7 +18,7 @@ is all that positions (passed explicitly) and sliding windows go by.
 
 What is chosen, from best to most general, and why a better one was refused, is told by `describe()`:
 
-    keys and values    causal decoders
+    keys and values    causal decoders; of blocks without attention the states (`core/recurrent.py`)
     layers             models that attend both ways: skipped blocks alone; chains of modules likewise
     plain              whatever has no block that can be skipped, or whose past is not frozen
 
@@ -37,12 +37,12 @@ from torch import Tensor, nn
 
 from subspace_lab.core.backbone import Backbone, Visit
 from subspace_lab.core.batches import Batch
-from subspace_lab.core.budget import budgets
+from subspace_lab.core.budget import budgets, home
 from subspace_lab.core.changes import Watch, restless, tensors_of
-from subspace_lab.core.families import attends
 from subspace_lab.core.intervene import Edits, Sources, edit_visits, model_inputs
 from subspace_lab.core.kept import Aligned, Chain, Past, Schedule, cached, take
 from subspace_lab.core.places import Place, place
+from subspace_lab.core.recurrent import Recurrent, unknown_states, without_attention
 from subspace_lab.core.runs import LAST, NEEDLESS, PlainRun, Readout, place_of
 from subspace_lab.core.sites import Site
 
@@ -53,11 +53,15 @@ PLANS_KEPT = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """How one set of edits is run: from which block, on which tokens, and where the edits stand in those."""
+    """How one set of edits is run: from which block, on which tokens, and where the edits stand in those.
+
+    `start`: which of the starts it begins at, where blocks keep states; None where none was kept for it.
+    """
 
     boundary: int
     aligned: Aligned | None  # None: on all tokens
     places: dict[Site, Place]
+    start: int | None = None
 
 
 class FrozenPast:
@@ -156,14 +160,16 @@ class FrozenPast:
         inputs, readout = self.batch.inputs, self.readout
         if any(site.layer is None for site in self.places):
             return "sites are named by path"
-        modules = self.backbone.anatomy.modules
-        if not all(attends(modules[path]) for path in self._chain[min(self._boundary.values()) :]):
-            return "blocks without attention, whose past is a state and no keys"
         extra = sorted(set(inputs) - DECODER_INPUTS)
         if extra:
             return f"inputs {extra}"
         if not hasattr(self.backbone.model, "generate") or self.backbone.head() is None:
             return "no causal language model"
+        stateful = without_attention(self.backbone, self._chain)
+        if max(stateful, default=-1) >= min(self._boundary.values()) and unknown_states(
+            self.backbone, self._chain
+        ):
+            return "blocks without attention, whose past is no part of the model's cache"
         if real is None or "input_ids" not in inputs or readout.index is None:
             return "no tokens, or no positions at which logits are read"
         counted = [inputs[name] for name in ("attention_mask", "position_ids") if inputs.get(name) is not None]
@@ -184,6 +190,12 @@ class FrozenPast:
         self._plans.clear()
         by_tokens = self.mode == "keys and values"
         self._schedule = Schedule(self._whole, self.places, self.readout) if by_tokens else None
+        self._recurrent = None
+        stateful = by_tokens and without_attention(self.backbone, self._chain)
+        if self._schedule is not None and stateful and not unknown_states(self.backbone, self._chain):
+            each = [(), tuple(self.places), *((site,) for site in self.places)]
+            starts = (self._schedule.first(key) for key in each)
+            self._recurrent = Recurrent(self.backbone, self._chain, self._schedule, starts)
 
     def _plan(self, edits: Edits) -> Plan:
         """How this set of edits is run; kept, as training asks for the same one at each step."""
@@ -199,7 +211,8 @@ class FrozenPast:
                 others = (p.aligned for p in self._plans.values())
                 aligned = next((a for a in others if a is not None and torch.equal(a.first, first)), None)
                 aligned = aligned or self._schedule.aligned(first)
-                plan = Plan(boundary, aligned, {s: self._schedule.moved(s, aligned) for s in key})
+                start = self._recurrent.number(first) if self._recurrent is not None else None
+                plan = Plan(boundary, aligned, {s: self._schedule.moved(s, aligned) for s in key}, start)
         if len(self._plans) >= PLANS_KEPT:
             self._plans.pop(next(iter(self._plans)))
         self._plans[key] = plan
@@ -214,7 +227,13 @@ class FrozenPast:
             probe = self._pass(torch.arange(min(len(self), self.chunk)))
         except Exception as failure:  # whatever an unfamiliar model does with a cache or a skipped block
             return _told(failure)
-        device = self._home(probe.nbytes(), budget)
+        device, self.where = home(
+            probe.nbytes(), min(len(self), self.chunk), len(self), budget, self.backbone.device
+        )
+        if device is None and self._recurrent is not None:
+            return (
+                f"{self.where.removeprefix('recomputed a batch ')}: states of every prefix cost more to make anew"
+            )
         try:
             self._keep(probe, device)
             self._watch = Watch(
@@ -224,29 +243,6 @@ class FrozenPast:
             return self._difference()
         except Exception as failure:
             return _told(failure)
-
-    def _home(self, one: int, budget: tuple[int, int]) -> torch.device | None:
-        """Where the past of all rows is kept, given what one pass needs; None: nowhere.
-
-        Raises:
-            ValueError: not even one pass fits.
-        """
-        on_device, on_host = budget
-        rows = min(len(self), self.chunk)
-        if one > max(budget):
-            raise ValueError(
-                f"A memory budget of {max(budget) / 2**20:.3g} MiB cannot hold one batch of {rows} rows, which "
-                f"needs {one / 2**20:.3g} MiB; give more or a smaller chunk."
-            )
-        total = one * len(self) // max(1, rows)
-        if total <= on_device:
-            self.where = f"on {self.backbone.device}"
-            return self.backbone.device
-        if total <= on_host:
-            self.where = "in host memory"
-            return torch.device("cpu")
-        self.where = f"recomputed a batch ({total / 2**20:.3g} MiB would not fit)"
-        return None
 
     def _keep(self, probe: Past, device: torch.device | None) -> None:
         if device is None:
@@ -267,7 +263,7 @@ class FrozenPast:
             from transformers import DynamicCache
 
             # Without a configuration every layer keeps all its keys, also those with a sliding window.
-            cache = DynamicCache()
+            cache = DynamicCache() if self._recurrent is None else self._recurrent.cache()
             inputs = {**inputs, "past_key_values": cache, "use_cache": True}
             head = self.backbone.head()
             assert head is not None
@@ -290,9 +286,13 @@ class FrozenPast:
                 self.backbone.run(inputs, visits, stop=True)
         if schedule is None or cache is None or not schedule.before:
             return Past(found, [])
-        layers = range(min(self._boundary.values()), len(self._chain))
+        states = (
+            [] if self._recurrent is None else [self._recurrent.after(rows, s) for s in self._recurrent.starts]
+        )
+        without = () if self._recurrent is None else self._recurrent.blocks
+        layers = [i for i in range(min(self._boundary.values()), len(self._chain)) if i not in without]
         pairs = {(i, side): getattr(cache.layers[i], side) for i in layers for side in ("keys", "values")}
-        return Past.of(found, pairs, schedule.kept_keys(rows))
+        return replace(Past.of(found, pairs, schedule.kept_keys(rows)), recurrent=states)
 
     def _inputs(self, rows: Tensor) -> Any:
         part = self._whole.rows(rows)
@@ -303,6 +303,8 @@ class FrozenPast:
     def _resume(self, rows: Tensor, edits: Edits, sources: Sources | None, readout: Readout) -> Tensor:
         rows = rows.cpu()
         plan = self._plan(edits)
+        if self._recurrent is not None and plan.start is None:
+            return self.plain.logits(rows, edits, sources)
         past, at = (self._pass(rows), torch.arange(len(rows))) if self.past is None else (self.past, rows)
         placed = {site: place_of(spot, rows) for site, spot in plan.places.items()}
         device, boundary = self.backbone.device, plan.boundary
@@ -315,8 +317,10 @@ class FrozenPast:
             # Above the last block nothing looks back.
             suffix = plan.aligned.rows(rows, look_back=boundary < len(self._chain))
             inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in suffix.inputs().items()}
-            inputs["past_key_values"] = cached(past.groups, at, suffix, boundary, len(self._chain), device)
-            inputs["use_cache"] = True
+            cache = cached(past.groups, at, suffix, boundary, len(self._chain), device)
+            if self._recurrent is not None and plan.start is not None:
+                cache = self._recurrent.put(cache, past.recurrent[plan.start] if past.recurrent else {}, at)
+            inputs |= {"past_key_values": cache, "use_cache": True}
             readout = replace(readout.rows(rows), index=suffix.reads)
             states = None if kept is None else suffix.states(kept, at).to(device, non_blocking=True)
         visits = edit_visits(self.backbone, Batch({"input_ids": rows}), edits, sources, places=placed)
@@ -370,6 +374,11 @@ class FrozenPast:
                 found = self._resume(rows.flip(0), edits, None, readout).flip(0)
             if valid is not None:
                 expected, found = expected[valid.to(expected.device)], found[valid.to(found.device)]
+            if self._recurrent is not None:
+                # A model may write over states that a gradient still needs: found out here, not in training.
+                scale = torch.ones((), device=expected.device, requires_grad=True)
+                scaled = self._resume(rows, {site: lambda h, scale=scale: h * scale}, None, readout)
+                torch.autograd.grad(scaled.float().sum(), scale)
             error = float((found - expected).float().norm() / expected.float().norm().clamp_min(1e-30))
             half = expected.dtype in (torch.float16, torch.bfloat16)
             if not error <= (5e-2 if half else 1e-4):

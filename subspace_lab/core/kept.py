@@ -6,7 +6,7 @@ Everything about tokens is on the host, where it costs no waiting for a device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -19,6 +19,8 @@ from subspace_lab.core.places import Place
 from subspace_lab.core.runs import Readout
 from subspace_lab.core.sites import Site
 
+States = dict[tuple[int, str, int], Tensor]
+"""{(block, kind, number): (rows, …)} of blocks that keep a state instead of keys."""
 FAR = torch.iinfo(torch.long).max
 
 
@@ -229,10 +231,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Past:
-    """What a pass over some rows kept: states by boundary, keys and values by block."""
+    """What a pass over some rows kept: states by boundary, keys and values by block, recurrent states by start."""
 
     states: dict[int, Tensor]  # (rows, tokens from the first edited one on, width)
     groups: list[Group]
+    recurrent: list[States] = field(default_factory=list)
 
     @classmethod
     def of(cls, states: dict[int, Tensor], pairs: Mapping[tuple[int, str], Tensor], column: Tensor) -> Past:
@@ -248,7 +251,8 @@ class Past:
         return cls(states, groups)
 
     def tensors(self) -> list[Tensor]:
-        return [*self.states.values(), *(group.kept for group in self.groups)]
+        recurrent = (t for states in self.recurrent for t in states.values())
+        return [*self.states.values(), *(group.kept for group in self.groups), *recurrent]
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors())
@@ -261,7 +265,8 @@ class Past:
             return torch.empty(shape, dtype=like.dtype, device=device, pin_memory=pinned)
 
         states = {boundary: room(t, 0) for boundary, t in self.states.items()}
-        return Past(states, [Group(g.labels, room(g.kept, 1)) for g in self.groups])
+        groups = [Group(g.labels, room(g.kept, 1)) for g in self.groups]
+        return Past(states, groups, [{name: room(t, 0) for name, t in found.items()} for found in self.recurrent])
 
     def put(self, start: int, part: Past) -> None:
         """Write what a pass over some rows kept to where these rows are."""
@@ -269,6 +274,9 @@ class Past:
             self.states[boundary][start : start + len(t)].copy_(t)
         for into, group in zip(self.groups, part.groups, strict=True):
             into.kept[:, start : start + group.kept.shape[1]].copy_(group.kept)
+        for room, found in zip(self.recurrent, part.recurrent, strict=True):
+            for name, t in found.items():
+                room[name][start : start + len(t)].copy_(t)
 
 
 def picked(kept: Tensor, at: Tensor, number: Tensor, axis: int) -> Tensor:
@@ -296,9 +304,9 @@ def cached(
         return cache
     found = dict(chain.from_iterable(_taken(group, at, suffix, boundary, device) for group in groups))
     nothing = torch.zeros(1, device=device).expand(len(at), 1, suffix.before, 1)
-    skipped = _filled(nothing, nothing)  # never run; asked for its length alone
+    skipped = _filled(nothing, nothing)  # never run, or without keys; asked for its length alone
     cache.layers = [
-        skipped if i < boundary else _filled(found[i, "keys"], found[i, "values"]) for i in range(depth)
+        _filled(found[i, "keys"], found[i, "values"]) if (i, "keys") in found else skipped for i in range(depth)
     ]
     return cache
 
