@@ -212,11 +212,12 @@ def run(
             model, figures = fit(method, rate, seed, data, device, steps, control)
             figures |= {"rate": rate, "seed": seed, "dev": right(dev, model, device).double().mean().item()}
             tried.append((model, figures))
-        tuning[rate] = sum(figures["dev"] for _, figures in tried) / len(tried)
-        print(f"    rate {rate:g}: {tuning[rate]:.3f} on dev", flush=True)
+        score = sum(figures["dev"] for _, figures in tried) / len(tried)
+        print(f"    rate {rate:g}: {score:.3f} on dev", flush=True)
         # Of equal ones the lowest rate, which changes the model least; rates stand in rising order.
-        if tuning[rate] > max((score for other, score in tuning.items() if other != rate), default=-1.0):
+        if score > max(tuning.values(), default=-1.0):
             best = tried
+        tuning[rate] = score
     for model, figures in best:
         hits = right(test, model, device)
         figures |= {"tuning": list(tuning.items()), "tested": len(hits)}

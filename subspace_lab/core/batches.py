@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspace_lab.core.families import TEXT
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -48,7 +50,7 @@ class Batch:
 
         A stack that is neither a language model nor the encoder or decoder of one (of images, say) has none.
         """
-        if stack not in ("", "encoder", "decoder"):
+        if stack not in TEXT:
             return None
         if stack == "decoder":
             for name in ("decoder_attention_mask", "decoder_input_ids", "labels"):

@@ -134,18 +134,16 @@ class Anatomy:
     def _stacks(self, lists: list[str], model: nn.Module) -> dict[str, list[str]]:
         """{name: its blocks}: "" for a model's only stack, and for the language model beside an image's encoder;
         "encoder" and "decoder" where both make one model; else the path."""
-        config, text = self.config, ""
-        if len(lists) > 1 and config is not None and not getattr(config, "is_encoder_decoder", False):
-            names = {path: path for path in lists}
-            text = self._language(lists, model)
-        else:
+        if len(lists) == 1:
+            names = [""]
+        elif self.config is None or getattr(self.config, "is_encoder_decoder", False):
             sides = [next((s for s in ("decoder", "encoder") if s in path.split(".")), path) for path in lists]
-            names = {p: side if sides.count(side) == 1 else p for p, side in zip(lists, sides, strict=True)}
-            text = lists[0] if len(lists) == 1 else ""
-        return {
-            "" if path == text else name: [f"{path}.{i}" for i in range(len(self.modules[path]))]
-            for path, name in names.items()
-        }
+            names = [side if sides.count(side) == 1 else path for path, side in zip(lists, sides, strict=True)]
+        else:
+            text = self._language(lists, model)
+            names = ["" if path == text else path for path in lists]
+        blocks = ([f"{path}.{i}" for i in range(len(self.modules[path]))] for path in lists)
+        return dict(zip(names, blocks, strict=True))
 
     def _language(self, lists: list[str], model: nn.Module) -> str:
         """The list beside the embeddings of tokens."""
