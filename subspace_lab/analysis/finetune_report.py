@@ -126,8 +126,9 @@ def loss_curve(done: Finetuned, path: str | Path, *, title: str, steps: int) -> 
         xs, ys = zip(*points, strict=True)
         axis.scatter(xs, ys, s=36, color=ACCENT, zorder=3, label="held out, before and after", clip_on=False)
         for x, y in points:
-            right, side = (9, "left") if x == 0 else (0, "right")
-            number = axis.annotate(_short(y), (x, y), (right, 8), textcoords="offset points", ha=side, fontsize=9)
+            # The curve begins beside the first point: its number stands above both.
+            right, up, side = (2, 14, "left") if x == 0 else (0, 8, "right")
+            number = axis.annotate(_short(y), (x, y), (right, up), textcoords="offset points", ha=side, fontsize=9)
             number.set(color=ACCENT, zorder=4, path_effects=[withStroke(linewidth=3, foreground="white")])
     every = [*losses, *(y for _, y in points)]
     if min(every) > 0 and max(every) > SPREAD * min(every):
@@ -135,7 +136,7 @@ def loss_curve(done: Finetuned, path: str | Path, *, title: str, steps: int) -> 
         axis.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * max(every) or 1)
     axis.set_xlim(0, max(n, 1))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("training step", fontsize=9, color=INK)

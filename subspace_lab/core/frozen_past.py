@@ -231,9 +231,7 @@ class FrozenPast:
             probe.nbytes(), min(len(self), self.chunk), len(self), budget, self.backbone.device
         )
         if device is None and self._recurrent is not None:
-            return (
-                f"{self.where.removeprefix('recomputed a batch ')}: states of every prefix cost more to make anew"
-            )
+            return f"its states would be {self.where}, which costs more than it saves"
         try:
             self._keep(probe, device)
             self._watch = Watch(
@@ -286,10 +284,9 @@ class FrozenPast:
                 self.backbone.run(inputs, visits, stop=True)
         if schedule is None or cache is None or not schedule.before:
             return Past(found, [])
-        states = (
-            [] if self._recurrent is None else [self._recurrent.after(rows, s) for s in self._recurrent.starts]
-        )
-        without = () if self._recurrent is None else self._recurrent.blocks
+        kept = self._recurrent
+        states = [] if kept is None else [kept.after(rows, start) for start in kept.starts]
+        without = () if kept is None else kept.blocks
         layers = [i for i in range(min(self._boundary.values()), len(self._chain)) if i not in without]
         pairs = {(i, side): getattr(cache.layers[i], side) for i in layers for side in ("keys", "values")}
         return replace(Past.of(found, pairs, schedule.kept_keys(rows)), recurrent=states)
