@@ -24,14 +24,14 @@ from harness import figure, interleaved, peak_memory, print_peak, ratio, report
 from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.frozen_past import FrozenPast
-from subspace_lab.core.intervene import collect
 from subspace_lab.core.interventions import interchange
-from subspace_lab.core.runs import Readout
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
+from subspace_lab.engine.frozen_past import FrozenPast
+from subspace_lab.engine.plain import Readout
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.intervene import collect
 
 ANSWERS = [17, 23]
 

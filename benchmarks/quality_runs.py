@@ -14,7 +14,7 @@ from harness import clock, machine, wait
 from torch import Tensor, nn
 
 from subspace_lab.core.checkpoints import write_text
-from subspace_lab.core.training import TrainingConfig
+from subspace_lab.engine.training import TrainingConfig
 
 
 class Kept:

@@ -27,8 +27,8 @@ from quality_runs import Kept, batches_by_length, bytes_on_disk, freed, train
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from subspace_lab.analysis.controls import reinitialised
-from subspace_lab.core.training import TrainingConfig
+from subspace_lab.analysis.twins import reinitialised
+from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft import ReftConfig, finetune, get_reft_model, tokenise
 from subspace_lab.reft.data import pad
 

@@ -24,9 +24,9 @@ from harness import figure, interleaved, peak_memory, print_peak, ratio, report
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.frozen_past import FrozenPast
-from subspace_lab.core.runs import Readout
+from subspace_lab.engine.frozen_past import FrozenPast
+from subspace_lab.engine.plain import Readout
+from subspace_lab.model.batches import Batch
 from subspace_lab.reft import ReftConfig, get_reft_model
 from subspace_lab.reft.model import prompt_lengths_of
 

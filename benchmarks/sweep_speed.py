@@ -18,14 +18,14 @@ import torch
 from das_speed import Case, differences
 from harness import clock, figure, interleaved, peak_memory, print_peak, report, wait
 
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.batches import Batch
 from subspace_lab.core.interventions import interchange
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
-from subspace_lab.core.training import TrainingConfig
 from subspace_lab.das.encoding import Counterfactuals
-from subspace_lab.das.pairs import Pairs, fit, from_pool
+from subspace_lab.das.prepared_pairs import PreparedPairs, fit, from_pool
+from subspace_lab.engine.training import TrainingConfig
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch
 
 POSITIONS = ("-3", "-2", "-1")
 
@@ -43,8 +43,8 @@ def ours(case: Case, config: TrainingConfig, layers: list[int]) -> int:
     )
     backbone = Backbone(case.model)
     sites = [Site("block_output", layer, p) for layer in layers for p in POSITIONS]
-    pairs = Pairs.of(backbone, data, sites)
-    print(pairs.run.describe(), file=sys.stderr)
+    pairs = PreparedPairs.of(backbone, data, sites)
+    print(pairs.engine.describe(), file=sys.stderr)
     for i, site in enumerate(sites):
         subspace = LearnedSubspace(case.width, case.rank, seed=i).to(case.device)
         fit([interchange(subspace)], site, [from_pool(pairs, site, config)], [config])

@@ -10,29 +10,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from subspace_lab.core.backbone import Backbone
-    from subspace_lab.core.batches import Batch
-    from subspace_lab.core.intervene import collect, forward, generate
     from subspace_lab.core.interventions import full_vector, interchange, loreft
     from subspace_lab.core.sites import Site
     from subspace_lab.core.subspaces import LearnedSubspace, pca, random_subspace
-    from subspace_lab.core.training import TrainingConfig
     from subspace_lab.das.causal_models import CausalModel
     from subspace_lab.das.counterfactuals import counterfactual_dataset
     from subspace_lab.das.encoding import Counterfactuals, encode, from_texts
     from subspace_lab.das.search import search
+    from subspace_lab.engine.training import TrainingConfig
+    from subspace_lab.model.backbone import Backbone
+    from subspace_lab.model.batches import Batch
+    from subspace_lab.model.intervene import collect, forward, generate
     from subspace_lab.reft.config import ReftConfig
     from subspace_lab.reft.model import ReftModel, get_reft_model
     from subspace_lab.tasks import load_task
 
 _ROOMS = {
-    "core.backbone": ("Backbone",),
-    "core.batches": ("Batch",),
-    "core.intervene": ("collect", "forward", "generate"),
+    "model.backbone": ("Backbone",),
+    "model.batches": ("Batch",),
+    "model.intervene": ("collect", "forward", "generate"),
     "core.interventions": ("full_vector", "interchange", "loreft"),
     "core.sites": ("Site",),
     "core.subspaces": ("LearnedSubspace", "pca", "random_subspace"),
-    "core.training": ("TrainingConfig",),
+    "engine.training": ("TrainingConfig",),
     "das.causal_models": ("CausalModel",),
     "das.counterfactuals": ("counterfactual_dataset",),
     "das.encoding": ("Counterfactuals", "encode", "from_texts"),

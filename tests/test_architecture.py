@@ -20,15 +20,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # Which room may know which; a file knows its own room. The door is the package's `__init__.py`.
 ROOMS = {
     "core": set(),
-    "das": {"core"},
-    "reft": {"core"},
-    "tasks": {"das", "core"},
-    "analysis": {"das", "reft", "core"},
-    "door": {"core", "das", "reft", "tasks", "analysis"},
-    "cli": {"core", "das", "reft", "tasks", "analysis", "door"},
-    "__main__": {"core", "das", "reft", "tasks", "analysis", "door", "cli"},
+    "model": {"core"},
+    "engine": {"model", "core"},
+    "das": {"engine", "model", "core"},
+    "reft": {"engine", "model", "core"},
+    "tasks": {"das", "engine", "model", "core"},
+    "analysis": {"das", "reft", "engine", "model", "core"},
+    "door": {"analysis", "tasks", "das", "reft", "engine", "model", "core"},
+    "cli": {"door", "analysis", "tasks", "das", "reft", "engine", "model", "core"},
+    "__main__": {"cli", "door", "analysis", "tasks", "das", "reft", "engine", "model", "core"},
 }
-NNSIGHT_HOME = f"{PACKAGE}.core.backbone"
+NNSIGHT_HOME = f"{PACKAGE}.model.backbone"
 MAY_TAKE_ANY_KEYWORD = {"generate", "__call__"}
 LONGEST_FILE = 400
 PICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -152,18 +154,18 @@ def long_files(folder: Path) -> list[str]:
 def swallowed_keywords(folder: Path) -> list[str]:
     """Public functions and methods that take any keyword: a misspelt option would be ignored in silence."""
 
-    def visit(body: list[ast.stmt], where: str) -> Iterator[str]:
+    def hook(body: list[ast.stmt], where: str) -> Iterator[str]:
         for node in body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                yield from visit(node.body, f"{where}.{node.name}")
+                yield from hook(node.body, f"{where}.{node.name}")
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.args.kwarg:
                 private = node.name.startswith("_") and not node.name.endswith("__")
                 if not private and node.name not in MAY_TAKE_ANY_KEYWORD:
                     yield f"{where}.{node.name} takes **{node.args.kwarg.arg}: name its options"
             elif isinstance(node, ast.If | ast.Try | ast.With):
-                yield from visit([*node.body, *getattr(node, "orelse", [])], where)
+                yield from hook([*node.body, *getattr(node, "orelse", [])], where)
 
-    return [fault for name, tree in parsed(folder) for fault in visit(tree.body, name)]
+    return [fault for name, tree in parsed(folder) for fault in hook(tree.body, name)]
 
 
 def unpickling(folder: Path) -> list[str]:
@@ -249,13 +251,13 @@ FAULTS: list[tuple[Check, dict[str, str], str]] = [
     ),
     (
         nnsight_outside_its_home,
-        {"core/intervene.py": "from nnsight.intervention import x"},
-        "core.intervene imports",
+        {"model/intervene.py": "from nnsight.intervention import x"},
+        "model.intervene imports",
     ),
     (nnsight_outside_its_home, {"das/search.py": "def f():\n    import nnsight"}, "das.search imports"),
     (
         heavy_door,
-        {"__init__.py": "from .core import backbone", "core/backbone.py": "import nnsight"},
+        {"__init__.py": "from .model import backbone", "model/backbone.py": "import nnsight"},
         "nnsight",
     ),
     (long_files, {"core/a.py": "x = 1\n" * (LONGEST_FILE + 1)}, "401 lines"),
@@ -279,7 +281,7 @@ LAWFUL = {
     "cli/__init__.py": "import subspace_lab\nfrom subspace_lab.tasks import ioi\nfrom ..analysis import plots",
     "core/__init__.py": "",
     "core/sites.py": "class Site: ...",
-    "core/backbone.py": """
+    "model/backbone.py": """
         from .sites import Site
         def wrap():
             import nnsight

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from subspace_lab.analysis.controls import reinitialised
 from subspace_lab.analysis.geometry import overlap
+from subspace_lab.analysis.twins import reinitialised
 from subspace_lab.cli import app
 from subspace_lab.core.checkpoints import load_subspaces
 from subspace_lab.das import search as das_search

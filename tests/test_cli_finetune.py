@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner
 
 from subspace_lab.cli import app
-from subspace_lab.core import training
-from subspace_lab.core.training import TrainingConfig
+from subspace_lab.engine import training
+from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model, jobs, tokenise
-from subspace_lab.reft.classes import Classes
-from subspace_lab.reft.rows import read_rows
+from subspace_lab.reft.classification_job import ClassificationJob
+from subspace_lab.reft.datafiles import read_rows
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "results.json", "loss.png"}
 TINY = ["--steps", "3", "--samples", "1", "--max-new-tokens", "3"]
@@ -58,7 +58,7 @@ def equal(one, other):
 def keeping(monkeypatch):
     """The models that the command trained, as they were when it was done with them."""
     kept = []
-    for job in (jobs.Answers, Classes):
+    for job in (jobs.GenerationJob, ClassificationJob):
         measure = job.measure
         monkeypatch.setattr(
             job, "measure", lambda self, model, n, measure=measure: kept.append(model) or measure(self, model, n)
@@ -396,9 +396,11 @@ def test_positions_that_are_counted_from_the_padding_token(tmp_path):
 def test_long_texts_keep_their_last_special_token(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.add_bos_token = tokenizer.add_eos_token = True
-    job = Classes([{"text": "say " * 40, "label": 0}, {"text": "hi", "label": 1}], [], tokenizer, longest=10)
+    job = ClassificationJob(
+        [{"text": "say " * 40, "label": 0}, {"text": "hi", "label": 1}], [], tokenizer, longest=10
+    )
     assert job.shortened == 1 and len(job.training[0]["input_ids"]) == 10
-    short = Classes([{"text": "say", "label": 0}], [], tokenizer, longest=10).training[0]["input_ids"]
+    short = ClassificationJob([{"text": "say", "label": 0}], [], tokenizer, longest=10).training[0]["input_ids"]
     assert job.training[0]["input_ids"][-1] == short[-1]
 
 

@@ -10,9 +10,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from subspace_lab.core.batches import Batch
 from subspace_lab.das.counterfactuals import counterfactual_dataset
 from subspace_lab.das.encoding import Counterfactuals, answer_tokens, encode
+from subspace_lab.model.batches import Batch
 from subspace_lab.tasks.story_gender import STORY_GENDER
 
 TEXT = "Once a girl named Maya sat ."
@@ -105,7 +105,7 @@ def test_rows_are_the_tokenizers_own_and_padded_on_the_right(kind: str, side: st
             assert mask[i].tolist() == [1] * len(row) + [0] * (ids.shape[1] - len(row))
             assert (ids[i, len(row) :] == tokenizer.pad_token_id).all()
     assert (tokenizer.padding_side, tokenizer.pad_token_id, len(tokenizer)) == before
-    # Answers are numbers of the list given, in its order, whatever order the rows have.
+    # GenerationJob are numbers of the list given, in its order, whatever order the rows have.
     assert (made.base_answer.tolist(), made.answer.tolist(), made.answers) == ([1, 0], [0, 1], (he, she))
     assert made.tokens.tolist() == tokenizer.convert_tokens_to_ids([he, she])
 

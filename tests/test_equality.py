@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import subspace_lab
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.intervene import collect
-from subspace_lab.core.training import TrainingConfig
 from subspace_lab.das.search import SearchResult, search
+from subspace_lab.engine.training import TrainingConfig
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.intervene import collect
 from subspace_lab.tasks.hierarchical_equality import (
     BOTH_EQUALITIES,
     LAYERS,

@@ -1,4 +1,4 @@
-"""Pairs of one's own, from plain lists of texts."""
+"""PreparedPairs of one's own, from plain lists of texts."""
 
 from __future__ import annotations
 

@@ -13,15 +13,15 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from subspace_lab.core import frozen_past
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.frozen_past import FrozenPast
-from subspace_lab.core.intervene import collect, forward, generate
 from subspace_lab.core.interventions import interchange, loreft
-from subspace_lab.core.runs import PlainRun, Readout
 from subspace_lab.core.sites import COMPONENTS, Site
 from subspace_lab.core.subspaces import LearnedSubspace
+from subspace_lab.engine import frozen_past
+from subspace_lab.engine.frozen_past import FrozenPast
+from subspace_lab.engine.plain import PlainEngine, Readout
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.intervene import collect, forward, generate
 
 LENGTH = 12  # longer than every sliding window
 LENGTHS = (12, 9, 7, 12, 5, 10)
@@ -168,7 +168,7 @@ def test_equals_the_plain_run(name, padding):
     pairs = [tuple(Site.parse(text) for text in pair) for pair in PAIRS] if name != "t5" else []
     sites = sites[shift::3] if name == "t5" else sites
     served = [*sites, *(site for pair in pairs for site in pair)]
-    past, plain = FrozenPast(backbone, batch, served, readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, served, readout), PlainEngine(backbone, batch, readout)
     assert past.mode == MODES[name], past.describe()
     states = collect(backbone, make_batch(name, padding, seed=9), served)
     for number, edited in enumerate([*((site,) for site in sites), *pairs]):
@@ -179,7 +179,7 @@ def test_equals_the_plain_run(name, padding):
 def test_equals_the_plain_run_of_a_plain_module():
     backbone, batch = Backbone(build("mlp")), make_batch("mlp")
     sites = single_sites("mlp", 0)
-    past, plain = FrozenPast(backbone, batch, sites, Readout()), PlainRun(backbone, batch, Readout())
+    past, plain = FrozenPast(backbone, batch, sites, Readout()), PlainEngine(backbone, batch, Readout())
     assert past.mode == "layers"
     states = collect(backbone, make_batch("mlp", seed=9), sites)
     edited = [(site,) for site in sites] + [(Site("second.output"), Site("head.input")), (sites[0], sites[3])]
@@ -193,7 +193,7 @@ def test_equal_wherever_logits_are_read(positions, padding):
     backbone, batch = Backbone(build("gemma2")), make_batch("gemma2", padding)
     readout = Readout.at(batch, positions)
     sites = [Site("block_output", 1, "last"), Site("attention_output", 0, "first"), Site("value_output", 1, "1:3")]
-    past, plain = FrozenPast(backbone, batch, sites, readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, sites, readout), PlainEngine(backbone, batch, readout)
     assert past.mode == "keys and values", past.describe()
     for chosen, rows in itertools.product([*((s,) for s in sites), sites[1:], sites], ROWS[:3]):
         edits = {site: loreft(backbone.width(site), 2, seed=3, start="paper") for site in chosen}
@@ -211,7 +211,7 @@ def test_equal_without_any_edit(name, positions):
     stack = "encoder." if name == "t5" else ""
     past = FrozenPast(backbone, batch, [Site(f"{stack}block_output", 1, positions)], readout)
     assert past.mode == MODES[name]
-    plain = PlainRun(backbone, batch, readout)
+    plain = PlainEngine(backbone, batch, readout)
     for rows in ROWS:
         assert gap(measured(past, rows, {}), measured(plain, rows, {})) < 1e-5
 
@@ -224,7 +224,7 @@ def test_ragged_positions_fit_the_sources_of_any_rows(name):
     readout = make_readout(name, batch)
     states = collect(backbone, make_batch(name, seed=9), [site])
     edits = {site: interchange(LearnedSubspace(32, 3, seed=0))}
-    past, plain = FrozenPast(backbone, batch, [site], readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, [site], readout), PlainEngine(backbone, batch, readout)
     compare(past, plain, torch.tensor([4, 2]), edits, states)
 
 
@@ -234,7 +234,7 @@ def test_columns_with_absent_positions():
     batch = Batch(make_batch("llama").inputs, columns={"span": spans})
     readout = Readout.at(batch, "last")
     sites = [Site("block_output", layer, "span") for layer in (0, 1)]
-    past, plain = FrozenPast(backbone, batch, sites, readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, sites, readout), PlainEngine(backbone, batch, readout)
     assert past.mode == "keys and values"
     states = collect(backbone, Batch(make_batch("llama", seed=9).inputs, columns={"span": spans}), sites)
     for site, seed in itertools.product(sites, (0, 1)):
@@ -276,7 +276,7 @@ def test_any_rows_sites_and_reads(name, shape, sites, reads, data):
     edits = make_edits(states, sites[: data.draw(st.integers(1, len(sites)))], seed=len(sites))
     sources = states_for(states, edits, rows)
     found = measured(past, rows, edits, sources)
-    expected = measured(PlainRun(backbone, batch, readout), rows, edits, sources)
+    expected = measured(PlainEngine(backbone, batch, readout), rows, edits, sources)
     for a, b in zip(found, expected, strict=True):
         # A query before a single key has no effect: its gradient is rounding, in either run.
         rounding = 1e-6 * (1 + expected[0].norm())
@@ -325,7 +325,7 @@ def test_training_steps_are_the_plain_run_s():
     readout, targets = Readout.before_labels(labels)
     site = Site("block_output", 1, "f1+l1")
     ends = []
-    for run in (FrozenPast(backbone, batch, [site], readout), PlainRun(backbone, batch, readout)):
+    for run in (FrozenPast(backbone, batch, [site], readout), PlainEngine(backbone, batch, readout)):
         edit = loreft(32, 2, seed=0)
         optimizer = torch.optim.Adam(edit.parameters(), lr=0.02)
         losses = []
@@ -349,7 +349,7 @@ def test_logits_read_at_padding_are_the_model_s(padding):
     where = -1 if padding == "right" else 0
     readout = Readout(torch.full((6, 1), where % LENGTH), None, torch.tensor(TOKENS))
     site = Site("block_output", 1, "last")
-    past, plain = FrozenPast(backbone, batch, [site], readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, [site], readout), PlainEngine(backbone, batch, readout)
     assert past.mode == "layers" and "padding" in past.describe()
     edits = {site: loreft(32, 3, seed=0, start="paper")}
     for rows in ROWS:
@@ -364,7 +364,7 @@ def test_masks_with_holes():
     batch = Batch({**batch.inputs, "attention_mask": mask})
     readout = Readout.at(batch, "last")
     site = Site("block_output", 1, "last")
-    past, plain = FrozenPast(backbone, batch, [site], readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, [site], readout), PlainEngine(backbone, batch, readout)
     assert past.mode == "plain" and "hole" in past.describe()
     compare(past, plain, ROWS[0], {site: loreft(32, 3, seed=0, start="paper")})
 
@@ -376,7 +376,7 @@ def test_positions_that_the_user_gave(name):
     site = Site("block_output", 0, "subject")
     readout = Readout.at(batch, "last")
     batch = Batch({**batch.inputs, "position_ids": shifted}, columns=batch.columns)
-    past, plain = FrozenPast(backbone, batch, [site], readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, [site], readout), PlainEngine(backbone, batch, readout)
     assert past.mode == "keys and values"
     compare(past, plain, ROWS[0], {site: loreft(32, 3, seed=0, start="paper")})
 
@@ -389,7 +389,7 @@ def test_packed_rows_keep_to_themselves():
     batch = Batch({"input_ids": ids, "position_ids": positions})
     readout = Readout.at(batch, "last")
     site = Site("block_output", 0, "7")
-    past, plain = FrozenPast(backbone, batch, [site], readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, [site], readout), PlainEngine(backbone, batch, readout)
     assert past.mode == "layers"
     compare(past, plain, ROWS[0], {site: loreft(32, 3, seed=0, start="paper")})
 
@@ -402,7 +402,7 @@ def test_embeddings_instead_of_tokens(padding):
     batch = Batch({"inputs_embeds": embedded, "attention_mask": batch.inputs["attention_mask"]})
     readout = Readout.at(batch, "last", TOKENS)
     site = Site("block_output", 1, "last")
-    past, plain = FrozenPast(backbone, batch, [site], readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, [site], readout), PlainEngine(backbone, batch, readout)
     assert past.mode == "layers"
     compare(past, plain, ROWS[0], {site: loreft(32, 3, seed=0, start="paper")})
 
@@ -413,7 +413,7 @@ def test_options_that_a_readout_makes_needless(more):
     batch = Batch({**plain_batch.inputs, **more}, columns=plain_batch.columns)
     readout = Readout.at(batch, "l2", TOKENS)
     site = Site("block_output", 0, "subject")
-    past, plain = FrozenPast(backbone, batch, [site], readout), PlainRun(backbone, plain_batch, readout)
+    past, plain = FrozenPast(backbone, batch, [site], readout), PlainEngine(backbone, plain_batch, readout)
     assert past.mode == "keys and values"
     compare(past, plain, ROWS[0], {site: loreft(32, 3, seed=0, start="paper")})
 
@@ -432,10 +432,10 @@ def test_half_precision_within_the_plain_run_s_noise(name):
         Site("attention_output", 1, "last"),
         Site("block_output", 2, "last"),
     ]
-    past, plain = FrozenPast(backbone, batch, sites, readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, sites, readout), PlainEngine(backbone, batch, readout)
     assert past.mode == MODES[name], past.describe()
     assert {t.dtype for t in past.past.tensors()} == {torch.bfloat16}
-    reference = PlainRun(Backbone(exact), batch, readout)
+    reference = PlainEngine(Backbone(exact), batch, readout)
     for site, rows in itertools.product(sites, ROWS[:2]):
         edits = {site: loreft(32, 3, seed=1, start="paper")}
         numbers = [[t.float() for t in measured(run, rows, edits)] for run in (past, plain, reference)]
@@ -520,7 +520,7 @@ def test_chains_of_modules_skip_what_lies_before():
         Site("chain.1.inner.output"): ["b", "c", "d"],
         Site("chain.0.input"): [*"abcd"],
     }
-    past, plain = FrozenPast(backbone, batch, sites, Readout()), PlainRun(backbone, batch, Readout())
+    past, plain = FrozenPast(backbone, batch, sites, Readout()), PlainEngine(backbone, batch, Readout())
     assert past.mode == "layers" and sorted(past.past.states) == [1, 3]
     for site, expected in sites.items():
         compare(past, plain, torch.tensor([3, 1, 1]), {site: loreft(4, 2, seed=0, start="paper")})
@@ -535,7 +535,7 @@ def test_sites_by_path_in_a_transformer_skip_the_blocks_below():
     backbone, batch = Backbone(model), make_batch("llama")
     readout = Readout.at(batch, "last", TOKENS)
     sites = [Site("model.layers.1.self_attn.o_proj.output", positions="last"), Site("block_output", 1, "-3")]
-    past, plain = FrozenPast(backbone, batch, sites, readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, sites, readout), PlainEngine(backbone, batch, readout)
     assert past.mode == "layers"
     counter.take()
     for site, layers in zip(sites, ([1, 2], [2]), strict=True):
@@ -551,7 +551,7 @@ def test_a_path_outside_every_chain_is_run_plainly():
     site = Site("model.norm.output", positions="last")
     past = FrozenPast(backbone, batch, [site], readout)
     assert past.mode == "plain"
-    compare(past, PlainRun(backbone, batch, readout), ROWS[0], {site: loreft(32, 2, seed=0, start="paper")})
+    compare(past, PlainEngine(backbone, batch, readout), ROWS[0], {site: loreft(32, 2, seed=0, start="paper")})
 
 
 def test_only_what_is_needed_is_kept():
@@ -582,7 +582,7 @@ def test_what_does_not_fit_is_recomputed(name):
     assert "on cpu" in whole.describe() and f"{size / 2**20:.1f} MiB" in whole.describe()
     past = kept_by(size // 3 + 1, name=name)
     assert past.past is None and past.mode == MODES[name] and "recomputed" in past.describe()
-    plain = PlainRun(past.backbone, past.batch, past.readout)
+    plain = PlainEngine(past.backbone, past.batch, past.readout)
     for site, rows in itertools.product(SITES, ROWS):
         compare(past, plain, rows, {site: loreft(32, 3, seed=1, start="paper")})
 
@@ -600,9 +600,8 @@ def test_the_host_takes_what_the_device_cannot(monkeypatch):
     monkeypatch.setattr(frozen_past, "budgets", lambda memory, device: (10, 10**9))
     past = kept_by(None)
     assert "in host memory" in past.describe() and past.past.nbytes() > 10
-    compare(past, PlainRun(past.backbone, past.batch, past.readout), ROWS[0], {SITES[0]: loreft(32, 3, seed=1)} | {
-        SITES[1]: loreft(32, 3, seed=2, start="paper")
-    })  # fmt: skip
+    edits = {SITES[0]: loreft(32, 3, seed=1), SITES[1]: loreft(32, 3, seed=2, start="paper")}
+    compare(past, PlainEngine(past.backbone, past.batch, past.readout), ROWS[0], edits)
 
 
 @pytest.mark.parametrize("text", ["8GiB", "500MB", "0.5 gib", "1000000", "2000 KB", "3G"])
@@ -792,7 +791,7 @@ def both_ways(model: nn.Module) -> nn.Module:
 
 def refused_or_right(model, batch, sites, readout, mode):
     backbone = Backbone(model)
-    past, plain = FrozenPast(backbone, batch, sites, readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, sites, readout), PlainEngine(backbone, batch, readout)
     assert past.mode == mode and past.reason, past.describe()
     states = collect(backbone, batch, sites)
     for site, rows in itertools.product(sites, ROWS[:3]):
@@ -889,7 +888,7 @@ def test_active_dropout_freezes_nothing(name):
     one = past.logits(torch.arange(3), {})
     assert not torch.equal(one, past.logits(torch.arange(3), {})), "the model's own dropout stays in force"
     torch.manual_seed(3)
-    assert torch.equal(one, PlainRun(past.backbone, batch, past.readout).logits(torch.arange(3), {}))
+    assert torch.equal(one, PlainEngine(past.backbone, batch, past.readout).logits(torch.arange(3), {}))
     model.eval()
     again = FrozenPast(Backbone(model), batch, SITES, Readout.at(batch, "last"))
     assert again.mode == MODES[name]
@@ -972,5 +971,5 @@ def test_inference_mode_around_the_pass_is_no_trap():
     with torch.inference_mode():
         past = FrozenPast(backbone, batch, SITES, Readout.at(batch, "last"))
     compare(
-        past, PlainRun(backbone, batch, past.readout), ROWS[0], {SITES[0]: loreft(32, 3, seed=1, start="paper")}
+        past, PlainEngine(backbone, batch, past.readout), ROWS[0], {SITES[0]: loreft(32, 3, seed=1, start="paper")}
     )

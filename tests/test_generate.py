@@ -24,12 +24,12 @@ from families import (
     state,
 )
 
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.intervene import collect, forward, generate
 from subspace_lab.core.interventions import interchange, loreft
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.intervene import collect, forward, generate
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gemma3", "neox")
 LENGTH, NEW = 11, 6  # the prompt is longer than Gemma 3's window of 8

@@ -31,9 +31,6 @@ from families import (
 )
 from torch import nn
 
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.intervene import collect, forward
 from subspace_lab.core.interventions import (
     consreft,
     direft,
@@ -48,6 +45,9 @@ from subspace_lab.core.interventions import (
 )
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace, random_subspace
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.intervene import collect, forward
 
 LENGTH = 11
 RAGGED = (11, 6, 1)

@@ -10,16 +10,16 @@ import transformers as t
 from families import VOCABULARY, WIDTH, Spot, capture, hooked, inputs
 from test_frozen_past import LENGTHS, SUBJECT, compare, make_edits
 
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.frozen_past import FrozenPast
-from subspace_lab.core.intervene import collect, forward
 from subspace_lab.core.interventions import loreft
-from subspace_lab.core.kept import Schedule
-from subspace_lab.core.places import place
-from subspace_lab.core.recurrent import Recurrent, unknown_states
-from subspace_lab.core.runs import PlainRun, Readout
 from subspace_lab.core.sites import Site
+from subspace_lab.engine.frozen_past import FrozenPast
+from subspace_lab.engine.kept import Schedule
+from subspace_lab.engine.plain import PlainEngine, Readout
+from subspace_lab.engine.recurrent import Recurrent, unknown_states
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.intervene import collect, forward
+from subspace_lab.model.resolved_sites import resolve
 from subspace_lab.reft import ReftConfig, get_reft_model
 
 COMMON = dict(
@@ -191,7 +191,7 @@ def test_parts_are_where_a_hook_finds_them(name, models):
         expected = capture(model, given, spot)
         assert torch.equal(collect(backbone, given, [site])[site], expected), component
         width = expected.shape[-1]
-        assert backbone.tap(site).width in (None, width)
+        assert backbone.hook_point(site).width in (None, width)
         edit = loreft(width, 2, seed=5, start="paper")
         with hooked(model, {spot: lambda value, edit=edit: edit(value)}):
             expected = model(**given).logits
@@ -210,7 +210,7 @@ def test_resuming_is_the_plain_run(name, padding, models):
     below = {"block_input": "subject", "block_output": "last", "attention_output": "f2+l1", "mlp_output": "-3"}
     sites = [Site(component, 1, positions) for component, positions in below.items() if component in spots(name)]
     sites += [Site("block_output", 0, "f2+l1")]
-    past, plain = FrozenPast(backbone, batch, sites, readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, sites, readout), PlainEngine(backbone, batch, readout)
     by_layers = name in LAYERS_ONLY or name in ENCODERS
     assert past.mode == ("layers" if by_layers else "keys and values"), past.describe()
     assert name not in LAYERS_ONLY or "was refused by its check" in past.describe()
@@ -233,7 +233,7 @@ def test_states_of_every_start(name, padding, models):
     readout = Readout.at(batch, "last", (5, 11, 42))
     texts = ("block_output[0]@early", "mlp_output[1]@-3", "block_output[1]@last", "block_input[2]@other")
     sites = [Site.parse(text) for text in texts]
-    past, plain = FrozenPast(backbone, batch, sites, readout, chunk=4), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, sites, readout, chunk=4), PlainEngine(backbone, batch, readout)
     assert past.mode == "keys and values", past.describe()
     assert (
         past.past is not None and len(past.past.recurrent) == 5
@@ -254,7 +254,7 @@ def test_rows_without_a_past_have_no_state():
     torch.nn.init.ones_(model.model.layers[0].conv.in_proj.bias)
     backbone, batch = Backbone(model), Batch(inputs("gpt2", 3, 9), columns={"at": torch.tensor([0, 4, 0])})
     site, readout = Site("block_output", 1, "at"), Readout.at(batch, "last")
-    schedule = Schedule(batch, {site: place(backbone, batch, site, growing=True)}, readout)
+    schedule = Schedule(batch, {site: resolve(backbone, batch, site, growing=True)}, readout)
     start = schedule.first([site])
     states = Recurrent(backbone, backbone.anatomy.stacks[""], schedule, [start]).after(torch.arange(3), start)
     assert start.tolist() == [0, 4, 0] and {block for block, _, _ in states} == {0, 2}
@@ -269,14 +269,14 @@ def test_states_that_are_written_over_are_not_trained_through(models):
     past = FrozenPast(backbone, batch, [site], readout)
     assert past.mode == "layers" and "modified by an inplace operation" in past.describe(), past.describe()
     edits = {site: loreft(WIDTH, 2, start="paper")}
-    compare(past, PlainRun(backbone, batch, readout), torch.tensor([2, 0]), edits)
+    compare(past, PlainEngine(backbone, batch, readout), torch.tensor([2, 0]), edits)
 
 
 def test_states_that_are_kept_elsewhere_are_not_counted_on(models, monkeypatch):
     backbone = Backbone(models("lfm2"))
     chain = backbone.anatomy.stacks[""]
     assert not unknown_states(backbone, chain) and unknown_states(backbone, chain[:-1])
-    monkeypatch.setattr("subspace_lab.core.frozen_past.unknown_states", lambda *_: True)
+    monkeypatch.setattr("subspace_lab.engine.frozen_past.unknown_states", lambda *_: True)
     batch = Batch(inputs("gpt2", 3, 9))
     past = FrozenPast(backbone, batch, [Site("block_output", 1, "last")], Readout.at(batch, "last"))
     assert past.mode == "layers" and "no part of the model's cache" in past.describe()
@@ -290,7 +290,7 @@ def test_states_for_which_there_is_no_room(models):
     past = FrozenPast(backbone, batch, [site], readout, chunk=4, memory=whole // 2)
     assert past.mode == "layers" and "MiB would not fit" in past.describe(), past.describe()
     edits = {site: loreft(WIDTH, 2, seed=3, start="paper")}
-    compare(past, PlainRun(backbone, batch, readout), torch.tensor([2, 60]), edits)
+    compare(past, PlainEngine(backbone, batch, readout), torch.tensor([2, 60]), edits)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -326,7 +326,7 @@ def test_generation_cached_uncached_and_alone(name, models):
 def test_models_without_blocks_to_number_say_so(config):
     backbone = Backbone(t.AutoModelForMaskedLM.from_config(config))
     with pytest.raises(ValueError, match="no stack of transformer blocks"):
-        backbone.tap(Site("block_output", 0))
+        backbone.hook_point(Site("block_output", 0))
 
 
 # --- queries, keys and values -------------------------------------------------------------------------------
@@ -385,14 +385,14 @@ def check_projections(model, path, columns, words="qkv"):
 @pytest.mark.parametrize("name", ["falcon", "codegen", "deepseek_v3"])
 def test_projections_in_an_order_that_is_not_known_are_refused(name, models):
     with pytest.raises(ValueError, match=r"no query_output that is known.*Submodules"):
-        Backbone(models(name)).tap(Site("query_output", 1))
+        Backbone(models(name)).hook_point(Site("query_output", 1))
 
 
 def test_projections_that_see_positions_before_rows_are_refused():
     config = t.LongformerConfig(**COMMON | dict(max_position_embeddings=66, pad_token_id=1), attention_window=8)
     backbone = Backbone(t.AutoModelForMaskedLM.from_config(config).eval())
     with pytest.raises(ValueError, match="no key_output that is known"):
-        backbone.tap(Site("key_output", 1))
+        backbone.hook_point(Site("key_output", 1))
     by_path = Site("longformer.encoder.layer.1.attention.self.key.output", positions="last")
     with pytest.raises(ValueError, match="2 rows met a stream of 16 rows"):
         collect(backbone, inputs("gpt2", 2, 16), [by_path])
@@ -454,11 +454,11 @@ def test_resuming_behind_a_picture(seeing):
         Readout.at(batch, "last", (5, 11)),
         [Site("block_output", 1, "last"), Site("mlp_output", 2, "l2")],
     )
-    past, plain = FrozenPast(backbone, batch, sites, readout), PlainRun(backbone, batch, readout)
+    past, plain = FrozenPast(backbone, batch, sites, readout), PlainEngine(backbone, batch, readout)
     assert past.mode == "layers" and "pixel_values" in past.describe()
     text = Batch({name: given[name] for name in ("input_ids", "attention_mask")})
     text.inputs["input_ids"] = text.inputs["input_ids"].clamp_max(IMAGE - 1)
-    without, plainly = FrozenPast(backbone, text, sites, readout), PlainRun(backbone, text, readout)
+    without, plainly = FrozenPast(backbone, text, sites, readout), PlainEngine(backbone, text, readout)
     assert without.mode == "keys and values", without.describe()
     for site in sites:
         edits = {site: loreft(WIDTH, 2, seed=1, start="paper")}
@@ -471,9 +471,9 @@ def test_what_is_not_known_of_pictures_is_refused(seeing):
     with pytest.raises(ValueError, match="positions need tokens"):
         collect(backbone, given, [Site(f"{PICTURES}.block_output", 0, "last")])
     with pytest.raises(ValueError, match="configuration of this stack"):
-        backbone.tap(Site(f"{PICTURES}.head_output", 0, heads=1))
+        backbone.hook_point(Site(f"{PICTURES}.head_output", 0, heads=1))
     with pytest.raises(ValueError, match=f"no stack 'eyes'; the model has .*{PICTURES}"):
-        backbone.tap(Site("eyes.block_output", 0))
+        backbone.hook_point(Site("eyes.block_output", 0))
 
 
 # --- streams of another shape -------------------------------------------------------------------------------

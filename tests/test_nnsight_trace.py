@@ -5,11 +5,11 @@ import torch
 from families import build, call, differ, fresh, inputs
 from nnsight import NNsight
 
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.intervene import collect, forward, generate
 from subspace_lab.core.interventions import full_vector, interchange, loreft
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.intervene import collect, forward, generate
 
 WIDTH = 32
 

@@ -9,9 +9,9 @@ from test_reft_trainer import trainer
 from subspace_lab.core.interventions import interchange
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
-from subspace_lab.core.training import TrainingConfig
 from subspace_lab.das.metrics import proportion
 from subspace_lab.das.search import Found
+from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft import ReftConfig, ReftModel, as_reft, finetune, get_reft_model
 from subspace_lab.reft.composition import PartedBasis
 from subspace_lab.reft.data import pad

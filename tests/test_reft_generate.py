@@ -9,8 +9,8 @@ from families import build, fresh, inputs
 from test_reft_data import make_tokenizer
 from transformers import TextIteratorStreamer
 
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.intervene import generate
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.intervene import generate
 from subspace_lab.reft import ReftConfig, get_reft_model
 
 FAMILIES = ("gpt2", "llama", "qwen3", "gemma3", "neox")

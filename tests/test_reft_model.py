@@ -8,10 +8,10 @@ import transformers
 from families import Spot, build, call, editing, fresh, hooked, inputs, spots, standing
 from torch import nn
 
-from subspace_lab.core.intervene import forward
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
+from subspace_lab.model.intervene import forward
 from subspace_lab.reft import METHODS, ReftConfig, ReftModel, get_reft_model
 
 LENGTHS, LENGTH = (11, 5, 1), 11

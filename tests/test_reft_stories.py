@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.intervene import collect, forward
 from subspace_lab.core.interventions import interchange
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
-from subspace_lab.core.training import TrainingConfig
+from subspace_lab.engine.training import TrainingConfig
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.intervene import collect, forward
 from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model, tokenise
 
 NAMES = ("Lily", "Tim", "Sue", "Tom", "Mia", "Ben", "Anna", "Max")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_reft_data import make_tokenizer
 from transformers import Trainer, TrainingArguments
 
-from subspace_lab.core.training import TrainingConfig
+from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model
 from subspace_lab.reft.data import pad
 

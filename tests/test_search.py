@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.batches import Batch
 from subspace_lab.core.interventions import interchange
-from subspace_lab.core.runs import PlainRun
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace, random_orthonormal
-from subspace_lab.core.training import TrainingConfig, train
-from subspace_lab.das import pairs as pairs_module
+from subspace_lab.das import prepared_pairs as pairs_module
 from subspace_lab.das.encoding import Counterfactuals
 from subspace_lab.das.metrics import proportion
 from subspace_lab.das.search import SearchResult, search, site_seed
+from subspace_lab.engine.plain import PlainEngine
+from subspace_lab.engine.training import TrainingConfig, train
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch
 
 WIDTH, ROWS, LENGTH = 32, 60, 7
 ANSWERS = torch.arange(7, 19)  # many, so that a swap changes which is the highest
@@ -298,7 +298,7 @@ def test_the_frozen_past_finds_what_the_plain_run_finds(
     monkeypatch.setattr(
         pairs_module,
         "FrozenPast",
-        lambda backbone, batch, sites, readout, **_: PlainRun(backbone, batch, readout),
+        lambda backbone, batch, sites, readout, **_: PlainEngine(backbone, batch, readout),
     )
     plain = searched(backbone)
     assert plain.engine.startswith("plain run") and result.engine.startswith("frozen past by keys and values")

@@ -10,8 +10,8 @@ from families import LAYERS, TRANSFORMERS, WIDTH, build, heads, spots
 from hypothesis import given
 from torch import nn
 
-from subspace_lab.core.backbone import Backbone
 from subspace_lab.core.sites import COMPONENTS, HEADED, Site
+from subspace_lab.model.backbone import Backbone
 
 # --- values -------------------------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ def test_what_is_no_site_is_refused(make, message):
         make()
 
 
-# --- taps ---------------------------------------------------------------------------------------------------
+# --- hook points --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -115,19 +115,20 @@ def test_every_component_is_where_the_architecture_has_it(name):
         assert backbone.depth == LAYERS
     for layer in (0, LAYERS - 1, -1):
         for component, spot in spots(name, layer % LAYERS).items():
-            tap = backbone.tap(Site(component, layer))
-            assert (tap.path, tap.side, tap.columns) == (spot.path, spot.side, spot.columns), component
+            hook_point = backbone.hook_point(Site(component, layer))
+            found = hook_point.path, hook_point.side, hook_point.columns
+            assert found == (spot.path, spot.side, spot.columns), component
             if component.rpartition(".")[2] in HEADED:
                 count, size = heads(name, component)
-                assert tap.width == count * size
-                part = backbone.tap(Site(component, layer, heads=[count - 1]))
+                assert hook_point.width == count * size
+                part = backbone.hook_point(Site(component, layer, heads=[count - 1]))
                 own = spot.columns or tuple(range(count * size))
                 assert part.columns == own[-size:] and part.width == size
             elif component.endswith("mlp_activation"):
-                assert tap.width == 48
+                assert hook_point.width == 48
             else:
-                assert tap.width == WIDTH
-            assert backbone.width(Site(component, layer)) == tap.width
+                assert hook_point.width == WIDTH
+            assert backbone.width(Site(component, layer)) == hook_point.width
 
 
 @pytest.mark.parametrize(
@@ -160,9 +161,9 @@ def test_every_component_is_where_the_architecture_has_it(name):
         ("gpt2", Site("transformer.h.9.output"), ValueError, r"no submodule 'transformer\.h\.9'; it has \["),
     ],
 )
-def test_places_that_a_model_has_not_are_refused(name, site, error, message):
+def test_resolved_that_a_model_has_not_are_refused(name, site, error, message):
     with pytest.raises(error, match=message):
-        Backbone(build(name)).tap(site)
+        Backbone(build(name)).hook_point(site)
 
 
 class SomeAttention(nn.Module):
@@ -177,11 +178,11 @@ def test_unknown_block_says_what_it_has():
     model = nn.Module()
     model.blocks = nn.ModuleList(nn.ModuleDict({"attention_here": SomeAttention()}) for _ in range(2))
     backbone = Backbone(model)
-    assert backbone.depth == 2 and backbone.tap(Site("block_output", 1)).path == "blocks.1"
+    assert backbone.depth == 2 and backbone.hook_point(Site("block_output", 1)).path == "blocks.1"
     with pytest.raises(
         ValueError, match=r"no head_output that is known. .*\['attention_here', 'attention_here.mixer'\]"
     ):
-        backbone.tap(Site("head_output", 1))
+        backbone.hook_point(Site("head_output", 1))
     with pytest.raises(ValueError, match="width is not known before a run"):
         backbone.width(Site("block_output", 1))
     assert backbone.width(Site("blocks.0.attention_here.mixer.input")) == 8
@@ -192,8 +193,8 @@ def test_paths():
     assert backbone.width(Site("transformer.h.0.mlp.c_fc.output")) == 48
     assert backbone.width(Site("transformer.h.0.mlp.c_fc.input")) == WIDTH
     assert Backbone(build("mlp")).width(Site("second.output")) == WIDTH
-    assert Backbone(build("t5")).tap(Site("decoder.block.0.layer.0.output")).stack == "decoder"
-    assert Backbone(build("t5")).tap(Site("encoder.block.0.layer.0.output")).stack == "encoder"
+    assert Backbone(build("t5")).hook_point(Site("decoder.block.0.layer.0.output")).stack == "decoder"
+    assert Backbone(build("t5")).hook_point(Site("encoder.block.0.layer.0.output")).stack == "encoder"
 
 
 def test_a_backbone_is_made_of_a_module():
@@ -223,5 +224,5 @@ def test_order_of_a_run():
         Site("lm_head.input"),
         Site(".output"),
     ]
-    order = [backbone.tap(site).order for site in run]
+    order = [backbone.hook_point(site).order for site in run]
     assert order == sorted(order) and len(set(order)) == len(order)

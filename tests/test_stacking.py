@@ -7,16 +7,16 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.batches import Batch
 from subspace_lab.core.interventions import interchange, loreft
 from subspace_lab.core.sites import Site
-from subspace_lab.core.stacking import Stack, rows_of, split
 from subspace_lab.core.subspaces import LearnedSubspace
-from subspace_lab.core.training import TrainingConfig, train, train_together
 from subspace_lab.das.encoding import Counterfactuals
-from subspace_lab.das.pairs import Pairs, fit, from_pool
+from subspace_lab.das.prepared_pairs import PreparedPairs, fit, from_pool
 from subspace_lab.das.search import search
+from subspace_lab.engine.stacking import Stack, rows_of, split
+from subspace_lab.engine.training import TrainingConfig, train, train_together
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch
 
 WIDTH, ROWS, LENGTH = 32, 40, 9
 
@@ -65,7 +65,7 @@ def test_rows_that_do_not_divide_are_refused(rows: int) -> None:
 
 def test_together_equals_alone(backbone: Backbone) -> None:
     site = Site("block_output", 1, "last")
-    ready = Pairs.of(backbone, pairs(0), [site])
+    ready = PreparedPairs.of(backbone, pairs(0), [site])
     cells = [(1, 0, 1e-2), (4, 0, 1e-2), (4, 1, 3e-2), (2, 2, 1e-3)]
     configs = [TrainingConfig(steps=12, batch_size=16, seed=s, learning_rate=rate) for _, s, rate in cells]
 

@@ -15,13 +15,13 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from subspace_lab.analysis.controls import reinitialised
-from subspace_lab.core.backbone import Backbone
+from subspace_lab.analysis.twins import reinitialised
 from subspace_lab.core.sites import Site
-from subspace_lab.core.training import TrainingConfig
 from subspace_lab.das.counterfactuals import counterfactual_dataset
 from subspace_lab.das.encoding import Counterfactuals, encode
 from subspace_lab.das.search import Found, SearchResult, search
+from subspace_lab.engine.training import TrainingConfig
+from subspace_lab.model.backbone import Backbone
 from subspace_lab.tasks.story_gender import NAMES, STORY_GENDER
 
 RANK = 4

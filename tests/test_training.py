@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.batches import Batch
 from subspace_lab.core.interventions import Intervention, interchange, loreft, steer
-from subspace_lab.core.runs import PlainRun, Readout
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace, random_subspace
-from subspace_lab.core.training import TrainingConfig, progress_bar, shuffled_rows, train
+from subspace_lab.engine.plain import PlainEngine, Readout
+from subspace_lab.engine.training import TrainingConfig, progress_bar, shuffled_rows, train
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch
 
 WIDTH = 8
 SITE = Site("0.output")
@@ -39,7 +39,7 @@ def test_gradients_reach_the_edits_alone() -> None:
     before = {k: v.clone() for k, v in base.state_dict().items()}
     flags = [p.requires_grad for p in base.parameters()]
     inputs, rows = torch.randn(20, WIDTH), torch.arange(20)
-    run = PlainRun(Backbone(base), Batch.of(inputs), Readout())
+    run = PlainEngine(Backbone(base), Batch.of(inputs), Readout())
     edits = {"LoReFT": loreft(WIDTH, 2, seed=0), "DAS": interchange(LearnedSubspace(WIDTH, 2, seed=0))}
     for edit in edits.values():
         start = {k: v.clone() for k, v in edit.state_dict().items()}

@@ -50,7 +50,7 @@ class _Grid:
         order = sorted(rows, key=lambda row: (row[1] is not None, row[1] or 0))
         return cls(tuple(order), tuple(dict.fromkeys(s.positions for s in sites)))
 
-    def place(self, site: Site) -> tuple[int, int]:
+    def resolve(self, site: Site) -> tuple[int, int]:
         return self.rows.index((site.component, site.layer, site.heads)), self.columns.index(site.positions)
 
     def names(self) -> tuple[str, list[str]]:
@@ -161,7 +161,7 @@ def _draw_grid(axis: Axes, grid: _Grid, found: Sequence[Found], scale: Normalize
     _frame(axis, grid.columns, grid.names()[1])
     axis.set_xlabel("position", fontsize=9, color=INK)
     for one in found:
-        row, column = grid.place(one.site)
+        row, column = grid.resolve(one.site)
         colour = COLOURS(scale(one.iia.value))
         _cell(axis, column, row, colour)
         if legible:
@@ -207,7 +207,7 @@ def _panels(labels: Sequence[str]) -> tuple[str, dict[str, tuple[list[int], list
     axis, names = grid.names()
     panels = {}
     for column, position in enumerate(grid.columns):
-        rows = {grid.place(site)[0]: i for i, site in enumerate(sites) if grid.place(site)[1] == column}
+        rows = {grid.resolve(site)[0]: i for i, site in enumerate(sites) if grid.resolve(site)[1] == column}
         panels[f"position {position}"] = ([rows[r] for r in sorted(rows)], [names[r] for r in sorted(rows)])
     if min(len(members) for members, _ in panels.values()) < 2:
         return whole

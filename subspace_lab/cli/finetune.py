@@ -25,13 +25,13 @@ from subspace_lab.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from subspace_lab.core.training import TrainingConfig
+    from subspace_lab.engine.training import TrainingConfig
     from subspace_lab.reft.config import ReftConfig
-    from subspace_lab.reft.jobs import Job
+    from subspace_lab.reft.datafiles import Rows
+    from subspace_lab.reft.jobs import TrainingJob
     from subspace_lab.reft.model import ReftModel
-    from subspace_lab.reft.rows import Rows
 else:  # names in annotations have to exist at run time as well, and importing these takes seconds
-    Job = ReftConfig = ReftModel = Rows = TrainingConfig = Any
+    TrainingJob = ReftConfig = ReftModel = Rows = TrainingConfig = Any
 
 EPOCHS = 10
 
@@ -100,9 +100,9 @@ def finetune(
     with nothing_left_behind(out), refusing():
         from subspace_lab.core.checkpoints import output_folder
         from subspace_lab.reft.config import ReftConfig
+        from subspace_lab.reft.datafiles import read_rows
         from subspace_lab.reft.jobs import pad_token
         from subspace_lab.reft.model import get_reft_model
-        from subspace_lab.reft.rows import read_rows
 
         folder = output_folder(out)
         config = ReftConfig(method=method, rank=rank, positions=positions, component=component, seed=seed)
@@ -137,7 +137,7 @@ def _run(
     folder: Path,
     settings: dict[str, Any],
     rows: Rows,
-    job: Job,
+    job: TrainingJob,
     reft: ReftModel,
     training: TrainingConfig,
     memory: str | None,
@@ -194,7 +194,7 @@ def _training(
     epochs: int | None, steps: int | None, n: int, batch_size: int, learning_rate: float, seed: int
 ) -> TrainingConfig:
     """The training of n rows."""
-    from subspace_lab.core.training import TrainingConfig
+    from subspace_lab.engine.training import TrainingConfig
 
     if epochs is not None and steps is not None:
         raise ValueError(f"--epochs {epochs} and --steps {steps} say the same thing twice: give one of them.")
@@ -209,7 +209,7 @@ def _check_memory(memory: str | None, device: str, rows: Rows) -> None:
     """Whether memory and device are ones that this job can use."""
     import torch
 
-    from subspace_lab.core.budget import budgets
+    from subspace_lab.engine.budget import budgets
 
     budgets(memory, torch.device(device))
     if rows.classes is None:
@@ -224,15 +224,15 @@ def _check_memory(memory: str | None, device: str, rows: Rows) -> None:
 
 def _job(
     rows: Rows, split: tuple[list, list], tokenizer: Any, longest: int | None, generating: dict[str, Any]
-) -> Job:
+) -> TrainingJob:
     """The rows, to train on and held out, as token ids."""
     if rows.classes is not None:
-        from subspace_lab.reft.classes import Classes
+        from subspace_lab.reft.classification_job import ClassificationJob
 
-        return Classes(*split, tokenizer, longest=longest)
-    from subspace_lab.reft.jobs import Answers
+        return ClassificationJob(*split, tokenizer, longest=longest)
+    from subspace_lab.reft.jobs import GenerationJob
 
-    return Answers(*split, tokenizer, longest=longest, **generating)
+    return GenerationJob(*split, tokenizer, longest=longest, **generating)
 
 
 def _network(
@@ -241,7 +241,7 @@ def _network(
     """The model, and which of its modules are trained and saved along."""
     if rows.classes is None:
         return load_causal(model, device, dtype), ()
-    from subspace_lab.reft.classes import heads
+    from subspace_lab.reft.classification_job import heads
 
     network, fresh = load_classifier(model, device, dtype, rows.classes, seed)
     # A head on a decoder looks for the last token that is no padding, and refuses batches where none is named.
@@ -254,6 +254,6 @@ def _network(
 def _layers(text: str, network: Any, component: str) -> str | list[int]:
     if text == "all":
         return text
-    from subspace_lab.core.backbone import Backbone
+    from subspace_lab.model.backbone import Backbone
 
     return layer_numbers(text, Backbone(network).anatomy.depth(component.rpartition(".")[0]))

@@ -24,9 +24,9 @@ from subspace_lab.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from subspace_lab.core.backbone import Backbone
     from subspace_lab.core.sites import Site
     from subspace_lab.das.counterfactuals import Task
+    from subspace_lab.model.backbone import Backbone
 else:  # names in annotations have to exist at run time as well, and importing these takes seconds
     Backbone = Site = Task = Any
 
@@ -87,10 +87,10 @@ def search(
     settings = {**locals(), "out": str(out)}
     with nothing_left_behind(out):
         with refusing():
-            from subspace_lab.core.backbone import Backbone
             from subspace_lab.core.checkpoints import output_folder
-            from subspace_lab.core.training import TrainingConfig
             from subspace_lab.das.search import search as search_sites
+            from subspace_lab.engine.training import TrainingConfig
+            from subspace_lab.model.backbone import Backbone
 
             folder = output_folder(out)
             config = TrainingConfig(steps=steps, learning_rate=learning_rate)
@@ -109,7 +109,7 @@ def search(
                 found = run(backbone, *data, min_accuracy=bar, label="model")
             control = None
             if twin:
-                from subspace_lab.analysis.controls import reinitialised
+                from subspace_lab.analysis.twins import reinitialised
 
                 control = run(Backbone(reinitialised(network, seed)), *data, min_accuracy=None, label="twin ")
         settings |= {

@@ -1,4 +1,4 @@
-"""Subspaces, interventions, sites, positions, and the engine that runs and trains them on a model.
+"""The method itself: subspaces, interventions, sites, positions, and their files.
 
 Knows no other room.
 """

@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.runs import Readout
+from subspace_lab.engine.plain import Readout
+from subspace_lab.model.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def from_texts(
     base_answer: Sequence[str],
     spans: Mapping[str, Sequence[str]] | None = None,
 ) -> Counterfactuals:
-    """Pairs of one's own, from plain lists of texts.
+    """PreparedPairs of one's own, from plain lists of texts.
 
     Args:
         base: the prompts.

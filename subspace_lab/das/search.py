@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from subspace_lab.core.backbone import Backbone
 from subspace_lab.core.interventions import Intervention, full_vector, interchange, loreft
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, Subspace, random_subspace
-from subspace_lab.core.training import TrainingConfig, progress_bar
 from subspace_lab.das.encoding import Counterfactuals
 from subspace_lab.das.metrics import Estimate, proportion
-from subspace_lab.das.pairs import Draw, Pairs, fit, from_pool, from_stream
+from subspace_lab.das.prepared_pairs import Draw, PreparedPairs, fit, from_pool, from_stream
+from subspace_lab.engine.training import TrainingConfig, progress_bar
+from subspace_lab.model.backbone import Backbone
 
 Stream = Callable[[int], Counterfactuals]
 RANDOM_SUBSPACES = 5
@@ -177,7 +177,7 @@ def search(
             f"{len(rates)} learning rates."
         )
     _check(backbone, sites, ranks, variables)
-    held_out = Pairs.of(backbone, test, sites, memory=memory)
+    held_out = PreparedPairs.of(backbone, test, sites, memory=memory)
     given = held_out.unedited()
     accuracy = proportion(given == test.base_answer.cpu())
     if min_accuracy is not None and accuracy.value < min_accuracy:
@@ -186,7 +186,7 @@ def search(
             f"{min_accuracy}: a variable of an algorithm that it does not follow is not worth a search. "
             "Ask for it all the same with min_accuracy=None."
         )
-    fixed = None if callable(training) else Pairs.of(backbone, training, sites, memory=memory)
+    fixed = None if callable(training) else PreparedPairs.of(backbone, training, sites, memory=memory)
     found: list[Found] = []
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task(label, total=len(sites) * config.steps)
@@ -207,7 +207,7 @@ def search(
         accuracy=accuracy,
         no_intervention=proportion(given == test.answer.cpu()),
         constant=proportion(test.answer == counts.argmax()),
-        engine=held_out.run.describe(),
+        engine=held_out.engine.describe(),
     )
 
 
@@ -228,8 +228,8 @@ def _search_site(
     variables: list[str],
     cells: list[tuple[int, TrainingConfig]],
     draws: list[Draw],
-    fixed: Pairs | None,
-    held_out: Pairs,
+    fixed: PreparedPairs | None,
+    held_out: PreparedPairs,
     on_step: Callable[[int, list[float]], None],
 ) -> list[Found]:
     """Train all cells of a site together, then try them and their controls on the held-out pairs."""
@@ -284,7 +284,7 @@ def _swap(whole: Subspace, variables: list[str]) -> Intervention:
 
 
 def _chance(
-    held_out: Pairs, site: Site, width: int, rank: int, variables: list[str], device: torch.device
+    held_out: PreparedPairs, site: Site, width: int, rank: int, variables: list[str], device: torch.device
 ) -> Estimate:
     """The mean IIA of random subspaces; its n counts the pairs once, since the subspaces share them."""
     controls = [

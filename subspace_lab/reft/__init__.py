@@ -1,9 +1,9 @@
 """Representation finetuning (Wu et al. 2024, arXiv 2404.03592) over the core, with PEFT's verbs."""
 
+from subspace_lab.reft.adapters_hub import from_adapters
 from subspace_lab.reft.config import METHODS, ReftConfig
 from subspace_lab.reft.data import PromptCollator, tokenise
 from subspace_lab.reft.finetune import finetune
-from subspace_lab.reft.foreign import from_adapters
 from subspace_lab.reft.model import ReftModel, as_reft, get_reft_model
 from subspace_lab.reft.pyreft import from_pyreft, to_pyreft
 

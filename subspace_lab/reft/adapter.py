@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.backbone import Backbone, Visit
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import COMPONENTS, Site
 from subspace_lab.core.subspaces import Subspace
+from subspace_lab.model.backbone import Backbone, Hook
 from subspace_lab.reft.composition import of_parts
 from subspace_lab.reft.config import ReftConfig
 
@@ -76,12 +76,12 @@ class Adapter(nn.Module):
                     basis.raw[name].requires_grad_(moves)
                     edit.value.get_submodule(f"values.{name}").requires_grad_(moves)
 
-    def visits(self, backbone: Backbone) -> list[Visit]:
+    def hooks(self, backbone: Backbone) -> list[Hook]:
         """The modules that stand in for those of the base model."""
         position = backbone.anatomy.position
         # Behind everything inside blocks: such modules are heads.
         return [
-            Visit(_path(key), "replace", (position[_path(key)], len(COMPONENTS)), module)
+            Hook(_path(key), "replace", (position[_path(key)], len(COMPONENTS)), module)
             for key, module in self.saved.items()
         ]
 

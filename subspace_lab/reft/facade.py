@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from subspace_lab.core.backbone import Backbone
+from subspace_lab.model.backbone import Backbone
 
 
 class Facade(nn.Module):

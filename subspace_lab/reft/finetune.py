@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from subspace_lab.core.training import TrainingConfig, progress_bar, shuffled_rows, train
+from subspace_lab.engine.training import TrainingConfig, progress_bar, shuffled_rows, train
 from subspace_lab.reft.model import ReftModel
 from subspace_lab.reft.past import AnswersPast
 

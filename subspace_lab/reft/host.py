@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from subspace_lab.core.backbone import Visit
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
+from subspace_lab.model.backbone import Hook
 from subspace_lab.reft.adapter import Adapter
 from subspace_lab.reft.composition import folded
 from subspace_lab.reft.config import ReftConfig
@@ -144,6 +144,6 @@ class Host(Facade):
             raise ValueError(f"No active adapter edits {site}; edited are {list(map(str, edits))}.")
         return edits[site].subspace.frozen()
 
-    def visits(self) -> list[Visit]:
+    def hooks(self) -> list[Hook]:
         """The modules of the active adapters that stand in for those of the base model."""
-        return [v for name in self.active_adapters for v in self.adapter(name).visits(self.backbone)]
+        return [v for name in self.active_adapters for v in self.adapter(name).hooks(self.backbone)]

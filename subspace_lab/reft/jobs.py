@@ -2,7 +2,8 @@
 
 A job knows its rows as token ids, how an adapter is trained on them, and what is measured of a model on rows that
 were held out. Both jobs show the same verbs, so that whoever runs them need not know which one it is. Answers are
-here; classes, which need `transformers.Trainer` and the seconds that its import takes, in `reft/classes.py`.
+here; classes, which need `transformers.Trainer` and the seconds that its import takes, are
+in `reft/classification_job.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from subspace_lab.core.positions import select
-from subspace_lab.core.training import TrainingConfig
+from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft.config import ReftConfig
 from subspace_lab.reft.data import pad, tokenise
 from subspace_lab.reft.finetune import finetune
@@ -43,7 +44,7 @@ class Measured:
     texts: tuple[str, ...] = ()
 
 
-class Job(ABC):
+class TrainingJob(ABC):
     """Tokenised rows to train on and rows that were held out.
 
     Attributes:
@@ -91,7 +92,7 @@ class Job(ABC):
             select(group, lengths, {})
 
 
-class Answers(Job):
+class GenerationJob(TrainingJob):
     """Prompts and answers: trained through the frozen past, measured by loss and by what is generated.
 
     Args:

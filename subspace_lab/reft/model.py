@@ -18,10 +18,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.intervene import forward, generate, setting
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.intervene import forward, generate, setting
 from subspace_lab.reft.adapter import base_facts
 from subspace_lab.reft.config import ReftConfig
 from subspace_lab.reft.data import padding_mask, prompt_lengths_of, refuse_packed
@@ -173,7 +173,7 @@ class ReftModel(Host):
                 )
         self._check_checkpointing()
         batch = Batch(given, prompt_lengths)
-        return forward(self.backbone, batch, self.edits(), train_base=True, also=self.visits())
+        return forward(self.backbone, batch, self.edits(), train_base=True, also=self.hooks())
 
     def generate(
         self,
@@ -201,11 +201,11 @@ class ReftModel(Host):
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
         batch = Batch({name: value for name, value in given.items() if value is not None})
         return generate(
-            self.backbone, batch, self.edits(), every_token=every_token, also=self.visits(), **generation
+            self.backbone, batch, self.edits(), every_token=every_token, also=self.hooks(), **generation
         )
 
     def keep_past(self, rows: Dataset, *, memory: int | str | None = None) -> Dataset:
-        """Compute once what training on these rows need not compute again (`core/frozen_past.py`).
+        """Compute once what training on these rows need not compute again (`engine/frozen_past.py`).
 
         Args:
             rows: tokenised prompts and answers, as `reft.data.tokenise` gives them.
@@ -220,7 +220,7 @@ class ReftModel(Host):
             ValueError: no active adapter, or one with `modules_to_save`, whose past is not frozen.
         """
         edits = self.edits()
-        if not edits or self.visits():
+        if not edits or self.hooks():
             raise ValueError(
                 "The past is kept for active adapters without modules_to_save: what those change is not frozen."
             )
@@ -257,7 +257,7 @@ class ReftModel(Host):
             return
         inside = [str(s) for s in self.edits() if not s.component.endswith(("block_output", "block_input"))]
         blocks = [f"{block}." for stack in self.backbone.anatomy.stacks.values() for block in stack]
-        inside += [v.path for v in self.visits() if v.path.startswith(tuple(blocks))]
+        inside += [v.path for v in self.hooks() if v.path.startswith(tuple(blocks))]
         if inside:
             raise ValueError(
                 "Gradient checkpointing runs blocks twice and loses the gradient of what is trained inside them: "

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.frozen_past import FrozenPast
-from subspace_lab.core.intervene import Edits
-from subspace_lab.core.runs import Readout
+from subspace_lab.engine.frozen_past import FrozenPast
+from subspace_lab.engine.plain import Readout
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.intervene import Edits
 from subspace_lab.reft.data import pad, prompt_lengths_of
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from subspace_lab.core.checkpoints import read_json, write_json
 from subspace_lab.core.interventions import Affine, Constant, Intervention
-from subspace_lab.reft.foreign import Numbers, configured, filled, orthogonal, plain_tensors
+from subspace_lab.reft.adapters_hub import Numbers, configured, filled, orthogonal, plain_tensors
 from subspace_lab.reft.model import ReftModel
 
 # pyreft's classes; its DireftIntervention keeps R orthonormal, which no name of the paper's has, and its

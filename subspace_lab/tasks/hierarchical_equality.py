@@ -20,12 +20,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from subspace_lab.core.batches import Batch
 from subspace_lab.core.sites import Site
-from subspace_lab.core.training import TrainingConfig, train
 from subspace_lab.das.causal_models import CausalModel
 from subspace_lab.das.encoding import Counterfactuals
 from subspace_lab.das.metrics import Estimate, proportion
+from subspace_lab.engine.training import TrainingConfig, train
+from subspace_lab.model.batches import Batch
 
 SIZE = 4  # of each of the four vectors
 HIDDEN = 16

@@ -18,7 +18,7 @@ is all that positions (passed explicitly) and sliding windows go by.
 
 What is chosen, from best to most general, and why a better one was refused, is told by `describe()`:
 
-    keys and values    causal decoders; of blocks without attention the states (`core/recurrent.py`)
+    keys and values    causal decoders; of blocks without attention the states (`engine/recurrent.py`)
     layers             models that attend both ways: skipped blocks alone; chains of modules likewise
     plain              whatever has no block that can be skipped, or whose past is not frozen
 
@@ -35,16 +35,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.backbone import Backbone, Visit
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.budget import budgets, home
-from subspace_lab.core.changes import Watch, restless, tensors_of
-from subspace_lab.core.intervene import Edits, Sources, edit_visits, model_inputs
-from subspace_lab.core.kept import Aligned, Chain, Past, Schedule, cached, take
-from subspace_lab.core.places import Place, place
-from subspace_lab.core.recurrent import Recurrent, unknown_states, without_attention
-from subspace_lab.core.runs import LAST, NEEDLESS, PlainRun, Readout, place_of
 from subspace_lab.core.sites import Site
+from subspace_lab.engine.budget import budgets, home
+from subspace_lab.engine.fingerprint import Fingerprint, restless, tensors_of
+from subspace_lab.engine.kept import Aligned, Chain, Past, Schedule, cached, take
+from subspace_lab.engine.plain import LAST, NEEDLESS, PlainEngine, Readout, resolved_rows
+from subspace_lab.engine.recurrent import Recurrent, unknown_states, without_attention
+from subspace_lab.model.backbone import Backbone, Hook
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.intervene import Edits, Sources, edit_hooks, model_inputs
+from subspace_lab.model.resolved_sites import ResolvedSite, resolve
 
 DECODER_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", *NEEDLESS}
 LESSER = {"keys and values": "layers", "layers": "plain"}
@@ -60,7 +60,7 @@ class Plan:
 
     boundary: int
     aligned: Aligned | None  # None: on all tokens
-    places: dict[Site, Place]
+    resolved: dict[Site, ResolvedSite]
     start: int | None = None
 
 
@@ -96,13 +96,13 @@ class FrozenPast:
         self.where = ""
         budget = budgets(memory, backbone.device)
         with torch.inference_mode(False):  # what is kept must serve training, wherever it is made
-            self.plain = PlainRun(backbone, batch, readout)
-            self.places = {site: place(backbone, batch, site, growing=True) for site in dict.fromkeys(sites)}
-            if not self.places:
+            self.plain = PlainEngine(backbone, batch, readout)
+            self.resolved = {site: resolve(backbone, batch, site, growing=True) for site in dict.fromkeys(sites)}
+            if not self.resolved:
                 raise ValueError("A frozen past needs the sites that will be edited; none were given.")
             self._weights = nn.ParameterList(backbone.model.parameters())
             self._plans: dict[tuple[Site, ...], Plan] = {}
-            chain = Chain.of(backbone.anatomy, self.places)
+            chain = Chain.of(backbone.anatomy, self.resolved)
             self._chain, self._boundary = chain.blocks, chain.boundary
             self.mode, self.reason = self._best()
             while self.mode != "plain":
@@ -124,13 +124,13 @@ class FrozenPast:
         return f"frozen past by {self.mode}: {kept}{because}"
 
     def logits(self, rows: Tensor, edits: Edits, sources: Sources | None = None) -> Tensor:
-        """(rows, reads, answers) with the edits in force; see `core/runs.py`."""
-        strange = [s for s in edits if s not in self.places]
+        """(rows, reads, answers) with the edits in force; see `engine/plain.py`."""
+        strange = [s for s in edits if s not in self.resolved]
         if strange:
-            raise ValueError(f"{strange} were not named when the past was kept; it serves {list(self.places)}.")
+            raise ValueError(f"{strange} were not named when the past was kept; it serves {list(self.resolved)}.")
         if self.mode == "plain":
             return self.plain.logits(rows, edits, sources)
-        if self._watch.changed():
+        if self._fingerprint.changed():
             raise RuntimeError(
                 "The model or the data set was changed after its past was kept (weights, modules, train mode, "
                 "dtype, device, autocast or inputs); make a new FrozenPast."
@@ -158,7 +158,7 @@ class FrozenPast:
     def _no_keys(self, real: Tensor | None) -> str:
         """Why earlier tokens cannot come through a cache, if they cannot."""
         inputs, readout = self.batch.inputs, self.readout
-        if any(site.layer is None for site in self.places):
+        if any(site.layer is None for site in self.resolved):
             return "sites are named by path"
         extra = sorted(set(inputs) - DECODER_INPUTS)
         if extra:
@@ -189,11 +189,11 @@ class FrozenPast:
         self._whole = replace(self.batch, inputs=inputs) if isinstance(inputs, Mapping) else self.batch
         self._plans.clear()
         by_tokens = self.mode == "keys and values"
-        self._schedule = Schedule(self._whole, self.places, self.readout) if by_tokens else None
+        self._schedule = Schedule(self._whole, self.resolved, self.readout) if by_tokens else None
         self._recurrent = None
         stateful = by_tokens and without_attention(self.backbone, self._chain)
         if self._schedule is not None and stateful and not unknown_states(self.backbone, self._chain):
-            each = [(), tuple(self.places), *((site,) for site in self.places)]
+            each = [(), tuple(self.resolved), *((site,) for site in self.resolved)]
             starts = (self._schedule.first(key) for key in each)
             self._recurrent = Recurrent(self.backbone, self._chain, self._schedule, starts)
 
@@ -205,7 +205,7 @@ class FrozenPast:
         boundary = min((self._boundary[s] for s in key), default=max(self._boundary.values()))
         with torch.inference_mode(False):
             if self._schedule is None:
-                plan = Plan(boundary, None, {s: self.places[s] for s in key})
+                plan = Plan(boundary, None, {s: self.resolved[s] for s in key})
             else:
                 first = self._schedule.first(key)
                 others = (p.aligned for p in self._plans.values())
@@ -234,7 +234,7 @@ class FrozenPast:
             return f"its states would be {self.where}, which costs more than it saves"
         try:
             self._keep(probe, device)
-            self._watch = Watch(
+            self._fingerprint = Fingerprint(
                 self.backbone.model,
                 lambda: tensors_of(self.batch, self.readout.index, self.readout.valid, self.readout.tokens),
             )
@@ -256,7 +256,7 @@ class FrozenPast:
         """Run some rows once, plainly, and keep what resuming needs."""
         inputs: Any = self._inputs(rows)
         found: dict[int, Tensor] = {}
-        schedule, cache, columns, visits = self._schedule, None, None, []
+        schedule, cache, columns, hooks = self._schedule, None, None, []
         if schedule is not None:
             from transformers import DynamicCache
 
@@ -265,7 +265,7 @@ class FrozenPast:
             inputs = {**inputs, "past_key_values": cache, "use_cache": True}
             head = self.backbone.head()
             assert head is not None
-            visits.append(Visit(head, "input", LAST, lambda hidden: None))
+            hooks.append(Hook(head, "input", LAST, lambda hidden: None))
             columns = schedule.kept_states(rows)
 
         def keeper(boundary: int) -> Any:
@@ -278,10 +278,10 @@ class FrozenPast:
         position = self.backbone.anatomy.position
         for boundary in sorted(set(self._boundary.values()) - {0}):
             block = self._chain[boundary - 1]
-            visits.append(Visit(block, "output", (position[block], 10**6), keeper(boundary)))
-        if visits:
+            hooks.append(Hook(block, "output", (position[block], 10**6), keeper(boundary)))
+        if hooks:
             with torch.no_grad():
-                self.backbone.run(inputs, visits, stop=True)
+                self.backbone.run(inputs, hooks, stop=True)
         if schedule is None or cache is None or not schedule.before:
             return Past(found, [])
         kept = self._recurrent
@@ -303,7 +303,7 @@ class FrozenPast:
         if self._recurrent is not None and plan.start is None:
             return self.plain.logits(rows, edits, sources)
         past, at = (self._pass(rows), torch.arange(len(rows))) if self.past is None else (self.past, rows)
-        placed = {site: place_of(spot, rows) for site, spot in plan.places.items()}
+        resolved = {site: resolved_rows(spot, rows) for site, spot in plan.resolved.items()}
         device, boundary = self.backbone.device, plan.boundary
         kept = past.states.get(boundary)
         inputs: Any
@@ -320,26 +320,26 @@ class FrozenPast:
             inputs |= {"past_key_values": cache, "use_cache": True}
             readout = replace(readout.rows(rows), index=suffix.reads)
             states = None if kept is None else suffix.states(kept, at).to(device, non_blocking=True)
-        visits = edit_visits(self.backbone, Batch({"input_ids": rows}), edits, sources, places=placed)
-        return self.plain.finish(inputs, self._skipping(boundary, states, visits), readout, self._weights)
+        hooks = edit_hooks(self.backbone, Batch({"input_ids": rows}), edits, sources, resolved=resolved)
+        return self.plain.finish(inputs, self._skipping(boundary, states, hooks), readout, self._weights)
 
-    def _skipping(self, boundary: int, states: Tensor | None, visits: list[Visit]) -> list[Visit]:
-        """The visits of a run that starts at a boundary: the blocks below it give way to the kept states."""
+    def _skipping(self, boundary: int, states: Tensor | None, hooks: list[Hook]) -> list[Hook]:
+        """The hooks of a run that starts at a boundary: the blocks below it give way to the kept states."""
         if not boundary:
-            return visits
+            return hooks
         *below, last = self._chain[:boundary]
         position = self.backbone.anatomy.position
-        at_last = [v for v in visits if v.path == last and v.side == "output"]
+        at_last = [v for v in hooks if v.path == last and v.side == "output"]
 
         def resume(_: None) -> Tensor | None:
             value = states
-            for visit in at_last:
-                value = visit.act(value)
+            for hook in at_last:
+                value = hook.act(value)
             return value
 
-        skips = [Visit(b, "skip", (position[b], -1), lambda _: states) for b in below]
-        skips.append(Visit(last, "skip", (position[last], -1), resume))
-        return [*skips, *(v for v in visits if v not in at_last)]
+        skips = [Hook(b, "skip", (position[b], -1), lambda _: states) for b in below]
+        skips.append(Hook(last, "skip", (position[last], -1), resume))
+        return [*skips, *(v for v in hooks if v not in at_last)]
 
     # --- trust ------------------------------------------------------------------------------------------
 
@@ -353,17 +353,17 @@ class FrozenPast:
         real = self.batch.real_tokens()
         lengths = torch.zeros(len(self)) if real is None else real.sum(1).cpu()
         extremes = [lengths.topk(min(2, len(self))).indices, lengths.argmin()[None]]
-        sites = sorted(self.places, key=lambda s: self._boundary[s])
+        sites = sorted(self.resolved, key=lambda s: self._boundary[s])
         sites = [sites[0], sites[-1]]
         if self._schedule is not None:
             starts = self._schedule.starts
             extremes += [self._schedule.lowest.argmin()[None], self._schedule.lowest.argmax()[None]]
-            by_start = sorted(self.places, key=lambda s: float(starts[s].double().mean()))
+            by_start = sorted(self.resolved, key=lambda s: float(starts[s].double().mean()))
             sites += [by_start[0], by_start[-1]]
         rows = torch.cat(extremes).unique()
         readout = replace(self.readout, tokens=None)  # two logits may be near 0, a vocabulary's are not
         valid = readout.rows(rows).valid
-        plain = PlainRun(self.backbone, self.batch, readout)
+        plain = PlainEngine(self.backbone, self.batch, readout)
         for site in dict.fromkeys(sites):
             edits = {site: _stirred}
             with torch.no_grad():
@@ -380,7 +380,7 @@ class FrozenPast:
             half = expected.dtype in (torch.float16, torch.bfloat16)
             if not error <= (5e-2 if half else 1e-4):
                 return f"its logits differ by {error:.1e} with an edit at {site}"
-        return "running the model changes it" if self._watch.changed() else None
+        return "running the model changes it" if self._fingerprint.changed() else None
 
 
 def _stirred(states: Tensor) -> Tensor:

@@ -8,31 +8,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.families import Tap
 from subspace_lab.core.positions import locate
 from subspace_lab.core.sites import Site
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.families import HookPoint
 
 
 @dataclass(frozen=True)
-class Place:
-    """A site in one batch: the tap and, for each row, where its positions stand.
+class ResolvedSite:
+    """A site in one batch: the hook_point and, for each row, where its positions stand.
 
     index is (batch, positions), None where the stream has no position axis or all of it is meant; valid tells
     its real entries, None where all of them are. `growing`: it may meet several rows for each of the batch's.
     """
 
     site: Site
-    tap: Tap
+    hook_point: HookPoint
     index: Tensor | None
     valid: Tensor | None
     growing: bool = False
 
     def read(self, value: Tensor) -> Tensor:
         """The states at the site, (batch, positions, width); 0 where a row has no such position."""
-        if self.tap.columns is not None:
-            value = value[..., torch.tensor(self.tap.columns, device=value.device)]
+        if self.hook_point.columns is not None:
+            value = value[..., torch.tensor(self.hook_point.columns, device=value.device)]
         if self._without_positions(value) or self.index is None:
             return value
         index, valid = self._here(value)
@@ -42,7 +42,7 @@ class Place:
 
     def put(self, value: Tensor, states: Tensor) -> Tensor:
         """The whole value with `states` at the site; the rest as it was."""
-        columns = self.tap.columns
+        columns = self.hook_point.columns
         cols = None if columns is None else torch.tensor(columns, device=value.device)
         if self._without_positions(value) or self.index is None:
             return states if cols is None else value.index_copy(-1, cols, states)
@@ -79,11 +79,11 @@ class Place:
         return index, valid
 
 
-def place(backbone: Backbone, batch: Batch, site: Site, *, growing: bool = False) -> Place:
+def resolve(backbone: Backbone, batch: Batch, site: Site, *, growing: bool = False) -> ResolvedSite:
     """Where a site is in this batch; `growing`: the stream will hold more tokens than the batch has."""
-    tap = backbone.tap(site)
-    real = batch.real_tokens(tap.stack)
-    if real is None and growing and tap.stack == "decoder":
+    hook_point = backbone.hook_point(site)
+    real = batch.real_tokens(hook_point.stack)
+    if real is None and growing and hook_point.stack == "decoder":
         # A decoder's generation starts from its start token.
         real = torch.ones(len(batch), 1, dtype=torch.bool, device=backbone.device)
     if real is None:
@@ -91,21 +91,21 @@ def place(backbone: Backbone, batch: Batch, site: Site, *, growing: bool = False
             raise ValueError(
                 f"{site}: positions need tokens; this batch has {sorted(batch.inputs)} and no position axis."
             )
-        return Place(site, tap, None, None)
-    lengths = batch.prompt_lengths if tap.stack != "decoder" else None
-    index, valid = batch.after_cache(*locate(site.positions, real, lengths, batch.columns), tap.stack)
+        return ResolvedSite(site, hook_point, None, None)
+    lengths = batch.prompt_lengths if hook_point.stack != "decoder" else None
+    index, valid = batch.after_cache(*locate(site.positions, real, lengths, batch.columns), hook_point.stack)
     if site.positions == "all" and lengths is None and not growing and bool(real.all()):
-        return Place(site, tap, None, None)
-    return Place(site, tap, index, None if bool(valid.all()) else valid, growing)
+        return ResolvedSite(site, hook_point, None, None)
+    return ResolvedSite(site, hook_point, index, None if bool(valid.all()) else valid, growing)
 
 
-def check_disjoint(places: Sequence[Place]) -> None:
+def check_disjoint(resolved: Sequence[ResolvedSite]) -> None:
     """Refuse two edits of one value: same stream, a shared position and a shared column (ValueError)."""
-    for i, one in enumerate(places):
-        for other in places[:i]:
-            if (one.tap.path, one.tap.side) != (other.tap.path, other.tap.side):
+    for i, one in enumerate(resolved):
+        for other in resolved[:i]:
+            if (one.hook_point.path, one.hook_point.side) != (other.hook_point.path, other.hook_point.side):
                 continue
-            columns = [set(p.tap.columns) if p.tap.columns else None for p in (one, other)]
+            columns = [set(p.hook_point.columns) if p.hook_point.columns else None for p in (one, other)]
             if columns[0] and columns[1] and not columns[0] & columns[1]:
                 continue
             shared = _shared_row(one, other)
@@ -116,7 +116,7 @@ def check_disjoint(places: Sequence[Place]) -> None:
                 )
 
 
-def _shared_row(one: Place, other: Place) -> int | None:
+def _shared_row(one: ResolvedSite, other: ResolvedSite) -> int | None:
     if one.index is None or other.index is None:
         return 0
     same = one.index[:, :, None] == other.index[:, None]

@@ -12,20 +12,20 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from subspace_lab.core.training import TrainingConfig, progress_bar
+from subspace_lab.engine.training import TrainingConfig, progress_bar
 from subspace_lab.reft.data import pad
-from subspace_lab.reft.jobs import Job, Measured, OnStep, Row, evaluating, over, pad_token
+from subspace_lab.reft.jobs import Measured, OnStep, Row, TrainingJob, evaluating, over, pad_token
 from subspace_lab.reft.model import ReftModel
 
 
-class Classes(Job):
+class ClassificationJob(TrainingJob):
     """Texts and their classes: the head is trained along, by plain `transformers.Trainer`.
 
     The loop here trains edits alone, over a past that a head which moves would leave frozen no longer.
 
     Args:
         training, held_out: rows of `text` and `label`, the number of a class.
-        tokenizer, longest: as for `Answers`; longer texts lose their end.
+        tokenizer, longest: as for `GenerationJob`; longer texts lose their end.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Classes(Job):
                 args=_arguments(config, scratch, model.device),
                 train_dataset=Dataset.from_list([dict(row) for row in self.training]),
                 data_collator=self._collate,
-                callbacks=[_Watch(told)],
+                callbacks=[_Progress(told)],
             )
             trainer.remove_callback(PrinterCallback)
             try:
@@ -111,7 +111,7 @@ class Classes(Job):
         return pad(rows, self._pad)
 
 
-class _Watch(TrainerCallback):
+class _Progress(TrainerCallback):
     """Tells of each step's loss, and ends a training whose loss is no number."""
 
     def __init__(self, on_step: OnStep) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.backbone import Backbone, Visit, frozen
-from subspace_lab.core.batches import Batch
 from subspace_lab.core.interventions import Intervention, Source
-from subspace_lab.core.places import Place, check_disjoint, place
 from subspace_lab.core.sites import Site
+from subspace_lab.model.backbone import Backbone, Hook, frozen
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.resolved_sites import ResolvedSite, check_disjoint, resolve
 
 Edit = Callable[..., Tensor]
 Edits = Mapping[Site, Edit]
@@ -32,7 +32,7 @@ def forward(
     *,
     sources: Sources | None = None,
     train_base: bool = False,
-    also: Sequence[Visit] = (),
+    also: Sequence[Hook] = (),
 ) -> Any:
     """The model's own output with the edits in force.
 
@@ -43,19 +43,19 @@ def forward(
         sources: {site: states, as `collect` gives them} for interchange interventions; {variable: states}
             where several variables share the site's basis.
         train_base: let gradients reach the model's own parameters too (those that ask for them).
-        also: further visits.
+        also: further hooks.
 
     Raises:
         ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width.
         IndexError: a layer or a position that does not exist.
     """
     batch = Batch.of(batch)
-    visits = [*edit_visits(backbone, batch, edits, sources), *also]
+    hooks = [*edit_hooks(backbone, batch, edits, sources), *also]
     inputs = model_inputs(backbone.model, batch)
     if train_base:
-        return backbone.run(inputs, visits)
+        return backbone.run(inputs, hooks)
     with frozen(backbone.model):
-        return backbone.run(inputs, visits)
+        return backbone.run(inputs, hooks)
 
 
 def collect(
@@ -66,11 +66,11 @@ def collect(
     A stream without positions gives (batch, width). The run ends after the last site.
     """
     batch = Batch.of(batch)
-    places = [place(backbone, batch, site) for site in dict.fromkeys(sites)]
+    resolved = [resolve(backbone, batch, site) for site in dict.fromkeys(sites)]
     found: dict[Site, Tensor] = {}
-    visits = [Visit(p.tap.path, p.tap.side, p.tap.order, _keeper(p, found)) for p in places]
+    hooks = [Hook(p.hook_point.path, p.hook_point.side, p.hook_point.order, _keeper(p, found)) for p in resolved]
     with torch.no_grad():
-        backbone.run(model_inputs(backbone.model, batch), _grouped(visits), stop=True)
+        backbone.run(model_inputs(backbone.model, batch), _grouped(hooks), stop=True)
     return found
 
 
@@ -81,7 +81,7 @@ def generate(
     *,
     sources: Sources | None = None,
     every_token: bool = False,
-    also: Sequence[Visit] = (),
+    also: Sequence[Hook] = (),
     **generation: Any,
 ) -> Any:
     """The model's own `generate`, its prompt edited.
@@ -93,7 +93,7 @@ def generate(
     Args:
         backbone, batch, edits, sources: as in `forward`.
         every_token: edit each generated token as well, where it stands.
-        also: further visits, at the steps that each of them names.
+        also: further hooks, at the steps that each of them names.
         generation: keyword arguments of the model's `generate`, which checks them. With `past_key_values` the
             prompt is the whole conversation; of its positions those in the cache stay as they were cached.
     """
@@ -102,20 +102,21 @@ def generate(
     if run is None:
         raise TypeError(f"{type(backbone.model).__name__} has no generate.")
     cached = setting(backbone.model, generation, "use_cache") is not False
-    prompt = edit_visits(backbone, batch, edits, sources, growing=True)
-    encoder = {tap.path for tap in map(backbone.tap, edits) if tap.stack == "encoder"}  # it runs once
-    visits = [replace(v, steps="first" if cached or v.path in encoder else "every") for v in prompt]
-    if any(backbone.tap(site).stack == "decoder" for site in edits):
+    prompt = edit_hooks(backbone, batch, edits, sources, growing=True)
+    # The encoder runs once.
+    encoder = {point.path for point in map(backbone.hook_point, edits) if point.stack == "encoder"}
+    hooks = [replace(v, steps="first" if cached or v.path in encoder else "every") for v in prompt]
+    if any(backbone.hook_point(site).stack == "decoder" for site in edits):
         _check_start(batch, setting(backbone.model, generation, "decoder_start_token_id"))
     if every_token:
-        visits += [
+        hooks += [
             _new_tokens(backbone, batch, site, edit, cached)
             for site, edit in edits.items()
-            if backbone.tap(site).path not in encoder
+            if backbone.hook_point(site).path not in encoder
         ]
     with torch.no_grad():
         inputs = {**batch.inputs, **generation}
-        return backbone.run(inputs, [*_grouped(visits), *also], call=run, every_step=True)
+        return backbone.run(inputs, [*_grouped(hooks), *also], call=run, every_step=True)
 
 
 def setting(model: nn.Module, generation: Mapping[str, Any], name: str) -> Any:
@@ -135,14 +136,14 @@ def _check_start(batch: Batch, start: int | None) -> None:
         )
 
 
-def _new_tokens(backbone: Backbone, batch: Batch, site: Site, edit: Edit, cached: bool) -> Visit:
+def _new_tokens(backbone: Backbone, batch: Batch, site: Site, edit: Edit, cached: bool) -> Hook:
     """The edit of the tokens that generation adds."""
     if isinstance(edit, Intervention) and edit.needs_source:
         raise ValueError(f"{site}: the source has no tokens to swap with those that are being generated.")
-    tap = backbone.tap(site)
-    real = batch.real_tokens(tap.stack)
+    hook_point = backbone.hook_point(site)
+    real = batch.real_tokens(hook_point.stack)
     prompt = 1 if real is None else real.shape[1]  # 1: a decoder's start token
-    whole = Place(site, tap, None, None)
+    whole = ResolvedSite(site, hook_point, None, None)
 
     def act(value: Tensor) -> Tensor | None:
         new = value if cached else value[:, prompt:]
@@ -151,30 +152,30 @@ def _new_tokens(backbone: Backbone, batch: Batch, site: Site, edit: Edit, cached
         edited = whole.put(new, edit(whole.read(new)))
         return edited if cached else torch.cat([value[:, :prompt], edited], 1)
 
-    return Visit(tap.path, tap.side, tap.order, act, "later" if cached else "every")
+    return Hook(hook_point.path, hook_point.side, hook_point.order, act, "later" if cached else "every")
 
 
-def edit_visits(
+def edit_hooks(
     backbone: Backbone,
     batch: Batch,
     edits: Edits,
     sources: Sources | None = None,
     *,
     growing: bool = False,
-    places: Mapping[Site, Place] | None = None,
-) -> list[Visit]:
-    """The edits as visits of the backbone, checked; `places` where they are known already."""
+    resolved: Mapping[Site, ResolvedSite] | None = None,
+) -> list[Hook]:
+    """The edits as hooks of the backbone, checked; `resolved` where they are known already."""
     sources = dict(sources or {})
     unknown = [s for s in sources if s not in edits]
     if unknown:
         raise ValueError(f"Sources for {unknown}, but the edits are at {list(edits)}.")
-    if places is None:
-        places = {site: place(backbone, batch, site, growing=growing) for site in edits}
-    check_disjoint(list(places.values()))
-    visits = []
+    if resolved is None:
+        resolved = {site: resolve(backbone, batch, site, growing=growing) for site in edits}
+    check_disjoint(list(resolved.values()))
+    hooks = []
     for site, edit in edits.items():
         if isinstance(edit, Intervention):
-            width = places[site].tap.width
+            width = resolved[site].hook_point.width
             if width is not None and edit.width != width:
                 raise ValueError(f"{site} has width {width}; its intervention was made for {edit.width}.")
             if edit.needs_source != (site in sources):
@@ -183,9 +184,9 @@ def edit_visits(
                     f"sources given for {list(sources)}."
                 )
         source = sources.get(site)
-        _check_source(places[site], source, batch)
-        visits.append(_edit_visit(places[site], edit, source, site in sources))
-    return _grouped(visits)
+        _check_source(resolved[site], source, batch)
+        hooks.append(_edit_hook(resolved[site], edit, source, site in sources))
+    return _grouped(hooks)
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> Mapping[str, Any] | Sequence[Any]:
@@ -220,26 +221,26 @@ def _counts_from_padding(model: nn.Module) -> bool:
     )
 
 
-def _keeper(place: Place, found: dict[Site, Tensor]) -> Callable[[Tensor], None]:
+def _keeper(resolved: ResolvedSite, found: dict[Site, Tensor]) -> Callable[[Tensor], None]:
     def keep(value: Tensor) -> None:
-        found[place.site] = place.read(value).detach().clone()
+        found[resolved.site] = resolved.read(value).detach().clone()
 
     return keep
 
 
-def _edit_visit(place: Place, edit: Edit, source: Source, with_source: bool) -> Visit:
+def _edit_hook(resolved: ResolvedSite, edit: Edit, source: Source, with_source: bool) -> Hook:
     def act(value: Tensor) -> Tensor:
-        states = place.read(value)
+        states = resolved.read(value)
         given = _repeated(source, len(states)) if with_source else None
         new = edit(states, given) if with_source else edit(states)
         if new.shape != states.shape or new.dtype != states.dtype:
             raise ValueError(
-                f"{place.site}: the edit of states {tuple(states.shape)} {states.dtype} gave "
+                f"{resolved.site}: the edit of states {tuple(states.shape)} {states.dtype} gave "
                 f"{tuple(new.shape)} {new.dtype}; shape and dtype must stay."
             )
-        return place.put(value, new)
+        return resolved.put(value, new)
 
-    return Visit(place.tap.path, place.tap.side, place.tap.order, act)
+    return Hook(resolved.hook_point.path, resolved.hook_point.side, resolved.hook_point.order, act)
 
 
 def _repeated(source: Source, rows: int) -> Source:
@@ -250,43 +251,47 @@ def _repeated(source: Source, rows: int) -> Source:
     return source.repeat_interleave(rows // len(source), 0)
 
 
-def _grouped(visits: list[Visit]) -> list[Visit]:
-    """One visit a stream: several edits of it act one after the other on one value."""
-    streams: dict[tuple[str, str, str], list[Visit]] = {}
-    for visit in visits:
-        streams.setdefault((visit.path, visit.side, visit.steps), []).append(visit)
+def _grouped(hooks: list[Hook]) -> list[Hook]:
+    """One hook a stream: several edits of it act one after the other on one value."""
+    streams: dict[tuple[str, str, str], list[Hook]] = {}
+    for hook in hooks:
+        streams.setdefault((hook.path, hook.side, hook.steps), []).append(hook)
     return [group[0] if len(group) == 1 else _chain(group) for group in streams.values()]
 
 
-def _chain(group: list[Visit]) -> Visit:
+def _chain(group: list[Hook]) -> Hook:
     def act(value: Tensor) -> Tensor | None:
         changed = False
-        for visit in group:
-            new = visit.act(value)
+        for hook in group:
+            new = hook.act(value)
             value, changed = (value, changed) if new is None else (new, True)
         return value if changed else None
 
-    return Visit(group[0].path, group[0].side, min(v.order for v in group), act, group[0].steps)
+    return Hook(group[0].path, group[0].side, min(v.order for v in group), act, group[0].steps)
 
 
-def _check_source(place: Place, source: Source, batch: Batch) -> None:
-    real = batch.real_tokens(place.tap.stack)
-    axis = real if place.index is None else place.index
-    by_path = place.site.layer is None and place.site.positions == "all"  # what shape is there the run will tell
+def _check_source(resolved: ResolvedSite, source: Source, batch: Batch) -> None:
+    real = batch.real_tokens(resolved.hook_point.stack)
+    axis = real if resolved.index is None else resolved.index
+    by_path = (
+        resolved.site.layer is None and resolved.site.positions == "all"
+    )  # what shape is there the run will tell
     for states in source.values() if isinstance(source, Mapping) else [source]:
         if states is None:
             continue
         if len(states) != len(batch):
             raise ValueError(
-                f"{place.site}: {len(states)} source states for {len(batch)} base rows; each row of the base "
+                f"{resolved.site}: {len(states)} source states for {len(batch)} base rows; each row of the base "
                 "needs its own source."
             )
-        if place.tap.width is not None and states.shape[-1] != place.tap.width:
-            raise ValueError(f"{place.site} has width {place.tap.width}; its source has {states.shape[-1]}.")
+        if resolved.hook_point.width is not None and states.shape[-1] != resolved.hook_point.width:
+            raise ValueError(
+                f"{resolved.site} has width {resolved.hook_point.width}; its source has {states.shape[-1]}."
+            )
         if axis is None or by_path:
             continue
         if states.ndim != 3 or states.shape[1] != axis.shape[1]:
             raise ValueError(
-                f"{place.site}: a source of shape {tuple(states.shape)} (batch, positions, width); the base has "
-                f"{axis.shape[1]} positions a row."
+                f"{resolved.site}: a source of shape {tuple(states.shape)} (batch, positions, width); "
+                f"the base has {axis.shape[1]} positions a row."
             )

@@ -8,13 +8,13 @@ import transformers
 from families import DECODERS, ENCODERS, LAYERS, TRANSFORMERS, WIDTH, build, call, fresh, inputs
 from torch import nn
 
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.intervene import collect, forward
 from subspace_lab.core.interventions import interchange, loreft
-from subspace_lab.core.runs import Head, PlainRun, Readout, Run, head_visit
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
+from subspace_lab.engine.plain import Engine, Head, PlainEngine, Readout, head_hook
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.intervene import collect, forward
 
 LENGTHS = (9, 4, 7, 6)
 DECODER_LENGTHS = (5, 6, 3, 4)
@@ -87,7 +87,7 @@ def test_the_loss_is_the_model_s_own(name, padding):
     assert (targets != -100).sum(1).tolist() == [1, 3, 2, 4]
     with torch.no_grad():
         own = model(**own_positions(batch), labels=labels).loss
-        logits = PlainRun(Backbone(model), batch, readout).logits(torch.arange(4), {})
+        logits = PlainEngine(Backbone(model), batch, readout).logits(torch.arange(4), {})
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     assert torch.allclose(loss, own, rtol=1e-5)
 
@@ -104,7 +104,7 @@ def test_logits_are_the_model_s(name, tokens):
     expected = expected if tokens is None else expected[..., tokens]
     for positions in ("last", "all", "f1+l1"):
         readout = Readout.at(batch, positions, tokens)
-        run = PlainRun(Backbone(model), batch, readout)
+        run = PlainEngine(Backbone(model), batch, readout)
         found = run.logits(ROWS, {})
         index = readout.index[ROWS]
         wanted = torch.stack([expected[row, index[i]] for i, row in enumerate(ROWS)])
@@ -145,7 +145,7 @@ def count_head(model: nn.Module) -> list[tuple[int, ...]]:
     nn.functional.linear = counted
     try:
         batch = make_batch("llama")
-        PlainRun(Backbone(model), batch, Readout.at(batch, "l2", TOKENS)).logits(ROWS, {})
+        PlainEngine(Backbone(model), batch, Readout.at(batch, "l2", TOKENS)).logits(ROWS, {})
     finally:
         nn.functional.linear = linear
     return shapes
@@ -168,8 +168,8 @@ def test_heads_of_another_kind_are_run_as_they_are():
     model.set_output_embeddings(head)
     readout = Readout.at(batch, "last", TOKENS)
     backbone = Backbone(model)
-    assert head_visit(backbone, readout).side == "input"
-    found = PlainRun(backbone, batch, readout).logits(torch.arange(4), {})
+    assert head_hook(backbone, readout).side == "input"
+    found = PlainEngine(backbone, batch, readout).logits(torch.arange(4), {})
     last = plain[torch.arange(4), torch.tensor(LENGTHS) - 1][:, None]
     assert torch.allclose(found, 2 * last[..., TOKENS], atol=1e-5)
     assert count_head(model) == [(4, 2, 60)], "fewer positions even so"
@@ -180,7 +180,7 @@ def test_hooks_on_the_head_are_obeyed():
     bias = torch.linspace(-1, 1, 60)
     model.lm_head.register_forward_hook(lambda m, args, out: out + bias)
     expected = whole_logits(model, batch)[torch.arange(4), torch.tensor(LENGTHS) - 1][:, None, TOKENS]
-    found = PlainRun(Backbone(model), batch, Readout.at(batch, "last", TOKENS)).logits(torch.arange(4), {})
+    found = PlainEngine(Backbone(model), batch, Readout.at(batch, "last", TOKENS)).logits(torch.arange(4), {})
     assert torch.allclose(found, expected, atol=1e-5)
 
 
@@ -197,16 +197,16 @@ def test_an_adapted_head():
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
     backbone = Backbone(adapted)
     readout = Readout.at(batch, "last", TOKENS)
-    assert head_visit(backbone, readout).side == "input"
+    assert head_hook(backbone, readout).side == "input"
     expected = whole_logits(adapted, batch)
     assert (expected - plain).norm() > plain.norm() * 0.1
     at = torch.arange(4), torch.tensor(LENGTHS) - 1
-    found = PlainRun(backbone, batch, readout).logits(torch.arange(4), {})
+    found = PlainEngine(backbone, batch, readout).logits(torch.arange(4), {})
     assert torch.allclose(found[:, 0], expected[at][:, TOKENS], atol=1e-5)
     edited = forward(
         backbone, batch, edits := {Site("block_output", 1, "last"): loreft(WIDTH, 2, seed=0, start="paper")}
     )
-    found = PlainRun(backbone, batch, readout).logits(torch.arange(4), edits)
+    found = PlainEngine(backbone, batch, readout).logits(torch.arange(4), edits)
     assert torch.allclose(found[:, 0], edited.logits[at][:, TOKENS], atol=1e-5)
 
 
@@ -225,7 +225,7 @@ def test_a_bias_behind_the_head(tokens):
     backbone, batch = Backbone(model), make_batch("t5")
     assert not Head.of(backbone).narrow
     readout = Readout.at(batch, "last", tokens)
-    found = PlainRun(backbone, batch, readout).logits(torch.arange(4), {})
+    found = PlainEngine(backbone, batch, readout).logits(torch.arange(4), {})
     expected = whole_logits(model, batch)[torch.arange(4), torch.tensor(DECODER_LENGTHS) - 1][:, None, tokens]
     assert torch.allclose(found, expected, atol=1e-5)
 
@@ -233,9 +233,9 @@ def test_a_bias_behind_the_head(tokens):
 def test_models_without_a_head_are_read_whole():
     out = call(build("mlp"), given := inputs("mlp", 4))
     batch = Batch.of(given)
-    run = PlainRun(Backbone(build("mlp")), batch, Readout.at(batch))
+    run = PlainEngine(Backbone(build("mlp")), batch, Readout.at(batch))
     assert torch.allclose(run.logits(ROWS, {}), out[ROWS])
-    chosen = PlainRun(Backbone(build("mlp")), batch, Readout.at(batch, tokens=[4, 1]))
+    chosen = PlainEngine(Backbone(build("mlp")), batch, Readout.at(batch, tokens=[4, 1]))
     assert torch.allclose(chosen.logits(ROWS, {}), out[ROWS][:, [4, 1]])
 
 
@@ -252,7 +252,7 @@ def test_classifiers_are_read_whole():
         torch.manual_seed(0)
         model = transformers.BertForSequenceClassification(config).eval()
     batch = make_batch("bert")
-    found = PlainRun(Backbone(model), batch, Readout()).logits(ROWS, {})
+    found = PlainEngine(Backbone(model), batch, Readout()).logits(ROWS, {})
     assert torch.allclose(found, whole_logits(model, batch)[ROWS], atol=1e-6)
 
 
@@ -261,8 +261,8 @@ def test_inputs_that_shape_the_model_s_own_logits_and_loss(more):
     batch = make_batch("llama")
     readout = Readout.at(batch, "2", TOKENS)
     backbone = Backbone(build("llama"))
-    expected = PlainRun(backbone, batch, readout).logits(ROWS, {})
-    found = PlainRun(backbone, Batch({**batch.inputs, **more}), readout).logits(ROWS, {})
+    expected = PlainEngine(backbone, batch, readout).logits(ROWS, {})
+    found = PlainEngine(backbone, Batch({**batch.inputs, **more}), readout).logits(ROWS, {})
     assert torch.equal(found, expected)
 
 
@@ -270,7 +270,7 @@ def test_a_cache_among_the_inputs_is_refused():
     batch = make_batch("llama")
     given = Batch({**batch.inputs, "past_key_values": transformers.DynamicCache()})
     with pytest.raises(ValueError, match="cache among the inputs"):
-        PlainRun(Backbone(build("llama")), given, Readout.at(batch, "last"))
+        PlainEngine(Backbone(build("llama")), given, Readout.at(batch, "last"))
 
 
 def test_labels_that_a_decoder_starts_from():
@@ -280,7 +280,7 @@ def test_labels_that_a_decoder_starts_from():
     with torch.no_grad():
         expected = model(**given).logits[ROWS, 2][:, TOKENS]
     readout = Readout(torch.full((4, 1), 2), None, torch.tensor(TOKENS))
-    found = PlainRun(Backbone(model), Batch(given), readout).logits(ROWS, {})
+    found = PlainEngine(Backbone(model), Batch(given), readout).logits(ROWS, {})
     assert torch.allclose(found[:, 0], expected, atol=1e-5)
 
 
@@ -294,8 +294,8 @@ def test_edits_and_gradients_are_those_of_forward(name):
     site = Site(f"{stack}block_output", LAYERS - 2, "last")
     states = collect(backbone, batch.rows(torch.tensor([1, 2, 3, 0])), [site])
     readout = Readout.at(batch, "last", TOKENS)
-    run = PlainRun(backbone, batch, readout)
-    assert isinstance(run, Run) and len(run) == 4 and "plain" in run.describe()
+    run = PlainEngine(backbone, batch, readout)
+    assert isinstance(run, Engine) and len(run) == 4 and "plain" in run.describe()
     for edit in (loreft(WIDTH, 2, seed=1, start="paper"), interchange(LearnedSubspace(WIDTH, 2, seed=1))):
         sources = {site: states[site][ROWS]} if edit.needs_source else {}
         part = batch.rows(ROWS)
@@ -316,7 +316,7 @@ def test_an_edited_head_is_run_whole(side, tokens):
     site = Site(f"lm_head.{side}", None, "last")
     edit = loreft(backbone.width(site), 2, seed=1, start="paper")
     readout = Readout.at(batch, "last", tokens)
-    found = PlainRun(backbone, batch, readout).logits(ROWS, {site: edit})[:, 0]
+    found = PlainEngine(backbone, batch, readout).logits(ROWS, {site: edit})[:, 0]
     expected = forward(backbone, batch.rows(ROWS), {site: edit}).logits[:, -1]
     expected = expected if tokens is None else expected[:, tokens]
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
@@ -328,7 +328,7 @@ def test_sources_of_ragged_positions_fit_any_rows():
     backbone, batch = Backbone(build("llama")), make_batch("llama")
     site = Site("block_output", 0, "all")
     states = collect(backbone, batch, [site])[site]
-    run = PlainRun(backbone, batch, Readout.at(batch, "last"))
+    run = PlainEngine(backbone, batch, Readout.at(batch, "last"))
     edit = interchange(LearnedSubspace(WIDTH, WIDTH, seed=0))
     rows = torch.tensor([1, 1])
     same = run.logits(rows, {site: edit}, {site: states[rows]})
@@ -344,13 +344,13 @@ def test_positions_follow_the_data(edited):
     readout = Readout.at(batch, "0")
     site = Site("block_input", 0, "last")
     edits = {site: loreft(WIDTH, 2, seed=0, start="paper")}
-    run = PlainRun(backbone, batch, Readout.at(batch, "all"))
+    run = PlainEngine(backbone, batch, Readout.at(batch, "all"))
     run.logits(ROWS, edits)
     mask = batch.inputs["attention_mask"]
     if edited == "replaced":
         batch.inputs["attention_mask"] = mask = mask.clone()
     mask[:, 3:] = 0
-    fresh_run = PlainRun(backbone, batch, run.readout)
+    fresh_run = PlainEngine(backbone, batch, run.readout)
     assert torch.equal(run.logits(ROWS, edits), fresh_run.logits(ROWS, edits))
     assert readout.index.tolist() == [[0]] * 4
 
@@ -360,7 +360,7 @@ def test_the_base_model_is_left_as_it_was():
     flags = [i % 3 > 0 for i, _ in enumerate(model.parameters())]
     for parameter, flag in zip(model.parameters(), flags, strict=True):
         parameter.requires_grad_(flag)
-    run = PlainRun(Backbone(model), batch, Readout.at(batch, "last"))
+    run = PlainEngine(Backbone(model), batch, Readout.at(batch, "last"))
     site = Site("block_output", 1, "last")
 
     def failing(states):
@@ -376,7 +376,7 @@ def test_the_base_model_is_left_as_it_was():
 
 def test_rows_come_in_any_order_and_number():
     backbone, batch = Backbone(build("gpt2")), make_batch("gpt2", "left")
-    run = PlainRun(backbone, batch, Readout.at(batch, "last", TOKENS))
+    run = PlainEngine(backbone, batch, Readout.at(batch, "last", TOKENS))
     single = torch.cat([run.logits(torch.tensor([i]), {}) for i in range(4)])
     for rows in itertools.chain([torch.arange(4), ROWS], torch.arange(4).split(3)):
         assert torch.allclose(run.logits(rows, {}), single[rows], atol=1e-5)

@@ -1,6 +1,6 @@
 """Where the components of a model are: blocks by structure, the parts of a block by the names families use.
 
-Knows modules and names only; reading and writing the values is `core/backbone.py`'s.
+Knows modules and names only; reading and writing the values is `model/backbone.py`'s.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ TRANSPOSED = ("longformer",)  # its projections see (positions, rows, width)
 
 
 @dataclass(frozen=True)
-class Tap:
+class HookPoint:
     """One stream of values: the input or output of a module, or some columns of it.
 
-    `order` sorts taps as a forward pass reaches them.
+    `order` sorts hook points as a forward pass reaches them.
     """
 
     path: str
@@ -107,7 +107,7 @@ class Anatomy:
     def depth(self, stack: str = "") -> int:
         return len(self._blocks(stack, "the depth"))
 
-    def tap(self, site: Site) -> Tap:
+    def hook_point(self, site: Site) -> HookPoint:
         """Where a site is read and written.
 
         Raises:
@@ -129,7 +129,7 @@ class Anatomy:
         order = (self.position[block], COMPONENTS.index(component))
         if component == "block_output":  # after every site by path inside the block
             order = (self._end(block), len(COMPONENTS) + 1)
-        return Tap(path, side, None if columns is None else tuple(columns), width, order, stack)
+        return HookPoint(path, side, None if columns is None else tuple(columns), width, order, stack)
 
     def _stacks(self, lists: list[str], model: nn.Module) -> dict[str, list[str]]:
         """{name: its blocks}: "" for a model's only stack, and for the language model beside an image's encoder;
@@ -168,7 +168,7 @@ class Anatomy:
             raise ValueError(f"{what}: no stack {stack!r}; the model has {possible or 'one without a name'}.")
         return self.stacks[stack]
 
-    def _by_path(self, site: Site) -> Tap:
+    def _by_path(self, site: Site) -> HookPoint:
         path, _, side = site.component.rpartition(".")
         if path not in self.modules:
             near = sorted(p for p in self.modules if p and p.count(".") <= path.count("."))[:12]
@@ -178,7 +178,7 @@ class Anatomy:
         sizes = _sizes(self.modules[path])
         width = None if sizes is None else sizes[side == "output"]
         stack = next((s for s in self.stacks if s and f".{s}." in f".{path}."), "")
-        return Tap(path, side, None, width, order, stack)
+        return HookPoint(path, side, None, width, order, stack)
 
     def _end(self, path: str) -> int:
         """The place of the last module registered inside a module."""

@@ -20,13 +20,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.families import Anatomy, Tap
 from subspace_lab.core.sites import Site
+from subspace_lab.model.families import Anatomy, HookPoint
 
 
 @dataclass(frozen=True)
-class Visit:
-    """What to do where: `act(value)` sees the tensor at a tap; what it returns replaces it, None leaves it.
+class Hook:
+    """What to do where: `act(value)` sees the tensor at a hook_point; what it returns replaces it, None leaves it.
 
     Two more sides do not run the module at all: with "replace" `act` sees the module's *input* and gives its
     output, with "skip" it is given None and gives the output. `steps` tells the forward passes of a generation
@@ -44,7 +44,7 @@ class Backbone:
     """A torch model whose insides can be read and written.
 
     Args:
-        model: any `nn.Module`. Transformer blocks are found by structure (`core/families.py`); in other
+        model: any `nn.Module`. Transformer blocks are found by structure (`model/families.py`); in other
             modules sites are named by the paths of submodules.
     """
 
@@ -57,7 +57,7 @@ class Backbone:
 
         self.model = model
         self.anatomy = Anatomy(model)
-        self._taps: dict[Site, Tap] = {}
+        self._hook_points: dict[Site, HookPoint] = {}
         # {class of module: how many values stand beside its output in a tuple, None where it is no tuple}
         self._beside: dict[type, int | None] = {}
         with warnings.catch_warnings():
@@ -84,15 +84,15 @@ class Backbone:
         first = next(self.model.parameters(), None)
         return torch.device("cpu") if first is None else first.device
 
-    def tap(self, site: Site) -> Tap:
-        """Where a site is read and written; raises as `Anatomy.tap` does when there is no such place."""
-        if site not in self._taps:
-            self._taps[site] = self.anatomy.tap(site)
-        return self._taps[site]
+    def hook_point(self, site: Site) -> HookPoint:
+        """Where a site is read and written; raises as `Anatomy.hook_point` does when there is no such place."""
+        if site not in self._hook_points:
+            self._hook_points[site] = self.anatomy.hook_point(site)
+        return self._hook_points[site]
 
     def width(self, site: Site) -> int:
         """The width of the stream at a site (ValueError where only a run could tell)."""
-        width = self.tap(site).width
+        width = self.hook_point(site).width
         if width is None:
             raise ValueError(f"{site}: its width is not known before a run; `collect` its states and look.")
         return width
@@ -100,25 +100,25 @@ class Backbone:
     def run(
         self,
         inputs: Mapping[str, Any] | Sequence[Any],
-        visits: Sequence[Visit],
+        hooks: Sequence[Hook],
         *,
         call: Callable[..., Any] | None = None,
         stop: bool = False,
         every_step: bool = False,
     ) -> Any:
-        """Run the model with visits to its insides.
+        """Run the model with hooks to its insides.
 
         Args:
             inputs: keyword arguments of the model, or positional ones.
-            visits: in any order.
+            hooks: in any order.
             call: what is run, the model by default; `model.generate`, say.
-            stop: leave the run after the last visit; the result is then None.
-            every_step: the run makes several forward passes; visits happen at those that they name.
+            stop: leave the run after the last hook; the result is then None.
+            every_step: the run makes several forward passes; hooks happen at those that they name.
 
         Raises:
             ValueError: modules that the model does not run, or not in the order in which they are registered.
         """
-        order = sorted(visits, key=lambda v: v.order)
+        order = sorted(hooks, key=lambda v: v.order)
         run = self.model if call is None else call
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         if not order:
@@ -134,16 +134,16 @@ class Backbone:
 
         try:
             with self._lock, self._net.trace(*args, fn=remembering, **kwargs) as tracer:
-                self._visit(order, tracer, stop, every_step)
+                self._call_hooks(order, tracer, stop, every_step)
         except OutOfOrderError as error:
-            places = [f"{visit.path}.{visit.side}" for visit in order]
+            places = [f"{hook.path}.{hook.side}" for hook in order]
             raise ValueError(
                 f"The model does not run {places} in this order, in which they are registered, or not all of "
                 f"them: {error}. Use them in separate runs, or name others."
             ) from error
         return result[0] if result else None
 
-    def _check_checkpointing(self, visits: Sequence[Visit]) -> None:
+    def _check_checkpointing(self, hooks: Sequence[Hook]) -> None:
         """Refuse what would silently get no gradient: a block that is run again does not meet its edits again."""
         model = self.model
         if not (torch.is_grad_enabled() and model.training):
@@ -151,7 +151,7 @@ class Backbone:
         if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             return
         blocks = [f"{block}." for stack in self.anatomy.stacks.values() for block in stack]
-        inside = [visit.path for visit in visits if visit.path.startswith(tuple(blocks))]
+        inside = [hook.path for hook in hooks if hook.path.startswith(tuple(blocks))]
         if inside:
             raise ValueError(
                 f"Gradient checkpointing is on, and {inside[0]!r} is inside a block, which would be run again "
@@ -159,13 +159,13 @@ class Backbone:
                 "`model.gradient_checkpointing_disable()`."
             )
 
-    def _visit(self, order: list[Visit], tracer: Any, stop: bool, every_step: bool) -> None:
+    def _call_hooks(self, order: list[Hook], tracer: Any, stop: bool, every_step: bool) -> None:
         """The body of the trace: runs in step with the model, parked wherever it waits for a value."""
         from nnsight.intervention.interleaver import OutOfOrderError
 
-        if not every_step or all(visit.steps == "first" for visit in order):
-            for visit in order:
-                self._serve(visit)
+        if not every_step or all(hook.steps == "first" for hook in order):
+            for hook in order:
+                self._serve(hook)
             if stop:
                 tracer.stop()
             return
@@ -173,33 +173,33 @@ class Backbone:
         try:
             for step in tracer.iter[:]:
                 between = step > 0
-                for visit in order:
-                    if visit.steps == "every" or (visit.steps == "first") == (step == 0):
-                        self._serve(visit)
+                for hook in order:
+                    if hook.steps == "every" or (hook.steps == "first") == (step == 0):
+                        self._serve(hook)
                         between = False
         except OutOfOrderError:
             if not between:
                 raise
             # Thrown at the end of the generation into the step that never came.
 
-    def _serve(self, visit: Visit) -> None:
-        module = self.anatomy.modules[visit.path]
+    def _serve(self, hook: Hook) -> None:
+        module = self.anatomy.modules[hook.path]
         envoy = self._envoys[id(module)]
-        if visit.side in ("skip", "replace"):
-            new = visit.act(None if visit.side == "skip" else _first(envoy.input))
+        if hook.side in ("skip", "replace"):
+            new = hook.act(None if hook.side == "skip" else _first(envoy.input))
             # As the module's own output was seen to be: GPT-J's blocks give (states, attention weights or None).
             beside = self._beside.get(type(module))
             envoy.skip(new if beside is None else (new, *[None] * beside))
             return
-        value = envoy.input if visit.side == "input" else envoy.output
-        if visit.side == "output":
+        value = envoy.input if hook.side == "input" else envoy.output
+        if hook.side == "output":
             self._beside[type(module)] = len(value) - 1 if isinstance(value, tuple) else None
-        new = visit.act(_first(value))
+        new = hook.act(_first(value))
         if new is None:
             return
         # Clone and replace, never in place: whether autograd notices an in-place write depends on layout.
         whole = (new, *value[1:]) if isinstance(value, tuple) else new
-        if visit.side == "input":
+        if hook.side == "input":
             envoy.input = whole
         else:
             envoy.output = whole

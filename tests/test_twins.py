@@ -10,10 +10,10 @@ from families import TRANSFORMERS, call, fresh, inputs
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from subspace_lab.analysis.controls import reinitialised
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.intervene import collect
+from subspace_lab.analysis.twins import reinitialised
 from subspace_lab.core.sites import Site
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.intervene import collect
 
 
 def named(model: nn.Module) -> dict[str, torch.Tensor]:

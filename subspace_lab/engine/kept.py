@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.families import Anatomy
-from subspace_lab.core.places import Place
-from subspace_lab.core.runs import Readout
 from subspace_lab.core.sites import Site
+from subspace_lab.engine.plain import Readout
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.families import Anatomy
+from subspace_lab.model.resolved_sites import ResolvedSite
 
 States = dict[tuple[int, str, int], Tensor]
 """{(block, kind, number): (rows, …)} of blocks that keep a state instead of keys."""
@@ -37,23 +37,23 @@ class Chain:
     boundary: dict[Site, int]
 
     @classmethod
-    def of(cls, anatomy: Anatomy, places: Mapping[Site, Place]) -> Chain:
+    def of(cls, anatomy: Anatomy, resolved: Mapping[Site, ResolvedSite]) -> Chain:
         """The first chain of a model of which every site is inside some module; an empty one where none is."""
         sequences = {path: m for path, m in anatomy.modules.items() if isinstance(m, nn.Sequential)}
         below = [[f"{path}.{name}" if path else name for name in m._modules] for path, m in sequences.items()]
         for blocks in [*anatomy.stacks.values(), *below]:
-            found = {site: cls._before(spot, blocks) for site, spot in places.items()}
+            found = {site: cls._before(spot, blocks) for site, spot in resolved.items()}
             boundary = {site: count for site, count in found.items() if count is not None}
-            if len(boundary) == len(places):
+            if len(boundary) == len(resolved):
                 return cls(blocks, boundary)
         return cls([], {})
 
     @staticmethod
-    def _before(spot: Place, blocks: list[str]) -> int | None:
+    def _before(spot: ResolvedSite, blocks: list[str]) -> int | None:
         for i, block in enumerate(blocks):
-            if spot.tap.path == block:
-                return i + (spot.tap.side == "output")
-            if spot.tap.path.startswith(f"{block}."):
+            if spot.hook_point.path == block:
+                return i + (spot.hook_point.side == "output")
+            if spot.hook_point.path.startswith(f"{block}."):
                 return i
         return None
 
@@ -165,15 +165,15 @@ class Schedule:
         lowest, before: kept are states from the earliest start on, and keys and values before the latest.
     """
 
-    def __init__(self, batch: Batch, places: Mapping[Site, Place], readout: Readout) -> None:
+    def __init__(self, batch: Batch, resolved: Mapping[Site, ResolvedSite], readout: Readout) -> None:
         assert readout.index is not None
-        self.tokens, self._places = Tokens.of(batch), places
+        self.tokens, self._resolved = Tokens.of(batch), resolved
         self.reads = self.tokens.number.gather(1, readout.index.cpu())
         valid = torch.ones_like(self.reads, dtype=torch.bool) if readout.valid is None else readout.valid.cpu()
         self.stop = self.reads.masked_fill(~valid, -1).amax(1) + 1
         self.first_read = self.reads.masked_fill(~valid, FAR).amin(1)
         self.starts: dict[Site, Tensor] = {}
-        for site in places:
+        for site in resolved:
             number, real = self._numbers(site)
             starts = number.masked_fill(~real, FAR).amin(1) if number.shape[1] else self.first_read
             self.starts[site] = torch.minimum(starts, self.first_read).clamp_max(self.stop.max() - 1)
@@ -196,14 +196,14 @@ class Schedule:
         even = bool(((first == first[0]) & (length == length[0])).all() & real.all())
         return Aligned(first, length, ids, positions, real, reads, first - self.lowest, even)
 
-    def moved(self, site: Site, aligned: Aligned) -> Place:
+    def moved(self, site: Site, aligned: Aligned) -> ResolvedSite:
         """A site's place in aligned rows."""
         number, real = self._numbers(site)
         index = number - aligned.first[:, None]
         # An edit behind the last logit that is read has no effect on it, and no column here.
         real = real & (index < aligned.length[:, None])
         index = torch.minimum(index.clamp_min(0), aligned.length[:, None] - 1)
-        return replace(self._places[site], index=index, valid=None if bool(real.all()) else real)
+        return replace(self._resolved[site], index=index, valid=None if bool(real.all()) else real)
 
     def kept_states(self, rows: Tensor) -> Tensor:
         """The columns of the tokens whose states are kept."""
@@ -215,7 +215,7 @@ class Schedule:
 
     def _numbers(self, site: Site) -> tuple[Tensor, Tensor]:
         """Which tokens of each row a site stands at, and whether it does."""
-        spot = self._places[site]
+        spot = self._resolved[site]
         assert spot.index is not None
         real = torch.ones_like(spot.index, dtype=torch.bool) if spot.valid is None else spot.valid
         return self.tokens.number.gather(1, spot.index.cpu()), real.cpu()
@@ -326,6 +326,7 @@ def _filled(keys: Tensor, values: Tensor) -> Any:
     from transformers.cache_utils import DynamicLayer
 
     layer = DynamicLayer()
-    layer.keys, layer.values, layer.dtype, layer.device = keys, values, keys.dtype, keys.device
+    layer.keys, layer.values = keys, values
+    layer.dtype, layer.device = keys.dtype, keys.device  # type: ignore[attr-defined]
     layer.is_initialized = True
     return layer

@@ -10,23 +10,23 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from subspace_lab.core.backbone import Backbone
-from subspace_lab.core.frozen_past import FrozenPast
-from subspace_lab.core.intervene import collect
 from subspace_lab.core.interventions import Intervention
-from subspace_lab.core.runs import PlainRun, Run
 from subspace_lab.core.sites import Site
-from subspace_lab.core.stacking import Stack, rows_of
-from subspace_lab.core.training import TrainingConfig, shuffled_rows, train_together
 from subspace_lab.das.encoding import Counterfactuals
+from subspace_lab.engine.frozen_past import FrozenPast
+from subspace_lab.engine.plain import Engine, PlainEngine
+from subspace_lab.engine.stacking import Stack, rows_of
+from subspace_lab.engine.training import TrainingConfig, shuffled_rows, train_together
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.intervene import collect
 
 CHUNK = 64
 SMALL_BATCH = 2**16  # numbers
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Pairs under a model.
+class PreparedPairs:
+    """PreparedPairs under a model.
 
     Attributes:
         run: over the bases.
@@ -34,7 +34,7 @@ class Pairs:
         data: the pairs.
     """
 
-    run: Run
+    engine: Engine
     states: dict[Site, Any]
     data: Counterfactuals
 
@@ -47,7 +47,7 @@ class Pairs:
         *,
         memory: int | str | None = None,
         frozen: bool = True,
-    ) -> Pairs:
+    ) -> PreparedPairs:
         """One pass over the bases and one over the sources, for all sites.
 
         Args:
@@ -55,12 +55,12 @@ class Pairs:
             frozen: keep the past; without, every run is a plain one.
         """
         data = data.to(backbone.device)
-        run: Run = (
+        engine: Engine = (
             FrozenPast(backbone, data.base, sites, data.readout, memory=memory)
             if frozen
-            else PlainRun(backbone, data.base, data.readout)
+            else PlainEngine(backbone, data.base, data.readout)
         )
-        return cls(run, source_states(backbone, data, sites), data)
+        return cls(engine, source_states(backbone, data, sites), data)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -73,7 +73,7 @@ class Pairs:
             for rows in torch.arange(len(self)).split(max(1, _chunk(self.data) // len(edits))):
                 again = rows.repeat(len(edits))
                 states = rows_of(self.states[site], again)
-                logits = self.run.logits(again, {site: stack}, {site: states})
+                logits = self.engine.logits(again, {site: stack}, {site: states})
                 picked = one_read(logits).argmax(-1).cpu()
                 given.append(rearrange(picked, "(edit row) -> edit row", edit=len(edits)))
         return torch.cat(given, 1)
@@ -86,11 +86,11 @@ class Pairs:
         """(pairs,): the answers that the model gives to the bases."""
         parts = torch.arange(len(self)).split(_chunk(self.data))
         with torch.no_grad():
-            return torch.cat([one_read(self.run.logits(rows, {})).argmax(-1).cpu() for rows in parts])
+            return torch.cat([one_read(self.engine.logits(rows, {})).argmax(-1).cpu() for rows in parts])
 
 
-Draw = Callable[[int], tuple[Run, Tensor, Any, Tensor]]
-"""step → (run, rows, states of their sources, expected answers)"""
+Draw = Callable[[int], tuple[Engine, Tensor, Any, Tensor]]
+"""step → (engine, rows, states of their sources, expected answers)"""
 
 
 def fit(
@@ -124,26 +124,26 @@ def fit(
     return train_together(list(edits), losses_of, configs, on_step=on_step)
 
 
-def from_pool(pairs: Pairs, site: Site, config: TrainingConfig) -> Draw:
+def from_pool(pairs: PreparedPairs, site: Site, config: TrainingConfig) -> Draw:
     """Rows of fixed pairs, shuffled anew each epoch."""
     order: Iterator[Tensor] = shuffled_rows(len(pairs), config)
 
-    def draw(_: int) -> tuple[Run, Tensor, Any, Tensor]:
+    def draw(_: int) -> tuple[Engine, Tensor, Any, Tensor]:
         rows = next(order)
-        return pairs.run, rows, rows_of(pairs.states[site], rows), pairs.data.answer.cpu()[rows]
+        return pairs.engine, rows, rows_of(pairs.states[site], rows), pairs.data.answer.cpu()[rows]
 
     return draw
 
 
 def from_stream(backbone: Backbone, stream: Callable[[int], Counterfactuals], site: Site) -> Draw:
     """Fresh pairs at every step; those of a step are made once, however many ask for them."""
-    latest: list[tuple[int, Pairs]] = []
+    latest: list[tuple[int, PreparedPairs]] = []
 
-    def draw(step: int) -> tuple[Run, Tensor, Any, Tensor]:
+    def draw(step: int) -> tuple[Engine, Tensor, Any, Tensor]:
         if not latest or latest[0][0] != step:
-            latest[:] = [(step, Pairs.of(backbone, stream(step), [site], frozen=False))]
+            latest[:] = [(step, PreparedPairs.of(backbone, stream(step), [site], frozen=False))]
         pairs = latest[0][1]
-        return pairs.run, torch.arange(len(pairs)), pairs.states[site], pairs.data.answer.cpu()
+        return pairs.engine, torch.arange(len(pairs)), pairs.states[site], pairs.data.answer.cpu()
 
     return draw
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.batches import Batch
+from subspace_lab.model.batches import Batch
 
 _CHANCE = re.compile(r"drop|jitter|noise")
 _ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters")  # of peft: whose weights are in force
@@ -26,7 +26,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 WEIGHTS_SAMPLED, DATA_SAMPLED = 64, 4096
 
 
-class Watch:
+class Fingerprint:
     """Remembers how a model and some tensors are; `changed()` tells whether they are otherwise now.
 
     Args:

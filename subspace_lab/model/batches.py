@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspace_lab.core.families import TEXT
+from subspace_lab.model.families import TEXT
 
 
 @dataclass(frozen=True)

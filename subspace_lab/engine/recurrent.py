@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspace_lab.core.backbone import Backbone, Visit
-from subspace_lab.core.families import attends
-from subspace_lab.core.kept import Schedule, States
-from subspace_lab.core.runs import LAST
+from subspace_lab.engine.kept import Schedule, States
+from subspace_lab.engine.plain import LAST
+from subspace_lab.model.backbone import Backbone, Hook
+from subspace_lab.model.families import attends
 
 
 class Recurrent:
@@ -65,7 +65,7 @@ class Recurrent:
         assert head is not None
         with torch.no_grad():
             given = {name: tensor.to(device) for name, tensor in inputs.items()}
-            stop = Visit(head, "input", LAST, lambda hidden: None)
+            stop = Hook(head, "input", LAST, lambda hidden: None)
             self._backbone.run({**given, "past_key_values": filled, "use_cache": True}, [stop], stop=True)
         # A row without any token before its start leaves what padding left: nothing.
         none = (start[rows] == 0).to(device)

@@ -2,7 +2,7 @@
 
 Training and evaluation ask a model for the logits of a few answer tokens at a few positions. A *run* holds the
 data set and answers `logits(rows, edits, sources)`. The plain run here computes everything anew;
-`core/frozen_past.py` has the one that computes nothing twice. They give the same numbers.
+`engine/frozen_past.py` has the one that computes nothing twice. They give the same numbers.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.backbone import Backbone, Visit, frozen
-from subspace_lab.core.batches import Batch
-from subspace_lab.core.changes import Watch, tensors_of
-from subspace_lab.core.intervene import Edits, Sources, edit_visits, model_inputs
-from subspace_lab.core.places import Place, place
 from subspace_lab.core.positions import locate
 from subspace_lab.core.sites import Site
+from subspace_lab.engine.fingerprint import Fingerprint, tensors_of
+from subspace_lab.model.backbone import Backbone, Hook, frozen
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.intervene import Edits, Sources, edit_hooks, model_inputs
+from subspace_lab.model.resolved_sites import ResolvedSite, resolve
 
 LAST = (2**31,)  # sorts behind every block
 # What only shapes the model's own loss and logits: a readout says which logits are wanted.
@@ -79,7 +79,7 @@ class Readout:
 
 
 @runtime_checkable
-class Run(Protocol):
+class Engine(Protocol):
     """What training and evaluation need of a data set under a model."""
 
     def __len__(self) -> int: ...
@@ -96,7 +96,7 @@ class Run(Protocol):
         ...
 
 
-class PlainRun:
+class PlainEngine:
     """Every batch from the first layer to the last."""
 
     def __init__(self, backbone: Backbone, batch: Batch, readout: Readout) -> None:
@@ -104,8 +104,8 @@ class PlainRun:
             raise ValueError("A cache among the inputs would be written by each run; give the whole rows instead.")
         self.backbone, self.batch, self.readout = backbone, batch, readout
         self._head = Head.of(backbone)
-        self._places: dict[Site, Place] = {}
-        self._watch: Watch | None = None
+        self._resolved: dict[Site, ResolvedSite] = {}
+        self._fingerprint: Fingerprint | None = None
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -116,37 +116,37 @@ class PlainRun:
 
     def logits(self, rows: Tensor, edits: Edits, sources: Sources | None = None) -> Tensor:
         part = self.batch.rows(rows)
-        visits = edit_visits(self.backbone, part, edits, sources, places=self._placed(edits, rows))
-        return self.finish(model_inputs(self.backbone.model, part), visits, self.readout.rows(rows))
+        hooks = edit_hooks(self.backbone, part, edits, sources, resolved=self._resolved_in(edits, rows))
+        return self.finish(model_inputs(self.backbone.model, part), hooks, self.readout.rows(rows))
 
     def finish(
         self,
         inputs: Mapping[str, Any] | Sequence[Any],
-        visits: list[Visit],
+        hooks: list[Hook],
         readout: Readout,
         parameters: nn.Module | None = None,
     ) -> Tensor:
         """Run and read; `parameters`: a module of the model's parameters alone, quicker to go through."""
-        edited = self._head is not None and any(visit.path == self._head.path for visit in visits)
-        head = None if self._head is None or edited else head_visit(self.backbone, readout, self._head)
+        edited = self._head is not None and any(hook.path == self._head.path for hook in hooks)
+        head = None if self._head is None or edited else head_hook(self.backbone, readout, self._head)
         if head is not None and isinstance(inputs, Mapping) and not NEEDLESS.isdisjoint(inputs):
             inputs = _without_needless(self.backbone.model, inputs)
         with frozen(self.backbone.model if parameters is None else parameters):
-            output = self.backbone.run(inputs, [*visits, *([] if head is None else [head])])
+            output = self.backbone.run(inputs, [*hooks, *([] if head is None else [head])])
         return read(output, readout, by_head=head)
 
-    def _placed(self, sites: Iterable[Site], rows: Tensor) -> dict[Site, Place]:
+    def _resolved_in(self, sites: Iterable[Site], rows: Tensor) -> dict[Site, ResolvedSite]:
         """Where the sites are in some rows: found for the whole data set, so that sources are cut as it is."""
-        if self._watch is None or self._watch.changed():
-            self._watch, self._places = Watch(None, lambda: tensors_of(self.batch)), {}
+        if self._fingerprint is None or self._fingerprint.changed():
+            self._fingerprint, self._resolved = Fingerprint(None, lambda: tensors_of(self.batch)), {}
         with torch.inference_mode(False):  # kept for later steps, which may need gradients
             for site in sites:
-                if site not in self._places:
-                    self._places[site] = place(self.backbone, self.batch, site)
-            return {site: place_of(self._places[site], rows) for site in sites}
+                if site not in self._resolved:
+                    self._resolved[site] = resolve(self.backbone, self.batch, site)
+            return {site: resolved_rows(self._resolved[site], rows) for site in sites}
 
 
-def place_of(whole: Place, rows: Tensor) -> Place:
+def resolved_rows(whole: ResolvedSite, rows: Tensor) -> ResolvedSite:
     """A place in some rows of the batch that it was found in."""
     if whole.index is None:
         return whole
@@ -154,7 +154,7 @@ def place_of(whole: Place, rows: Tensor) -> Place:
     return replace(whole, index=index, valid=None if valid is None or bool(valid.all()) else valid)
 
 
-def read(output: Any, readout: Readout, by_head: Visit | None) -> Tensor:
+def read(output: Any, readout: Readout, by_head: Hook | None) -> Tensor:
     """The logits that a readout asks for, out of what the model gave."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None:
@@ -188,7 +188,7 @@ class Head:
         return cls(path, all(t.numel() != head.out_features for t in added))
 
 
-def head_visit(backbone: Backbone, readout: Readout, head: Head | None = None) -> Visit | None:
+def head_hook(backbone: Backbone, readout: Readout, head: Head | None = None) -> Hook | None:
     """Make the head compute the wanted rows alone: at a large vocabulary it is half of a short step.
 
     A plain linear head is multiplied by the answers' rows only; any other kind sees fewer positions.
@@ -212,8 +212,8 @@ def head_visit(backbone: Backbone, readout: Readout, head: Head | None = None) -
         return nn.functional.linear(positions(hidden), module.weight[tokens], bias)
 
     if readout.tokens is not None and head.narrow:
-        return Visit(head.path, "replace", LAST, answers)
-    return Visit(head.path, "input", LAST, positions)
+        return Hook(head.path, "replace", LAST, answers)
+    return Hook(head.path, "input", LAST, positions)
 
 
 def _ids(tokens: Sequence[int] | Tensor | None) -> Tensor | None:
