@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from subspace_lab.core.subspaces import LearnedSubspace, pca, random_subspace
     from subspace_lab.das.causal_models import CausalModel
     from subspace_lab.das.counterfactuals import counterfactual_dataset
-    from subspace_lab.das.encoding import Counterfactuals, encode, from_texts
+    from subspace_lab.das.encoding import encode, from_texts
+    from subspace_lab.das.fits import Fit, Fits
+    from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, RandomSubspace
+    from subspace_lab.das.pairs import Counterfactuals, Pairs
     from subspace_lab.das.search import search
+    from subspace_lab.das.sweeps import sweep
     from subspace_lab.engine.training import TrainingConfig
     from subspace_lab.model.backbone import Backbone
     from subspace_lab.model.batches import Batch
@@ -35,8 +39,12 @@ _ROOMS = {
     "engine.training": ("TrainingConfig",),
     "das.causal_models": ("CausalModel",),
     "das.counterfactuals": ("counterfactual_dataset",),
-    "das.encoding": ("Counterfactuals", "encode", "from_texts"),
+    "das.encoding": ("encode", "from_texts"),
+    "das.fits": ("Fit", "Fits"),
+    "das.methods": ("DAS", "PCA", "DifferenceOfMeans", "FullVector", "RandomSubspace"),
+    "das.pairs": ("Counterfactuals", "Pairs"),
     "das.search": ("search",),
+    "das.sweeps": ("sweep",),
     "reft.config": ("ReftConfig",),
     "reft.model": ("ReftModel", "get_reft_model"),
     "tasks": ("load_task",),
@@ -44,11 +52,19 @@ _ROOMS = {
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
+    "DAS",
+    "PCA",
     "Backbone",
     "Batch",
     "CausalModel",
     "Counterfactuals",
+    "DifferenceOfMeans",
+    "Fit",
+    "Fits",
+    "FullVector",
     "LearnedSubspace",
+    "Pairs",
+    "RandomSubspace",
     "ReftConfig",
     "ReftModel",
     "Site",
@@ -67,6 +83,7 @@ __all__ = [
     "pca",
     "random_subspace",
     "search",
+    "sweep",
 ]
 
 

@@ -1,13 +1,11 @@
-"""How near two subspaces are, and how near chance alone would bring them.
+"""How near two subspaces are, and how near chance alone brings two.
 
 Two orthonormal bases of one span are the same subspace, so spans are compared and never matrices by entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from subspace_lab.core.subspaces import Subspace, check_orthonormal, check_rank
-from subspace_lab.das.search import Found
 
 CONFIDENCE = 0.95
 
@@ -28,48 +25,6 @@ class Chance:
     low: float
     high: float
     draws: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The overlaps of several subspaces, with what chance gives.
-
-    Attributes:
-        labels: of the subspaces, in the order of rows and columns.
-        ranks: theirs.
-        width: of the stream that they are in.
-        matrix: overlap of each with each.
-        chance: by pair of ranks, the smaller first. A band holds for one pair: of twenty pairs of random
-            subspaces one falls outside.
-    """
-
-    labels: tuple[str, ...]
-    ranks: tuple[int, ...]
-    width: int
-    matrix: tuple[tuple[float, ...], ...]
-    chance: Mapping[tuple[int, int], Chance]
-
-    def chance_of(self, i: int, j: int) -> Chance:
-        """What chance gives for the ranks of two of the subspaces."""
-        one, other = sorted((self.ranks[i], self.ranks[j]))
-        return self.chance[one, other]
-
-    def within_chance(self, i: int, j: int) -> bool:
-        """Whether an overlap lies in the 95 % band of independent random subspaces."""
-        chance = self.chance_of(i, j)
-        rounding = 1e-9  # at full rank the band is the point 1
-        return chance.low - rounding <= self.matrix[i][j] <= chance.high + rounding
-
-    def as_dict(self) -> dict[str, Any]:
-        """What a program reads."""
-        return {
-            "labels": list(self.labels),
-            "ranks": list(self.ranks),
-            "width": self.width,
-            "overlap": [list(row) for row in self.matrix],
-            "chance": [{"ranks": list(ranks), **asdict(chance)} for ranks, chance in self.chance.items()],
-            "confidence": CONFIDENCE,
-        }
 
 
 def overlap(a: Subspace | Float[Tensor, "k1 width"], b: Subspace | Float[Tensor, "k2 width"]) -> float:
@@ -124,58 +79,8 @@ def haar_overlap(width: int, k1: int, k2: int, draws: int = 2000, seed: int = 0)
     return Chance(large / width, float(low), float(high), draws)
 
 
-def compare(
-    subspaces: Mapping[str, Subspace | Found],
-    seeds: Mapping[str, int] | None = None,
-    *,
-    same_start_allowed: bool = False,
-) -> Comparison:
-    """The overlap of each subspace with each, beside what chance gives.
-
-    Args:
-        subspaces: {label: subspace, or what a search found at a site}, all of streams of one width.
-        seeds: {label: seed of the random start that it was trained from}, of all or of none; of what a search
-            found they are known.
-        same_start_allowed: compare also what was trained from one start.
-
-    Raises:
-        ValueError: nothing to compare, different widths, a subspace without a seed, or two from one seed:
-            a basis stays near its start, so they overlap whatever the model does.
-    """
-    if not subspaces:
-        raise ValueError("No subspaces to compare.")
-    starts = {label: one.start for label, one in subspaces.items() if isinstance(one, Found)}
-    _check_starts(list(starts if seeds is None else subspaces), {**starts, **(seeds or {})}, same_start_allowed)
-    spans = {label: one.subspace() if isinstance(one, Found) else one for label, one in subspaces.items()}
-    bases = {label: _orthonormal(subspace) for label, subspace in spans.items()}
-    widths = {label: basis.shape[1] for label, basis in bases.items()}
-    if len(set(widths.values())) > 1:
-        raise ValueError(f"Subspaces of streams of different widths have no overlap: {widths}.")
-    ranks = tuple(len(basis) for basis in bases.values())
-    width = next(iter(widths.values()))
-    pairs = sorted({(min(a, b), max(a, b)) for a in ranks for b in ranks})
-    matrix = tuple(tuple(overlap(a, b) for b in bases.values()) for a in bases.values())
-    return Comparison(tuple(bases), ranks, width, matrix, {pair: haar_overlap(width, *pair) for pair in pairs})
-
-
-def _check_starts(labels: list[str], seeds: Mapping[str, int], same_start_allowed: bool) -> None:
-    missing = [label for label in labels if label not in seeds]
-    if missing:
-        raise ValueError(f"No seed given for {missing}; seeds are known of {list(seeds)}.")
-    by_seed: dict[int, list[str]] = {}
-    for label in labels:
-        by_seed.setdefault(seeds[label], []).append(label)
-    shared = {seed: group for seed, group in by_seed.items() if len(group) > 1}
-    if shared and not same_start_allowed:
-        raise ValueError(
-            f"Trained from one start (seed: subspaces): {shared}. Such subspaces overlap because each stays near "
-            "its start. Train them from different seeds, or compare them all the same with "
-            "same_start_allowed=True."
-        )
-
-
 def _pair(a: Subspace | Tensor, b: Subspace | Tensor) -> tuple[Tensor, Tensor]:
-    one, other = _orthonormal(a), _orthonormal(b)
+    one, other = orthonormal_rows(a), orthonormal_rows(b)
     if one.shape[1] != other.shape[1]:
         raise ValueError(
             f"Subspaces of streams of width {one.shape[1]} and {other.shape[1]}: needed is one width."
@@ -183,7 +88,7 @@ def _pair(a: Subspace | Tensor, b: Subspace | Tensor) -> tuple[Tensor, Tensor]:
     return one, other
 
 
-def _orthonormal(subspace: Subspace | Tensor) -> Tensor:
+def orthonormal_rows(subspace: Subspace | Tensor) -> Tensor:
     """The basis in float64 on the CPU (ValueError where its rows are not orthonormal)."""
     basis = (subspace.basis() if isinstance(subspace, Subspace) else subspace).detach()
     if basis.ndim != 2:

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ FROM_PADDING = (
     "mpnet",
     "longformer",
 )
-LIBRARIES = ("subspace-lab", "torch", "transformers", "nnsight")
 
 
 @contextmanager
@@ -206,15 +204,3 @@ def layer_numbers(text: str, depth: int) -> list[int]:
             )
         chosen += range(first, last + 1)
     return list(dict.fromkeys(chosen))
-
-
-def versions() -> dict[str, str | None]:
-    """Of the libraries that a result depends on."""
-    return {name.replace("-", "_"): _version(name) for name in LIBRARIES}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # run from a checkout
-        return None

@@ -21,7 +21,6 @@ from subspace_lab.cli.common import (
     nothing_left_behind,
     refusing,
     threads,
-    versions,
 )
 
 if TYPE_CHECKING:
@@ -99,6 +98,7 @@ def finetune(
     settings: dict[str, Any] = {**locals(), "data": str(data), "out": str(out)}
     with nothing_left_behind(out), refusing():
         from subspace_lab.core.checkpoints import output_folder
+        from subspace_lab.model.identity import versions
         from subspace_lab.reft.config import ReftConfig
         from subspace_lab.reft.datafiles import read_rows
         from subspace_lab.reft.jobs import pad_token

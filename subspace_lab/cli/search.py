@@ -20,15 +20,15 @@ from subspace_lab.cli.common import (
     nothing_left_behind,
     refusing,
     threads,
-    versions,
 )
 
 if TYPE_CHECKING:
     from subspace_lab.core.sites import Site
     from subspace_lab.das.counterfactuals import Task
+    from subspace_lab.das.methods import Method
     from subspace_lab.model.backbone import Backbone
 else:  # names in annotations have to exist at run time as well, and importing these takes seconds
-    Backbone = Site = Task = Any
+    Backbone = Method = Site = Task = Any
 
 # Where the answer is made and, for contrast, tokens before it; a task that is not named here gives all its spans.
 POSITIONS = {"price_tagging": "amount,unit,query,last"}
@@ -53,12 +53,23 @@ def search(
         ),
     ] = None,
     component: Annotated[str, typer.Option(help="Of a block, or 'path.of.a.module.output'.")] = "block_output",
-    rank: Annotated[int, typer.Option(help="Dimensions of each subspace.")] = 8,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated, such as DAS,PCA; a wrong name is answered with those that exist.",
+            show_default="DAS,DifferenceOfMeans,PCA,RandomSubspace,FullVector",
+        ),
+    ] = None,
+    rank: Annotated[str, typer.Option(help="Dimensions of each subspace: 8, or several as 2,4,8.")] = "8",
     steps: Annotated[int, typer.Option(help="Training steps at each site.")] = 60,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 5e-2,
     pairs: Annotated[int, typer.Option(help="Counterfactual pairs to train on.")] = 1000,
-    test_pairs: Annotated[int, typer.Option(help="Held-out pairs, on which everything is scored.")] = 400,
-    seed: Annotated[int, typer.Option(help="Of the pairs, the random starts and the twin.")] = 0,
+    dev_pairs: Annotated[int, typer.Option(help="Held-out pairs by which sites and ranks are chosen.")] = 200,
+    test_pairs: Annotated[int, typer.Option(help="Held-out pairs of which the scores are reported.")] = 400,
+    seed: Annotated[
+        str,
+        typer.Option(help="Of the random starts: 0, or several as 0,1,2. The first also draws pairs and twin."),
+    ] = "0",
     out: Annotated[Path, typer.Option(help="A new or empty folder for the results.")] = Path("subspace_search"),
     twin: Annotated[bool, typer.Option(help="Search a randomly initialised twin too, as a control.")] = True,
     allow_failing_model: Annotated[
@@ -77,41 +88,47 @@ def search(
 ) -> None:
     """Search a model for the subspaces in which a causal variable is swapped.
 
-    Every site, a layer and a position, is searched on its own and scored on held-out pairs: the share of them
-    that the model answers as the causal model does once the subspace is exchanged (IIA). Beside it stand the
-    training pairs, the exchange of the full vector, random subspaces and a randomly initialised twin.
+    Every site, a layer and a position, is searched on its own by several methods: a trained subspace (DAS) beside the
+    difference of means, principal components, random subspaces and the swap of the full vector. Scored is the share
+    of held-out pairs that the model answers as the causal model does once the subspace is exchanged (IIA). Sites are
+    chosen on dev pairs and reported on test pairs. The same search runs on a randomly initialised twin.
 
-    Writes into --out: results.json (settings, model, twin, comparison), subspaces.safetensors ("site/variable":
-    a basis of shape rank × width), iia.png and overlap.png.
+    Writes into --out: results.json (settings, model, twin, comparison), the fits with their subspaces (model, twin),
+    iia.png and overlap.png.
     """
     settings = {**locals(), "out": str(out)}
     with nothing_left_behind(out):
         with refusing():
-            from subspace_lab.core.checkpoints import output_folder
+            from subspace_lab.core.files import output_folder
             from subspace_lab.das.search import search as search_sites
             from subspace_lab.engine.training import TrainingConfig
             from subspace_lab.model.backbone import Backbone
 
             folder = output_folder(out)
             config = TrainingConfig(steps=steps, learning_rate=learning_rate)
+            ranks, seeds = _integers("--rank", rank), _integers("--seed", seed)
+            methods = _methods(method, ranks)
             chosen, variable = _task(task, variable)
             specs = _positions(positions or POSITIONS.get(task), _spans(chosen))
             device, dtype = check_device(device), check_dtype(dtype)
             tokenizer, network = load_tokenizer(model), load_causal(model, device, dtype)
             backbone = Backbone(network)
-            sites = _sites(backbone, component, layers, specs, rank)
-            splits = {"train": pairs, "test": test_pairs}
-            data = [_encoded(chosen, n, split, seed, variable, tokenizer) for split, n in splits.items()]
-            run = partial(search_sites, sites=sites, rank=rank, config=config, seed=seed, memory=memory)
+            sites = _sites(backbone, component, layers, specs, max(ranks))
+            data = chosen.pairs(
+                tokenizer, train=pairs, dev=dev_pairs, test=test_pairs, seed=seeds[0], variables=[variable]
+            )
+            run = partial(
+                search_sites, pairs=data, sites=sites, methods=methods, config=config, seed=seeds, memory=memory
+            )
         with threads(network):
             with refusing({"min_accuracy=None": "--allow-failing-model"}):
                 bar = None if allow_failing_model else MIN_ACCURACY
-                found = run(backbone, *data, min_accuracy=bar, label="model")
+                found = run(backbone, min_accuracy=bar, label="model")
             control = None
             if twin:
                 from subspace_lab.analysis.twins import reinitialised
 
-                control = run(Backbone(reinitialised(network, seed)), *data, min_accuracy=None, label="twin ")
+                control = run(Backbone(reinitialised(network, seeds[0])), min_accuracy=None, label="twin ")
         settings |= {
             "model": model or SHIPPED,
             "variable": variable,
@@ -119,12 +136,46 @@ def search(
             "device": str(backbone.device),
             "dtype": str(network.dtype).removeprefix("torch."),
             "batch_size": config.batch_size,
-            "versions": versions(),
+            "method": ",".join(dict.fromkeys(type(one).__name__ for one in methods)),
         }
         from subspace_lab.analysis.search_report import print_search, save_search
 
         comparison = save_search(folder, settings, found, control)
         print_search(folder, settings, found, control, comparison)
+
+
+def _integers(option: str, text: str) -> list[int]:
+    """The numbers of '8' or '2,4,8'."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 10 for part in parts) or len(set(parts)) < len(parts):
+        raise ValueError(f"{option} {text}: needed is a whole number, or several different ones as 2,4,8.")
+    return [int(part) for part in parts]
+
+
+def _methods(names: str | None, ranks: list[int]) -> list[Method]:
+    """The methods asked for, those with a rank once for each rank."""
+    from dataclasses import fields
+
+    from subspace_lab.das import methods
+    from subspace_lab.das.search import default_methods
+
+    if names is None:
+        return default_methods(ranks)
+    known = {
+        name.lower(): kind
+        for name, kind in vars(methods).items()
+        if isinstance(kind, type) and issubclass(kind, methods.Method) and kind is not methods.Method
+    }
+    found: list[Method] = []
+    for name in names.split(","):
+        kind = known.get(name.strip().lower())
+        if kind is None:
+            raise ValueError(
+                f"--method {name}: possible are {', '.join(sorted(k.__name__ for k in known.values()))}."
+            )
+        ranked = "rank" in {f.name for f in fields(kind)} and kind is not methods.DifferenceOfMeans
+        found.append(kind(**({"rank": ranks} if ranked else {})))
+    return found
 
 
 def _task(name: str, variable: str | None) -> tuple[Task, str]:
@@ -180,11 +231,3 @@ def _sites(backbone: Backbone, component: str, layers: str, specs: list[str], ra
     if len(set(widths.values())) > 1:
         raise ValueError(f"Sites of different widths cannot be compared, search them apart: {widths}.")
     return sites
-
-
-def _encoded(task: Task, n: int, split: str, seed: int, variable: str, tokenizer: Any) -> Any:
-    from subspace_lab.das.counterfactuals import counterfactual_dataset
-    from subspace_lab.das.encoding import encode
-
-    dataset = counterfactual_dataset(task, n, split=split, seed=seed, variables=[variable])
-    return encode(dataset, tokenizer, list(task.answers.values()))

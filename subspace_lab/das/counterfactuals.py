@@ -1,4 +1,6 @@
-"""Counterfactual data sets: pairs of prompts and the answer expected after an interchange intervention."""
+"""Tasks, and the data sets of counterfactual pairs that are drawn from them."""
+
+from __future__ import annotations
 
 import random
 from collections import Counter
@@ -9,8 +11,10 @@ from typing import Any
 from datasets import Dataset
 
 from subspace_lab.das.causal_models import CausalModel
+from subspace_lab.das.encoding import encode
+from subspace_lab.das.pairs import Pairs
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "dev", "test")
 # Draws, for each answer of a task, after which a kind of row that did not come up counts as impossible.
 DRAWS_PER_ANSWER = 100
 
@@ -27,13 +31,14 @@ class Prompt:
 class Task:
     """A causal model, prompts that pose it to a language model, and the tokens that answer.
 
-    name, description: for people.
-    causal_model: the hypothesis.
-    variable: the variable searched for by default.
-    answers: value of the causal model's output -> the answer's token as it stands in the vocabulary.
-    sample: (random generator, "train" or "test") -> a setting: the causal model's inputs and, where
-        the wording varies, `template`. The two splits share no names, entities or amounts.
-    prompt: setting -> prompt; every setting of a task has the same span names.
+    Attributes:
+        name, description: for people.
+        causal_model: the hypothesis.
+        variable: the variable searched for by default.
+        answers: value of the causal model's output → the answer's token as it is written in the vocabulary.
+        sample: (random generator, "train", "dev" or "test") → a setting: the causal model's inputs and, where the
+            wording varies, `template`. The splits share no names, entities or amounts.
+        prompt: setting → prompt; every setting of a task has the same span names.
     """
 
     name: str
@@ -52,9 +57,37 @@ class Task:
         """Answer token of `setting` by the causal model."""
         return self.answers[self.causal_model.run(self.inputs(setting))[self.causal_model.output]]
 
+    def pairs(
+        self,
+        tokenizer: Any,
+        *,
+        train: int = 1000,
+        dev: int = 200,
+        test: int = 400,
+        seed: int = 0,
+        variables: Sequence[str] | None = None,
+    ) -> Pairs:
+        """Counterfactual pairs of this task in three splits that share no names, entities or amounts.
+
+        Args:
+            tokenizer: of the model, a fast Hugging Face tokenizer.
+            train, dev, test: how many pairs each split gets.
+            seed: of the draw.
+            variables: the variables to exchange, by default the task's one.
+
+        Raises:
+            ValueError: as `counterfactual_dataset` and `encode` do.
+        """
+        answers = list(self.answers.values())
+        found = {}
+        for split, n in (("train", train), ("dev", dev), ("test", test)):
+            dataset = counterfactual_dataset(self, n, split=split, seed=seed, variables=variables)
+            found[split] = encode(dataset, tokenizer, answers)
+        return Pairs(**found, task=self.name)
+
 
 def check_split(split: str) -> None:
-    """ValueError unless `split` is "train" or "test"."""
+    """ValueError unless `split` is "train", "dev" or "test"."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; possible are {list(SPLITS)}")
 
@@ -64,9 +97,9 @@ def counterfactual_dataset(
 ) -> Dataset:
     """`n` rows of a base, a source for each of `variables` and the answer that the causal model then gives.
 
-    Columns: `base` and `base_spans`; `sources` and `source_spans` (variable -> text, spans); `base_answer`;
-    `answer`, expected after each variable took the value it has in its source; `changes`, whether the two
-    answers differ.
+    Columns: `base` and `base_spans`; `sources`, `source_spans` and `source_values` (variable → text, spans, and the
+    value that the variable has there, as text); `base_answer`; `answer`, expected after each variable took the
+    value it has in its source; `changes`, whether the two answers differ.
 
     One variable (default: the task's): every second row changes, and among the changing and the unchanging
     rows each answer is as frequent as the next, so no constant answer does better than another. Several
@@ -133,7 +166,7 @@ class _Pair:
     answer: str
 
     @classmethod
-    def draw(cls, task: Task, rng: random.Random, split: str, exchanged: Sequence[str]) -> "_Pair":
+    def draw(cls, task: Task, rng: random.Random, split: str, exchanged: Sequence[str]) -> _Pair:
         base = task.sample(rng, split)
         sources = {variable: task.sample(rng, split) for variable in exchanged}
         if "template" in base:  # so that every named position of the base exists in its sources
@@ -147,13 +180,15 @@ class _Pair:
         return self.answer != self.base_answer
 
     def row(self, task: Task, variables: Sequence[str]) -> dict[str, Any]:
-        base = task.prompt(self.base)
-        sources = {name: task.prompt(self.sources[name]) if name in self.sources else base for name in variables}
+        settings = {name: self.sources.get(name, self.base) for name in variables}
+        base, sources = task.prompt(self.base), {name: task.prompt(found) for name, found in settings.items()}
+        values = {name: task.causal_model.run(task.inputs(found))[name] for name, found in settings.items()}
         return {
             "base": base.text,
             "base_spans": _as_lists(base.spans),
             "sources": {name: source.text for name, source in sources.items()},
             "source_spans": {name: _as_lists(source.spans) for name, source in sources.items()},
+            "source_values": {name: str(value) for name, value in values.items()},
             "base_answer": self.base_answer,
             "answer": self.answer,
             "changes": self.changes,

@@ -1,74 +1,16 @@
-"""Counterfactual pairs as tensors: what a search is given."""
+"""From texts to counterfactual pairs: tokens, answers, and named positions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from subspace_lab.engine.plain import Readout
+from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.model.batches import Batch
-
-
-@dataclass(frozen=True)
-class Counterfactuals:
-    """Bases, a source for each variable, and the answers before and after the interchange.
-
-    Attributes:
-        base: the bases.
-        sources: {variable: its sources}, row by row; a variable that a row leaves alone has the base there.
-        base_answer, answer: (rows,) indices into the answers.
-        answers: what the answers are, for people.
-        tokens: (answers,) their token ids; None where the model's output is over the answers already.
-    """
-
-    base: Batch
-    sources: Mapping[str, Batch]
-    base_answer: Tensor
-    answer: Tensor
-    answers: tuple[str, ...]
-    tokens: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        for name, source in self.sources.items():
-            if len(source) != len(self.base):
-                raise ValueError(
-                    f"{len(self.base)} bases and {len(source)} sources for {name!r}: each base needs its own."
-                )
-        if not self.sources:
-            raise ValueError("Counterfactuals need a source for at least one variable.")
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    @property
-    def readout(self) -> Readout:
-        """The answers' logits after the last token of the base."""
-        return Readout.at(self.base, "last", self.tokens)
-
-    def rows(self, rows: Tensor) -> Counterfactuals:
-        """Some of the pairs."""
-        return replace(
-            self,
-            base=self.base.rows(rows),
-            sources={name: s.rows(rows) for name, s in self.sources.items()},
-            base_answer=self.base_answer[rows],
-            answer=self.answer[rows],
-        )
-
-    def to(self, device: torch.device | str) -> Counterfactuals:
-        """The pairs on a device."""
-        return replace(
-            self,
-            base=self.base.to(device),
-            sources={name: s.to(device) for name, s in self.sources.items()},
-            base_answer=self.base_answer.to(device),
-            answer=self.answer.to(device),
-        )
 
 
 def encode(dataset: Dataset, tokenizer: Any, answers: Sequence[str]) -> Counterfactuals:
@@ -98,6 +40,7 @@ def encode(dataset: Dataset, tokenizer: Any, answers: Sequence[str]) -> Counterf
         raise ValueError(
             f"The data set has the answers {unlisted}, which are not among those given, {list(answers)}."
         )
+    values = rows.get("source_values") or [{} for _ in rows["base"]]
     return Counterfactuals(
         base=_batch(tokenizer, rows["base"], rows["base_spans"]),
         sources={
@@ -108,6 +51,7 @@ def encode(dataset: Dataset, tokenizer: Any, answers: Sequence[str]) -> Counterf
         answer=torch.tensor([number[a] for a in rows["answer"]]),
         answers=tuple(answers),
         tokens=tokens,
+        values={v: _numbered([of[v] for of in values]) for v in variables if v in values[0]},
     )
 
 
@@ -155,6 +99,12 @@ def from_texts(
         answers=tuple(answers),
         tokens=answer_tokens(tokenizer, answers),
     )
+
+
+def _numbered(values: Sequence[str]) -> Tensor:
+    """Each value as its place in the sorted list of distinct values."""
+    number = {value: i for i, value in enumerate(sorted(set(values)))}
+    return torch.tensor([number[value] for value in values])
 
 
 def _span(text: str, piece: str, name: str) -> list[int]:

@@ -1,18 +1,20 @@
-"""Counterfactual pairs made ready for many interventions: a run over the bases, the states of the sources."""
+"""Counterfactual pairs made ready for many interventions: an engine over the bases, the states of the sources."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
-from subspace_lab.das.encoding import Counterfactuals
+from subspace_lab.das.methods.method import Learner
+from subspace_lab.das.objectives import Loss, Outcome
+from subspace_lab.das.pairs import Counterfactuals, Stream
 from subspace_lab.engine.frozen_past import FrozenPast
 from subspace_lab.engine.plain import Engine, PlainEngine
 from subspace_lab.engine.stacking import Stack, rows_of
@@ -20,22 +22,25 @@ from subspace_lab.engine.training import TrainingConfig, shuffled_rows, train_to
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.intervene import collect
 
-CHUNK = 64
+CHUNK = 64  # pairs a run
 SMALL_BATCH = 2**16  # numbers
 
+Assignment = Mapping[str, Site]
+"""{variable: the site where it is searched for}"""
 
-@dataclass(frozen=True)
+
+@dataclass
 class PreparedPairs:
-    """PreparedPairs under a model.
+    """Pairs under a model.
 
     Attributes:
-        run: over the bases.
-        states: {site: states of the sources, or {variable: states} where there are several variables}.
+        engine: over the bases.
+        states: {variable: {site: (pairs, positions, width) states of its sources}}.
         data: the pairs.
     """
 
     engine: Engine
-    states: dict[Site, Any]
+    states: dict[str, dict[Site, Tensor]]
     data: Counterfactuals
 
     @classmethod
@@ -43,146 +48,180 @@ class PreparedPairs:
         cls,
         backbone: Backbone,
         data: Counterfactuals,
-        sites: Sequence[Site],
+        assignments: Sequence[Assignment],
         *,
         memory: int | str | None = None,
         frozen: bool = True,
     ) -> PreparedPairs:
-        """One pass over the bases and one over the sources, for all sites.
+        """One pass over the bases and one over each variable's sources, for all sites.
 
         Args:
+            assignments: where variables will be exchanged, each on its own.
             memory: budget of the frozen past.
-            frozen: keep the past; without, every run is a plain one.
+            frozen: compute once what comes before the edits; without, every run is a plain one.
         """
         data = data.to(backbone.device)
+        together = [tuple(dict.fromkeys(one.values())) for one in assignments]
+        sites = list(dict.fromkeys(site for group in together for site in group))
         engine: Engine = (
             FrozenPast(backbone, data.base, sites, data.readout, memory=memory)
             if frozen
             else PlainEngine(backbone, data.base, data.readout)
         )
-        return cls(engine, source_states(backbone, data, sites), data)
+        states = {}
+        for name, source in data.sources.items():
+            own = list(dict.fromkeys(one[name] for one in assignments if name in one))
+            parts = [collect(backbone, source.rows(r), own) for r in torch.arange(len(data)).split(_chunk(data))]
+            states[name] = {site: _one([p[site] for p in parts], site) for site in own}
+        return cls(engine, states, data)
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def answers(self, site: Site, edits: Sequence[Intervention]) -> Tensor:
-        """(edits, pairs): the answers given with each of several interventions at a site, in one run."""
-        given = []
-        stack = Stack(edits)
+    def sources(self, assignment: Assignment, pairs: Tensor) -> dict[Site, Any]:
+        """{site: states of the sources of some pairs}, or {variable: states} where variables share the site."""
+        found: dict[Site, Any] = {}
+        for site in dict.fromkeys(assignment.values()):
+            names = [name for name, own in assignment.items() if own == site]
+            of = {name: rows_of(self.states[name][site], pairs) for name in names}
+            found[site] = of[names[0]] if len(names) == 1 else of
+        return found
+
+    def outcomes(
+        self, assignment: Assignment, edits: Sequence[Mapping[Site, nn.Module]], pairs: Tensor | None = None
+    ) -> list[Outcome]:
+        """What the model says with each of several sets of edits, all in one run; by default about all pairs."""
+        pairs = torch.arange(len(self)) if pairs is None else pairs
+        stacked = stacked_edits(edits)
+        parts = []
         with torch.no_grad():
-            for rows in torch.arange(len(self)).split(max(1, _chunk(self.data) // len(edits))):
-                again = rows.repeat(len(edits))
-                states = rows_of(self.states[site], again)
-                logits = self.engine.logits(again, {site: stack}, {site: states})
-                picked = one_read(logits).argmax(-1).cpu()
-                given.append(rearrange(picked, "(edit row) -> edit row", edit=len(edits)))
-        return torch.cat(given, 1)
+            for some in pairs.split(max(1, _chunk(self.data) // len(edits))):
+                again = some.repeat(len(edits))
+                logits = one_read(self.engine.logits(again, stacked, self.sources(assignment, again)))
+                parts.append(rearrange(logits.cpu(), "(edit pair) answer -> edit pair answer", edit=len(edits)))
+        answer, base = self.data.answer.cpu()[pairs], self.data.base_answer.cpu()[pairs]
+        return [Outcome(logits, self.unedited[pairs], answer, base) for logits in torch.cat(parts, 1)]
 
-    def correct(self, site: Site, edits: Sequence[Intervention]) -> Tensor:
-        """(edits, pairs): whether the answer is the one that the causal model expects."""
-        return self.answers(site, edits) == self.data.answer.cpu()
-
+    @cached_property
     def unedited(self) -> Tensor:
-        """(pairs,): the answers that the model gives to the bases."""
+        """(pairs, answers): the logits that the model gives to the bases without any intervention."""
         parts = torch.arange(len(self)).split(_chunk(self.data))
         with torch.no_grad():
-            return torch.cat([one_read(self.engine.logits(rows, {})).argmax(-1).cpu() for rows in parts])
+            return torch.cat([one_read(self.engine.logits(some, {})).cpu() for some in parts])
 
 
-Draw = Callable[[int], tuple[Engine, Tensor, Any, Tensor]]
-"""step → (engine, rows, states of their sources, expected answers)"""
+Draw = Callable[[int], tuple[Engine, Tensor, dict[Site, Any], Tensor]]
+"""step → (engine, pairs, states of their sources, expected answers)"""
 
 
 def fit(
-    edits: Sequence[Intervention],
-    site: Site,
+    learners: Sequence[Learner],
     draws: Sequence[Draw],
     configs: Sequence[TrainingConfig],
+    loss: Loss,
     on_step: Callable[[int, list[float]], None] | None = None,
 ) -> list[list[float]]:
-    """Train interchange interventions at one site, all in one run, each as if it were alone.
-
-    The loss of each is the cross-entropy between the answers' logits and the expected answers of its rows.
+    """Train learners at one place, all in one run over a stacked batch, each as if it were alone.
 
     Args:
-        draws: for each intervention the rows of its steps; all from one run, equally many a step.
-        configs: for each its training.
+        draws: for each learner the pairs of its steps; all from one engine, equally many a step.
+        configs: for each its training; their numbers of steps agree.
+        loss: of the answers' logits and the expected answers, by pair; the learner's penalty is added to its mean.
 
     Returns:
         For each the loss at each step.
+
+    Raises:
+        FloatingPointError: a loss that is not finite.
     """
-    stack = Stack(edits)
+    stacked = stacked_edits([learner.edits for learner in learners])
+    groups = [
+        (group, config) for one, config in zip(learners, configs, strict=True) for group in one.parameter_groups()
+    ]
+    steps = configs[0].steps
 
     def losses_of(step: int) -> Tensor:
+        for learner in learners:
+            learner.advance(step / steps)
         drawn = [draw(step) for draw in draws]
-        run, rows = drawn[0][0], torch.cat([d[1] for d in drawn])
-        logits = one_read(run.logits(rows, {site: stack}, {site: _joined([d[2] for d in drawn])}))
+        engine, pairs = drawn[0][0], torch.cat([d[1] for d in drawn])
+        logits = one_read(engine.logits(pairs, stacked, _joined([d[2] for d in drawn])))
         answers = torch.cat([d[3] for d in drawn]).to(logits.device)
-        losses = nn.functional.cross_entropy(logits.float(), answers, reduction="none")
-        return reduce(losses, "(edit row) -> edit", "mean", edit=len(edits))
+        losses = reduce(loss(logits, answers), "(learner pair) -> learner", "mean", learner=len(learners))
+        penalties = [learner.penalty() for learner in learners]
+        if all(penalty is None for penalty in penalties):
+            return losses
+        return torch.stack(
+            [one if more is None else one + more for one, more in zip(losses, penalties, strict=True)]
+        )
 
-    return train_together(list(edits), losses_of, configs, on_step=on_step)
+    modules = [nn.ParameterList(group.parameters) for group, _ in groups]
+    rates = [
+        c if group.learning_rate is None else replace(c, learning_rate=group.learning_rate) for group, c in groups
+    ]
+    return train_together(modules, losses_of, rates, on_step=on_step)
 
 
-def from_pool(pairs: PreparedPairs, site: Site, config: TrainingConfig) -> Draw:
-    """Rows of fixed pairs, shuffled anew each epoch."""
+def from_pool(pairs: PreparedPairs, assignment: Assignment, config: TrainingConfig) -> Draw:
+    """Fixed pairs, shuffled anew each epoch."""
     order: Iterator[Tensor] = shuffled_rows(len(pairs), config)
+    answers = pairs.data.answer.cpu()
 
-    def draw(_: int) -> tuple[Engine, Tensor, Any, Tensor]:
-        rows = next(order)
-        return pairs.engine, rows, rows_of(pairs.states[site], rows), pairs.data.answer.cpu()[rows]
+    def draw(_: int) -> tuple[Engine, Tensor, dict[Site, Any], Tensor]:
+        some = next(order)
+        return pairs.engine, some, pairs.sources(assignment, some), answers[some]
 
     return draw
 
 
-def from_stream(backbone: Backbone, stream: Callable[[int], Counterfactuals], site: Site) -> Draw:
+def from_stream(backbone: Backbone, stream: Stream, assignment: Assignment) -> Draw:
     """Fresh pairs at every step; those of a step are made once, however many ask for them."""
     latest: list[tuple[int, PreparedPairs]] = []
 
-    def draw(step: int) -> tuple[Engine, Tensor, Any, Tensor]:
+    def draw(step: int) -> tuple[Engine, Tensor, dict[Site, Any], Tensor]:
         if not latest or latest[0][0] != step:
-            latest[:] = [(step, PreparedPairs.of(backbone, stream(step), [site], frozen=False))]
+            latest[:] = [(step, PreparedPairs.of(backbone, stream(step), [assignment], frozen=False))]
         pairs = latest[0][1]
-        return pairs.engine, torch.arange(len(pairs)), pairs.states[site], pairs.data.answer.cpu()
+        every = torch.arange(len(pairs))
+        return pairs.engine, every, pairs.sources(assignment, every), pairs.data.answer.cpu()
 
     return draw
 
 
-def source_states(backbone: Backbone, data: Counterfactuals, sites: Sequence[Site]) -> dict[Site, Any]:
-    """{site: states of the sources}, or {site: {variable: states}} where there are several variables.
-
-    One run over the sources serves all sites; it ends after the last of them.
-    """
-    by_variable = {}
-    chunk = _chunk(data)
-    for name, source in data.sources.items():
-        parts = [collect(backbone, source.rows(r), sites) for r in torch.arange(len(data)).split(chunk)]
-        by_variable[name] = {site: _one([p[site] for p in parts], site) for site in sites}
-    if len(by_variable) == 1:
-        return dict(next(iter(by_variable.values())))
-    return {site: {name: states[site] for name, states in by_variable.items()} for site in sites}
+def stacked_edits(edits: Sequence[Mapping[Site, nn.Module]]) -> dict[Site, Stack]:
+    """Several sets of edits of the same sites as one: each acts on its own share of a batch."""
+    return {site: Stack([one[site] for one in edits]) for site in edits[0]}
 
 
 def _chunk(data: Counterfactuals) -> int:
-    """Rows a run. A plain module's are many: starting a run costs more than running some numbers more."""
-    rows = data.base.positional
-    return CHUNK if rows is None else max(CHUNK, SMALL_BATCH // max(1, rows.shape[1:].numel()))
+    """Pairs a run. A plain module's are many: starting a run costs more than running some numbers more."""
+    positional = data.base.positional
+    return CHUNK if positional is None else max(CHUNK, SMALL_BATCH // max(1, positional.shape[1:].numel()))
 
 
 def one_read(logits: Tensor) -> Tensor:
-    """(rows, answers), read at one position."""
+    """(pairs, answers), read at one position."""
     return logits[:, 0] if logits.ndim == 3 else logits
 
 
-def _joined(states: list[Any]) -> Any:
-    if isinstance(states[0], Tensor):
-        return torch.cat(states)
-    return {name: torch.cat([s[name] for s in states]) for name in states[0]}
+def _joined(sources: list[dict[Site, Any]]) -> dict[Site, Any]:
+    """The sources of several draws, one behind the other."""
+    if len(sources) == 1:
+        return sources[0]
+    joined: dict[Site, Any] = {}
+    for site, first in sources[0].items():
+        parts = [source[site] for source in sources]
+        joined[site] = (
+            torch.cat(parts)
+            if isinstance(first, Tensor)
+            else {name: torch.cat([part[name] for part in parts]) for name in first}
+        )
+    return joined
 
 
 def _one(parts: list[Tensor], site: Site) -> Tensor:
     if len({p.shape[1:] for p in parts}) > 1:
         raise ValueError(
-            f"{site}: the sources have different numbers of positions; an interchange needs as many in each row."
+            f"{site}: the sources have different numbers of positions; an interchange needs as many in each pair."
         )
     return torch.cat(parts)

@@ -10,7 +10,8 @@ from subspace_lab.tasks.wording import fill
 
 _NAMES = {
     "train": "Mary John Anna Peter Laura James Alice Robert Emma David Sarah Thomas Julia Daniel Clara Henry "
-    "Nora Simon Helen Martin Ruth George Irene Walter Diana Victor Paula Oscar Sophie Felix Grace Hugo",
+    "Nora Simon Helen Martin Ruth George Irene Walter",
+    "dev": "Diana Victor Paula Oscar Sophie Felix Grace Hugo",
     "test": "Kate Paul Lucy Mark Rose Adam Eva Frank Jane Eric Lisa Karl Nina Leo Vera Max",
 }
 NAMES = {split: tuple(names.split()) for split, names in _NAMES.items()}

@@ -23,7 +23,11 @@ _FIXED = {"unit": "dollars", "query": "answer", "last": ":"}
 _amounts = list(range(1, HIGHEST + 1))
 random.Random(0).shuffle(_amounts)
 # Amounts, not bounds, are held out: a subspace that memorised amounts is of no use on the test split.
-AMOUNTS = {"test": tuple(sorted(_amounts[:30])), "train": tuple(sorted(_amounts[30:]))}
+AMOUNTS = {
+    "test": tuple(sorted(_amounts[:30])),
+    "dev": tuple(sorted(_amounts[30:45])),
+    "train": tuple(sorted(_amounts[45:])),
+}
 
 
 def sample(rng: random.Random, split: str) -> dict[str, Any]:

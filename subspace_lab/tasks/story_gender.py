@@ -16,9 +16,10 @@ from subspace_lab.tasks.wording import fill
 
 _NAMES = {
     "train": {
-        "girl": "Molly Kate Rose Susie Jill Lola Maria Sophie Jenny Eva Grace Betty Clara Lulu Wendy Katie",
-        "boy": "Tim Max Sam Bob John Tommy Fred Leo Peter David Johnny Alex James Harry Joey Paul",
+        "girl": "Molly Kate Rose Susie Jill Lola Maria Sophie Jenny Eva Grace Betty",
+        "boy": "Tim Max Sam Bob John Tommy Fred Leo Peter David Johnny Alex",
     },
+    "dev": {"girl": "Clara Lulu Wendy Katie", "boy": "James Harry Joey Paul"},
     "test": {
         "girl": "Daisy Bella Zoe Nina Mandy Ellie Julia Cindy Ann Ruby Alice Kim Tina Penny Maya",
         "boy": "Tom Jack Billy Joe Timmy Jake Mike Dan Bobby Charlie Adam Danny Andy Jimmy Nick",

@@ -16,10 +16,11 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from subspace_lab.analysis.canvas import ACCENT, GREY, INK, new_figure, save_figure
-from subspace_lab.analysis.geometry import Chance, Comparison
+from subspace_lab.analysis.comparisons import Comparison
+from subspace_lab.analysis.geometry import Chance
+from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, new_figure, save_figure
 from subspace_lab.core.sites import Site
-from subspace_lab.das.search import Found, SearchResult
+from subspace_lab.das.fits import Fits, Mean
 
 # One ramp of lightness: the same to eyes that do not tell red from green, and in grey print.
 COLOURS = LinearSegmentedColormap.from_list(
@@ -50,7 +51,7 @@ class _Grid:
         order = sorted(rows, key=lambda row: (row[1] is not None, row[1] or 0))
         return cls(tuple(order), tuple(dict.fromkeys(s.positions for s in sites)))
 
-    def resolve(self, site: Site) -> tuple[int, int]:
+    def cell(self, site: Site) -> tuple[int, int]:
         return self.rows.index((site.component, site.layer, site.heads)), self.columns.index(site.positions)
 
     def names(self) -> tuple[str, list[str]]:
@@ -64,53 +65,64 @@ class _Grid:
 
 
 def iia_heatmap(
-    result: SearchResult, twin: SearchResult | None = None, path: str | Path | None = None, *, task: str
+    fits: Fits, twin: Fits | None = None, path: str | Path | None = None, *, metric: str = "iia"
 ) -> Figure:
-    """Held-out IIA by layer and position, beside that of the randomised twin on the same colours.
+    """Scores on the test pairs by layer and position: a panel for each method, all on the same colours.
 
-    A cell holds the IIA and, small, its 95 % interval. The colours start at the higher of the two floors (no
-    intervention, best constant answer): what is no better has none.
+    A cell holds the mean over seeds and, small, the 95 % interval of a single fit or the standard deviation over
+    seeds. The colours start at the higher of the two floors (no intervention, best constant answer): what is no
+    better has none.
 
     Args:
-        result: of the model.
-        twin: of its randomly initialised twin at the same sites; None where none was searched.
-        path: of a PNG, written aside and renamed; without one the figure is only returned, as a notebook shows it.
-        task: its name, for the title.
+        fits: of a sweep. Methods, ranks, seeds and learning rates may be several.
+        twin: of the same sweep on a randomly initialised twin of the model; None where none was searched. Shown is
+            the method of the best fit.
+        path: of a PNG; without one the figure is only returned, as a notebook shows it.
+        metric: a score between 0 and 1.
 
     Raises:
-        ValueError: a twin that was searched at other sites; a site that was searched more than once.
+        ValueError: nothing to draw, variables at several sites, or a twin without the same method and sites.
     """
-    sites = [found.site for found in result.found]
-    if twin is not None and [found.site for found in twin.found] != sites:
-        raise ValueError(f"The model was searched at {sites}, its twin at {[f.site for f in twin.found]}.")
-    if len(set(sites)) < len(sites):
-        raise ValueError(
-            f"{len(sites)} results for {len(set(sites))} sites: a cell shows one rank, seed and learning rate."
-        )
-    grid, first = _Grid.of(sites), result.found[0]
-    panels = {"model": result} if twin is None else {"model": result, "randomly initialised twin": twin}
+    if not fits:
+        raise ValueError("No fits to draw.")
+    best = fits.best(metric)
+    panels = {label: fits.where(method=label).mean(metric=metric) for label in fits.methods}
+    if twin is not None:
+        same = twin.where(method=best.method.label)
+        if twin.places != fits.places:
+            raise ValueError(f"The model was searched at {fits.places}, its twin at {twin.places}.")
+        panels[f"randomly initialised twin: {best.method.label}"] = same.mean(metric=metric)
+    grid = _Grid.of([fit.site for fit in fits])
     legible = len(grid.rows) <= MOST_NUMBERS
-    cells = max(2.4, 0.95 * len(grid.columns)) * len(panels), len(grid.rows) * (0.6 if legible else 0.2)
-    beside = "; no twin was searched" if twin is None else ": see the twin and the random subspaces"
+    wide = max(2.4, 0.85 * len(grid.columns))
+    across = min(len(panels), max(1, int(11 / wide)))
+    down = -(-len(panels) // across)
+    size = wide * across, max(0.7, len(grid.rows) * (0.6 if legible else 0.2)) * down
+    beside = "; no twin was searched" if twin is None else ": see the controls and the twin"
     figure = new_figure(
-        (cells[0] + 1.9, max(cells[1], 0.7) + 1.45),
-        f"{task}: where is {' and '.join(first.subspaces)}?",
-        f"Rank {first.rank}, {first.iia.n} held-out pairs; small: 95 % interval. {_floors(result, twin)}",
+        (size[0] + 1.9, size[1] + 1.05 + 0.4 * down),
+        f"{fits.facts.get('task') or 'Search'}: where is {' and '.join(fits.variables)}?",
+        f"{best.score(metric).n} test pairs. Small: the 95 % interval of one fit, or ± the standard deviation over "
+        f"seeds or draws (×). {_floors(fits, twin)}",
         f"{_IIA_CAUTION}{beside}.",
     )
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    floors = result.no_intervention.value, result.constant.value
-    lowest = min(max(floors), 0.9)
+    axes = figure.subplots(down, across, sharey=True, squeeze=False)
+    lowest = min(fits.floors["test"].highest, 0.9)
     scale = Normalize(lowest, 1)
-    for axis, (name, shown) in zip(axes, panels.items(), strict=True):
-        _draw_grid(axis, grid, shown.found, scale, legible)
-        axis.set_title(f"{name}, accuracy {shown.accuracy.value:.2f}", fontsize=9.5, color=INK, loc="left")
-    axes[0].set_ylabel(grid.names()[0], fontsize=9, color=INK)
-    below = any(found.iia.value < lowest for shown in panels.values() for found in shown.found)
+    for axis, (name, means) in zip(axes.flat, panels.items(), strict=False):
+        _draw_grid(axis, grid, means, scale, legible, metric)
+        most = max(mean.n for mean in means)
+        axis.set_title(name if most == 1 else f"{name} (×{most})", fontsize=9, color=INK, loc="left")
+    for axis in axes[:, 0]:
+        axis.set_ylabel(grid.names()[0], fontsize=9, color=INK)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    below = any(mean.value < lowest for means in panels.values() for mean in means)
     bar = figure.colorbar(
-        ScalarMappable(scale, COLOURS), ax=axes, aspect=16, pad=0.02, extend="min" if below else "neither"
-    )
-    _finish(bar, "held-out IIA")
+        ScalarMappable(scale, COLOURS), ax=list(axes.flat), aspect=16 * down, pad=0.02,
+        extend="min" if below else "neither",
+    )  # fmt: skip
+    _finish(bar, "IIA on test pairs" if metric == "iia" else metric)
     bar.ax.axhline(lowest, color=ACCENT, linewidth=2.4, clip_on=False)
     save_figure(figure, path)
     return figure
@@ -157,17 +169,20 @@ def overlap_heatmap(comparison: Comparison, path: str | Path | None = None) -> F
     return figure
 
 
-def _draw_grid(axis: Axes, grid: _Grid, found: Sequence[Found], scale: Normalize, legible: bool) -> None:
+def _draw_grid(
+    axis: Axes, grid: _Grid, means: Sequence[Mean], scale: Normalize, legible: bool, metric: str
+) -> None:
     _frame(axis, grid.columns, grid.names()[1])
     axis.set_xlabel("position", fontsize=9, color=INK)
-    for one in found:
-        row, column = grid.resolve(one.site)
-        colour = COLOURS(scale(one.iia.value))
+    for mean in means:
+        row, column = grid.cell(mean.fits[0].site)
+        colour = COLOURS(scale(mean.value))
         _cell(axis, column, row, colour)
         if legible:
-            interval = f"{one.iia.low:.2f}–{one.iia.high:.2f}"
-            _write(axis, column, row + 0.1, f"{one.iia.value:.2f}", _ink(colour), 10)
-            _write(axis, column, row - 0.24, interval, _ink(colour), 6.5)
+            one = mean.fits[0].score(metric)
+            small = f"{one.low:.2f}–{one.high:.2f}" if mean.spread is None else f"± {mean.spread:.2f}"
+            _write(axis, column, row + 0.1, f"{mean.value:.2f}", _ink(colour), 10)
+            _write(axis, column, row - 0.24, small, _ink(colour), 6.5)
 
 
 def _draw_triangle(
@@ -207,7 +222,7 @@ def _panels(labels: Sequence[str]) -> tuple[str, dict[str, tuple[list[int], list
     axis, names = grid.names()
     panels = {}
     for column, position in enumerate(grid.columns):
-        rows = {grid.resolve(site)[0]: i for i, site in enumerate(sites) if grid.resolve(site)[1] == column}
+        rows = {grid.cell(site)[0]: i for i, site in enumerate(sites) if grid.cell(site)[1] == column}
         panels[f"position {position}"] = ([rows[r] for r in sorted(rows)], [names[r] for r in sorted(rows)])
     if min(len(members) for members, _ in panels.values()) < 2:
         return whole
@@ -248,13 +263,12 @@ def _finish(bar: Colorbar, label: str) -> None:
     bar.outline.set_visible(False)
 
 
-def _floors(result: SearchResult, twin: SearchResult | None) -> str:
-    chance = [found.random_subspace.value for found in result.found]
-    of_twin = "" if twin is None else f" (twin {twin.no_intervention.value:.2f})"
+def _floors(fits: Fits, twin: Fits | None) -> str:
+    floors = fits.floors["test"]
+    of_twin = "" if twin is None else f" (twin {twin.floors['test'].no_intervention.value:.2f})"
     return (
-        f"Floors: no intervention {result.no_intervention.value:.2f}{of_twin}, best constant answer "
-        f"{result.constant.value:.2f}, random subspaces of this rank {min(chance):.2f} to {max(chance):.2f}. The "
-        "colours start at the higher of the first two."
+        f"Floors: no intervention {floors.no_intervention.value:.2f}{of_twin}, best constant answer "
+        f"{floors.constant.value:.2f}; the colours start at the higher of the two."
     )
 
 

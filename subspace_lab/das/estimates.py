@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A share of n cases with its 95 % interval, in [0, 1]."""
+    """The mean of n cases with its 95 % interval."""
 
     value: float
     low: float
@@ -40,6 +40,12 @@ def proportion(correct: Tensor, confidence: float = 0.95) -> Estimate:
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     # At 0 and 1 a limit is the share itself, which rounding must not put outside.
     return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), n)
+
+
+def estimate(values: Tensor) -> Estimate:
+    """The mean of values of cases with its 95 % interval: Wilson's of a share, else a bootstrap over the cases."""
+    share = bool(((values == 0) | (values == 1)).all())
+    return proportion(values.bool()) if share else bootstrap_mean(values)
 
 
 def bootstrap_mean(values: Tensor, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> Estimate:

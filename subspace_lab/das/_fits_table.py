@@ -1,0 +1,160 @@
+"""Fits as a table: a line for each place, a column for each method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from subspace_lab.das.fits import Fits, Mean
+else:  # annotations have to exist at run time too; `fits` imports this file
+    Fits = Mean = Any
+
+MOST_ROWS = 60
+
+
+def table_of(
+    fits: Fits, *, metric: str = "iia", title: str | None = None, more: Mapping[str, Fits] | None = None
+) -> Table:
+    """The table that the terminal shows; the line of the place that dev chose is bold.
+
+    Args:
+        more: further columns, {heading: fits of one method at the same places}, such as those of a twin.
+    """
+    means = fits.mean(metric=metric)
+    others = {name: {m.place: m for m in of.mean(metric=metric)} for name, of in (more or {}).items()}
+    chosen = _chosen(fits, metric)
+    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
+    names = _names(fits)
+    for name in names:
+        table.add_column(name)
+    for method in fits.methods:
+        table.add_column(_folded(_heading(method, means)), justify="right")
+    for name in others:
+        table.add_column(_folded(name), justify="right")
+    for place in fits.places[:MOST_ROWS]:
+        cells = [_cell(means, place, method, metric) for method in fits.methods]
+        cells += [_mean_cell(of.get(place), metric) for of in others.values()]
+        table.add_row(*_parts(fits, place, names), *cells, style="bold" if place == chosen else None)
+    return table
+
+
+def _folded(heading: str) -> str:
+    """A long heading in two lines."""
+    return heading.replace(" ", "\n", 1) if len(heading) > 12 else heading
+
+
+def _names(fits: Fits) -> list[str]:
+    """The columns that name a place: layers and positions where the component is the same everywhere."""
+    places = {fit.place: fit.sites for fit in fits}
+    sites = {site for of in places.values() for site in of.values()}
+    one_each = all(len(set(of.values())) == 1 for of in places.values())
+    components = {(site.component, site.heads) for site in sites}
+    if one_each and len(components) == 1 and None not in {site.layer for site in sites}:
+        return ["layer", "position"]
+    return ["site"]
+
+
+def _parts(fits: Fits, place: str, names: list[str]) -> list[str]:
+    if names == ["site"]:
+        return [place]
+    site = next(fit.site for fit in fits if fit.place == place)
+    return [str(site.layer), site.positions]
+
+
+def notes_of(fits: Fits, *, metric: str = "iia") -> list[str]:
+    """What has to be known to read the table."""
+    if not fits:
+        return ["No fits."]
+    floors, n = fits.floors.get("test"), fits[0].score(metric).n
+    lines = [f"{metric.upper() if metric == 'iia' else metric} on {n} test pairs. {_what_cells_hold(fits)}"]
+    if floors is not None:
+        lines.append(
+            f"Floors on these pairs: no intervention {floors.no_intervention.value:.2f}, best constant answer "
+            f"{floors.constant.value:.2f}. Without any intervention the model answers {floors.accuracy} of the "
+            "bases right."
+        )
+    if len(fits.places) > MOST_ROWS:
+        lines.append(f"The first {MOST_ROWS} of {len(fits.places)} places are shown; `records()` has all.")
+    lines += [f"No result: {f.method} at {f.place}, seed {f.seed}: {f.reason}" for f in fits.failures[:5]]
+    if len(fits.failures) > 5:
+        lines.append(f"No result of {len(fits.failures) - 5} more searches; `failures` has all.")
+    return lines
+
+
+def text(fits: Fits) -> str:
+    """The table and its notes as plain text."""
+    if not fits:
+        return "Fits: none"
+    console = Console(file=StringIO(), width=max(100, 24 + 18 * len(fits.methods)), highlight=False)
+    console.print(table_of(fits))
+    for line in notes_of(fits):
+        console.print(line, markup=False)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def html(fits: Fits) -> str:
+    """The table and its notes for a notebook."""
+    if not fits:
+        return "<p>Fits: none</p>"
+    means, chosen = fits.mean(), _chosen(fits, "iia")
+    lowest = fits.floors["test"].highest if "test" in fits.floors else 0.0
+    names = _names(fits)
+    head = "".join(f"<th style='text-align:left'>{name}</th>" for name in names)
+    head += "".join(f"<th>{escape(_heading(m, means))}</th>" for m in fits.methods)
+    body = []
+    for place in fits.places[:MOST_ROWS]:
+        weight = "bold" if place == chosen else "normal"
+        cells = "".join(_html_cell(means, place, method, lowest) for method in fits.methods)
+        label = "".join(f'<td style="text-align:left">{escape(part)}</td>' for part in _parts(fits, place, names))
+        body.append(f'<tr style="font-weight:{weight}">{label}{cells}</tr>')
+    remarks = "".join(f"<div>{escape(line)}</div>" for line in notes_of(fits))
+    return (
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+        f"</table><div style='font-size:85%;color:#555'>{remarks}</div>"
+    )
+
+
+def _html_cell(means: Sequence[Mean], place: str, method: str, lowest: float) -> str:
+    """Shaded from the floor upwards, so that what is no better than the floor has no colour."""
+    value = next((m.value for m in means if m.place == place and m.method.label == method), None)
+    share = 0.0 if value is None else max(0.0, min(1.0, (value - lowest) / max(1e-9, 1 - lowest)))
+    content = escape(_cell(means, place, method, "iia"))
+    return f'<td style="text-align:right;background:rgba(79,130,160,{0.55 * share:.2f})">{content}</td>'
+
+
+def _cell(means: Sequence[Mean], place: str, method: str, metric: str) -> str:
+    return _mean_cell(next((m for m in means if m.place == place and m.method.label == method), None), metric)
+
+
+def _mean_cell(found: Mean | None, metric: str) -> str:
+    if found is None:
+        return "–"
+    trained = found.n == 1 and bool(found.fits[0].losses)
+    return str(found.fits[0].score(metric)) if trained else str(found)
+
+
+def _heading(label: str, means: Sequence[Mean]) -> str:
+    most = max(mean.n for mean in means if mean.method.label == label)
+    return label if most == 1 else f"{label} (×{most})"
+
+
+def _what_cells_hold(fits: Fits) -> str:
+    parts = ["Brackets: the 95 % interval of a trained fit; one fit of any method has one about as wide."]
+    if any(mean.n > 1 for mean in fits.mean()):
+        parts.append("±: standard deviation over seeds or draws (×).")
+    parts.append("Bold: the place that the dev pairs choose.")
+    return " ".join(parts)
+
+
+def _chosen(fits: Fits, metric: str) -> str | None:
+    try:
+        return fits.best(metric).place
+    except ValueError:
+        return None

@@ -1,0 +1,368 @@
+"""What a sweep gives: fits, one for each method, place and seed, with their scores and what to hold them against."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, overload
+
+from torch import Tensor
+
+from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.sites import Site
+from subspace_lab.core.subspaces import Subspace
+from subspace_lab.das._fits_files import read_fits, write_fits
+from subspace_lab.das._fits_table import html, notes_of, table_of, text
+from subspace_lab.das.estimates import Estimate
+from subspace_lab.das.methods.method import Method
+
+__all__ = ["Failure", "Fit", "Fits", "Floors", "Mean", "notes_of", "place_of", "table_of"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one method found at one place from one seed.
+
+    Attributes:
+        method: with its settings.
+        alignment: {variable: (site, subspace)}.
+        seed: as it was asked of the sweep; of a random subspace the number of its draw.
+        start: tells its random start from every other; None where nothing was drawn at random.
+        scores: {split: {metric: estimate}}; a split that was not scored is missing.
+        losses: the training loss at each step; empty where nothing was trained.
+        start_overlap: {variable: tr(P P₀) / k with its random start}, 1 where training went nowhere.
+        pair_scores: {metric: (test pairs,) the score of each pair}.
+    """
+
+    method: Method
+    alignment: Alignment
+    seed: int
+    start: int | str | None
+    scores: Mapping[str, Mapping[str, Estimate]]
+    losses: tuple[float, ...] = field(default=(), repr=False)
+    start_overlap: Mapping[str, float] = field(default_factory=dict)
+    pair_scores: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """{variable: its site}."""
+        return {name: site for name, (site, _) in self.alignment.variables.items()}
+
+    @property
+    def site(self) -> Site:
+        """The one site of all variables (ValueError where they have several)."""
+        found = self.alignment.sites
+        if len(found) != 1:
+            raise ValueError(f"This fit has the sites {list(found)}; `sites` tells which variable is at which.")
+        return found[0]
+
+    @property
+    def place(self) -> str:
+        """Its sites as text: one for all variables, or "variable: site" for each."""
+        return place_of(self.sites)
+
+    @property
+    def rank(self) -> int:
+        """Dimensions of each variable's subspace (the largest, where they differ)."""
+        return max(subspace.rank for _, subspace in self.alignment.variables.values())
+
+    def subspace(self, variable: str | None = None) -> Subspace:
+        """The subspace of a variable, which needs no name where it is the only one."""
+        return self.alignment.subspace(variable)
+
+    def score(self, metric: str = "iia", split: str = "test") -> Estimate:
+        """One score (KeyError naming those that there are)."""
+        found = self.scores.get(split, {})
+        if metric not in found:
+            raise KeyError(
+                f"No {metric!r} on the {split} split of {self.method.label} at {self.place}; there are "
+                f"{ {name: list(of) for name, of in self.scores.items()} }."
+            )
+        return found[metric]
+
+    @property
+    def iia(self) -> Estimate:
+        """Interchange intervention accuracy on the test split."""
+        return self.score("iia")
+
+    @property
+    def loss(self) -> float | None:
+        """The mean training loss over the last tenth of the steps; None where nothing was trained."""
+        tail = self.losses[-max(1, len(self.losses) // 10) :]
+        return statistics.fmean(tail) if tail else None
+
+    def record(self) -> dict[str, Any]:
+        """The fit as one flat line, for a data frame or JSON."""
+        sites = set(self.sites.values())
+        only = next(iter(sites)) if len(sites) == 1 else None
+        flat: dict[str, Any] = {
+            **self.method.as_dict(),
+            "label": self.method.label,
+            "site": self.place,
+            "component": None if only is None else only.component,
+            "layer": None if only is None else only.layer,
+            "positions": None if only is None else only.positions,
+            "variables": ",".join(self.alignment.variables),
+            "rank": self.rank,
+            "seed": self.seed,
+            "start": self.start,
+            "loss": self.loss,
+            "start_overlap": statistics.fmean(self.start_overlap.values()) if self.start_overlap else None,
+        }
+        for split, scores in self.scores.items():
+            for metric, estimate in scores.items():
+                name = f"{metric}_{split}"
+                flat |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        return flat
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What is reached on a split without any subspace. The floors belong to the split, not to a method.
+
+    Attributes:
+        accuracy: of the model on the bases, before any intervention.
+        no_intervention: share of pairs whose expected answer the model gives without an intervention.
+        constant: share of pairs for which the most frequent expected answer is right.
+    """
+
+    accuracy: Estimate
+    no_intervention: Estimate
+    constant: Estimate
+
+    @property
+    def highest(self) -> float:
+        """The higher of the two floors: an IIA that is not above it shows nothing."""
+        return max(self.no_intervention.value, self.constant.value)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The fits of one method at one place, over their seeds.
+
+    Attributes:
+        method, place: what they have in common.
+        fits: one for each seed.
+        value: the mean score over the seeds.
+        spread: its standard deviation over the seeds; None of one seed.
+        low, high: the lowest and highest score of a seed.
+    """
+
+    method: Method
+    place: str
+    fits: tuple[Fit, ...] = field(repr=False)
+    value: float
+    spread: float | None
+    low: float
+    high: float
+
+    @property
+    def n(self) -> int:
+        """How many seeds."""
+        return len(self.fits)
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" if self.spread is None else f"{self.value:.2f} ± {self.spread:.2f}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A search that gave no result: its method, place and seed, and the reason."""
+
+    method: str
+    place: str
+    seed: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Fits(Sequence[Fit]):
+    """The fits of a sweep: a sequence that can be filtered, averaged, tabulated, and saved.
+
+    Attributes:
+        fits: in the order of sites, then methods, then seeds.
+        floors: {split: what is reached on it without any subspace}.
+        failures: searches that gave no result.
+        facts: the recipe: task, model, data fingerprint, training settings, versions, how it was computed.
+    """
+
+    fits: tuple[Fit, ...]
+    floors: Mapping[str, Floors]
+    failures: tuple[Failure, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.fits)
+
+    @overload
+    def __getitem__(self, index: int) -> Fit: ...
+    @overload
+    def __getitem__(self, index: slice) -> Fits: ...
+    def __getitem__(self, index: int | slice) -> Fit | Fits:
+        if isinstance(index, slice):
+            return replace(self, fits=self.fits[index])
+        return self.fits[index]
+
+    def __iter__(self) -> Iterator[Fit]:
+        return iter(self.fits)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Fits):
+            return NotImplemented
+        return self.as_dict() == other.as_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # --- choosing -----------------------------------------------------------------------------------------
+
+    def where(
+        self,
+        *,
+        method: str | Method | type[Method] | None = None,
+        rank: int | None = None,
+        seed: int | None = None,
+        site: Site | str | None = None,
+        layer: int | None = None,
+        positions: str | int | None = None,
+        learning_rate: float | None = None,
+    ) -> Fits:
+        """The fits for which all conditions hold.
+
+        Args:
+            method: the name ("DAS"), the label ("DAS 4"), the class, or the value.
+            site: as `Site`, or as it prints.
+
+        Raises:
+            ValueError: a method or a site that no fit has, so that a misspelt name is no empty result.
+        """
+        found: list[Fit] = list(self.fits)
+        if method is not None:
+            found = [fit for fit in found if _is_method(fit.method, method)]
+            if not found and self.fits:
+                raise ValueError(f"No fit of method {method!r}; there are {self.methods}.")
+        if site is not None:
+            found = [fit for fit in found if site in (fit.place, *fit.sites.values()) or str(site) == fit.place]
+            if not found and self.fits:
+                raise ValueError(f"No fit at {site}; there are {self.places}.")
+        tests: list[tuple[Any, Callable[[Fit], Any]]] = [
+            (rank, lambda fit: fit.rank),
+            (seed, lambda fit: fit.seed),
+            (layer, lambda fit: fit.site.layer),
+            (None if positions is None else str(positions), lambda fit: fit.site.positions),
+            (learning_rate, lambda fit: getattr(fit.method, "learning_rate", None)),
+        ]
+        for wanted, of in tests:
+            if wanted is not None:
+                found = [fit for fit in found if of(fit) == wanted]
+        return replace(self, fits=tuple(found))
+
+    @property
+    def methods(self) -> list[str]:
+        """The labels of the methods, in their order."""
+        return list(dict.fromkeys(fit.method.label for fit in self.fits))
+
+    @property
+    def places(self) -> list[str]:
+        """The places that were searched, in their order."""
+        return list(dict.fromkeys(fit.place for fit in self.fits))
+
+    @property
+    def variables(self) -> list[str]:
+        return list(dict.fromkeys(name for fit in self.fits for name in fit.alignment.variables))
+
+    def best(self, metric: str = "iia") -> Fit:
+        """The fit that the dev split chooses; what it is worth is its score on the test split.
+
+        Of all methods that are no controls (of the controls, where there is nothing else) the place and method with
+        the highest mean over seeds, and of its seeds the highest.
+
+        Raises:
+            ValueError: no fits, or none that was scored on the dev split.
+        """
+        candidates = [fit for fit in self.fits if not fit.method.control] or list(self.fits)
+        if not candidates or any(metric not in fit.scores.get("dev", {}) for fit in candidates):
+            raise ValueError(
+                f"{len(candidates)} fits to choose from, by {metric!r} on dev: there is nothing to choose."
+            )
+        means = replace(self, fits=tuple(candidates)).mean(metric=metric, split="dev")
+        chosen = max(means, key=lambda mean: mean.value)
+        return max(chosen.fits, key=lambda fit: fit.score(metric, "dev").value)
+
+    def mean(self, over: str = "seed", *, metric: str = "iia", split: str = "test") -> list[Mean]:
+        """For each method and place the mean score over seeds, with its spread; never the maximum.
+
+        Raises:
+            ValueError: anything else to take the mean over.
+            KeyError: a metric that was not scored on this split.
+        """
+        if over != "seed":
+            raise ValueError(f"mean(over={over!r}): possible is 'seed'. Filter by `where` for anything else.")
+        groups: dict[tuple[str, str], list[Fit]] = {}
+        for fit in self.fits:
+            groups.setdefault((fit.place, fit.method.label), []).append(fit)
+        means = []
+        for (place, _), fits in groups.items():
+            values = [fit.score(metric, split).value for fit in fits]
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            mean = statistics.fmean(values)
+            means.append(Mean(fits[0].method, place, tuple(fits), mean, spread, min(values), max(values)))
+        return means
+
+    # --- looking ------------------------------------------------------------------------------------------
+
+    def records(self) -> list[dict[str, Any]]:
+        """Each fit as one flat line: `pandas.DataFrame(fits.records())`."""
+        return [fit.record() for fit in self.fits]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the numbers of the subspaces, as JSON."""
+        return {
+            "facts": dict(self.facts),
+            "floors": {split: asdict(floors) for split, floors in self.floors.items()},
+            "fits": self.records(),
+            "failures": [asdict(failure) for failure in self.failures],
+        }
+
+    def __repr__(self) -> str:
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        return html(self)
+
+    # --- files --------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write every fit into a new or empty folder: fits.json and subspaces.safetensors.
+
+        Raises:
+            FileExistsError: a folder that holds something already.
+            TypeError: before anything is written, a fit that could not be read again.
+        """
+        write_fits(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, methods: Sequence[type[Method]] = ()) -> Fits:
+        """The fits that `save` wrote, bit for bit.
+
+        Args:
+            methods: classes of methods of your own that the sweep had; those of the package are known.
+
+        Raises:
+            FileNotFoundError: no such folder or file.
+            ValueError: files that are broken, do not belong together, or are of another format.
+        """
+        return read_fits(cls, Path(folder), methods)
+
+
+def place_of(sites: Mapping[str, Site]) -> str:
+    """The sites of variables as text: one for all variables, or "variable: site" for each."""
+    distinct = list(dict.fromkeys(sites.values()))
+    return str(distinct[0]) if len(distinct) == 1 else ", ".join(f"{name}: {site}" for name, site in sites.items())
+
+
+def _is_method(method: Method, wanted: str | Method | type[Method]) -> bool:
+    if isinstance(wanted, str):
+        return wanted.lower() in (type(method).__name__.lower(), method.label.lower())
+    return isinstance(method, wanted) if isinstance(wanted, type) else method == wanted

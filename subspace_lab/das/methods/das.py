@@ -1,0 +1,117 @@
+"""Distributed alignment search: a trained orthonormal basis.
+
+Source: Geiger et al. 2023, "Finding alignments between interpretable causal variables and distributed neural
+representations" (arXiv 2303.02536). R is trained by gradient descent so that the model answers after the interchange
+h + Rᵀ(R h_source − R h) as the causal model says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.sites import Site
+from subspace_lab.core.subspaces import LearnedSubspace, Orthonormalise, Subspace
+from subspace_lab.das.methods.method import (
+    Learner,
+    Method,
+    ParameterGroup,
+    Problem,
+    check_rank_fits,
+    check_setting,
+    joined_at_sites,
+)
+
+
+@dataclass(frozen=True)
+class DAS(Method):
+    """Distributed alignment search.
+
+    Attributes:
+        rank: dimensions of each variable's subspace; a list runs once for each.
+        learning_rate: of the basis, the sweep's by default; a list runs once for each.
+        orthonormalise: how the basis is kept orthonormal, "qr" or "polar" (see `LearnedSubspace`).
+        start: what to start from instead of a random basis: an alignment that was found earlier, with the same
+            variables and ranks, or for a single variable a basis of shape (rank, width).
+    """
+
+    rank: int | Sequence[int] = 1
+    learning_rate: float | Sequence[float] | None = None
+    orthonormalise: Orthonormalise = "qr"
+    start: Alignment | Tensor | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_setting(self, "rank")
+        if self.learning_rate is not None:
+            check_setting(self, "learning_rate", float)
+
+    def check(self, sites: Mapping[str, Site], widths: Mapping[Site, int]) -> None:
+        assert isinstance(self.rank, int)
+        check_rank_fits(self, self.rank, sites, widths)
+        for name, basis in self._starts(sites).items():
+            if tuple(basis.shape) != (self.rank, widths[sites[name]]):
+                raise ValueError(
+                    f"{self.label}: the start of {name!r} has shape {tuple(basis.shape)}; needed at {sites[name]} is "
+                    f"(rank, width) = {(self.rank, widths[sites[name]])}."
+                )
+
+    def seeds(self, asked: Sequence[int]) -> list[int]:
+        return list(asked)
+
+    def learner(self, problem: Problem) -> Learner:
+        assert isinstance(self.rank, int)
+        rank, starts = self.rank, self._starts(problem.sites)
+
+        def basis_of(site: Site, names: list[str]) -> Subspace:
+            width = problem.widths[site]
+            given = torch.cat([starts[name] for name in names]) if starts else None
+            # One seed a site: variables at different sites start independently too.
+            seed = problem.seed + list(dict.fromkeys(problem.sites.values())).index(site)
+            return LearnedSubspace(
+                width, rank * len(names), seed=seed, start=given, orthonormalise=self.orthonormalise
+            )
+
+        subspaces = joined_at_sites(problem, basis_of, dict.fromkeys(problem.sites, rank))
+        return _DASLearner(subspaces, _digest(starts) if starts else problem.seed, self.learning_rate)
+
+    def _starts(self, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+        if self.start is None:
+            return {}
+        if isinstance(self.start, Tensor):
+            if len(sites) > 1:
+                raise ValueError(
+                    f"A start for the variables {list(sites)} is an Alignment, one basis is not enough."
+                )
+            return {name: self.start.detach().cpu() for name in sites}
+        missing = [name for name in sites if name not in self.start.variables]
+        if missing:
+            raise ValueError(f"The start has the variables {list(self.start.variables)} and lacks {missing}.")
+        return {name: self.start.subspace(name).basis().detach().cpu() for name in sites}
+
+
+class _DASLearner(Learner):
+    def __init__(
+        self,
+        subspaces: Mapping[str, tuple[Site, Subspace]],
+        start: int | str,
+        learning_rate: float | Sequence[float] | None,
+    ) -> None:
+        super().__init__(subspaces, start)
+        assert learning_rate is None or isinstance(learning_rate, int | float)
+        self._learning_rate = learning_rate
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup(group.parameters, self._learning_rate) for group in super().parameter_groups()]
+
+
+def _digest(starts: Mapping[str, Tensor]) -> str:
+    """Tells one given start from another."""
+    whole = hashlib.sha256()
+    for basis in starts.values():
+        whole.update(basis.contiguous().numpy().tobytes())
+    return f"given {whole.hexdigest()[:12]}"

@@ -1,0 +1,39 @@
+"""Difference of means: the directions between the mean states of a variable's values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from subspace_lab.core.subspaces import difference_of_means
+from subspace_lab.das.methods.method import Learner, Method, Problem, check_setting, orthonormal_together
+
+
+@dataclass(frozen=True)
+class DifferenceOfMeans(Method):
+    """The span of the differences between the mean states of the variable's values, in the training pairs' sources.
+
+    Nothing is trained. With two values it is one direction, a strong rival of DAS of rank 1 (Marks & Tegmark 2023,
+    arXiv 2310.06824; Arora et al. 2024, arXiv 2402.12560).
+
+    Attributes:
+        rank: at most so many dimensions, the principal ones of the span; by default all of them, one fewer than the
+            variable has values.
+    """
+
+    rank: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            check_setting(self, "rank")
+
+    def seeds(self, asked: Sequence[int]) -> list[int]:
+        return [0]
+
+    def learner(self, problem: Problem) -> Learner:
+        assert self.rank is None or isinstance(self.rank, int)
+        found = {
+            name: difference_of_means(problem.states(name), problem.values(name), self.rank)
+            for name in problem.sites
+        }
+        return Learner(orthonormal_together(problem, found))

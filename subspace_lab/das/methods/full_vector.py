@@ -1,0 +1,36 @@
+"""The interchange of the whole state: what no subspace of a site can hold more of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from subspace_lab.core.sites import Site
+from subspace_lab.core.subspaces import Axes
+from subspace_lab.das.methods.method import Learner, Method, Problem
+
+
+@dataclass(frozen=True)
+class FullVector(Method):
+    """Exchange all of the state: h becomes h_source. Possible where no two variables share a site.
+
+    A variable can be exchanged here and still share the site with others: a full swap exchanges all of them. So it
+    can score lower than a subspace. Also called activation patching.
+    """
+
+    control: ClassVar[bool] = True
+
+    def seeds(self, asked: Sequence[int]) -> list[int]:
+        return [0]
+
+    def check(self, sites: Mapping[str, Site], widths: Mapping[Site, int]) -> None:
+        if len(set(sites.values())) < len(sites):
+            raise ValueError(
+                f"FullVector for {list(sites)} at {sorted(set(sites.values()))}: variables that share a site cannot "
+                "each have all of it. Leave the method out, or search one variable at a time."
+            )
+
+    def learner(self, problem: Problem) -> Learner:
+        whole = {name: Axes(problem.width(name)).to(problem.device) for name in problem.sites}
+        return Learner({name: (problem.sites[name], axes) for name, axes in whole.items()})

@@ -1,0 +1,363 @@
+"""Many searches in one call: sites × methods × ranks × seeds.
+
+The model runs once over the data for all sites. All fits of one place train together, in one run over a stacked
+batch, each as if it were alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspace_lab.core.sites import Site
+from subspace_lab.das.estimates import Estimate, estimate, proportion
+from subspace_lab.das.fits import Failure, Fit, Fits, Floors, place_of
+from subspace_lab.das.methods.method import Learner, Method, Problem
+from subspace_lab.das.objectives import Loss, Metric, cross_entropy, iia
+from subspace_lab.das.pairs import Counterfactuals, Pairs
+from subspace_lab.das.prepared_pairs import Assignment, Draw, PreparedPairs, fit, from_pool, from_stream
+from subspace_lab.engine.training import TrainingConfig, progress_bar
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.identity import model_facts, versions
+
+STACKED = 1024  # at most so many examples in one training step of several fits
+POOL = 1000  # training pairs, at least, that methods without training see where pairs are drawn afresh
+TRAINING_SCORED = 400  # training pairs, at most, on which fits are scored
+
+
+def sweep(
+    backbone: Backbone,
+    pairs: Pairs,
+    sites: Sequence[Site | Mapping[str, Site]],
+    methods: Sequence[Method],
+    *,
+    seeds: int | Sequence[int] = 1,
+    config: TrainingConfig | None = None,
+    loss: Loss = cross_entropy,
+    metrics: Sequence[Metric] = (iia,),
+    min_accuracy: float | None = 0.9,
+    memory: int | str | None = None,
+    quiet: bool = False,
+    label: str = "sweep",
+) -> Fits:
+    """Fit every method at every site, with every seed.
+
+    Args:
+        backbone: of the model.
+        pairs: in three splits: fits are trained on `train`, chosen by `dev`, and reported on `test`.
+        sites: each is searched on its own. A site holds all variables, as parts of one basis; a mapping {variable:
+            site} gives each variable a site of its own, all exchanged at once.
+        methods: a setting that is a list, such as `DAS(rank=[1, 4])`, runs once for each of its values.
+        seeds: how many, or which: of random starts and of the order of the pairs.
+        config: of the training; its `seed` is replaced by each of the seeds.
+        loss: minimised by methods that train.
+        metrics: functions of an `Outcome`; the first is the one that tables show.
+        min_accuracy: a model that answers the test split's bases worse than this is refused; None allows any.
+        memory: budget of the frozen past, as in `FrozenPast`.
+        quiet: show no progress bar.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: nothing to search, a rank above a site's width, the same method twice, or a model that fails the
+            task. All this before anything is trained.
+    """
+    config = config or TrainingConfig()
+    _check_types(backbone, pairs, sites, methods)
+    assignments = _assignments(sites, pairs.variables)
+    variants = [variant for method in methods for variant in method.variants()]
+    asked = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not assignments or not variants or not asked or not metrics:
+        raise ValueError(
+            f"Nothing to search: {len(assignments)} sites, {len(variants)} methods, {len(asked)} seeds, "
+            f"{len(metrics)} metrics."
+        )
+    labels = [method.label for method in variants]
+    twice = sorted({name for name in labels if labels.count(name) > 1})
+    if twice:
+        raise ValueError(f"Methods that are given twice: {twice}. Each should differ in its settings.")
+    widths = {site: backbone.width(site) for one in assignments for site in one.values()}
+    for assignment in assignments:
+        for method in variants:
+            method.check(assignment, widths)
+    test = PreparedPairs.of(backbone, pairs.test, assignments, memory=memory)
+    floors = {"test": _floors(test)}
+    if min_accuracy is not None and floors["test"].accuracy.value < min_accuracy:
+        raise ValueError(
+            f"The model answers {floors['test'].accuracy} of {len(test)} bases as the causal model does, less than "
+            f"{min_accuracy}: a variable of an algorithm that it does not follow is not worth a search. "
+            "Ask for it all the same with min_accuracy=None."
+        )
+    dev = PreparedPairs.of(backbone, pairs.dev, assignments, memory=memory)
+    floors["dev"] = _floors(dev)
+    train = None if callable(pairs.train) else PreparedPairs.of(backbone, pairs.train, assignments, memory=memory)
+    job = _Sweep(
+        backbone, pairs, variants, asked, config, loss, metrics, widths, {"dev": dev, "test": test}, train
+    )
+    facts = {
+        "task": pairs.task,
+        "variables": pairs.variables,
+        "model": model_facts(backbone.model),
+        "data": pairs.fingerprint(),
+        "pairs": {"train": None if train is None else len(train), "dev": len(dev), "test": len(test)},
+        "training": {k: v for k, v in asdict(config).items() if k != "seed"},
+        "loss": loss.__name__,
+        "metrics": [metric.__name__ for metric in metrics],
+        "seeds": asked,
+        "engine": test.engine.describe(),
+        "versions": versions(),
+    }
+    fits: list[Fit] = []
+    failures: list[Failure] = []
+    with progress_bar(quiet=quiet) as bar:
+        task = bar.add_task(label, total=len(assignments) * config.steps)
+        for i, assignment in enumerate(assignments):
+            bar.update(task, description=f"{label} {place_of(assignment)}")
+            found, failed = job.at(assignment, lambda: bar.advance(task))
+            fits += _with_evidence(found, floors["test"], facts)
+            failures += failed
+            bar.update(task, completed=(i + 1) * config.steps)
+    return Fits(tuple(fits), floors, tuple(failures), facts)
+
+
+@dataclass
+class _Sweep:
+    """What all places of a sweep have in common."""
+
+    backbone: Backbone
+    pairs: Pairs
+    methods: list[Method]
+    seeds: list[int]
+    config: TrainingConfig
+    loss: Loss
+    metrics: Sequence[Metric]
+    widths: Mapping[Site, int]
+    held_out: dict[str, PreparedPairs]
+    train: PreparedPairs | None
+
+    def at(self, assignment: Assignment, on_step: Callable[[], Any]) -> tuple[list[Fit], list[Failure]]:
+        """Every fit at one place, and the searches that gave none."""
+        cells: list[_Cell] = []
+        failures: list[Failure] = []
+        place, examples = place_of(assignment), cache(lambda: self._examples(assignment))
+        for method in self.methods:
+            for seed in method.seeds(self.seeds):
+                problem = Problem(
+                    sites=assignment,
+                    widths=self.widths,
+                    seed=cell_seed(seed, f"{place} {method.label}"),
+                    device=self.backbone.device,
+                    states=lambda name: examples().flat_states(name, assignment[name]),
+                    values=lambda name: examples().flat_values(name, assignment[name]),
+                )
+                try:
+                    cells.append(_Cell(method, seed, method.learner(problem)))
+                except ValueError as error:
+                    failures.append(Failure(method.label, place, seed, " ".join(str(error).split())))
+        failed = self._train(assignment, [cell for cell in cells if cell.learner.parameter_groups()], on_step)
+        failures += [Failure(cell.method.label, place, cell.seed, why) for cell, why in failed]
+        lost = [cell for cell, _ in failed]
+        cells = [cell for cell in cells if cell not in lost]
+        return self._scored(assignment, cells), failures
+
+    def _train(
+        self, assignment: Assignment, cells: list[_Cell], on_step: Callable[[], Any]
+    ) -> list[tuple[_Cell, str]]:
+        """Train some cells, as many together as a step should hold; those whose loss is no number, and why."""
+        failed = []
+        size = max(1, STACKED // self.config.batch_size)
+        groups = [cells[i : i + size] for i in range(0, len(cells), size)]
+        for i, group in enumerate(groups):
+            told = on_step if i == len(groups) - 1 else lambda: None
+            begun = [cell.learner for cell in group] if len(group) > 1 else []
+            states = [
+                {k: v.clone() for k, v in nn.ModuleList(one.edits.values()).state_dict().items()} for one in begun
+            ]
+            try:
+                self._train_together(assignment, group, told)
+            except FloatingPointError as error:
+                if len(group) == 1:
+                    failed.append((group[0], str(error)))
+                    continue
+                # One of them ends the run for all: each begins again, alone.
+                for cell, state in zip(group, states, strict=True):
+                    _numbers(cell.learner).load_state_dict(state)
+                    failed += self._train(assignment, [cell], lambda: None)
+        return failed
+
+    def _train_together(self, assignment: Assignment, cells: list[_Cell], on_step: Callable[[], Any]) -> None:
+        configs = [replace(self.config, seed=cell.seed) for cell in cells]
+        draws: list[Draw]
+        if self.train is None:
+            assert callable(self.pairs.train)
+            # One for all, so that the pairs of a step are made once.
+            draws = [from_stream(self.backbone, self.pairs.train, assignment)] * len(cells)
+        else:
+            draws = [from_pool(self.train, assignment, config) for config in configs]
+        learners = [cell.learner for cell in cells]
+        losses = fit(learners, draws, configs, self.loss, lambda *_: on_step())
+        for cell, own in zip(cells, losses, strict=True):
+            cell.losses = tuple(own)
+
+    def _scored(self, assignment: Assignment, cells: list[_Cell]) -> list[Fit]:
+        if not cells:
+            return []
+        scores: list[dict[str, dict[str, Estimate]]] = [{} for _ in cells]
+        by_pair: dict[str, list[dict[str, Tensor]]] = {}
+        splits: dict[str, tuple[PreparedPairs, Tensor | None]] = {
+            name: (prepared, None) for name, prepared in self.held_out.items()
+        }
+        if self.train is not None:
+            splits["train"] = self.train, torch.arange(min(len(self.train), TRAINING_SCORED))
+        for split, (prepared, some) in splits.items():
+            # What chance gives is known from the held-out pairs; its training score would say nothing more.
+            chosen = [i for i, cell in enumerate(cells) if split != "train" or not cell.method.control]
+            if not chosen:
+                continue
+            outcomes = prepared.outcomes(assignment, [cells[i].learner.edits for i in chosen], some)
+            values = [{metric.__name__: metric(outcome) for metric in self.metrics} for outcome in outcomes]
+            by_pair[split] = values
+            for i, found in zip(chosen, values, strict=True):
+                scores[i][split] = {name: estimate(each) for name, each in found.items()}
+        return [
+            Fit(
+                method=cell.method,
+                alignment=cell.learner.alignment(),
+                seed=cell.seed,
+                start=cell.learner.start,
+                scores=scores[i],
+                losses=cell.losses,
+                start_overlap=cell.learner.start_overlap(),
+                pair_scores=by_pair["test"][i],
+            )
+            for i, cell in enumerate(cells)
+        ]
+
+    def _examples(self, assignment: Assignment) -> _Examples:
+        """The training pairs' states at one place, for methods that are fitted without training."""
+        if self.train is not None:
+            return _Examples(self.train.states, _values(self.train.data))
+        assert callable(self.pairs.train)
+        parts: list[PreparedPairs] = []
+        while sum(len(part) for part in parts) < POOL:
+            data = self.pairs.train(len(parts))
+            parts.append(PreparedPairs.of(self.backbone, data, [assignment], frozen=False))
+        states = {
+            name: {site: torch.cat([part.states[name][site] for part in parts])}
+            for name, site in assignment.items()
+        }
+        values = {name: torch.cat([_values(part.data)[name] for part in parts]) for name in assignment}
+        return _Examples(states, values)
+
+
+@dataclass(eq=False)
+class _Cell:
+    """One search while it runs."""
+
+    method: Method
+    seed: int
+    learner: Learner
+    losses: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """States of training pairs' sources, and the value of each variable in them."""
+
+    states: Mapping[str, Mapping[Site, Tensor]]
+    values: Mapping[str, Tensor]
+
+    def flat_states(self, name: str, site: Site) -> Tensor:
+        """(examples, width): every position of a site is an example."""
+        states = self.states[name][site]
+        return states.reshape(-1, states.shape[-1])
+
+    def flat_values(self, name: str, site: Site) -> Tensor:
+        """(examples,): the variable's value at each of them."""
+        states, values = self.states[name][site], self.values[name].to(self.states[name][site].device)
+        return values.repeat_interleave(states[0, ..., 0].numel())
+
+
+def _numbers(learner: Learner) -> nn.ModuleList:
+    """A learner's edits as one module."""
+    return nn.ModuleList(learner.edits.values())
+
+
+def _values(data: Counterfactuals) -> dict[str, Tensor]:
+    """The value of each variable in its sources; where the data do not tell it, the expected answer."""
+    return {name: data.values.get(name, data.answer) for name in data.sources}
+
+
+def cell_seed(seed: int, what: object) -> int:
+    """A seed for one method at one place: starts that places share would look like subspaces that they share."""
+    return zlib.crc32(f"{seed}:{what}".encode())
+
+
+def _floors(prepared: PreparedPairs) -> Floors:
+    data, given = prepared.data, prepared.unedited.argmax(-1)
+    answer = data.answer.cpu()
+    most_frequent = torch.bincount(answer, minlength=len(data.answers)).argmax()
+    return Floors(
+        accuracy=proportion(given == data.base_answer.cpu()),
+        no_intervention=proportion(given == answer),
+        constant=proportion(answer == most_frequent),
+    )
+
+
+def _with_evidence(fits: list[Fit], floors: Floors, facts: Mapping[str, Any]) -> list[Fit]:
+    """The fits of one place, each alignment with where it comes from and what the other methods reach there."""
+    beside = {mean.method.label: mean.value for mean in Fits(tuple(fits), {}).mean()} if fits else {}
+    return [
+        replace(fit, alignment=replace(fit.alignment, facts=_evidence(fit, beside, floors, facts))) for fit in fits
+    ]
+
+
+def _evidence(fit: Fit, beside: Mapping[str, float], floors: Floors, facts: Mapping[str, Any]) -> dict[str, Any]:
+    shared = {name: facts[name] for name in ("task", "model", "data", "training", "loss", "versions")}
+    return {
+        **shared,
+        "method": fit.method.label,
+        "seed": fit.seed,
+        "start": fit.start,
+        "scores": {split: {name: asdict(e) for name, e in scores.items()} for split, scores in fit.scores.items()},
+        "floors": {"no intervention": floors.no_intervention.value, "best constant answer": floors.constant.value},
+        "other methods at this site": {name: value for name, value in beside.items() if name != fit.method.label},
+    }
+
+
+def _assignments(sites: Sequence[Site | Mapping[str, Site]], variables: list[str]) -> list[dict[str, Site]]:
+    """Each place as {variable: site}, each once."""
+    found: list[dict[str, Site]] = []
+    for one in sites:
+        assignment = dict.fromkeys(variables, one) if isinstance(one, Site) else dict(one)
+        if set(assignment) != set(variables):
+            raise ValueError(
+                f"A place names sites for {list(assignment)}; the pairs have the variables {variables}."
+            )
+        if assignment not in found:
+            found.append(assignment)
+    return found
+
+
+def _check_types(backbone: Any, pairs: Any, sites: Any, methods: Any) -> None:
+    if not isinstance(backbone, Backbone):
+        raise TypeError(f"The model is given as Backbone(model), found {type(backbone).__name__}.")
+    if not isinstance(pairs, Pairs):
+        raise TypeError(
+            f"Pairs in three splits are needed, found {type(pairs).__name__}: make them with Pairs(train=…, dev=…, "
+            "test=…), Pairs.split(…), or a task's pairs(tokenizer)."
+        )
+    for name, given, kind in (("sites", sites, Site | Mapping), ("methods", methods, Method)):
+        wanted = getattr(kind, "__name__", "Site")
+        if isinstance(given, str | Site | Method | Mapping) or not isinstance(given, Sequence):
+            raise TypeError(f"{name} is a list of {wanted}s, found {given!r}; put it in brackets.")
+        for one in given:
+            if not isinstance(one, kind):
+                hint = f"; write Site.parse({one!r})" if isinstance(one, str) and name == "sites" else ""
+                hint = f"; write {one.__name__}()" if isinstance(one, type) else hint
+                raise TypeError(f"{name} holds {one!r}, which is no {wanted}{hint}.")

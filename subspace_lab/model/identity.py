@@ -1,0 +1,49 @@
+"""Which model a result is of: its name, its kind, and a digest of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import nn
+
+SAMPLED = 64  # numbers of each tensor
+LIBRARIES = ("subspace-lab", "torch", "transformers", "nnsight")
+
+
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """Class, name, size and dtype of a model, with a digest that other weights would change.
+
+    The digest is of a sample of each parameter's numbers: training changes it, rounding to another dtype too.
+    """
+    digest, dtypes, count = hashlib.sha256(), dict[str, int](), 0
+    for name, parameter in model.named_parameters():
+        count += parameter.numel()
+        kind = str(parameter.dtype).removeprefix("torch.")
+        dtypes[kind] = dtypes.get(kind, 0) + parameter.numel()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        if not parameter.is_meta:
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, len(flat) // SAMPLED)].float().cpu().contiguous()
+            digest.update(sample.numpy().tobytes())
+    config: Any = getattr(model, "config", None)
+    return {
+        "class": type(model).__name__,
+        "name": getattr(config, "_name_or_path", "") or None,
+        "parameters": count,
+        "dtype": max(dtypes, key=lambda kind: dtypes[kind], default=None),
+        "weights": digest.hexdigest()[:16],
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of the libraries that a result depends on."""
+    return {name.replace("-", "_"): _version(name) for name in LIBRARIES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a checkout
+        return None
