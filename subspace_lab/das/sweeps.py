@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.sites import Site
 from subspace_lab.das.estimates import Estimate, estimate, proportion
 from subspace_lab.das.fits import Failure, Fit, Fits, Floors, place_of
@@ -310,24 +311,32 @@ def _floors(prepared: PreparedPairs) -> Floors:
 
 
 def _with_evidence(fits: list[Fit], floors: Floors, facts: Mapping[str, Any]) -> list[Fit]:
-    """The fits of one place, each alignment with where it comes from and what the other methods reach there."""
-    beside = {mean.method.label: mean.value for mean in Fits(tuple(fits), {}).mean()} if fits else {}
-    return [
-        replace(fit, alignment=replace(fit.alignment, facts=_evidence(fit, beside, floors, facts))) for fit in fits
-    ]
-
-
-def _evidence(fit: Fit, beside: Mapping[str, float], floors: Floors, facts: Mapping[str, Any]) -> dict[str, Any]:
-    shared = {name: facts[name] for name in ("task", "model", "data", "training", "loss", "versions")}
-    return {
-        **shared,
-        "method": fit.method.label,
-        "seed": fit.seed,
-        "start": fit.start,
-        "scores": {split: {name: asdict(e) for name, e in scores.items()} for split, scores in fit.scores.items()},
-        "floors": {"no intervention": floors.no_intervention.value, "best constant answer": floors.constant.value},
-        "other methods at this site": {name: value for name, value in beside.items() if name != fit.method.label},
-    }
+    """The fits of one place, each alignment with where it comes from and what stands beside it."""
+    means = Fits(tuple(fits), {}).mean(metric=facts["metrics"][0]) if fits else []
+    shared = {name: facts[name] for name in ("task", "data", "training", "loss", "versions")}
+    found = []
+    for fit in fits:
+        others = [mean for mean in means if mean.method.label != fit.method.label]
+        scores = {mean.method.label: {facts["metrics"][0]: mean.value} for mean in others}
+        controls = {mean.method.label for mean in others if mean.method.control}
+        evidence = {
+            **shared,
+            "model": facts["model"]["name"] or facts["model"]["class"],
+            "model_facts": facts["model"],
+            "method": fit.method.label,
+            "seed": fit.seed,
+            "start": fit.start,
+            "scores": {name: asdict(score) for name, score in fit.scores["test"].items()},
+            "dev_scores": {name: asdict(score) for name, score in fit.scores["dev"].items()},
+            "controls": {
+                "no intervention": {"iia": floors.no_intervention.value},
+                "best constant answer": {"iia": floors.constant.value},
+                **{name: of for name, of in scores.items() if name in controls},
+            },
+            "baselines": {name: of for name, of in scores.items() if name not in controls},
+        }
+        found.append(replace(fit, alignment=Alignment(fit.alignment.variables, evidence)))
+    return found
 
 
 def _assignments(sites: Sequence[Site | Mapping[str, Site]], variables: list[str]) -> list[dict[str, Site]]:

@@ -61,9 +61,12 @@ class Learner:
     """
 
     def __init__(self, subspaces: Mapping[str, tuple[Site, Subspace]], start: int | str | None = None) -> None:
-        self.subspaces = Alignment(dict(subspaces))
+        self.subspaces = dict(subspaces)
         self.start = start
-        self.edits: dict[Site, nn.Module] = dict(self.subspaces.edits(interchange))
+        self.edits: dict[Site, nn.Module] = {}
+        for site in dict.fromkeys(site for site, _ in subspaces.values()):
+            here = {name: subspace for name, (own, subspace) in subspaces.items() if own == site}
+            self.edits[site] = interchange(next(iter(here.values())) if len(here) == 1 else here)
         first = {name: subspace.basis().detach().clone() for name, (_, subspace) in subspaces.items()}
         self._first = {} if start is None else first
 
@@ -81,8 +84,7 @@ class Learner:
 
     def alignment(self) -> Alignment:
         """What was found: fixed subspaces on the CPU."""
-        found = {name: (site, s.frozen().to("cpu")) for name, (site, s) in self.subspaces.variables.items()}
-        return Alignment(found)
+        return Alignment({name: (site, s.frozen().to("cpu")) for name, (site, s) in self.subspaces.items()})
 
     def start_overlap(self) -> dict[str, float]:
         """{variable: tr(P P₀) / k}, how near its subspace still is to its random start: 1 if training went nowhere.
@@ -93,7 +95,7 @@ class Learner:
         for name, first in self._first.items():
             rank, width = first.shape
             if rank < width:
-                now = self.subspaces.subspace(name).basis().detach()
+                now = self.subspaces[name][1].basis().detach()
                 overlaps[name] = float((now @ first.T).square().sum()) / rank
         return overlaps
 
