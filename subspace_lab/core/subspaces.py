@@ -322,13 +322,8 @@ def pca(states: Float[Tensor, "example width"], rank: int) -> FixedSubspace:
     return FixedSubspace(right)
 
 
-def difference_of_means(
-    states: Float[Tensor, "example width"], labels: Tensor, rank: int | None = None
-) -> FixedSubspace:
-    """The span of the differences between the class means: one dimension fewer than there are classes.
-
-    Args:
-        rank: at most so many dimensions, the principal ones of the differences from the mean of the class means.
+def difference_of_means(states: Float[Tensor, "example width"], labels: Tensor) -> FixedSubspace:
+    """The span of the differences between the class means: rank = classes − 1 (one direction for two).
 
     Raises:
         ValueError: with fewer than two classes, or means that coincide.
@@ -341,8 +336,6 @@ def difference_of_means(
     gaps = means[1:] - means[0]
     if torch.linalg.matrix_rank(gaps) < len(gaps):
         raise ValueError(f"The means of the {len(classes)} classes do not span {len(gaps)} dimensions.")
-    if rank is not None and rank < len(gaps):
-        return pca(means, rank)
     return FixedSubspace(_thin_qr(gaps.T)[0].T)
 
 

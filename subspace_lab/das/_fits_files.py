@@ -143,7 +143,8 @@ def read_fits(cls: type[Fits], folder: Path, methods: Sequence[type[Method]]) ->
             )
         parts.check_all_used()
         floors = {
-            split: Floors(**{name: Estimate(**e) for name, e in of.items()}) for split, of in found["floors"].items()
+            split: Floors(**{name: Estimate(**e) for name, e in of.items()})
+            for split, of in found["floors"].items()
         }
         failures = tuple(Failure(**one) for one in found["failures"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
