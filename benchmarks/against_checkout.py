@@ -86,8 +86,11 @@ class Worker:
             "PYTHONPATH": f"{checkout / 'benchmarks'}{os.pathsep}{checkout}",
             "OMP_NUM_THREADS": "1",
         }
+        # Else every start of a checkout that has never run would compile its files anew.
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self.case = case
         if case == "import":
+            self.seconds()
             return
         # -P: not the folder of this file, but the benchmarks of that checkout.
         command = [sys.executable, "-P", __file__, "--serve", case, *(["--quick"] if quick else [])]
