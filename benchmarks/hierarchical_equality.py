@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from subspace_lab.core.checkpoints import write_json
+from subspace_lab.core.files import write_json
 from subspace_lab.das.search import search
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.tasks.hierarchical_equality import (

@@ -19,17 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import subspace_lab
-from subspace_lab.core import checkpoints
-from subspace_lab.core.checkpoints import (
-    KINDS,
-    load_edits,
-    load_subspaces,
-    output_folder,
-    read_json,
-    save_edits,
-    save_subspaces,
-    write_json,
-)
+from subspace_lab.core import files
+from subspace_lab.core.checkpoints import KINDS, load_edits, load_subspaces, save_edits, save_subspaces
+from subspace_lab.core.files import output_folder, read_json, write_json
 from subspace_lab.core.interventions import (
     Intervention,
     consreft,
@@ -341,7 +333,7 @@ def test_a_process_killed_before_the_rename_leaves_the_old_file(tmp_path: Path) 
     done = elsewhere(
         """
         import os, signal, sys
-        from subspace_lab.core import checkpoints
+        from subspace_lab.core import checkpoints, files
         from subspace_lab.core.interventions import red
         from subspace_lab.core.sites import Site
 
@@ -349,7 +341,7 @@ def test_a_process_killed_before_the_rename_leaves_the_old_file(tmp_path: Path) 
             print(aside, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoints.os.replace = kill
+        files.os.replace = kill
         checkpoints.save_edits(sys.argv[1], {Site("block_output", 0): red(4)})
         """,
         path,
@@ -373,7 +365,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_no_other(
         aside.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_edits(path, {SITE: made("RED")})
     with pytest.raises(ValueError, match="JSON"):
@@ -393,7 +385,7 @@ def test_json_comes_back_or_is_named(tmp_path: Path) -> None:
     write_json(path, {"site": "block_output[3]@last", "Δ": [1.5, None]})
     assert read_json(path) == {"site": "block_output[3]@last", "Δ": [1.5, None]}
     path.write_text('{"a": ')
-    with pytest.raises(ValueError, match=f"{path} is no JSON"):
+    with pytest.raises(ValueError, match=f"{path} is not JSON"):
         read_json(path)
 
 

@@ -19,7 +19,8 @@ from rich.table import Table
 from subspace_lab.analysis.canvas import console
 from subspace_lab.analysis.geometry import Comparison, compare
 from subspace_lab.analysis.plots import iia_heatmap, overlap_heatmap
-from subspace_lab.core.checkpoints import save_subspaces, write_json
+from subspace_lab.core.checkpoints import save_subspaces
+from subspace_lab.core.files import write_json
 from subspace_lab.das.search import SearchResult
 
 FILES = ("results.json", "subspaces.safetensors", "iia.png", "overlap.png")

@@ -87,7 +87,7 @@ def search(
     settings = {**locals(), "out": str(out)}
     with nothing_left_behind(out):
         with refusing():
-            from subspace_lab.core.checkpoints import output_folder
+            from subspace_lab.core.files import output_folder
             from subspace_lab.das.search import search as search_sites
             from subspace_lab.engine.training import TrainingConfig
             from subspace_lab.model.backbone import Backbone

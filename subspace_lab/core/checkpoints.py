@@ -7,15 +7,14 @@ new one, never half of one nor numbers beside another save's description. Nothin
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from subspace_lab.core.files import save_tensors
 from subspace_lab.core.interventions import Affine, Constant, Diagonal, FromSource, Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import (
@@ -222,54 +221,3 @@ def _load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, written aside and renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.touch()
-        mode = aside.stat().st_mode
-        save_file(dict(tensors), aside, metadata={"format": "pt", **(metadata or {})})
-        aside.chmod(mode)  # safetensors lets nobody but the owner read, also where the folder is shared
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, written aside and renamed; NaN is refused, since it is no JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, written aside and renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file; ValueError with its name where it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-
-
-def output_folder(path: str | Path) -> Path:
-    """A folder for results, made if it is not there.
-
-    Raises:
-        FileExistsError: it holds something already; results are never mixed or overwritten.
-    """
-    folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"{folder} exists and is not empty: it may hold other results. Name a new folder, or remove it."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
