@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from subspace_lab.core.files import read_json, whole_file, write_json
-from subspace_lab.core.interventions import Affine, Constant, Intervention
+from subspace_lab.core.interventions import Intervention
+from subspace_lab.core.values import Affine, Constant
 from subspace_lab.reft.adapters_hub import Numbers, configured, filled, orthogonal, plain_tensors
 from subspace_lab.reft.model import ReftModel
 
