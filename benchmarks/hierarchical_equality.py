@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from subspace_lab.core.checkpoints import write_json
+from subspace_lab.core.files import write_json
 from subspace_lab.das.methods import DAS, RandomSubspace
 from subspace_lab.das.pairs import Pairs
 from subspace_lab.das.sweeps import sweep

@@ -14,7 +14,16 @@ from torch import nn
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Axes, FixedSubspace, random_subspace
 from subspace_lab.das.fits import Fits
-from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, Learner, Method, Problem, RandomSubspace
+from subspace_lab.das.methods import (
+    DAS,
+    PCA,
+    DifferenceOfMeans,
+    FullVector,
+    Learner,
+    Method,
+    Problem,
+    RandomSubspace,
+)
 from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.das.sweeps import sweep
 from subspace_lab.engine.training import TrainingConfig

@@ -20,12 +20,12 @@ from subspace_lab.analysis.geometry import (
     overlap,
     principal_angles,
 )
+from subspace_lab.core.orthonormal import random_orthonormal
 from subspace_lab.core.subspaces import (
     Axes,
     FixedSubspace,
     FreeDirections,
     LearnedSubspace,
-    random_orthonormal,
     random_subspace,
 )
 
@@ -143,7 +143,7 @@ def test_comparison_is_a_frozen_value():
 
 def test_within_chance_tells_a_copy_from_a_stranger():
     base = random_subspace(64, 4, 0)
-    found = compare({"a": base, "copy": FixedSubspace(base.rows), "stranger": random_subspace(64, 4, 9)})
+    found = compare({"a": base, "copy": FixedSubspace(base.basis()), "stranger": random_subspace(64, 4, 9)})
     assert not found.within_chance(0, 1)
     assert found.within_chance(0, 2) and found.within_chance(2, 0)
     whole = compare({"a": random_subspace(6, 6, 0), "b": random_subspace(6, 6, 1)})

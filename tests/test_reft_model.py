@@ -317,8 +317,8 @@ def test_an_edit_starts_in_a_subspace_that_was_found(basis):
     config = ReftConfig(rank=3, layers=(0, 2), positions="last", basis=basis)
     model = get_reft_model(base, config, subspaces=found)
     for site, subspace in found.items():
-        torch.testing.assert_close(model.subspace(site).rows, subspace.rows, atol=1e-6, rtol=0)
-        torch.testing.assert_close(model.subspace(str(site)).rows, subspace.rows, atol=1e-6, rtol=0)
+        torch.testing.assert_close(model.subspace(site).basis(), subspace.basis(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(model.subspace(str(site)).basis(), subspace.basis(), atol=1e-6, rtol=0)
     assert torch.equal(logits(model, given), logits(base, given))
     count = model.get_nb_trainable_parameters()[0]
     assert count == 2 * ((2 if basis == "learned" else 1) * 32 * 3 + 3)
@@ -326,12 +326,12 @@ def test_an_edit_starts_in_a_subspace_that_was_found(basis):
     model(**given, labels=given["input_ids"], prompt_lengths=torch.tensor([9, 9, 9])).loss.backward()
     optimizer.step()
     for site, subspace in found.items():
-        moved = (model.subspace(site).rows - subspace.rows).abs().max()
+        moved = (model.subspace(site).basis() - subspace.basis()).abs().max()
         # At W = R, b = 0 the basis has no gradient yet; one step later it has.
         assert moved < 1e-5 if basis == "fixed" else moved < 1e-2
     model(**given, labels=given["input_ids"], prompt_lengths=torch.tensor([9, 9, 9])).loss.backward()
     optimizer.step()
-    moved = max((model.subspace(s).rows - f.rows).abs().max() for s, f in found.items())
+    moved = max((model.subspace(s).basis() - f.basis()).abs().max() for s, f in found.items())
     assert (moved == 0) == (basis == "fixed")
 
 

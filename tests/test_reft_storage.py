@@ -220,7 +220,7 @@ def test_folders_that_are_no_adapter_are_refused(saved, tmp_path):
     edited(folder, rank=1.5)
     refused((ValueError, TypeError), "rank")
     (folder / CONFIG).write_text(text[: len(text) // 2])
-    refused(ValueError, "is no JSON")
+    refused(ValueError, "is not JSON")
     (folder / CONFIG).write_text("[]")
     refused(ValueError, "type None")
     (folder / CONFIG).write_text(text)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from subspace_lab.core.interventions import interchange
+from subspace_lab.core.orthonormal import random_orthonormal
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import LearnedSubspace, random_orthonormal
+from subspace_lab.core.subspaces import LearnedSubspace
 from subspace_lab.das import prepared_pairs as pairs_module
 from subspace_lab.das.encoding import Counterfactuals
 from subspace_lab.das.metrics import proportion
@@ -171,7 +172,7 @@ def test_scores_are_those_of_a_hand_written_swap(backbone: Backbone, result: Sea
     found, site, data = result.found[which], SITES[which], random_pairs(1)
     assert found.site == site
     base, source = ids_of(data.base), ids_of(data.sources["v"])
-    rows = found.subspaces["v"].rows
+    rows = found.subspaces["v"].basis()
     whole = swapped(backbone.model, base, source, site)
     part = swapped(backbone.model, base, source, site, rows)
     assert found.full_vector == proportion(whole == data.answer)
@@ -226,7 +227,7 @@ def test_a_fit_tells_how_far_it_went(backbone: Backbone) -> None:
     moved = searched(backbone, learning_rates=[0.3]).found[0]
     assert moved.start_overlap < 0.9 and moved.loss < still.loss
     start = random_orthonormal(WIDTH, 4, site_seed(0, SITES[0]))
-    overlap = (moved.subspaces["v"].rows @ start.T).square().sum() / 4
+    overlap = (moved.subspaces["v"].basis() @ start.T).square().sum() / 4
     assert moved.start_overlap == pytest.approx(float(overlap), abs=1e-5)
 
 
@@ -263,14 +264,14 @@ def test_a_search_is_its_seed(backbone: Backbone, result: SearchResult) -> None:
     again, other = searched(backbone), searched(backbone, seed=1)
     assert again.as_dict() == result.as_dict()
     for a, b, c in zip(result.found, again.found, other.found, strict=True):
-        assert torch.equal(a.subspaces["v"].rows, b.subspaces["v"].rows)
-        assert (a.subspaces["v"].rows @ c.subspaces["v"].rows.T).square().sum() / 4 < 0.5
+        assert torch.equal(a.subspaces["v"].basis(), b.subspaces["v"].basis())
+        assert (a.subspaces["v"].basis() @ c.subspaces["v"].basis().T).square().sum() / 4 < 0.5
 
 
 def test_every_site_starts_on_its_own(backbone: Backbone) -> None:
     sites = [Site("block_output", layer, at) for layer in (0, 1) for at in ("2", "last")]
     still = searched(backbone, sites=sites, learning_rates=[1e-9], config=TrainingConfig(steps=1, batch_size=4))
-    rows = [found.subspaces["v"].rows for found in still.found]
+    rows = [found.subspaces["v"].basis() for found in still.found]
     for site, basis in zip(sites, rows, strict=True):
         torch.testing.assert_close(basis, random_orthonormal(WIDTH, 4, site_seed(0, site)), rtol=0, atol=1e-5)
     overlaps = [float((a @ b.T).square().sum() / 4) for i, a in enumerate(rows) for b in rows[:i]]
@@ -280,7 +281,7 @@ def test_every_site_starts_on_its_own(backbone: Backbone) -> None:
 def test_a_site_does_not_depend_on_its_neighbours(backbone: Backbone, result: SearchResult) -> None:
     (alone,) = searched(backbone, sites=SITES[1:]).found
     together = result.found[1]
-    torch.testing.assert_close(alone.subspaces["v"].rows, together.subspaces["v"].rows, rtol=0, atol=1e-4)
+    torch.testing.assert_close(alone.subspaces["v"].basis(), together.subspaces["v"].basis(), rtol=0, atol=1e-4)
     assert alone.loss == pytest.approx(together.loss, rel=1e-4)
 
 
@@ -307,7 +308,7 @@ def test_the_frozen_past_finds_what_the_plain_run_finds(
         assert (a.iia, a.train_iia, a.full_vector) == (b.iia, b.train_iia, b.full_vector)
         assert a.random_subspace == b.random_subspace
         assert a.loss == pytest.approx(b.loss, rel=1e-4)
-        torch.testing.assert_close(a.subspaces["v"].rows, b.subspaces["v"].rows, rtol=0, atol=1e-3)
+        torch.testing.assert_close(a.subspaces["v"].basis(), b.subspaces["v"].basis(), rtol=0, atol=1e-3)
 
 
 def test_a_stream_is_asked_once_a_step_and_cannot_be_memorised(backbone: Backbone) -> None:
@@ -362,7 +363,7 @@ def test_two_variables_are_swapped_side_by_side(backbone: Backbone) -> None:
     training = random_pairs(0, ("v", "w"))
     (found,) = searched(backbone, training=training, test=data, sites=[site]).found
     assert set(found.subspaces) == {"v", "w"} and found.full_vector is None and found.rank == 4
-    v, w = found.subspaces["v"].rows, found.subspaces["w"].rows
+    v, w = found.subspaces["v"].basis(), found.subspaces["w"].basis()
     assert v.shape == w.shape == (4, WIDTH) and (v @ w.T).abs().max() < 1e-5
     base = ids_of(data.base)
     of_v, of_w = (states_by_hook(backbone.model, ids_of(data.sources[n]), site) for n in ("v", "w"))

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.interventions import Intervention, Source
+from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
+from subspace_lab.core.values import Source
 from subspace_lab.model.backbone import Backbone, Hook, frozen
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.resolved_sites import ResolvedSite, check_disjoint, resolve

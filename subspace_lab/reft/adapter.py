@@ -13,7 +13,6 @@ from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import COMPONENTS, Site
 from subspace_lab.core.subspaces import Subspace
 from subspace_lab.model.backbone import Backbone, Hook
-from subspace_lab.reft.composition import of_parts
 from subspace_lab.reft.config import ReftConfig
 
 SAMPLE = 64  # entries of the embeddings by which a base model is known again
@@ -50,31 +49,22 @@ class Adapter(nn.Module):
         return dict(zip(self.sites, self.edits, strict=True))  # type: ignore[arg-type]
 
     def train_parts(self, names: Sequence[str]) -> None:
-        """Of the bases in parts, put these in force and let them alone be trained."""
+        """Of the bases in parts put these in use, and train them alone from now on."""
         self.use_parts(names)
         for edit in self.by_site().values():
-            if basis := of_parts(edit):
-                basis.train_parts(names)
+            edit.subspace.train_parts(names)
         self.asks_for_gradient(True)
 
     def use_parts(self, names: Sequence[str]) -> None:
-        """Of the bases in parts, put these in force (ValueError for a name that is none of theirs)."""
-        unknown = sorted(set(names) - set(self.config.sizes))
-        if unknown or not names:
-            raise ValueError(f"Parts {list(names)} asked for; there are {list(self.config.sizes)}.")
+        """Of the bases in parts put these in use (ValueError for a name that is none of theirs)."""
         for edit in self.by_site().values():
-            if basis := of_parts(edit):
-                basis.use(names)
+            edit.value.use_parts(names)
 
     def asks_for_gradient(self, asks: bool) -> None:
-        """Let the adapter be trained, or not; of bases in parts only those parts that move."""
-        self.requires_grad_(asks)
+        """Let the adapter be trained, or not; of bases in parts only those parts that train."""
+        self.saved.requires_grad_(asks)
         for edit in self.by_site().values():
-            if basis := of_parts(edit):
-                for name in basis.raw:
-                    moves = asks and name in basis.moving
-                    basis.raw[name].requires_grad_(moves)
-                    edit.value.get_submodule(f"values.{name}").requires_grad_(moves)
+            edit.asks_for_gradient(asks)
 
     def hooks(self, backbone: Backbone) -> list[Hook]:
         """The modules that stand in for those of the base model."""

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 
 from subspace_lab.core import interventions as iv
-from subspace_lab.core.interventions import ACTIVATIONS, Intervention
+from subspace_lab.core.interventions import Intervention
+from subspace_lab.core.parts import PartedSubspace, spans
 from subspace_lab.core.positions import normalise
 from subspace_lab.core.sites import COMPONENTS
-from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, Subspace, random_subspace
-from subspace_lab.reft.composition import compose
+from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, Part, Subspace, random_subspace
+from subspace_lab.core.values import ACTIVATIONS, ByPart
 
 METHODS = ("LoReFT", "NoReFT", "DiReFT", "ConsReFT", "LobiReFT", "RED")
 MAPPED = ("LoReFT", "NoReFT", "DiReFT")  # the methods with z = σ(W h + b), which have a start and an activation
@@ -155,19 +156,25 @@ class ReftConfig:
         if self.method not in ORTHONORMAL:
             make = iv.noreft if self.method == "NoReFT" else iv.direft
             return make(width, self.rank, seed=seed, **self._mapped())  # type: ignore[arg-type]
-        if self.parts:
-            return compose(
-                width,
-                self.sizes,
-                lambda part, i: self._inside(part, seed + 7919 * i),
-                seed=seed,
-                dropout=self.dropout,
-            )
-        if self.basis == "fixed":
-            given = random_subspace(width, self.rank, seed) if subspace is None else subspace
-            return self._inside(FixedSubspace(given.basis().detach()), seed)
+        basis = self._basis(width, seed, subspace)
+        if not self.parts:
+            return self._inside(basis, seed)
+        edits = {
+            name: self._inside(Part(basis, *span), seed + 7919 * i)
+            for i, (name, span) in enumerate(spans(self.sizes).items())
+        }
+        values = ByPart({name: edit.value for name, edit in edits.items()}, self.sizes)
+        write = all(edit.write for edit in edits.values())
+        return Intervention(basis, values, write=write, dropout=self.dropout)
+
+    def _basis(self, width: int, seed: int, subspace: Subspace | None) -> Subspace:
+        """The orthonormal basis of one intervention, learned or fixed, in parts or not."""
         start = None if subspace is None else subspace.basis().detach()
-        return self._inside(LearnedSubspace(width, self.rank, seed=seed, start=start), seed)
+        if self.basis == "fixed":
+            return random_subspace(width, self.rank, seed) if start is None else FixedSubspace(start)
+        if self.parts:
+            return PartedSubspace(width, self.sizes, seed=seed, start=start)
+        return LearnedSubspace(width, self.rank, seed=seed, start=start)
 
     def _inside(self, subspace: Subspace, seed: int) -> Intervention:
         """The intervention in a given subspace."""

@@ -13,7 +13,6 @@ from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
 from subspace_lab.model.backbone import Hook
 from subspace_lab.reft.adapter import Adapter
-from subspace_lab.reft.composition import folded
 from subspace_lab.reft.config import ReftConfig
 from subspace_lab.reft.facade import Facade
 
@@ -126,7 +125,7 @@ class Host(Facade):
 
         What is not affine (RED, an activation other than linear) is a copy. `core.intervene` runs them.
         """
-        return {site: folded(edit) for site, edit in self.edits().items()}
+        return {site: edit.folded() for site, edit in self.edits().items()}
 
     def merge_and_unload(self) -> nn.Module:
         """Refused: no weights do what an edit does."""
@@ -142,7 +141,7 @@ class Host(Facade):
         edits = self.edits()
         if site not in edits:
             raise ValueError(f"No active adapter edits {site}; edited are {list(map(str, edits))}.")
-        return edits[site].subspace.frozen()
+        return edits[site].edited()
 
     def hooks(self) -> list[Hook]:
         """The modules of the active adapters that stand in for those of the base model."""

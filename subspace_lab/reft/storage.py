@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from subspace_lab.core.checkpoints import read_json, save_tensors, write_json, write_text
+from subspace_lab.core.files import read_json, save_tensors, write_json, write_text
 from subspace_lab.reft.adapter import Adapter, differences
 from subspace_lab.reft.config import ReftConfig
 
