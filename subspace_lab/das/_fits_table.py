@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from subspace_lab.das.fits import Fits, Mean
-else:  # annotations have to exist at run time too; `fits` imports this file
-    Fits = Mean = Any
+Fits = Mean = Any  # those of das/fits.py, which imports this file
 
 MOST_ROWS = 60
 
