@@ -12,7 +12,6 @@ from subspace_lab.das.causal_models import CausalModel
 from subspace_lab.das.counterfactuals import Prompt, Task, counterfactual_dataset
 from subspace_lab.das.pairs import Pairs
 
-
 NUMBERS = {"train": range(10), "dev": range(20, 30), "test": range(10, 20)}
 
 
@@ -174,6 +173,9 @@ def test_a_tasks_pairs_come_in_three_splits_that_share_no_number():
 def test_a_tasks_pairs_of_several_variables():
     pairs = PARITY.pairs(word_level(), train=30, dev=10, test=10, variables=["b_odd", "a_odd"])
     assert pairs.variables == ["b_odd", "a_odd"]
-    assert {name: v.unique().tolist() for name, v in pairs.train.values.items()} == {"b_odd": [0, 1], "a_odd": [0, 1]}
+    assert {name: v.unique().tolist() for name, v in pairs.train.values.items()} == {
+        "b_odd": [0, 1],
+        "a_odd": [0, 1],
+    }
     with pytest.raises(ValueError, match="n = 0 rows asked"):
         PARITY.pairs(word_level(), train=30, dev=0, test=10)
