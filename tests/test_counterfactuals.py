@@ -5,13 +5,18 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from subspace_lab.das.causal_models import CausalModel
 from subspace_lab.das.counterfactuals import Prompt, Task, counterfactual_dataset
+from subspace_lab.das.pairs import Pairs
+
+NUMBERS = {"train": range(10), "dev": range(20, 30), "test": range(10, 20)}
 
 
 def sample(rng: random.Random, split: str) -> dict[str, int]:
-    numbers = range(10) if split == "train" else range(10, 20)
+    numbers = NUMBERS[split]
     return {"a": rng.choice(numbers), "b": rng.choice(numbers), "template": rng.randrange(2)}
 
 
@@ -76,7 +81,7 @@ def test_rows_are_balanced(n):
 
 
 def test_splits_are_those_of_the_task():
-    for split, numbers in (("train", range(10)), ("test", range(10, 20))):
+    for split, numbers in NUMBERS.items():
         for row in counterfactual_dataset(PARITY, 50, split=split, seed=0):
             assert {*numbers_of(row["base"]), *numbers_of(row["sources"]["a_odd"])} <= set(numbers)
 
@@ -84,6 +89,15 @@ def test_splits_are_those_of_the_task():
 def test_the_seed_decides():
     first, again, other = (counterfactual_dataset(PARITY, 30, split="train", seed=seed) for seed in (5, 5, 6))
     assert first.to_list() == again.to_list() and first.to_list() != other.to_list()
+
+
+def test_source_values_are_those_of_the_causal_model_in_each_source():
+    rows = counterfactual_dataset(PARITY, 100, split="train", seed=0, variables=("a_odd", "b_odd"))
+    for row in rows:
+        for name, which in (("a_odd", 0), ("b_odd", 1)):
+            assert row["source_values"][name] == str(numbers_of(row["sources"][name])[which] % 2)
+    (one,) = counterfactual_dataset(PARITY, 1, split="test", seed=2, variables=["a"])["source_values"]
+    assert int(one["a"]) in NUMBERS["test"]  # an input of the causal model is a variable too
 
 
 def test_several_variables_exchange_every_subset_with_sources_of_their_own():
@@ -115,7 +129,7 @@ def test_a_variable_that_never_or_always_changes_the_answer_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"split": "validation"}, r"unknown split 'validation'; possible are \['train', 'test'\]"),
+        ({"split": "validation"}, r"unknown split 'validation'; possible are \['train', 'dev', 'test'\]"),
         ({"n": 0}, "n = 0 rows asked"),
         ({"variables": ["sum"]}, r"\['sum'\] asked; possible .*'a_odd', 'b_odd', 'odd'"),
         ({"variables": []}, r"\[\] asked"),
@@ -125,3 +139,43 @@ def test_a_variable_that_never_or_always_changes_the_answer_is_refused():
 def test_what_is_asked_wrongly_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         counterfactual_dataset(**{"task": PARITY, "n": 4, "split": "train", "seed": 0, **change})
+
+
+# --- a task's pairs -------------------------------------------------------------------------------------------
+
+
+def word_level() -> PreTrainedTokenizerFast:
+    words = ["<unk>", "even", "odd", "sum", "the", "of", *map(str, range(30))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def test_a_tasks_pairs_come_in_three_splits_that_share_no_number():
+    tokenizer = word_level()
+    pairs = PARITY.pairs(tokenizer, train=40, dev=10, test=21, seed=4)
+    assert isinstance(pairs, Pairs) and pairs.task == "parity" and pairs.variables == ["a_odd"]
+    assert [len(split) for split in (pairs.train, pairs.dev, pairs.test)] == [40, 10, 21]
+    for name in ("train", "dev", "test"):
+        split, rows = getattr(pairs, name), counterfactual_dataset(PARITY, 40, split=name, seed=4)
+        assert split.answers == ("even", "odd") and split.tokens.tolist() == [1, 2]
+        for i, row in zip(range(len(split)), rows, strict=False):
+            for batch, text in ((split.base, row["base"]), (split.sources["a_odd"], row["sources"]["a_odd"])):
+                ids = batch.inputs["input_ids"][i][batch.inputs["attention_mask"][i].bool()]
+                assert tokenizer.decode(ids) == text
+                assert {*numbers_of(text)} <= set(NUMBERS[name])
+            assert split.answers[split.answer[i]] == row["answer"]
+            assert int(split.values["a_odd"][i]) == int(row["source_values"]["a_odd"])
+    assert pairs.fingerprint() == PARITY.pairs(tokenizer, train=40, dev=10, test=21, seed=4).fingerprint()
+    assert pairs.fingerprint() != PARITY.pairs(tokenizer, train=40, dev=10, test=21, seed=5).fingerprint()
+
+
+def test_a_tasks_pairs_of_several_variables():
+    pairs = PARITY.pairs(word_level(), train=30, dev=10, test=10, variables=["b_odd", "a_odd"])
+    assert pairs.variables == ["b_odd", "a_odd"]
+    assert {name: v.unique().tolist() for name, v in pairs.train.values.items()} == {
+        "b_odd": [0, 1],
+        "a_odd": [0, 1],
+    }
+    with pytest.raises(ValueError, match="n = 0 rows asked"):
+        PARITY.pairs(word_level(), train=30, dev=0, test=10)

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from subspace_lab.das.counterfactuals import counterfactual_dataset
-from subspace_lab.das.encoding import Counterfactuals, answer_tokens, encode
+from subspace_lab.das.encoding import answer_tokens, encode
+from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.model.batches import Batch
 from subspace_lab.tasks.story_gender import STORY_GENDER
 

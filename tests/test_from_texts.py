@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from subspace_lab.das.encoding import Counterfactuals, answer_tokens, from_texts
+from subspace_lab.das.encoding import answer_tokens, from_texts
+from subspace_lab.das.pairs import Counterfactuals
 
 
 @pytest.fixture(scope="module")

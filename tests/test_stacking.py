@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from subspace_lab.core.interventions import interchange, loreft
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
-from subspace_lab.das.encoding import Counterfactuals
+from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.das.prepared_pairs import PreparedPairs, fit, from_pool
 from subspace_lab.das.search import search
 from subspace_lab.engine.stacking import Stack, rows_of, split

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from subspace_lab.analysis.twins import reinitialised
 from subspace_lab.core.sites import Site
 from subspace_lab.das.counterfactuals import counterfactual_dataset
-from subspace_lab.das.encoding import Counterfactuals, encode
+from subspace_lab.das.encoding import encode
+from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.das.search import Found, SearchResult, search
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone

@@ -14,7 +14,7 @@ from subspace_lab.tasks import entity_attribute, indirect_object, load_task, pri
 
 SHIPPED = ("price_tagging", "indirect_object", "entity_attribute")
 ALL = (*SHIPPED, "story_gender")
-SPLITS = ("train", "test")
+SPLITS = ("train", "dev", "test")
 TINY_DECODER = Path(subspace_lab.__file__).parent / "assets" / "tiny_decoder"
 
 
@@ -103,10 +103,12 @@ def test_splits_share_no_amounts_names_or_entities():
         "story_gender": lambda setting: setting["name"],
     }
     for name, key in groups.items():
-        train, test = ({key(setting) for setting in settings_of(name, split, 2000)} for split in SPLITS)
-        assert len(train) >= 16 and len(test) >= 16 and not train & test
+        train, dev, test = ({key(setting) for setting in settings_of(name, split, 2000)} for split in SPLITS)
+        assert len(train) >= 16 and len(dev) >= 8 and len(test) >= 16
+        assert not train & dev and not train & test and not dev & test
     assert sum(map(len, indirect_object.NAMES.values())) >= 40 and len(entity_attribute.FACTS) >= 48
-    assert all(len(names) >= 12 for split in story_gender.NAMES.values() for names in split.values())
+    few = {split: min(map(len, names.values())) for split, names in story_gender.NAMES.items()}
+    assert few["train"] >= 12 and few["dev"] >= 4 and few["test"] >= 12
 
 
 def test_price_amounts_fall_on_every_side():
@@ -118,13 +120,15 @@ def test_price_amounts_fall_on_every_side():
 
 
 def test_entity_values_do_not_predict_each_other():
-    """In either split each country goes with several foods and all values are equally frequent."""
-    for entities in entity_attribute.ENTITIES.values():
+    """In each split each country goes with several foods and all values are equally frequent."""
+    assert sorted(entity_attribute.ENTITIES) == sorted(SPLITS)
+    for split, entities in entity_attribute.ENTITIES.items():
         facts = [entity_attribute.FACTS[entity] for entity in entities]
         for which in (0, 1):
             values = [fact[which] for fact in facts]
             assert {values.count(value) for value in set(values)} == {len(entities) // 6}
-        assert all(len({food for country, food in facts if country == one}) >= 4 for one, _ in facts)
+        several = 2 if split == "dev" else 4
+        assert all(len({food for country, food in facts if country == one}) >= several for one, _ in facts)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -143,8 +147,8 @@ def test_counterfactuals_can_be_drawn(name, split):
 
 @pytest.mark.parametrize("name", ALL)
 def test_unknown_splits_are_refused(name):
-    with pytest.raises(ValueError, match="unknown split 'dev'"):
-        load_task(name).sample(random.Random(0), "dev")
+    with pytest.raises(ValueError, match="unknown split 'validation'"):
+        load_task(name).sample(random.Random(0), "validation")
 
 
 def test_unknown_tasks_are_refused():
@@ -156,7 +160,7 @@ def test_unknown_tasks_are_refused():
 def test_every_word_is_one_known_token(name, tiny_decoder):
     _, tokenizer = tiny_decoder
     task = load_task(name)
-    for setting in settings_of(name, "train", 300) + settings_of(name, "test", 300):
+    for setting in [one for split in SPLITS for one in settings_of(name, split, 300)]:
         text = task.prompt(setting).text
         assert tokenizer.tokenize(text) == text.split()
         assert len(tokenizer(text)["input_ids"]) == len(text.split())  # no special tokens are added
@@ -169,7 +173,7 @@ def test_every_word_is_one_known_token(name, tiny_decoder):
 def test_the_shipped_model_solves_the_task(name, tiny_decoder):
     model, tokenizer = tiny_decoder
     task = load_task(name)
-    settings = settings_of(name, "train", 250, seed=17) + settings_of(name, "test", 250, seed=17)
+    settings = [one for split in SPLITS for one in settings_of(name, split, 200, seed=17)]
     guesses = last_logits(model, tokenizer, [task.prompt(setting).text for setting in settings]).argmax(-1)
     wanted = torch.tensor(tokenizer.convert_tokens_to_ids([task.answer(setting) for setting in settings]))
     assert (guesses == wanted).float().mean() >= 0.99

@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from subspace_lab.das.fits import Fits, Mean
-else:  # annotations have to exist at run time too; `fits` imports this file
-    Fits = Mean = Any
+# Those of das/fits.py, which imports this file.
+Fits: TypeAlias = Any
+Mean: TypeAlias = Any
 
 MOST_ROWS = 60
 
 
 def table_of(
-    fits: Fits, *, metric: str = "iia", title: str | None = None, more: Mapping[str, Fits] | None = None
+    fits: Fits, *, metric: str | None = None, title: str | None = None, more: Mapping[str, Fits] | None = None
 ) -> Table:
     """The table that the terminal shows; the line of the place that dev chose is bold.
 
     Args:
         more: further columns, {heading: fits of one method at the same places}, such as those of a twin.
     """
+    metric = metric or fits.metric
     means = fits.mean(metric=metric)
     others = {name: {m.place: m for m in of.mean(metric=metric)} for name, of in (more or {}).items()}
     chosen = _chosen(fits, metric)
@@ -68,10 +68,11 @@ def _parts(fits: Fits, place: str, names: list[str]) -> list[str]:
     return [str(site.layer), site.positions]
 
 
-def notes_of(fits: Fits, *, metric: str = "iia") -> list[str]:
+def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
     """What has to be known to read the table."""
     if not fits:
-        return ["No fits."]
+        return ["No fits.", *_failures(fits)]
+    metric = metric or fits.metric
     floors, n = fits.floors.get("test"), fits[0].score(metric).n
     lines = [f"{metric.upper() if metric == 'iia' else metric} on {n} test pairs. {_what_cells_hold(fits)}"]
     if floors is not None:
@@ -82,7 +83,11 @@ def notes_of(fits: Fits, *, metric: str = "iia") -> list[str]:
         )
     if len(fits.places) > MOST_ROWS:
         lines.append(f"The first {MOST_ROWS} of {len(fits.places)} places are shown; `records()` has all.")
-    lines += [f"No result: {f.method} at {f.place}, seed {f.seed}: {f.reason}" for f in fits.failures[:5]]
+    return lines + _failures(fits)
+
+
+def _failures(fits: Fits) -> list[str]:
+    lines = [f"No result: {f.method} at {f.place}, seed {f.seed}: {f.reason}" for f in fits.failures[:5]]
     if len(fits.failures) > 5:
         lines.append(f"No result of {len(fits.failures) - 5} more searches; `failures` has all.")
     return lines
@@ -91,7 +96,7 @@ def notes_of(fits: Fits, *, metric: str = "iia") -> list[str]:
 def text(fits: Fits) -> str:
     """The table and its notes as plain text."""
     if not fits:
-        return "Fits: none"
+        return "\n".join(notes_of(fits))
     console = Console(file=StringIO(), width=max(100, 24 + 18 * len(fits.methods)), highlight=False)
     console.print(table_of(fits))
     for line in notes_of(fits):
@@ -102,8 +107,8 @@ def text(fits: Fits) -> str:
 def html(fits: Fits) -> str:
     """The table and its notes for a notebook."""
     if not fits:
-        return "<p>Fits: none</p>"
-    means, chosen = fits.mean(), _chosen(fits, "iia")
+        return "".join(f"<div>{escape(line)}</div>" for line in notes_of(fits))
+    means, chosen, metric = fits.mean(), _chosen(fits, fits.metric), fits.metric
     lowest = fits.floors["test"].highest if "test" in fits.floors else 0.0
     names = _names(fits)
     head = "".join(f"<th style='text-align:left'>{name}</th>" for name in names)
@@ -111,7 +116,7 @@ def html(fits: Fits) -> str:
     body = []
     for place in fits.places[:MOST_ROWS]:
         weight = "bold" if place == chosen else "normal"
-        cells = "".join(_html_cell(means, place, method, lowest) for method in fits.methods)
+        cells = "".join(_html_cell(means, place, method, metric, lowest) for method in fits.methods)
         label = "".join(f'<td style="text-align:left">{escape(part)}</td>' for part in _parts(fits, place, names))
         body.append(f'<tr style="font-weight:{weight}">{label}{cells}</tr>')
     remarks = "".join(f"<div>{escape(line)}</div>" for line in notes_of(fits))
@@ -121,11 +126,13 @@ def html(fits: Fits) -> str:
     )
 
 
-def _html_cell(means: Sequence[Mean], place: str, method: str, lowest: float) -> str:
-    """Shaded from the floor upwards, so that what is no better than the floor has no colour."""
+def _html_cell(means: Sequence[Mean], place: str, method: str, metric: str, lowest: float) -> str:
+    """Shaded from the floor upwards, so that what is no better than the floor has no colour; floors are IIAs."""
     value = next((m.value for m in means if m.place == place and m.method.label == method), None)
-    share = 0.0 if value is None else max(0.0, min(1.0, (value - lowest) / max(1e-9, 1 - lowest)))
-    content = escape(_cell(means, place, method, "iia"))
+    share = (
+        0.0 if value is None or metric != "iia" else max(0.0, min(1.0, (value - lowest) / max(1e-9, 1 - lowest)))
+    )
+    content = escape(_cell(means, place, method, metric))
     return f'<td style="text-align:right;background:rgba(79,130,160,{0.55 * share:.2f})">{content}</td>'
 
 

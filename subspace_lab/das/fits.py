@@ -272,15 +272,25 @@ class Fits(Sequence[Fit]):
     def variables(self) -> list[str]:
         return list(dict.fromkeys(name for fit in self.fits for name in fit.alignment.variables))
 
-    def best(self, metric: str = "iia") -> Fit:
+    @property
+    def metric(self) -> str:
+        """The score that tables show and `best` chooses by: the first of those that the sweep was asked for."""
+        asked = self.facts.get("metrics") or [name for fit in self.fits for name in fit.scores.get("test", {})]
+        return asked[0] if asked else "iia"
+
+    def best(self, metric: str | None = None) -> Fit:
         """The fit that the dev split chooses; what it is worth is its score on the test split.
 
         Of all methods that are no controls (of the controls, where there is nothing else) the place and method with
         the highest mean over seeds, and of its seeds the highest.
 
+        Args:
+            metric: by which it is chosen, `self.metric` by default.
+
         Raises:
             ValueError: no fits, or none that was scored on the dev split.
         """
+        metric = metric or self.metric
         candidates = [fit for fit in self.fits if not fit.method.control] or list(self.fits)
         if not candidates or any(metric not in fit.scores.get("dev", {}) for fit in candidates):
             raise ValueError(
@@ -290,8 +300,11 @@ class Fits(Sequence[Fit]):
         chosen = max(means, key=lambda mean: mean.value)
         return max(chosen.fits, key=lambda fit: fit.score(metric, "dev").value)
 
-    def mean(self, over: str = "seed", *, metric: str = "iia", split: str = "test") -> list[Mean]:
+    def mean(self, over: str = "seed", *, metric: str | None = None, split: str = "test") -> list[Mean]:
         """For each method and place the mean score over seeds, with its spread; never the maximum.
+
+        Args:
+            metric: of which the mean is taken, `self.metric` by default.
 
         Raises:
             ValueError: anything else to take the mean over.
@@ -299,6 +312,7 @@ class Fits(Sequence[Fit]):
         """
         if over != "seed":
             raise ValueError(f"mean(over={over!r}): possible is 'seed'. Filter by `where` for anything else.")
+        metric = metric or self.metric
         groups: dict[tuple[str, str], list[Fit]] = {}
         for fit in self.fits:
             groups.setdefault((fit.place, fit.method.label), []).append(fit)

@@ -44,6 +44,14 @@ class Counterfactuals:
                 raise ValueError(
                     f"{len(self.base)} bases and {len(source)} sources for {name!r}: each base needs its own."
                 )
+        for which, answer in (("base_answer", self.base_answer), ("answer", self.answer)):
+            if answer.shape != (len(self.base),) or not _between(answer, len(self.answers)):
+                raise ValueError(
+                    f"{which} has shape {tuple(answer.shape)}; needed is for each of the {len(self.base)} pairs an "
+                    f"index into the {len(self.answers)} answers, from 0 to {len(self.answers) - 1}."
+                )
+        if self.tokens is not None and self.tokens.shape != (len(self.answers),):
+            raise ValueError(f"{tuple(self.tokens.shape)} tokens for {len(self.answers)} answers: each needs one.")
         for name, values in self.values.items():
             if name not in self.sources or values.shape != (len(self.base),):
                 raise ValueError(
@@ -162,8 +170,8 @@ class Pairs:
         digest = hashlib.sha256()
         for name, split in self._fixed():
             digest.update(name.encode())
-            for tensor in _tensors(split):
-                digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            for what, tensor in _tensors(split).items():
+                digest.update(str((what, tensor.dtype, tuple(tensor.shape))).encode())
                 digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -209,11 +217,20 @@ def _ids(split: Counterfactuals) -> list[int]:
     return [] if split.tokens is None else split.tokens.tolist()
 
 
-def _tensors(pairs: Counterfactuals) -> list[Tensor]:
-    found: list[Any] = [pairs.base_answer, pairs.answer, pairs.tokens]
-    for batch in (pairs.base, *pairs.sources.values()):
-        found += [batch.positional, *batch.inputs.values(), *batch.columns.values()]
-    return [t for t in found if isinstance(t, Tensor)]
+def _between(answer: Tensor, n: int) -> bool:
+    return not len(answer) or bool((answer.min() >= 0) & (answer.max() < n))
+
+
+def _tensors(pairs: Counterfactuals) -> dict[str, Tensor]:
+    """Everything that a method or a score depends on, by name."""
+    found: dict[str, Any] = {"base answer": pairs.base_answer, "answer": pairs.answer, "tokens": pairs.tokens}
+    found |= {f"value of {name}": values for name, values in pairs.values.items()}
+    batches = {"base": pairs.base, **{f"source of {name}": source for name, source in pairs.sources.items()}}
+    for who, batch in batches.items():
+        found |= {f"{who}, input": batch.positional, f"{who}, prompt lengths": batch.prompt_lengths}
+        found |= {f"{who}, input {name}": value for name, value in batch.inputs.items()}
+        found |= {f"{who}, position {name}": value for name, value in batch.columns.items()}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _key(pairs: Counterfactuals, i: int) -> tuple[Any, ...]:

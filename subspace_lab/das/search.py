@@ -28,8 +28,7 @@ def default_methods(rank: int | Sequence[int] = 1, *, shared_site: bool = False)
         rank: of DAS, of the principal components and of the random subspaces.
         shared_site: whether several variables share a site, where none of them can have the full vector.
     """
-    ranks = rank if isinstance(rank, int) else tuple(rank)
-    methods: list[Method] = [DAS(ranks), DifferenceOfMeans(), PCA(ranks), RandomSubspace(ranks)]
+    methods: list[Method] = [DAS(rank), DifferenceOfMeans(), PCA(rank), RandomSubspace(rank)]
     return methods if shared_site else [*methods, FullVector()]
 
 
@@ -61,14 +60,16 @@ def search(
     """
     if methods is None:
         several = isinstance(pairs, Pairs) and len(pairs.variables) > 1
-        apart = all(isinstance(one, Mapping) and len(set(one.values())) == len(one) for one in sites)
+        apart = isinstance(sites, Sequence) and all(
+            isinstance(one, Mapping) and len(set(one.values())) == len(one) for one in sites
+        )
         methods = default_methods(rank, shared_site=several and not apart)
     return sweep(
         backbone,
         pairs,
         sites,
         methods,
-        seeds=[seed] if isinstance(seed, int) else list(seed),
+        seeds=[seed] if isinstance(seed, int) else seed,
         config=config,
         loss=loss,
         metrics=metrics,

@@ -69,7 +69,7 @@ def sweep(
             task. All this before anything is trained.
     """
     config = config or TrainingConfig()
-    _check_types(backbone, pairs, sites, methods)
+    _check_types(backbone, pairs, sites, methods, seeds, config, loss, metrics)
     assignments = _assignments(sites, pairs.variables)
     variants = [variant for method in methods for variant in method.variants()]
     asked = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -78,10 +78,14 @@ def sweep(
             f"Nothing to search: {len(assignments)} sites, {len(variants)} methods, {len(asked)} seeds, "
             f"{len(metrics)} metrics."
         )
-    labels = [method.label for method in variants]
-    twice = sorted({name for name in labels if labels.count(name) > 1})
-    if twice:
-        raise ValueError(f"Methods that are given twice: {twice}. Each should differ in its settings.")
+    named: dict[str, list[Any]] = {
+        "methods": [method.label for method in variants],
+        "metrics": [_name(metric) for metric in metrics],
+        "seeds": asked,
+    }
+    for what, names in named.items():
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"Given twice, so that results could not be told apart: the {what} {twice}.")
     widths = {site: backbone.width(site) for one in assignments for site in one.values()}
     for assignment in assignments:
         for method in variants:
@@ -107,8 +111,8 @@ def sweep(
         "data": pairs.fingerprint(),
         "pairs": {"train": None if train is None else len(train), "dev": len(dev), "test": len(test)},
         "training": {k: v for k, v in asdict(config).items() if k != "seed"},
-        "loss": loss.__name__,
-        "metrics": [metric.__name__ for metric in metrics],
+        "loss": _name(loss),
+        "metrics": named["metrics"],
         "seeds": asked,
         "engine": test.engine.describe(),
         "versions": versions(),
@@ -221,7 +225,7 @@ class _Sweep:
             if not chosen:
                 continue
             outcomes = prepared.outcomes(assignment, [cells[i].learner.edits for i in chosen], some)
-            values = [{metric.__name__: metric(outcome) for metric in self.metrics} for outcome in outcomes]
+            values = [{_name(metric): metric(outcome) for metric in self.metrics} for outcome in outcomes]
             by_pair[split] = values
             for i, found in zip(chosen, values, strict=True):
                 scores[i][split] = {name: estimate(each) for name, each in found.items()}
@@ -343,17 +347,23 @@ def _assignments(sites: Sequence[Site | Mapping[str, Site]], variables: list[str
     """Each place as {variable: site}, each once."""
     found: list[dict[str, Site]] = []
     for one in sites:
-        assignment = dict.fromkeys(variables, one) if isinstance(one, Site) else dict(one)
-        if set(assignment) != set(variables):
-            raise ValueError(
-                f"A place names sites for {list(assignment)}; the pairs have the variables {variables}."
-            )
+        given = dict.fromkeys(variables, one) if isinstance(one, Site) else dict(one)
+        if set(given) != set(variables):
+            raise ValueError(f"A place names sites for {list(given)}; the pairs have the variables {variables}.")
+        assignment = {name: given[name] for name in variables}  # their order decides which part is whose
         if assignment not in found:
             found.append(assignment)
     return found
 
 
-def _check_types(backbone: Any, pairs: Any, sites: Any, methods: Any) -> None:
+def _name(function: Callable[..., Any]) -> str:
+    """What a loss or a metric is called in results."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _check_types(
+    backbone: Any, pairs: Any, sites: Any, methods: Any, seeds: Any, config: Any, loss: Any, metrics: Any
+) -> None:
     if not isinstance(backbone, Backbone):
         raise TypeError(f"The model is given as Backbone(model), found {type(backbone).__name__}.")
     if not isinstance(pairs, Pairs):
@@ -370,3 +380,13 @@ def _check_types(backbone: Any, pairs: Any, sites: Any, methods: Any) -> None:
                 hint = f"; write Site.parse({one!r})" if isinstance(one, str) and name == "sites" else ""
                 hint = f"; write {one.__name__}()" if isinstance(one, type) else hint
                 raise TypeError(f"{name} holds {one!r}, which is no {wanted}{hint}.")
+            for place in one.values() if isinstance(one, Mapping) else ():
+                if not isinstance(place, Site):
+                    raise TypeError(f"sites holds {one!r}, where {place!r} is no Site.")
+    listed = isinstance(seeds, Sequence) and all(isinstance(seed, int) for seed in seeds)
+    if isinstance(seeds, bool | str) or not (isinstance(seeds, int) or listed):
+        raise TypeError(f"seeds is a number of seeds or a list of them, whole numbers; found {seeds!r}.")
+    if not isinstance(config, TrainingConfig):
+        raise TypeError(f"config is a TrainingConfig, found {config!r}.")
+    if not callable(loss) or not isinstance(metrics, Sequence) or not all(map(callable, metrics)):
+        raise TypeError(f"loss is a function and metrics a list of functions, found {loss!r} and {metrics!r}.")

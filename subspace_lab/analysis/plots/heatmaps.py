@@ -86,9 +86,13 @@ def iia_heatmap(
     if not fits:
         raise ValueError("No fits to draw.")
     best = fits.best(metric)
-    panels = {label: fits.where(method=label).mean(metric=metric) for label in fits.methods}
+    # By label: `where` takes "DifferenceOfMeans" for every rank of it.
+    panels = {label: [m for m in fits.mean(metric=metric) if m.method.label == label] for label in fits.methods}
+    outside = [m.value for means in panels.values() for m in means if not 0 <= m.value <= 1]
+    if outside:
+        raise ValueError(f"{metric!r} is {outside[0]:.3g} somewhere: colours need a score between 0 and 1.")
     if twin is not None:
-        same = twin.where(method=best.method.label)
+        same = twin.where(method=best.method)
         if twin.places != fits.places:
             raise ValueError(f"The model was searched at {fits.places}, its twin at {twin.places}.")
         panels[f"randomly initialised twin: {best.method.label}"] = same.mean(metric=metric)

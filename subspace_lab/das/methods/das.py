@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.orthonormal import Orthonormalise, check_orthonormal
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import LearnedSubspace, Orthonormalise, Subspace
+from subspace_lab.core.subspaces import LearnedSubspace, Subspace
 from subspace_lab.das.methods.method import (
     Learner,
     Method,
@@ -59,6 +60,9 @@ class DAS(Method):
                     f"{self.label}: the start of {name!r} has shape {tuple(basis.shape)}; needed at {sites[name]} is "
                     f"(rank, width) = {(self.rank, widths[sites[name]])}."
                 )
+        for site in dict.fromkeys(sites.values()) if self.start is not None else ():
+            joined = torch.cat([basis for name, basis in self._starts(sites).items() if sites[name] == site])
+            check_orthonormal(joined, (joined.shape[0], joined.shape[1]))
 
     def seeds(self, asked: Sequence[int]) -> list[int]:
         return list(asked)

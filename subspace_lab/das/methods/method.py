@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -63,10 +63,7 @@ class Learner:
     def __init__(self, subspaces: Mapping[str, tuple[Site, Subspace]], start: int | str | None = None) -> None:
         self.subspaces = dict(subspaces)
         self.start = start
-        self.edits: dict[Site, nn.Module] = {}
-        for site in dict.fromkeys(site for site, _ in subspaces.values()):
-            here = {name: subspace for name, (own, subspace) in subspaces.items() if own == site}
-            self.edits[site] = interchange(next(iter(here.values())) if len(here) == 1 else here)
+        self.edits: dict[Site, nn.Module] = _interchanges(self.subspaces)
         first = {name: subspace.basis().detach().clone() for name, (_, subspace) in subspaces.items()}
         self._first = {} if start is None else first
 
@@ -122,9 +119,9 @@ class Method(ABC):
     def learner(self, problem: Problem) -> Learner:
         """The learner of one search."""
 
-    def variants(self) -> list[Self]:
+    def variants(self) -> list[Method]:
         """This method once for each of its settings that was given as a list, such as `rank=[1, 4]`."""
-        found = [self]
+        found: list[Method] = [self]
         for name in (f.name for f in fields(self)):
             if isinstance(getattr(self, name), list | tuple):
                 found = [replace(one, **{name: value}) for one in found for value in getattr(one, name)]
@@ -152,6 +149,14 @@ class Method(ABC):
             "method": type(self).__name__,
             **{f.name: getattr(self, f.name) for f in fields(self) if f.compare},
         }
+
+
+def _interchanges(subspaces: Mapping[str, tuple[Site, Subspace]]) -> dict[Site, nn.Module]:
+    """{site: interchange} of these very subspaces, which an alignment would copy, so that training reaches them."""
+    at: dict[Site, dict[str, Subspace]] = {}
+    for name, (site, subspace) in subspaces.items():
+        at.setdefault(site, {})[name] = subspace
+    return {site: interchange(next(iter(s.values())) if len(s) == 1 else s) for site, s in at.items()}
 
 
 def check_rank_fits(method: Method, rank: int, sites: Mapping[str, Site], widths: Mapping[Site, int]) -> None:

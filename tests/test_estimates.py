@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subspace_lab.das.metrics import Estimate, bootstrap_mean, proportion
+from subspace_lab.das.estimates import Estimate, bootstrap_mean, proportion
 
 
 def outcomes(successes: int, n: int) -> Tensor:
