@@ -14,7 +14,8 @@ from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.das.encoding import Counterfactuals
 from subspace_lab.engine.frozen_past import FrozenPast
-from subspace_lab.engine.plain import Engine, PlainEngine
+from subspace_lab.engine.plain import PlainEngine
+from subspace_lab.engine.protocol import Engine
 from subspace_lab.engine.stacking import Stack, rows_of
 from subspace_lab.engine.training import TrainingConfig, shuffled_rows, train_together
 from subspace_lab.model.backbone import Backbone
