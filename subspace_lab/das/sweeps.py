@@ -319,19 +319,19 @@ def _with_evidence(fits: list[Fit], floors: Floors, facts: Mapping[str, Any]) ->
     means = Fits(tuple(fits), {}).mean(metric=facts["metrics"][0]) if fits else []
     shared = {name: facts[name] for name in ("task", "data", "training", "loss", "versions")}
     found = []
-    for fit in fits:
-        others = [mean for mean in means if mean.method.label != fit.method.label]
+    for one in fits:
+        others = [mean for mean in means if mean.method.label != one.method.label]
         scores = {mean.method.label: {facts["metrics"][0]: mean.value} for mean in others}
         controls = {mean.method.label for mean in others if mean.method.control}
         evidence = {
             **shared,
             "model": facts["model"]["name"] or facts["model"]["class"],
             "model_facts": facts["model"],
-            "method": fit.method.label,
-            "seed": fit.seed,
-            "start": fit.start,
-            "scores": {name: asdict(score) for name, score in fit.scores["test"].items()},
-            "dev_scores": {name: asdict(score) for name, score in fit.scores["dev"].items()},
+            "method": one.method.label,
+            "seed": one.seed,
+            "start": one.start,
+            "scores": {name: asdict(score) for name, score in one.scores["test"].items()},
+            "dev_scores": {name: asdict(score) for name, score in one.scores["dev"].items()},
             "controls": {
                 "no intervention": {"iia": floors.no_intervention.value},
                 "best constant answer": {"iia": floors.constant.value},
@@ -339,7 +339,7 @@ def _with_evidence(fits: list[Fit], floors: Floors, facts: Mapping[str, Any]) ->
             },
             "baselines": {name: of for name, of in scores.items() if name not in controls},
         }
-        found.append(replace(fit, alignment=Alignment(fit.alignment.variables, evidence)))
+        found.append(replace(one, alignment=Alignment(one.alignment.variables, evidence)))
     return found
 
 
