@@ -106,8 +106,9 @@ def test_a_method_whose_class_is_not_there_can_be_read_but_not_run(tmp_path: Pat
     given.save(tmp_path)
     again = Fits.load(tmp_path)
     assert again.methods == ["FirstAxes 3"] and again.records() == given.records() and not again[0].method.control
+    problem = Problem({}, {}, 0, torch.device("cpu"), lambda _: torch.zeros(1, 1), lambda _: torch.zeros(1).long())
     with pytest.raises(TypeError, match="FirstAxes 3 was saved by a class FirstAxes that is not known here"):
-        again[0].method.learner(None)  # type: ignore[arg-type]
+        again[0].method.learner(problem)
 
 
 def test_several_variables_and_failures_come_back(tmp_path: Path) -> None:

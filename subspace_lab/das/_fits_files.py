@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -26,10 +26,7 @@ from subspace_lab.das import methods as known
 from subspace_lab.das.estimates import Estimate
 from subspace_lab.das.methods.method import Learner, Method, Problem
 
-if TYPE_CHECKING:
-    from subspace_lab.das.fits import Fits
-else:  # annotations have to exist at run time too; `fits` imports this file
-    Fits = Any
+Fits: TypeAlias = Any  # of das/fits.py, which imports this file
 
 RECORDS, NUMBERS, ENTRY, FORMAT = "fits.json", "subspaces.safetensors", "subspace_lab.fits", 1
 
@@ -105,10 +102,8 @@ def write_fits(fits: Fits, folder: Path) -> None:
     write_json(folder / RECORDS, described)
 
 
-def read_fits(cls: type[Fits], folder: Path, methods: Sequence[type[Method]]) -> Fits:
-    """What `write_fits` wrote."""
-    from subspace_lab.das.fits import Failure, Fit, Floors
-
+def read_fits(folder: Path, methods: Sequence[type[Method]]) -> dict[str, Any]:
+    """What `write_fits` wrote: the arguments of every `Fit`, `Floors` and `Failure`, and the facts."""
     if not (folder / RECORDS).is_file():
         raise FileNotFoundError(_no_fits(folder))
     found = read_json(folder / RECORDS)
@@ -128,28 +123,23 @@ def read_fits(cls: type[Fits], folder: Path, methods: Sequence[type[Method]]) ->
             }
             prefix = f"pairs.{i}."
             fits.append(
-                Fit(
-                    method=_method(one, methods),
-                    alignment=Alignment(variables, one["facts"]),
-                    seed=one["seed"],
-                    start=one["start"],
-                    scores={s: {m: Estimate(**e) for m, e in of.items()} for s, of in one["scores"].items()},
-                    losses=tuple(one["losses"]),
-                    start_overlap=one["start_overlap"],
-                    pair_scores={
+                {
+                    "method": _method(one, methods),
+                    "alignment": Alignment(variables, one["facts"]),
+                    "scores": {s: {m: Estimate(**e) for m, e in of.items()} for s, of in one["scores"].items()},
+                    "losses": tuple(one["losses"]),
+                    "pair_scores": {
                         name.removeprefix(prefix): v for name, v in scores.items() if name.startswith(prefix)
                     },
-                )
+                    **{name: one[name] for name in ("seed", "start", "start_overlap")},
+                }
             )
         parts.check_all_used()
-        floors = {
-            split: Floors(**{name: Estimate(**e) for name, e in of.items()})
-            for split, of in found["floors"].items()
-        }
-        failures = tuple(Failure(**one) for one in found["failures"])
+        floors = {s: {name: Estimate(**e) for name, e in of.items()} for s, of in found["floors"].items()}
+        failures = [dict(one) for one in found["failures"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} cannot be read as fits: {type(error).__name__}: {error}") from error
-    return cls(tuple(fits), floors, failures, found["facts"])
+    return {"fits": fits, "floors": floors, "failures": failures, "facts": found["facts"]}
 
 
 def _method(one: Mapping[str, Any], own: Sequence[type[Method]]) -> Method:
