@@ -1,4 +1,4 @@
-"""One basis in parts, trained apart and used together; from a subspace that a search found to an edit and back."""
+"""One basis in parts, trained one after the other and used together."""
 
 import pytest
 import torch
@@ -6,14 +6,10 @@ from datasets import Dataset
 from families import build, editing, fresh, hooked, spots
 from test_reft_trainer import trainer
 
-from subspace_lab.core.interventions import interchange
 from subspace_lab.core.parts import PartedSubspace
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import random_subspace
-from subspace_lab.das.metrics import proportion
-from subspace_lab.das.search import Found
 from subspace_lab.engine.training import TrainingConfig
-from subspace_lab.reft import ReftConfig, ReftModel, as_reft, finetune, get_reft_model
+from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model
 from subspace_lab.reft.data import pad
 
 SIZES = {"one": 3, "two": 2, "three": 1}
@@ -176,63 +172,3 @@ def test_counts_starts_and_refusals():
     incomplete = {k: v for k, v in model.state_dict().items() if not k.endswith("moving")}
     with pytest.raises(RuntimeError, match="moving"):
         model.load_state_dict(incomplete)
-
-
-# --- from a search to an edit and back ----------------------------------------------------------------------
-
-
-def found(**subspaces):
-    share = proportion(torch.tensor([True, False]))
-    return Found(SITE, 3, 0, 0.1, share, None, None, share, 0.5, 1.0, subspaces)
-
-
-def test_what_a_search_found_starts_an_edit():
-    alignment = found(gender=random_subspace(32, 3, 5))
-    for free in (True, False):
-        ((site, edit),) = alignment.as_reft(free=free).items()
-        assert site == SITE and (edit.subspace.raw.requires_grad if free else not list(edit.subspace.parameters()))
-        torch.testing.assert_close(edit.subspace.basis(), alignment.subspace().basis(), atol=1e-6, rtol=0)
-        h = torch.randn(4, 32)
-        assert torch.equal(edit(h), h)
-    two = found(gender=random_subspace(32, 3, 5), name=random_subspace(32, 3, 6))
-    (edit,) = two.as_reft("name").values()
-    torch.testing.assert_close(edit.subspace.basis(), two.subspaces["name"].basis(), atol=1e-6, rtol=0)
-    for variable in (None, "age"):
-        with pytest.raises(ValueError, match=r"this site has \['gender', 'name'\]"):
-            two.as_reft(variable)
-
-
-@pytest.mark.parametrize("basis", ["learned", "fixed"])
-def test_an_adapter_in_the_subspace_of_a_search_and_back(basis, tmp_path):
-    alignment = found(gender=random_subspace(32, 3, 5))
-    start = alignment.subspace()
-    model = as_reft(fresh("llama"), {alignment.site: start}, ReftConfig(basis=basis))
-    config = model.adapter("default").config
-    assert (config.layers, config.positions, config.rank, config.basis) == ((1,), "last", 3, basis)
-    losses = finetune(model, answering(7), QUICK, quiet=True)
-    assert losses[-1] < 0.8 * losses[0]
-    overlap = (model.subspace(SITE).basis() @ start.basis().T).square().sum() / 3
-    assert (overlap > 0.9999) == (basis == "fixed")
-    model.save_pretrained(tmp_path)
-    again = ReftModel.from_pretrained(fresh("llama"), tmp_path)
-    assert torch.equal(logits(again), logits(model))
-    swap = interchange(again.subspace(SITE))
-    h, source = torch.randn(2, 4, 32)
-    torch.testing.assert_close(again.subspace(SITE).read(swap(h, source)), again.subspace(SITE).read(source))
-
-
-def test_subspaces_that_no_adapter_has_are_refused():
-    base = fresh("llama")
-    one = random_subspace(32, 3, 5)
-    for subspaces in (
-        {SITE: one, Site("block_output", 2, "first"): one},
-        {SITE: one, Site("mlp_output", 2, "last"): one},
-        {SITE: one, Site("block_output", 2, "last"): random_subspace(32, 2, 5)},
-        {Site("model.norm.output"): one},
-        {Site("head_output", 1, "last", heads=0): random_subspace(8, 3, 5)},
-        {},
-    ):
-        with pytest.raises(ValueError, match="an adapter has one component"):
-            as_reft(base, subspaces)
-    several = as_reft(base, {SITE: one, Site("block_output", 0, "last"): random_subspace(32, 3, 6)})
-    torch.testing.assert_close(several.subspace(SITE).basis(), one.basis(), atol=1e-6, rtol=0)

@@ -84,6 +84,8 @@ class Intervention(Kind):
         Raises:
             ValueError: if the width of h is not the subspace's, or the source does not fit.
         """
+        if not isinstance(h, Tensor):
+            instance(h, Tensor, "h")
         if h.shape[-1] != self.width:
             raise ValueError(f"States of width {h.shape[-1]} for a subspace of width {self.width}.")
         # Autocast would take the products back to a half precision.
@@ -103,10 +105,7 @@ class Intervention(Kind):
     def edited(self) -> Subspace:
         """The subspace that is edited now, with a basis that does not train.
 
-        Of a basis in parts it is that of the parts in use.
-
-        Raises:
-            ValueError: directions that are not orthonormal (NoReFT's and DiReFT's once trained).
+        Of a basis in parts it is that of the parts in use; of directions that are not orthonormal, their span.
         """
         chosen = self.value.coordinates(self.subspace.rank)
         if len(chosen) == self.subspace.rank:

@@ -16,7 +16,7 @@ added, so a bfloat16 stream loses nothing outside the subspace.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +96,7 @@ class Subspace(Kind, ABC):
         Raises:
             ValueError: a part without vectors, or more vectors than the basis has.
         """
+        instance(sizes, Mapping, "sizes", "{name: number of basis vectors}")
         sizes = {name: whole_number(size, f"the size of part {name!r}") for name, size in sizes.items()}
         if sum(sizes.values()) > self.rank or min(sizes.values(), default=0) < 1:
             raise ValueError(
@@ -110,7 +111,7 @@ class Subspace(Kind, ABC):
         return parts
 
     def frozen(self) -> Subspace:
-        """The subspace as it is now, with a basis that does not train."""
+        """A copy of the subspace as it is now, with a basis that does not train."""
         return self.sliced(0, self.rank)
 
     def sliced(self, start: int, stop: int) -> Subspace:
@@ -233,6 +234,14 @@ class FreeDirections(Subspace):
     def basis(self) -> Float[Tensor, "rank width"]:
         return self.directions
 
+    def sliced(self, start: int, stop: int) -> Subspace:
+        """The span of these directions, with an orthonormal basis (ValueError if they are linearly dependent)."""
+        basis, factor = thin_qr(self.directions.detach()[start:stop].T)
+        sizes = factor.diagonal().abs()
+        if not sizes.min() > 1e-6 * sizes.max():
+            raise ValueError(f"The {stop - start} directions span a subspace of a smaller rank.")
+        return FixedSubspace(basis.T)
+
     def set_basis(self, basis: Float[Tensor, "rank width"]) -> None:
         with torch.no_grad():
             self.directions.copy_(basis)
@@ -264,9 +273,6 @@ class FixedSubspace(Subspace):
     def basis(self) -> Float[Tensor, "rank width"]:
         return self.vectors
 
-    def frozen(self) -> FixedSubspace:
-        return self
-
     def description(self) -> dict[str, Any]:
         return {}
 
@@ -294,6 +300,8 @@ class Axes(Subspace):
     def __init__(self, width: int, indices: Sequence[int] | None = None) -> None:
         super().__init__()
         width = whole_number(width, "width")
+        if indices is not None and not isinstance(indices, Iterable):
+            raise TypeError(f"indices={indices!r} is of type {type(indices).__name__}; needed are whole numbers.")
         chosen = list(range(width)) if indices is None else [whole_number(i, "an index") for i in indices]
         wrong = [i for i in chosen if not 0 <= i < width]
         if wrong or not chosen or len(set(chosen)) < len(chosen):
@@ -323,9 +331,6 @@ class Axes(Subspace):
     ) -> Float[Tensor, "*batch width"]:
         return self.write(h, source.index_select(-1, self.indices))
 
-    def frozen(self) -> Axes:
-        return self
-
     def sliced(self, start: int, stop: int) -> Axes:
         return Axes(self.width, self.indices[start:stop].tolist())
 
@@ -351,9 +356,6 @@ class Part(Subspace):
 
     def basis(self) -> Float[Tensor, "rank width"]:
         return self.whole.basis()[self.start : self.stop]
-
-    def frozen(self) -> Subspace:
-        return self.whole.sliced(self.start, self.stop)
 
     def sliced(self, start: int, stop: int) -> Subspace:
         return self.whole.sliced(self.start + start, self.start + stop)
