@@ -28,7 +28,7 @@ def normal(name: str) -> str:
 
 
 def requirements(*extras: str) -> dict[str, str]:
-    """Name → range, for what pyproject.toml names: the dependencies and these extras (all, where none is given)."""
+    """Name → range, for the dependencies that pyproject.toml names, of these extras (else all) too."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = project["optional-dependencies"]
     lines = [*project["dependencies"], *(line for extra in extras or optional for line in optional[extra])]
