@@ -98,7 +98,9 @@ def text(fits: Fits) -> str:
     """The table and its notes as plain text."""
     if not fits:
         return "\n".join(notes_of(fits))
-    console = Console(file=StringIO(), width=max(100, 24 + 18 * len(fits.methods)), highlight=False)
+    # Plain text everywhere: in a notebook rich would show the table by itself, and in colours.
+    width = max(100, 24 + 18 * len(fits.methods))
+    console = Console(file=StringIO(), width=width, highlight=False, color_system=None, force_jupyter=False)
     console.print(table_of(fits))
     for line in notes_of(fits):
         console.print(line, markup=False)
