@@ -28,7 +28,7 @@ from subspace_lab.core.interventions import interchange
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
 from subspace_lab.engine.frozen_past import FrozenPast
-from subspace_lab.engine.plain import Readout
+from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import collect

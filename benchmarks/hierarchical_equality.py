@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 
-from subspace_lab.core.checkpoints import write_json
-from subspace_lab.das.search import search
+from subspace_lab.core.files import write_json
+from subspace_lab.das.methods import DAS, RandomSubspace
+from subspace_lab.das.pairs import Pairs
+from subspace_lab.das.sweeps import sweep
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.tasks.hierarchical_equality import (
     BOTH_EQUALITIES,
@@ -44,7 +46,8 @@ options = parser.parse_args()
 torch.set_num_threads(1)
 started = time.perf_counter()
 
-RANK, HELD_OUT, HELD_OUT_SEED = 8, 4096, 1_000_000
+RANK, HELD_OUT, HELD_OUT_SEED, DEV_SEED = 8, 4096, 1_000_000, 2_000_000
+METHODS = [DAS(RANK), RandomSubspace(RANK)]
 seeds = range(2 if options.quick else options.networks)
 config = replace(SEARCH_TRAINING, steps=100) if options.quick else SEARCH_TRAINING
 hypotheses = {"both equalities": BOTH_EQUALITIES, "left equality": LEFT_EQUALITY}
@@ -67,35 +70,35 @@ figures = {
 seconds = []
 for kind, of_kind in networks.items():
     for hypothesis, variables in hypotheses.items():
-        held_out = counterfactuals(HELD_OUT, HELD_OUT_SEED, variables)
+        dev, held_out = (counterfactuals(HELD_OUT, s, variables) for s in (DEV_SEED, HELD_OUT_SEED))
         for seed, network in zip(seeds, of_kind, strict=True):
             began = time.process_time()
-            result = search(
+            fits = sweep(
                 Backbone(network),
-                fresh(config.batch_size, seed, variables),
-                held_out,
+                Pairs(fresh(config.batch_size, seed, variables), dev, held_out),
                 [hidden(layer) for layer in range(1, LAYERS + 1)],
-                rank=RANK,
+                METHODS,
+                seeds=[seed],
                 config=config,
-                seed=seed,
                 min_accuracy=None,
                 label=f"{kind}, {hypothesis}, network {seed}",
             )
             seconds.append((time.process_time() - began) / LAYERS)
-            for layer, found in enumerate(result.found, 1):
+            for layer in range(1, LAYERS + 1):
                 name = f"{kind}, {hypothesis}, layer {layer}"
-                figures.setdefault(f"{name}, IIA", []).append(found.iia.value)
-                figures.setdefault(f"{name}, random subspace", []).append(found.random_subspace.value)
+                for method, label in ((DAS, "IIA"), (RandomSubspace, "random subspace")):
+                    (mean,) = fits.where(site=hidden(layer), method=method).mean()
+                    figures.setdefault(f"{name}, {label}", []).append(mean.value)
 
 # Two searches of one network, which differ in their random start and their pairs.
 again = {}
 for seed, network in zip(seeds, networks["trained"], strict=True):
-    pairs = fresh(config.batch_size, seed + 1000)
-    held_out = counterfactuals(HELD_OUT, HELD_OUT_SEED)
-    result = search(
-        Backbone(network), pairs, held_out, [hidden(1)], rank=RANK, config=config, seed=seed + 1000, quiet=True
+    held_out = (counterfactuals(HELD_OUT, s) for s in (DEV_SEED, HELD_OUT_SEED))
+    pairs = Pairs(fresh(config.batch_size, seed + 1000), *held_out)
+    fits = sweep(
+        Backbone(network), pairs, [hidden(1)], [DAS(RANK)], seeds=[seed + 1000], config=config, quiet=True
     )
-    again[seed] = result.found[0].iia.value
+    again[seed] = fits[0].iia.value
 first = figures["trained, both equalities, layer 1, IIA"]
 figures["trained, both equalities, layer 1, IIA of a second search"] = list(again.values())
 figures["trained, both equalities, layer 1, difference of two searches"] = [

@@ -13,7 +13,7 @@ import torch
 from harness import clock, machine, wait
 from torch import Tensor, nn
 
-from subspace_lab.core.checkpoints import write_text
+from subspace_lab.core.files import write_text
 from subspace_lab.engine.training import TrainingConfig
 
 

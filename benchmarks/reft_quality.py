@@ -36,7 +36,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from subspace_lab.core.checkpoints import write_json
+from subspace_lab.core.files import write_json
 
 Row = dict[str, Any]
 

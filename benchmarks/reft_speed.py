@@ -25,7 +25,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from subspace_lab.engine.frozen_past import FrozenPast
-from subspace_lab.engine.plain import Readout
+from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.batches import Batch
 from subspace_lab.reft import ReftConfig, get_reft_model
 from subspace_lab.reft.model import prompt_lengths_of

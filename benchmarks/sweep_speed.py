@@ -18,10 +18,11 @@ import torch
 from das_speed import Case, differences
 from harness import clock, figure, interleaved, peak_memory, print_peak, report, wait
 
-from subspace_lab.core.interventions import interchange
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
-from subspace_lab.das.encoding import Counterfactuals
+from subspace_lab.das.methods import Learner
+from subspace_lab.das.objectives import cross_entropy
+from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.das.prepared_pairs import PreparedPairs, fit, from_pool
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
@@ -43,11 +44,11 @@ def ours(case: Case, config: TrainingConfig, layers: list[int]) -> int:
     )
     backbone = Backbone(case.model)
     sites = [Site("block_output", layer, p) for layer in layers for p in POSITIONS]
-    pairs = PreparedPairs.of(backbone, data, sites)
+    pairs = PreparedPairs.of(backbone, data, [{"v": site} for site in sites])
     print(pairs.engine.describe(), file=sys.stderr)
     for i, site in enumerate(sites):
-        subspace = LearnedSubspace(case.width, case.rank, seed=i).to(case.device)
-        fit([interchange(subspace)], site, [from_pool(pairs, site, config)], [config])
+        learner = Learner({"v": (site, LearnedSubspace(case.width, case.rank, seed=i).to(case.device))}, start=i)
+        fit([learner], [from_pool(pairs, {"v": site}, config)], [config], cross_entropy)
         print(f"  {i + 1}/{len(sites)} {site}   ", end="\r", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return len(sites) * config.steps

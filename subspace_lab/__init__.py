@@ -1,7 +1,8 @@
 """subspace_lab: where in a model does a variable live, does it do anything there, and can it be edited?
 
 The names below are what most experiments need; they are imported from their rooms when first used, so that
-`import subspace_lab` is light and does not yet import nnsight (which patches torch).
+`import subspace_lab` is light and does not yet import nnsight (which patches torch). More stand in the rooms:
+`subspace_lab.das`, `.reft`, `.analysis`, `.engine`, `.core`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from subspace_lab.core.interventions import full_vector, interchange, loreft
+    from subspace_lab.analysis.comparisons import compare
+    from subspace_lab.analysis.plots import iia_heatmap, overlap_heatmap
+    from subspace_lab.analysis.twins import reinitialised
+    from subspace_lab.core.alignments import Alignment
+    from subspace_lab.core.interventions import full_vector, interchange, loreft, set_to
     from subspace_lab.core.sites import Site
     from subspace_lab.core.subspaces import LearnedSubspace, pca, random_subspace
     from subspace_lab.das.causal_models import CausalModel
-    from subspace_lab.das.counterfactuals import counterfactual_dataset
-    from subspace_lab.das.encoding import encode, from_texts
-    from subspace_lab.das.fits import Fit, Fits
+    from subspace_lab.das.encoding import from_texts
+    from subspace_lab.das.fits import Fits
     from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, RandomSubspace
     from subspace_lab.das.pairs import Counterfactuals, Pairs
     from subspace_lab.das.search import search
@@ -26,40 +30,75 @@ if TYPE_CHECKING:
     from subspace_lab.model.batches import Batch
     from subspace_lab.model.intervene import collect, forward, generate
     from subspace_lab.reft.config import ReftConfig
+    from subspace_lab.reft.data import tokenise
+    from subspace_lab.reft.finetune import finetune
     from subspace_lab.reft.model import ReftModel, get_reft_model
     from subspace_lab.tasks import load_task
 
 _ROOMS = {
+    "core.alignments": ("Alignment",),
+    "core.interventions": (
+        "full_vector",
+        "interchange",
+        "loreft",
+        "set_to",
+    ),
+    "core.sites": ("Site",),
+    "core.subspaces": (
+        "LearnedSubspace",
+        "pca",
+        "random_subspace",
+    ),
     "model.backbone": ("Backbone",),
     "model.batches": ("Batch",),
-    "model.intervene": ("collect", "forward", "generate"),
-    "core.interventions": ("full_vector", "interchange", "loreft"),
-    "core.sites": ("Site",),
-    "core.subspaces": ("LearnedSubspace", "pca", "random_subspace"),
+    "model.intervene": (
+        "collect",
+        "forward",
+        "generate",
+    ),
     "engine.training": ("TrainingConfig",),
     "das.causal_models": ("CausalModel",),
-    "das.counterfactuals": ("counterfactual_dataset",),
-    "das.encoding": ("encode", "from_texts"),
-    "das.fits": ("Fit", "Fits"),
-    "das.methods": ("DAS", "PCA", "DifferenceOfMeans", "FullVector", "RandomSubspace"),
-    "das.pairs": ("Counterfactuals", "Pairs"),
+    "das.encoding": ("from_texts",),
+    "das.fits": ("Fits",),
+    "das.methods": (
+        "DAS",
+        "PCA",
+        "DifferenceOfMeans",
+        "FullVector",
+        "RandomSubspace",
+    ),
+    "das.pairs": (
+        "Counterfactuals",
+        "Pairs",
+    ),
     "das.search": ("search",),
     "das.sweeps": ("sweep",),
     "reft.config": ("ReftConfig",),
-    "reft.model": ("ReftModel", "get_reft_model"),
+    "reft.finetune": ("finetune",),
+    "reft.data": ("tokenise",),
+    "reft.model": (
+        "ReftModel",
+        "get_reft_model",
+    ),
     "tasks": ("load_task",),
+    "analysis.comparisons": ("compare",),
+    "analysis.plots": (
+        "iia_heatmap",
+        "overlap_heatmap",
+    ),
+    "analysis.twins": ("reinitialised",),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "DAS",
     "PCA",
+    "Alignment",
     "Backbone",
     "Batch",
     "CausalModel",
     "Counterfactuals",
     "DifferenceOfMeans",
-    "Fit",
     "Fits",
     "FullVector",
     "LearnedSubspace",
@@ -70,20 +109,25 @@ __all__ = [
     "Site",
     "TrainingConfig",
     "collect",
-    "counterfactual_dataset",
-    "encode",
+    "compare",
+    "finetune",
     "forward",
     "from_texts",
     "full_vector",
     "generate",
     "get_reft_model",
+    "iia_heatmap",
     "interchange",
     "load_task",
     "loreft",
+    "overlap_heatmap",
     "pca",
     "random_subspace",
+    "reinitialised",
     "search",
+    "set_to",
     "sweep",
+    "tokenise",
 ]
 
 

@@ -287,7 +287,7 @@ def test_folders_of_adapters_that_cannot_be_read(copied, tmp_path):
 def test_an_adapter_of_a_library_goes_on_as_one_of_ours():
     """Its basis goes to analysis, and it takes a second adapter beside it."""
     model = read("pyreft", "ConsReFT")
-    rows = model.subspace(Site("block_output", 1, "last")).rows
+    rows = model.subspace(Site("block_output", 1, "last")).basis()
     torch.testing.assert_close(rows @ rows.T, torch.eye(2), atol=1e-5, rtol=0)
     model.add_adapter("more", ReftConfig(rank=1, positions="f1"))
     model.set_adapter(["default", "more"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -19,17 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import subspace_lab
-from subspace_lab.core import checkpoints
-from subspace_lab.core.checkpoints import (
-    KINDS,
-    load_edits,
-    load_subspaces,
-    output_folder,
-    read_json,
-    save_edits,
-    save_subspaces,
-    write_json,
-)
+from subspace_lab.core import files
+from subspace_lab.core.checkpoints import load_edits, load_subspaces, save_edits, save_subspaces
+from subspace_lab.core.files import output_folder, read_json, write_json
 from subspace_lab.core.interventions import (
     Intervention,
     consreft,
@@ -45,8 +39,11 @@ from subspace_lab.core.interventions import (
     steer,
     zero_ablation,
 )
+from subspace_lab.core.kinds import Kind
+from subspace_lab.core.parts import PartedSubspace
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import Axes, FixedSubspace, LearnedSubspace, pca, random_subspace
+from subspace_lab.core.subspaces import Axes, FixedSubspace, LearnedSubspace, Subspace, pca, random_subspace
+from subspace_lab.core.values import Affine, ByPart, Source, Value
 
 WIDTH = 12
 SITE = Site("block_output", 3, "f2+l1")
@@ -60,6 +57,16 @@ def parted() -> Intervention:
     return interchange(LearnedSubspace(WIDTH, 6, seed=5).partition({"left": 2, "right": 3}))
 
 
+def by_part() -> Intervention:
+    """LoReFT in three parts of one basis, of which two are trained and two are in use."""
+    sizes = {"one": 3, "two": 2, "three": 1}
+    basis = PartedSubspace(WIDTH, sizes, seed=4, moving=["one", "three"])
+    values = {name: Affine(WIDTH, size, seed=size) for name, size in sizes.items()}
+    edit = Intervention(basis, ByPart(values, sizes, in_use=["three", "one"]))
+    edit.subspace.raw["two"].requires_grad_(False)  # its vectors are taken as they are, so they must not move
+    return edit
+
+
 EVERY: dict[str, Callable[[], Intervention]] = {
     "interchange": lambda: interchange(LearnedSubspace(WIDTH, 3, seed=1)),
     "interchange, polar": lambda: interchange(LearnedSubspace(WIDTH, 3, seed=1, orthonormalise="polar")),
@@ -67,6 +74,7 @@ EVERY: dict[str, Callable[[], Intervention]] = {
     "interchange, part": lambda: interchange(LearnedSubspace(WIDTH, 4, seed=1).partition({"a": 1, "b": 2})["b"]),
     "interchange, float64": lambda: interchange(LearnedSubspace(WIDTH, 3, seed=1).double()),
     "variables": parted,
+    "parts": by_part,
     "full vector": lambda: full_vector(WIDTH),
     "neurons": lambda: interchange(Axes(WIDTH, [7, 2, 11])),
     "LoReFT": lambda: loreft(WIDTH, 3, seed=1),
@@ -89,7 +97,7 @@ def made(name: str) -> Intervention:
     edit = EVERY[name]().eval()
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
-        for p in edit.parameters():
+        for p in filter(lambda p: p.requires_grad, edit.parameters()):
             p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     return edit
 
@@ -167,8 +175,16 @@ def test_what_trained_trains_again_and_nothing_else(name: str, tmp_path: Path) -
     assert (back.write, back.dropout.p) == (edit.write, edit.dropout.p)
 
 
-def test_every_kind_that_can_be_saved_is_among_them() -> None:
-    assert {type(m).__name__ for name in EVERY for m in EVERY[name]().modules()} - {"Dropout"} == set(KINDS)
+def every_kind(kind: type[Kind] = Kind) -> set[type[Kind]]:
+    return {kind, *(found for direct in kind.__subclasses__() for found in every_kind(direct))}
+
+
+def test_every_kind_of_the_package_is_among_them_and_has_a_name_of_its_own() -> None:
+    ours = {kind for kind in every_kind() if kind.__module__.startswith("subspace_lab.")}
+    leaves = {kind for kind in ours if not kind.__subclasses__() or kind is Intervention} - {Kind}
+    leaves = {kind for kind in leaves if not inspect.isabstract(kind)}
+    assert {type(m) for name in EVERY for m in EVERY[name]().modules() if isinstance(m, Kind)} == leaves
+    assert len({kind.__name__ for kind in ours}) == len(ours)
 
 
 def test_training_goes_on_as_if_it_had_not_been_saved(tmp_path: Path) -> None:
@@ -241,14 +257,81 @@ def test_facts_are_kept_and_none_but_json_is_taken(tmp_path: Path) -> None:
 # --- refused ------------------------------------------------------------------------------------------------
 
 
+class Scaled(Value):
+    """A value of a user's own: z = factor · D h + b."""
+
+    def __init__(self, rank: int, factor: float = 2.0) -> None:
+        super().__init__()
+        self.factor, self.shift = factor, nn.Parameter(torch.zeros(rank))
+
+    def change(self, subspace: Subspace, h: Tensor, source: Source, write: bool) -> Tensor:
+        return (self.factor - write) * subspace.read(h) + self.shift
+
+    def description(self) -> dict[str, Any]:
+        return {"rank": len(self.shift), "factor": self.factor}
+
+
 class Doubling(Intervention):
     def forward(self, h: Tensor, source: Any = None) -> Tensor:
         return 2 * super().forward(h, source)
 
 
+class Forgetful(Scaled):
+    """Its constructor takes more than its description says."""
+
+    def __init__(self, rank: int, factor: float = 2.0, power: int = 1) -> None:
+        super().__init__(rank, factor)
+        self.power = power
+
+
+class Misdescribed(Scaled):
+    def description(self) -> dict[str, Any]:
+        return {"factor": self.factor}
+
+
+def test_a_kind_of_ones_own_needs_only_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Doubling(LearnedSubspace(WIDTH, 2, seed=0), Scaled(2, 3.0), write=False)
+    with torch.no_grad():
+        own.value.shift.add_(1)
+    save_edits(tmp_path / "edits", {SITE: own})
+    h = rows(4, WIDTH)
+    for kinds in ([], [Scaled, Doubling]):
+        back = load_edits(tmp_path / "edits", kinds=kinds)[SITE]
+        assert type(back) is Doubling and type(back.value) is Scaled and torch.equal(back(h), own(h))
+    own_kinds = [Scaled, Doubling]
+    # Where the module is not imported, or no longer has the class, the class must be passed in.
+    for change in (
+        lambda m: m.delitem(sys.modules, __name__),
+        lambda m: m.delattr(sys.modules[__name__], "Scaled"),
+    ):
+        with monkeypatch.context() as patch:
+            change(patch)
+            with pytest.raises(ValueError, match=r"is a class of the module .* kinds=\[(Scaled|Doubling)\]"):
+                load_edits(tmp_path / "edits")
+            assert torch.equal(load_edits(tmp_path / "edits", kinds=own_kinds)[SITE](h), own(h))
+
+
+def test_a_file_makes_no_module_be_imported(tmp_path: Path) -> None:
+    save_edits(tmp_path / "edits", {SITE: Doubling(random_subspace(WIDTH, 2, 0), Scaled(2))})
+    for module, name in (("antigravity", "fly"), ("json", "loads"), ("os", "system"), ("tests.nowhere", "Scaled")):
+        rewritten(tmp_path / "edits", lambda told, _: told["parts"]["2"].update(module=module, kind=name))  # noqa: B023
+        with pytest.raises(ValueError, match=f"'{name}' is a class of the module '{module}'"):
+            load_edits(tmp_path / "edits")
+    assert "antigravity" not in sys.modules
+
+
 def test_what_could_not_be_rebuilt_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="Doubling cannot be saved"):
-        save_edits(tmp_path / "edits", {SITE: Doubling(random_subspace(WIDTH, 1, 0), made("set").value)})
+    def holding(value: Value) -> Intervention:
+        return Intervention(random_subspace(WIDTH, 2, 0), value)
+
+    with pytest.raises(TypeError, match="Forgetful cannot be saved: it has an __init__ of its own"):
+        save_edits(tmp_path / "edits", {SITE: holding(Forgetful(2))})
+    with pytest.raises(TypeError, match="Misdescribed cannot be saved, since its description"):
+        save_edits(tmp_path / "edits", {SITE: holding(Misdescribed(2))})
+    strange = holding(Scaled(2))
+    strange.value = nn.Identity()
+    with pytest.raises(TypeError, match="Identity cannot be saved: it is no subspace, value or intervention"):
+        save_edits(tmp_path / "edits", {SITE: strange})
     one, other = interchange(LearnedSubspace(WIDTH, 2, seed=0)), interchange(LearnedSubspace(WIDTH, 2, seed=1))
     other.subspace.raw = one.subspace.raw
     with pytest.raises(TypeError, match="share the module"):
@@ -274,7 +357,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str
     "a number too many": (lambda _, numbers: numbers.update({"0.more": torch.ones(1)}), "more"),
     "numbers of nothing": (lambda _, numbers: numbers.update({"7.raw": torch.ones(1)}), "belong to nothing"),
     "no edit of that name": (lambda told, _: told["edits"][0].update(edit="9"), "KeyError: '9'"),
-    "a part that is no edit": (lambda told, _: told["edits"][0].update(edit="0"), "no intervention"),
+    "a part that is no edit": (
+        lambda told, _: told["edits"][0].update(edit="0"),
+        "LearnedSubspace; needed is a Intervention",
+    ),
     "no site": (lambda told, _: told["edits"][0].update(site="nowhere"), "nowhere"),
     "no list of edits": (lambda told, _: told.pop("edits"), "KeyError: 'edits'"),
 }
@@ -341,7 +427,7 @@ def test_a_process_killed_before_the_rename_leaves_the_old_file(tmp_path: Path) 
     done = elsewhere(
         """
         import os, signal, sys
-        from subspace_lab.core import checkpoints
+        from subspace_lab.core import checkpoints, files
         from subspace_lab.core.interventions import red
         from subspace_lab.core.sites import Site
 
@@ -349,7 +435,7 @@ def test_a_process_killed_before_the_rename_leaves_the_old_file(tmp_path: Path) 
             print(aside, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoints.os.replace = kill
+        files.os.replace = kill
         checkpoints.save_edits(sys.argv[1], {Site("block_output", 0): red(4)})
         """,
         path,
@@ -373,7 +459,7 @@ def test_a_failure_while_writing_leaves_the_old_file_and_no_other(
         aside.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_edits(path, {SITE: made("RED")})
     with pytest.raises(ValueError, match="JSON"):
@@ -393,8 +479,35 @@ def test_json_comes_back_or_is_named(tmp_path: Path) -> None:
     write_json(path, {"site": "block_output[3]@last", "Δ": [1.5, None]})
     assert read_json(path) == {"site": "block_output[3]@last", "Δ": [1.5, None]}
     path.write_text('{"a": ')
-    with pytest.raises(ValueError, match=f"{path} is no JSON"):
+    with pytest.raises(ValueError, match=f"{path} is not JSON"):
         read_json(path)
+
+
+# --- files of version 0.1 ------------------------------------------------------------------------------------
+
+OLD = Path(__file__).parent / "fixtures" / "version_0_1"
+
+
+def test_edits_of_version_0_1_load_to_the_bit_and_do_the_same() -> None:
+    maker = runpy.run_path(str(OLD / "make.py"))
+    back, numbers, outputs = (
+        load_edits(OLD / "edits.safetensors"),
+        load_file(OLD / "edits.safetensors"),
+        load_file(OLD / "edits_outputs.safetensors"),
+    )
+    assert len(back) == 20 and {str(site) for site in back} == set(outputs)
+    for site, edit in back.items():
+        torch.testing.assert_close(maker["applied"](edit.eval()), outputs[str(site)], atol=1e-6, rtol=1e-6)
+    # Every number of the file is one of the edits', bit for bit.
+    ours = sorted(t.detach().double().flatten().tolist() for e in back.values() for t in e.state_dict().values())
+    theirs = sorted(t.double().flatten().tolist() for t in numbers.values())
+    assert ours == theirs
+
+
+def test_subspaces_of_version_0_1_load_to_the_bit() -> None:
+    back, numbers = load_subspaces(OLD / "subspaces.safetensors"), load_file(OLD / "subspaces.safetensors")
+    assert set(back) == {f"block_output[1]@all/{name}" for name in ("a", "b", "axes")}
+    assert all(torch.equal(back[name].basis(), basis) for name, basis in numbers.items())
 
 
 # --- subspaces and folders ----------------------------------------------------------------------------------

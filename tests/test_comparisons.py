@@ -11,8 +11,9 @@ from tiny_sweeps import SITES, WIDTH, made_fit, made_fits, pairs, swept
 from subspace_lab.analysis.comparisons import Comparison, compare
 from subspace_lab.analysis.geometry import haar_overlap, overlap
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.orthonormal import random_orthonormal
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import FixedSubspace, random_orthonormal, random_subspace
+from subspace_lab.core.subspaces import FixedSubspace, random_subspace
 from subspace_lab.das.methods import DAS, PCA, FullVector, RandomSubspace
 
 
@@ -38,7 +39,7 @@ def test_comparison_is_a_frozen_value():
 
 def test_within_chance_tells_a_copy_from_a_stranger():
     base = random_subspace(64, 4, 0)
-    found = compare({"a": base, "copy": FixedSubspace(base.rows), "stranger": random_subspace(64, 4, 9)})
+    found = compare({"a": base, "copy": FixedSubspace(base.basis()), "stranger": random_subspace(64, 4, 9)})
     assert not found.within_chance(0, 1)
     assert found.within_chance(0, 2) and found.within_chance(2, 0)
     whole = compare({"a": random_subspace(6, 6, 0), "b": random_subspace(6, 6, 1)})

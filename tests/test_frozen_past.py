@@ -18,7 +18,8 @@ from subspace_lab.core.sites import COMPONENTS, Site
 from subspace_lab.core.subspaces import LearnedSubspace
 from subspace_lab.engine import frozen_past
 from subspace_lab.engine.frozen_past import FrozenPast
-from subspace_lab.engine.plain import PlainEngine, Readout
+from subspace_lab.engine.plain import PlainEngine
+from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import collect, forward, generate
@@ -434,7 +435,7 @@ def test_half_precision_within_the_plain_run_s_noise(name):
     ]
     past, plain = FrozenPast(backbone, batch, sites, readout), PlainEngine(backbone, batch, readout)
     assert past.mode == MODES[name], past.describe()
-    assert {t.dtype for t in past.past.tensors()} == {torch.bfloat16}
+    assert {t.dtype for t in past.prefix.tensors()} == {torch.bfloat16}
     reference = PlainEngine(Backbone(exact), batch, readout)
     for site, rows in itertools.product(sites, ROWS[:2]):
         edits = {site: loreft(32, 3, seed=1, start="paper")}
@@ -521,7 +522,7 @@ def test_chains_of_modules_skip_what_lies_before():
         Site("chain.0.input"): [*"abcd"],
     }
     past, plain = FrozenPast(backbone, batch, sites, Readout()), PlainEngine(backbone, batch, Readout())
-    assert past.mode == "layers" and sorted(past.past.states) == [1, 3]
+    assert past.mode == "layers" and sorted(past.prefix.states) == [1, 3]
     for site, expected in sites.items():
         compare(past, plain, torch.tensor([3, 1, 1]), {site: loreft(4, 2, seed=0, start="paper")})
         ran.clear()
@@ -558,11 +559,11 @@ def test_only_what_is_needed_is_kept():
     """States of the boundary from the first edited token on; keys and values of the earlier ones, above it."""
     batch = make_batch("llama", "none")
     past = FrozenPast(Backbone(build("llama")), batch, [Site("block_output", 0, "-3")], Readout.at(batch, "last"))
-    assert {b: t.shape for b, t in past.past.states.items()} == {1: (6, 3, 32)}
-    (group,) = past.past.groups
+    assert {b: t.shape for b, t in past.prefix.states.items()} == {1: (6, 3, 32)}
+    (group,) = past.prefix.groups
     assert group.labels == [(layer, side) for layer in (1, 2) for side in ("keys", "values")]
-    assert group.kept.shape == (4, 6, LENGTH - 3, 2, 8)
-    assert past.past.nbytes() == 4 * 6 * (3 * 32 + 4 * 2 * (LENGTH - 3) * 8)
+    assert group.tensor.shape == (4, 6, LENGTH - 3, 2, 8)
+    assert past.prefix.nbytes() == 4 * 6 * (3 * 32 + 4 * 2 * (LENGTH - 3) * 8)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------
@@ -578,17 +579,17 @@ def kept_by(memory, chunk=2, name="llama"):
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_what_does_not_fit_is_recomputed(name):
     whole = kept_by(None, name=name)
-    size = whole.past.nbytes()
+    size = whole.prefix.nbytes()
     assert "on cpu" in whole.describe() and f"{size / 2**20:.1f} MiB" in whole.describe()
     past = kept_by(size // 3 + 1, name=name)
-    assert past.past is None and past.mode == MODES[name] and "recomputed" in past.describe()
+    assert past.prefix is None and past.mode == MODES[name] and "recomputed" in past.describe()
     plain = PlainEngine(past.backbone, past.batch, past.readout)
     for site, rows in itertools.product(SITES, ROWS):
         compare(past, plain, rows, {site: loreft(32, 3, seed=1, start="paper")})
 
 
 def test_a_budget_below_one_batch_is_refused():
-    size = kept_by(None).past.nbytes()
+    size = kept_by(None).prefix.nbytes()
     with pytest.raises(ValueError, match=r"cannot hold one batch of 2 rows.*smaller chunk"):
         kept_by(size // 3 - 1)
     assert kept_by(size // 3 - 1, chunk=1).mode == "keys and values"
@@ -599,14 +600,14 @@ def test_a_budget_below_one_batch_is_refused():
 def test_the_host_takes_what_the_device_cannot(monkeypatch):
     monkeypatch.setattr(frozen_past, "budgets", lambda memory, device: (10, 10**9))
     past = kept_by(None)
-    assert "in host memory" in past.describe() and past.past.nbytes() > 10
+    assert "in host memory" in past.describe() and past.prefix.nbytes() > 10
     edits = {SITES[0]: loreft(32, 3, seed=1), SITES[1]: loreft(32, 3, seed=2, start="paper")}
     compare(past, PlainEngine(past.backbone, past.batch, past.readout), ROWS[0], edits)
 
 
 @pytest.mark.parametrize("text", ["8GiB", "500MB", "0.5 gib", "1000000", "2000 KB", "3G"])
 def test_budgets_as_text(text):
-    assert kept_by(text).past is not None
+    assert kept_by(text).prefix is not None
 
 
 @pytest.mark.parametrize("text", ["", "much", "8 GiBs", "-1GiB", "GiB", "1e9"])
@@ -621,7 +622,7 @@ def test_a_fallback_keeps_to_the_budget():
     batch = make_batch("llama", "none")
     sites = [Site("block_output", 0, "last"), Site("block_output", 0, "-3")]
     made = FrozenPast(Backbone(model), batch, sites, Readout.at(batch, "last"), chunk=2)
-    assert made.mode == "layers" and made.past.nbytes() == 4 * 6 * LENGTH * 32
+    assert made.mode == "layers" and made.prefix.nbytes() == 4 * 6 * LENGTH * 32
     tight = FrozenPast(Backbone(model), batch, sites, Readout.at(batch, "last"), chunk=2, memory=7000)
     assert tight.mode == "layers" and "recomputed" in tight.describe()
 
@@ -734,12 +735,12 @@ CHANGES = [
 def test_a_change_after_the_pass_is_told(change, memory):
     model, batch = fresh("llama"), make_batch("llama")
     past = FrozenPast(Backbone(model), batch, SITES, Readout.at(batch, "last"), memory=memory, chunk=2)
-    assert (past.past is None) == (memory is not None)
+    assert (past.prefix is None) == (memory is not None)
     edits = {SITES[0]: loreft(32, 2, seed=0)}
     past.logits(torch.arange(2), edits)
     past.logits(torch.arange(2), edits)
     change(model, batch)
-    with pytest.raises(RuntimeError, match="changed after its past was kept"):
+    with pytest.raises(RuntimeError, match="changed after its past was computed"):
         past.logits(torch.arange(2), edits)
 
 

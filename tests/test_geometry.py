@@ -18,13 +18,8 @@ from subspace_lab.analysis.geometry import (
     overlap,
     principal_angles,
 )
-from subspace_lab.core.subspaces import (
-    Axes,
-    FreeDirections,
-    LearnedSubspace,
-    random_orthonormal,
-    random_subspace,
-)
+from subspace_lab.core.orthonormal import random_orthonormal
+from subspace_lab.core.subspaces import Axes, FreeDirections, LearnedSubspace, random_subspace
 
 
 def rotation(size: int, seed: int) -> Tensor:

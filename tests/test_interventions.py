@@ -26,13 +26,13 @@ from subspace_lab.core.interventions import (
     steering_vector,
     zero_ablation,
 )
+from subspace_lab.core.orthonormal import random_orthonormal
 from subspace_lab.core.subspaces import (
     Axes,
     FixedSubspace,
     FreeDirections,
     LearnedSubspace,
     Part,
-    random_orthonormal,
     random_subspace,
 )
 

@@ -13,9 +13,10 @@ from test_frozen_past import LENGTHS, SUBJECT, compare, make_edits
 from subspace_lab.core.interventions import loreft
 from subspace_lab.core.sites import Site
 from subspace_lab.engine.frozen_past import FrozenPast
-from subspace_lab.engine.kept import Schedule
-from subspace_lab.engine.plain import PlainEngine, Readout
-from subspace_lab.engine.recurrent import Recurrent, unknown_states
+from subspace_lab.engine.plain import PlainEngine
+from subspace_lab.engine.readouts import Readout
+from subspace_lab.engine.recurrent import RecurrentStates
+from subspace_lab.engine.schedule import Schedule
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import collect, forward
@@ -236,7 +237,7 @@ def test_states_of_every_start(name, padding, models):
     past, plain = FrozenPast(backbone, batch, sites, readout, chunk=4), PlainEngine(backbone, batch, readout)
     assert past.mode == "keys and values", past.describe()
     assert (
-        past.past is not None and len(past.past.recurrent) == 5
+        past.prefix is not None and len(past.prefix.recurrent) == 5
     )  # each alone and all together; no edit: as "last"
     for _ in range(2):  # no step leaves anything for the next
         # The first two together begin where nothing was kept for, and run plainly.
@@ -254,9 +255,9 @@ def test_rows_without_a_past_have_no_state():
     torch.nn.init.ones_(model.model.layers[0].conv.in_proj.bias)
     backbone, batch = Backbone(model), Batch(inputs("gpt2", 3, 9), columns={"at": torch.tensor([0, 4, 0])})
     site, readout = Site("block_output", 1, "at"), Readout.at(batch, "last")
-    schedule = Schedule(batch, {site: resolve(backbone, batch, site, growing=True)}, readout)
+    schedule = Schedule(batch, {site: resolve(backbone, batch, site)}, readout)
     start = schedule.first([site])
-    states = Recurrent(backbone, backbone.anatomy.stacks[""], schedule, [start]).after(torch.arange(3), start)
+    states = RecurrentStates(backbone, [0, 2], schedule, [start]).after(torch.arange(3), start)
     assert start.tolist() == [0, 4, 0] and {block for block, _, _ in states} == {0, 2}
     for tensor in states.values():
         assert not tensor[[0, 2]].any() and tensor[1].any()
@@ -272,21 +273,11 @@ def test_states_that_are_written_over_are_not_trained_through(models):
     compare(past, PlainEngine(backbone, batch, readout), torch.tensor([2, 0]), edits)
 
 
-def test_states_that_are_kept_elsewhere_are_not_counted_on(models, monkeypatch):
-    backbone = Backbone(models("lfm2"))
-    chain = backbone.anatomy.stacks[""]
-    assert not unknown_states(backbone, chain) and unknown_states(backbone, chain[:-1])
-    monkeypatch.setattr("subspace_lab.engine.frozen_past.unknown_states", lambda *_: True)
-    batch = Batch(inputs("gpt2", 3, 9))
-    past = FrozenPast(backbone, batch, [Site("block_output", 1, "last")], Readout.at(batch, "last"))
-    assert past.mode == "layers" and "no part of the model's cache" in past.describe()
-
-
 def test_states_for_which_there_is_no_room(models):
     backbone = Backbone(models("qwen3_5"))
     batch = Batch(inputs("gpt2", 64, 12))
     site, readout = Site("block_output", 1, "last"), Readout.at(batch, "last", (5, 11))
-    whole = FrozenPast(backbone, batch, [site], readout, chunk=4).past.nbytes()
+    whole = FrozenPast(backbone, batch, [site], readout, chunk=4).prefix.nbytes()
     past = FrozenPast(backbone, batch, [site], readout, chunk=4, memory=whole // 2)
     assert past.mode == "layers" and "MiB would not fit" in past.describe(), past.describe()
     edits = {site: loreft(WIDTH, 2, seed=3, start="paper")}

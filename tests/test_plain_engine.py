@@ -11,7 +11,9 @@ from torch import nn
 from subspace_lab.core.interventions import interchange, loreft
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
-from subspace_lab.engine.plain import Engine, Head, PlainEngine, Readout, head_hook
+from subspace_lab.engine.plain import PlainEngine
+from subspace_lab.engine.protocol import Engine
+from subspace_lab.engine.readouts import Head, Readout, head_hook
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import collect, forward

@@ -1,4 +1,4 @@
-"""One basis in parts, trained apart and used together; from a subspace that a search found to an edit and back."""
+"""One basis in parts, trained one after the other and used together."""
 
 import pytest
 import torch
@@ -6,14 +6,10 @@ from datasets import Dataset
 from families import build, editing, fresh, hooked, spots
 from test_reft_trainer import trainer
 
-from subspace_lab.core.interventions import interchange
+from subspace_lab.core.parts import PartedSubspace
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import random_subspace
-from subspace_lab.das.metrics import proportion
-from subspace_lab.das.search import Found
 from subspace_lab.engine.training import TrainingConfig
-from subspace_lab.reft import ReftConfig, ReftModel, as_reft, finetune, get_reft_model
-from subspace_lab.reft.composition import PartedBasis
+from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model
 from subspace_lab.reft.data import pad
 
 SIZES = {"one": 3, "two": 2, "three": 1}
@@ -34,6 +30,11 @@ def answering(token, rows=16):
 def parted(method="LoReFT", **options):
     config = ReftConfig(method, **{"rank": 6, "parts": SIZES, "layers": (1,), "positions": "last", **options})
     return get_reft_model(fresh("llama"), config)
+
+
+def vectors(edit):
+    """{part: its basis vectors}, of all parts."""
+    return dict(zip(SIZES, edit.subspace.basis().detach().split(list(SIZES.values())), strict=True))
 
 
 def said(model, rows):
@@ -70,7 +71,7 @@ def test_parts_are_trained_apart_and_used_apart_or_together():
     finetune(model, answering(11), QUICK, quiet=True)
     assert said(model, answering(11)) == 1 and said(model, answering(7)) == 0
     second = logits(model)
-    assert set(edit.subspace.in_force) == {"two"} and model.subspace(SITE).rank == 2
+    assert set(edit.value.in_use) == {"two"} and model.subspace(SITE).rank == 2
 
     model.use_parts("one")
     assert torch.equal(logits(model), first)
@@ -78,7 +79,7 @@ def test_parts_are_trained_apart_and_used_apart_or_together():
     assert not any(".three" in k or ".one.weight" in k for k in before if not torch.equal(before[k], after[k]))
 
     model.use_parts(["one", "two", "three"])
-    rows = model.subspace(SITE).rows
+    rows = model.subspace(SITE).basis()
     torch.testing.assert_close(rows @ rows.T, torch.eye(6), atol=1e-5, rtol=0)
     both = logits(model)
     assert not torch.equal(both, first) and not torch.equal(both, second)
@@ -88,7 +89,7 @@ def test_parts_are_trained_apart_and_used_apart_or_together():
 
     def formula(h):
         total, x = h.double(), h.double()
-        for name, r in edit.subspace.rows().items():
+        for name, r in vectors(edit).items():
             value = edit.value.values[name]
             z = x @ value.weight.double().T + value.bias.double() - x @ r.double().T
             total = total + z @ r.double()
@@ -111,7 +112,7 @@ def test_a_part_that_learned_before_may_learn_more_without_moving_the_others():
     model.use_parts("two")
     torch.testing.assert_close(logits(model), second, atol=1e-5, rtol=1e-5)
     model.use_parts(list(SIZES))
-    rows = model.subspace(SITE).rows
+    rows = model.subspace(SITE).basis()
     torch.testing.assert_close(rows @ rows.T, torch.eye(6), atol=1e-5, rtol=0)
 
 
@@ -122,11 +123,11 @@ def test_parts_that_rest_stay_under_weight_decay_and_another_optimiser(method, t
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained and all(".two" in n for n in trained)
     (edit,) = model.edits().values()
-    rows = {k: v.clone() for k, v in edit.subspace.rows().items()}
+    rows = {k: v.clone() for k, v in vectors(edit).items()}
     state = {k: v.clone() for k, v in model.state_dict().items()}
     data = Dataset.from_list(answering(7))
     trainer(model, tmp_path, data, max_steps=5, weight_decay=0.5, learning_rate=0.05).train()
-    found = edit.subspace.rows()
+    found = vectors(edit)
     assert torch.equal(found["one"], rows["one"]) and torch.equal(found["three"], rows["three"])
     assert not torch.equal(found["two"], rows["two"])
     stays = [k for k in state if ".one" in k or ".three" in k]
@@ -167,67 +168,7 @@ def test_counts_starts_and_refusals():
     with pytest.raises(ValueError, match="0 of the adapters"):
         plain.use_parts("one")
     with pytest.raises(ValueError, match="rank 6 asked for a stream of width 4"):
-        PartedBasis(4, SIZES)
+        PartedSubspace(4, SIZES)
     incomplete = {k: v for k, v in model.state_dict().items() if not k.endswith("moving")}
     with pytest.raises(RuntimeError, match="moving"):
         model.load_state_dict(incomplete)
-
-
-# --- from a search to an edit and back ----------------------------------------------------------------------
-
-
-def found(**subspaces):
-    share = proportion(torch.tensor([True, False]))
-    return Found(SITE, 3, 0, 0.1, share, None, None, share, 0.5, 1.0, subspaces)
-
-
-def test_what_a_search_found_starts_an_edit():
-    alignment = found(gender=random_subspace(32, 3, 5))
-    for free in (True, False):
-        ((site, edit),) = alignment.as_reft(free=free).items()
-        assert site == SITE and (edit.subspace.raw.requires_grad if free else not list(edit.subspace.parameters()))
-        torch.testing.assert_close(edit.subspace.basis(), alignment.subspace().rows, atol=1e-6, rtol=0)
-        h = torch.randn(4, 32)
-        assert torch.equal(edit(h), h)
-    two = found(gender=random_subspace(32, 3, 5), name=random_subspace(32, 3, 6))
-    (edit,) = two.as_reft("name").values()
-    torch.testing.assert_close(edit.subspace.basis(), two.subspaces["name"].rows, atol=1e-6, rtol=0)
-    for variable in (None, "age"):
-        with pytest.raises(ValueError, match=r"this site has \['gender', 'name'\]"):
-            two.as_reft(variable)
-
-
-@pytest.mark.parametrize("basis", ["learned", "fixed"])
-def test_an_adapter_in_the_subspace_of_a_search_and_back(basis, tmp_path):
-    alignment = found(gender=random_subspace(32, 3, 5))
-    start = alignment.subspace()
-    model = as_reft(fresh("llama"), {alignment.site: start}, ReftConfig(basis=basis))
-    config = model.adapter("default").config
-    assert (config.layers, config.positions, config.rank, config.basis) == ((1,), "last", 3, basis)
-    losses = finetune(model, answering(7), QUICK, quiet=True)
-    assert losses[-1] < 0.8 * losses[0]
-    overlap = (model.subspace(SITE).rows @ start.rows.T).square().sum() / 3
-    assert (overlap > 0.9999) == (basis == "fixed")
-    model.save_pretrained(tmp_path)
-    again = ReftModel.from_pretrained(fresh("llama"), tmp_path)
-    assert torch.equal(logits(again), logits(model))
-    swap = interchange(again.subspace(SITE))
-    h, source = torch.randn(2, 4, 32)
-    torch.testing.assert_close(again.subspace(SITE).read(swap(h, source)), again.subspace(SITE).read(source))
-
-
-def test_subspaces_that_no_adapter_has_are_refused():
-    base = fresh("llama")
-    one = random_subspace(32, 3, 5)
-    for subspaces in (
-        {SITE: one, Site("block_output", 2, "first"): one},
-        {SITE: one, Site("mlp_output", 2, "last"): one},
-        {SITE: one, Site("block_output", 2, "last"): random_subspace(32, 2, 5)},
-        {Site("model.norm.output"): one},
-        {Site("head_output", 1, "last", heads=0): random_subspace(8, 3, 5)},
-        {},
-    ):
-        with pytest.raises(ValueError, match="an adapter has one component"):
-            as_reft(base, subspaces)
-    several = as_reft(base, {SITE: one, Site("block_output", 0, "last"): random_subspace(32, 3, 6)})
-    torch.testing.assert_close(several.subspace(SITE).rows, one.rows, atol=1e-6, rtol=0)

@@ -8,6 +8,7 @@ import transformers
 from families import Spot, build, call, editing, fresh, hooked, inputs, spots, standing
 from torch import nn
 
+from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
@@ -314,11 +315,11 @@ def test_an_edit_starts_in_a_subspace_that_was_found(basis):
     base, given = build("gpt2"), inputs("gpt2")
     sites = [Site("block_output", layer, "last") for layer in (0, 2)]
     found = {site: random_subspace(32, 3, seed) for seed, site in enumerate(sites)}
-    config = ReftConfig(rank=3, layers=(0, 2), positions="last", basis=basis)
-    model = get_reft_model(base, config, subspaces=found)
+    alignment = Alignment({f"v{site.layer}": (site, subspace) for site, subspace in found.items()})
+    model = get_reft_model(base, alignment, config=ReftConfig(basis=basis))
     for site, subspace in found.items():
-        torch.testing.assert_close(model.subspace(site).rows, subspace.rows, atol=1e-6, rtol=0)
-        torch.testing.assert_close(model.subspace(str(site)).rows, subspace.rows, atol=1e-6, rtol=0)
+        torch.testing.assert_close(model.subspace(site).basis(), subspace.basis(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(model.subspace(str(site)).basis(), subspace.basis(), atol=1e-6, rtol=0)
     assert torch.equal(logits(model, given), logits(base, given))
     count = model.get_nb_trainable_parameters()[0]
     assert count == 2 * ((2 if basis == "learned" else 1) * 32 * 3 + 3)
@@ -326,29 +327,24 @@ def test_an_edit_starts_in_a_subspace_that_was_found(basis):
     model(**given, labels=given["input_ids"], prompt_lengths=torch.tensor([9, 9, 9])).loss.backward()
     optimizer.step()
     for site, subspace in found.items():
-        moved = (model.subspace(site).rows - subspace.rows).abs().max()
+        moved = (model.subspace(site).basis() - subspace.basis()).abs().max()
         # At W = R, b = 0 the basis has no gradient yet; one step later it has.
         assert moved < 1e-5 if basis == "fixed" else moved < 1e-2
     model(**given, labels=given["input_ids"], prompt_lengths=torch.tensor([9, 9, 9])).loss.backward()
     optimizer.step()
-    moved = max((model.subspace(s).rows - f.rows).abs().max() for s, f in found.items())
+    moved = max((model.subspace(s).basis() - f.basis()).abs().max() for s, f in found.items())
     assert (moved == 0) == (basis == "fixed")
 
 
-def test_subspaces_that_do_not_fit_are_refused():
-    base, site = build("gpt2"), Site("block_output", 1, "last")
-    config = ReftConfig(rank=3, layers=(1,), positions="last")
-    with pytest.raises(ValueError, match=r"ranks \{'block_output\[1\]@last': 2\} for an adapter of rank 3"):
-        get_reft_model(base, config, subspaces={site: random_subspace(32, 2, 0)})
-    with pytest.raises(ValueError, match="the adapter's sites are"):
-        get_reft_model(base, config, subspaces={site.at("first"): random_subspace(32, 3, 0)})
-    with pytest.raises(ValueError, match="edited are"):
-        get_reft_model(base, config).subspace("block_output[0]@last")
+def test_subspaces_of_sites_without_an_edit_are_refused():
+    model = get_reft_model(build("gpt2"), ReftConfig(rank=3, layers=(1,), positions="last"))
+    with pytest.raises(ValueError, match=r"edited are \['block_output\[1\]@last'\]"):
+        model.subspace("block_output[0]@last")
 
 
 def test_no_merging():
     model = get_reft_model(build("gpt2"), ReftConfig(rank=3))
-    with pytest.raises(TypeError, match="cannot be merged into the weights: it changes the hidden states of some"):
+    with pytest.raises(TypeError, match="cannot be merged into the weights: it changes the hidden states at some"):
         model.merge_and_unload()
 
 

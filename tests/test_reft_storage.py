@@ -1,5 +1,6 @@
 """Adapters on disk: the same bits for every method and dtype, refusals, and saves that are cut short."""
 
+import itertools
 import json
 import os
 import pickle
@@ -220,7 +221,7 @@ def test_folders_that_are_no_adapter_are_refused(saved, tmp_path):
     edited(folder, rank=1.5)
     refused((ValueError, TypeError), "rank")
     (folder / CONFIG).write_text(text[: len(text) // 2])
-    refused(ValueError, "is no JSON")
+    refused(ValueError, "is not JSON")
     (folder / CONFIG).write_text("[]")
     refused(ValueError, "type None")
     (folder / CONFIG).write_text(text)
@@ -326,27 +327,61 @@ def test_whichever_step_of_a_save_fails_one_whole_adapter_is_read(tmp_path, monk
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process to kill")
 def test_a_process_killed_while_it_saves_leaves_one_whole_adapter(tmp_path):
+    """Killed before each thing that a save does in its folder, and at a few moments between."""
     given = inputs("llama")
     old, new = two_adapters(tmp_path)
     expected = [logits(old, given), logits(new, given)]
-    seen = set()
-    # Later and later, until a kill has met either adapter: on a busy machine a save takes its time.
-    for attempt in range(240):
-        if attempt >= 24 and seen == {0, 1}:
+
+    def read():
+        found = logits(ReftModel.from_pretrained(build("llama"), tmp_path), given)
+        (which,) = [i for i, e in enumerate(expected) if torch.equal(found, e)]
+        return which
+
+    outcomes = []
+    for step in itertools.count():
+        killed = saved_elsewhere(new, tmp_path, step)
+        outcomes.append(read())
+        if not killed:
             break
+        old.save_pretrained(tmp_path)
+        assert read() == 0, f"what the kill before step {step} left spoiled the next save"
+    assert len(outcomes) > 4 and outcomes[0] == 0 and outcomes[-1] == 1 and outcomes == sorted(outcomes)
+
+    for milliseconds in range(12):
         child = os.fork()
         if not child:
             while True:
-                for model in (new, old):
+                for model in (old, new):
                     model.save_pretrained(tmp_path)
-        time.sleep(0.004 + 0.0025 * attempt)
+        time.sleep(milliseconds / 1000)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        found = logits(ReftModel.from_pretrained(build("llama"), tmp_path), given)
-        which = [i for i, e in enumerate(expected) if torch.equal(found, e)]
-        assert len(which) == 1, attempt
-        seen.add(which[0])
-    assert seen == {0, 1}, "no kill met a save"
+        read()
+
+
+def saved_elsewhere(model, folder, step):
+    """Save in a process that is killed before it does something in the folder for the `step`-th time, from 0 on.
+
+    False if the save was done before that.
+    """
+    child = os.fork()
+    if not child:
+        seen = itertools.count()
+
+        def kill(event, arguments):
+            if any(str(a).startswith(str(folder)) for a in arguments) and next(seen) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(kill)
+        failed = True
+        try:
+            model.save_pretrained(folder)
+            failed = False
+        finally:
+            os._exit(failed)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the save failed"
+    return os.WIFSIGNALED(status)
 
 
 # --- the Hub ------------------------------------------------------------------------------------------------

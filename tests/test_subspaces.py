@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from subspace_lab.core import subspaces
+from subspace_lab.core import orthonormal
+from subspace_lab.core.orthonormal import random_orthonormal
 from subspace_lab.core.subspaces import (
     Axes,
     FixedSubspace,
@@ -17,7 +18,6 @@ from subspace_lab.core.subspaces import (
     Part,
     difference_of_means,
     pca,
-    random_orthonormal,
     random_subspace,
 )
 
@@ -38,11 +38,11 @@ def projector(basis):
     return basis.T.double() @ basis.double()
 
 
-def counting(monkeypatch, name="_thin_qr"):
+def counting(monkeypatch, name="thin_qr"):
     """How often the factorisation is evaluated from here on."""
     calls = []
-    true = getattr(subspaces, name)
-    monkeypatch.setattr(subspaces, name, lambda a: calls.append(a.shape) or true(a))
+    true = getattr(orthonormal, name)
+    monkeypatch.setattr(orthonormal, name, lambda a: calls.append(a.shape) or true(a))
     return calls
 
 
@@ -178,7 +178,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_basis_stays_orthonormal_follows_the_steps_and_is_made_once_a_step(kind, optimizer, monkeypatch):
-    calls = counting(monkeypatch, "_thin_qr" if kind == "qr" else "_polar")
+    calls = counting(monkeypatch, "thin_qr" if kind == "qr" else "polar")
     target = random_orthonormal(24, 3, 7)
     subspace = LearnedSubspace(24, 3, seed=0, orthonormalise=kind)
     stepping = OPTIMIZERS[optimizer](subspace.parameters())
@@ -257,7 +257,7 @@ def test_cache_follows_every_change(change, kind):
     old = subspace.basis().detach().clone()
     CHANGES[change](subspace)
     new = subspace.basis().detach()
-    factor = subspaces._thin_qr if kind == "qr" else subspaces._polar
+    factor = orthonormal.thin_qr if kind == "qr" else orthonormal.polar
     assert torch.equal(new, factor(subspace.raw.detach())[0].T)
     assert new.dtype == subspace.raw.dtype
     if change not in ("double", "to"):
@@ -270,7 +270,7 @@ def test_cache_tells_apart_matrices_that_lie_at_one_address():
     for _ in range(20):
         raw = torch.randn(256, 16)
         found = torch.func.functional_call(_Basis(subspace), {"subspace.raw": raw}, ())
-        torch.testing.assert_close(found.detach(), subspaces._thin_qr(raw)[0].T)
+        torch.testing.assert_close(found.detach(), orthonormal.thin_qr(raw)[0].T)
         del raw, found
 
 
@@ -286,7 +286,8 @@ class _Basis(nn.Module):
 def test_no_square_matrix_is_kept():
     subspace = learned(512, 4)
     subspace.basis()
-    kept = [*subspace.parameters(), *subspace.buffers(), *[t for t in subspace._cached if torch.is_tensor(t)]]
+    _, q, factor, raw = subspace._factor._held
+    kept = [*subspace.parameters(), *subspace.buffers(), q, factor, *raw]
     assert 512 * 4 <= sum(t.numel() for t in kept) <= 3 * 512 * 4 + 16
     assert sum(t.numel() for t in subspace.state_dict().values()) == 512 * 4
     full = Axes(512)
@@ -299,28 +300,28 @@ def test_no_square_matrix_is_kept():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("width", "rank"), [(5, 1), (5, 3), (4, 4)])
 def test_gradient_agrees_with_differences(kind, width, rank):
-    factor = subspaces._thin_qr if kind == "qr" else subspaces._polar
+    factor = orthonormal.thin_qr if kind == "qr" else orthonormal.polar
     mixing = torch.randn(rank, width, dtype=torch.float64)
 
     def basis(raw):
         with torch.no_grad():
             q, triangular = factor(raw)
-        return subspaces._Orthonormal.apply(raw, q, triangular, kind).T * mixing
+        return orthonormal.Orthonormal.apply(raw, q, triangular, kind).T * mixing
 
     raw = torch.randn(width, rank, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(basis, (raw,))
     if (width, rank) == (5, 3):  # the control: a wrong formula does not pass
-        wrong = subspaces._Orthonormal.backward
+        wrong = orthonormal.Orthonormal.backward
 
         def scaled(ctx, grad):
             given = wrong(ctx, grad)
             return (given[0] + 0.01 * grad, *given[1:])
 
-        subspaces._Orthonormal.backward, kept = staticmethod(scaled), wrong
+        orthonormal.Orthonormal.backward, kept = staticmethod(scaled), wrong
         try:
             assert not torch.autograd.gradcheck(basis, (raw,), raise_exception=False)
         finally:
-            subspaces._Orthonormal.backward = staticmethod(kept)
+            orthonormal.Orthonormal.backward = staticmethod(kept)
 
 
 def autograd_qr(raw):

@@ -30,8 +30,9 @@ from tiny_sweeps import (
 from torch import Tensor, nn
 
 from subspace_lab.core.interventions import interchange
+from subspace_lab.core.orthonormal import random_orthonormal
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import LearnedSubspace, random_orthonormal
+from subspace_lab.core.subspaces import LearnedSubspace
 from subspace_lab.das import sweeps
 from subspace_lab.das.estimates import bootstrap_mean, estimate, proportion
 from subspace_lab.das.fits import Fits
@@ -436,10 +437,14 @@ def test_an_alignment_carries_its_evidence(fits: Fits) -> None:
     beside = {mean.method.label: mean.value for mean in fits.mean() if mean.place == fits[0].place}
     facts = json.loads(json.dumps(dict(fits[0].alignment.facts), allow_nan=False))
     assert (facts["method"], facts["seed"], facts["start"]) == ("DAS 4", 0, fits[0].start)
-    assert facts["scores"]["test"]["iia"]["value"] == fits[0].iia.value
-    assert facts["data"] == pairs().fingerprint() and facts["model"]["class"] == "GPT2LMHeadModel"
-    assert facts["other methods at this site"] == {k: v for k, v in beside.items() if k != "DAS 4"}
-    assert facts["floors"]["no intervention"] == fits.floors["test"].no_intervention.value
+    assert facts["scores"]["iia"]["value"] == fits[0].iia.value
+    assert facts["dev_scores"]["iia"]["value"] == fits[0].score(split="dev").value
+    assert facts["data"] == pairs().fingerprint() and facts["model_facts"]["class"] == "GPT2LMHeadModel"
+    floors = fits.floors["test"]
+    floor = {"no intervention": floors.no_intervention.value, "best constant answer": floors.constant.value}
+    told = {name: of["iia"] for kind in ("controls", "baselines") for name, of in facts[kind].items()}
+    assert told == {**{k: v for k, v in beside.items() if k != "DAS 4"}, **floor}
+    assert {"FullVector", *floor} <= set(facts["controls"]) and "DifferenceOfMeans" in facts["baselines"]
 
 
 def test_facts_are_the_recipe(fits: Fits) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from subspace_lab.core.interventions import Intervention, interchange, loreft, steer
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace, random_subspace
-from subspace_lab.engine.plain import PlainEngine, Readout
+from subspace_lab.engine.plain import PlainEngine
+from subspace_lab.engine.readouts import Readout
 from subspace_lab.engine.training import TrainingConfig, progress_bar, shuffled_rows, train
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch

@@ -1,16 +1,19 @@
 """The tutorials run from top to bottom, offline, and what is stored in them is what they give."""
 
+from __future__ import annotations
+
 import getpass
 import itertools
 import json
 import platform
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
-from nbformat import NotebookNode
+
+if TYPE_CHECKING:  # beside JupyterLab, importing it takes seconds
+    from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
@@ -33,6 +36,8 @@ RANGES = {
 
 
 def load(path: Path) -> NotebookNode:
+    import nbformat
+
     return nbformat.read(path, as_version=4)
 
 
@@ -62,6 +67,8 @@ def executed(request, tmp_path_factory) -> tuple[Path, NotebookNode]:
 
 def execute(path: Path, folder: Path) -> NotebookNode:
     """A tutorial executed offline by this interpreter, in an empty folder that it leaves empty."""
+    from nbclient import NotebookClient
+
     notebook = load(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")

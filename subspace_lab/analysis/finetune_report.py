@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, console, new_figure, save_figure
-from subspace_lab.core.checkpoints import write_json
+from subspace_lab.core.files import write_json
 from subspace_lab.das.estimates import Estimate, proportion
 from subspace_lab.reft.jobs import Measured
 from subspace_lab.reft.storage import CONFIG, WEIGHTS

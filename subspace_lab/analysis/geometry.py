@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from subspace_lab.core.subspaces import Subspace, check_orthonormal, check_rank
+from subspace_lab.core.orthonormal import check_orthonormal, check_rank
+from subspace_lab.core.subspaces import Subspace
 
 CONFIDENCE = 0.95
 

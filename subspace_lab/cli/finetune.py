@@ -97,7 +97,7 @@ def finetune(
     """
     settings: dict[str, Any] = {**locals(), "data": str(data), "out": str(out)}
     with nothing_left_behind(out), refusing():
-        from subspace_lab.core.checkpoints import output_folder
+        from subspace_lab.core.files import output_folder
         from subspace_lab.model.identity import versions
         from subspace_lab.reft.config import ReftConfig
         from subspace_lab.reft.datafiles import read_rows

@@ -215,8 +215,8 @@ def _positions(text: str | None, spans: list[str]) -> list[str]:
 
 def _sites(backbone: Backbone, component: str, layers: str, specs: list[str], rank: int) -> list[Site]:
     """Every layer at every position; checked to exist and to have room for the rank."""
+    from subspace_lab.core.orthonormal import check_rank
     from subspace_lab.core.sites import Site
-    from subspace_lab.core.subspaces import check_rank
 
     numbers: Sequence[int | None] = [None]
     if not component.endswith((".input", ".output")):

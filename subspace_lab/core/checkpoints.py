@@ -1,38 +1,36 @@
-"""Edits and subspaces on disk: safetensors for numbers, JSON in its metadata for all else that makes the function.
+"""Edits and subspaces in files: numbers as safetensors, and as JSON in its metadata what else makes the function.
 
-One file holds what belongs together, and is written aside and renamed: a killed process leaves the old file or the
-new one, never half of one nor numbers beside another save's description. Nothing here unpickles.
+One file holds what belongs together. No kind of subspace or value is named here: each describes and rebuilds
+itself (`core/kinds.py`). Nothing is unpickled, and a file decides nothing about which code is imported, except
+among the modules of this package.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from subspace_lab.core.interventions import Affine, Constant, Diagonal, FromSource, Intervention
+from subspace_lab.core._checks import by_site, instance
+from subspace_lab.core.files import save_tensors
+from subspace_lab.core.interventions import Intervention
+from subspace_lab.core.kinds import Kind
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import (
-    Axes,
-    FixedSubspace,
-    FreeDirections,
-    LearnedSubspace,
-    Part,
-    Subspace,
-)
+from subspace_lab.core.subspaces import FixedSubspace, Subspace
 
 FORMAT = 1
-_KINDS: tuple[type[nn.Module], ...] = (
-    *(Intervention, LearnedSubspace, Part, FreeDirections, FixedSubspace, Axes),
-    *(FromSource, Affine, Constant, Diagonal),
-)
-KINDS = {kind.__name__: kind for kind in _KINDS}
+EDITS, ALIGNMENT = (
+    "subspace_lab.edits",
+    "subspace_lab.alignment",
+)  # the entry of the metadata that describes a file
+PACKAGE = __name__.partition(".")[0]
 
 
 def save_edits(
@@ -44,159 +42,60 @@ def save_edits(
     shared again when loaded.
 
     Args:
+        edits: {site: intervention}.
         facts: what else should be known of them (model, data, seed), as JSON.
 
     Raises:
-        TypeError: an edit that is not made of this package's own kinds, so that it could not be rebuilt; facts
-            that are no JSON.
+        TypeError: edits that are not {site: intervention}; one whose class could not be rebuilt; facts that are
+            not JSON.
     """
-    plan = _Plan()
-    rows = [{"site": str(site), "edit": plan.name(edit)} for site, edit in edits.items()]
-    described = {"format": FORMAT, "edits": rows, "parts": plan.parts, "facts": dict(facts or {})}
-    metadata = {"subspace_lab.edits": json.dumps(described, ensure_ascii=False, allow_nan=False)}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(Path(path), plan.tensors, metadata)
+    by_site(edits, "edits", Intervention, Site)
+    plan = Plan()
+    described = {
+        "format": FORMAT,
+        "edits": [{"site": str(site), "edit": plan.name(edit)} for site, edit in edits.items()],
+        "parts": plan.parts,
+        "facts": dict(facts or {}),
+    }
+    write_described(path, EDITS, described, plan)
 
 
-def load_edits(path: str | Path) -> dict[Site, Intervention]:
+def load_edits(path: str | Path, kinds: Sequence[type[Kind]] = ()) -> dict[Site, Intervention]:
     """The edits that `save_edits` wrote, bit for bit; what trained trains again.
+
+    Args:
+        kinds: your own classes of subspaces, values or interventions that the edits are made of. They are needed
+            where the module that defined them at saving is not imported, or no longer has them.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is broken, holds no edits, or was written in another format.
+        ValueError: a file that is broken, holds no edits, has a kind that is not known here, or was written in a
+            newer format.
     """
-    tensors, metadata = _load(path)
-    if "subspace_lab.edits" not in metadata:
-        raise ValueError(f"{path} holds no edits: it was not written by save_edits.")
+    tensors, metadata = read_tensors(path)
+    if EDITS not in metadata:
+        holds = "an alignment: read it with Alignment.load" if ALIGNMENT in metadata else "no edits of save_edits"
+        raise ValueError(f"{path} holds {holds}.")
     try:
-        found = json.loads(metadata["subspace_lab.edits"])
-        if found["format"] != FORMAT:
-            raise ValueError(f"edits of format {found['format']!r}; this version reads {FORMAT}")
-        parts = _Parts(found["parts"], tensors)
-        edits = {Site.parse(row["site"]): parts.intervention(row["edit"]) for row in found["edits"]}
-        if tensors:
-            raise ValueError(f"the numbers {sorted(tensors)} belong to nothing that is described")
+        found = json.loads(metadata[EDITS])
+        check_format(found, "edits")
+        parts = Parts(found["parts"], tensors, kinds)
+        edits = {Site.parse(one["site"]): parts.build(one["edit"], Intervention) for one in found["edits"]}
+        parts.check_all_used()
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     return edits
 
 
-class _Plan:
-    """Names, descriptions and numbers of modules, each once however often it is met."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, dict[str, Any]] = {}
-        self.tensors: dict[str, Tensor] = {}
-        self._names: dict[nn.Module, str] = {}
-        self._owners: dict[int, str] = {}  # id of a tensor → whose it is
-
-    def name(self, module: nn.Module) -> str:
-        if module not in self._names:
-            described = self._describe(module)
-            self._names[module] = name = f"{len(self._names)}"
-            parameters = dict(module.named_parameters(recurse=False))
-            own = {**parameters, **dict(module.named_buffers(recurse=False))}
-            for t in own.values():
-                if self._owners.setdefault(id(t), name) != name:
-                    raise TypeError(
-                        f"Two {type(module).__name__}s hold one and the same tensor, which would come back as "
-                        "two: let the edits share the module instead."
-                    )
-            trains = [k for k, p in parameters.items() if p.requires_grad]
-            self.parts[name] = {"kind": type(module).__name__, **described, "trains": trains}
-            self.tensors |= {f"{name}.{k}": t.detach().cpu().contiguous() for k, t in own.items()}
-        return self._names[module]
-
-    def _describe(self, module: nn.Module) -> dict[str, Any]:
-        kind = type(module).__name__
-        if KINDS.get(kind) is not type(module):  # a subclass may compute something else
-            raise TypeError(f"{kind} cannot be saved, since it could not be rebuilt; these can: {list(KINDS)}.")
-        match module:
-            case Intervention():
-                parts = {"subspace": self.name(module.subspace), "value": self.name(module.value)}
-                return {**parts, "write": module.write, "dropout": module.dropout.p}
-            case LearnedSubspace():
-                return {"width": module.width, "rank": module.rank, "orthonormalise": module.orthonormalise}
-            case Part():
-                return {"whole": self.name(module.whole), "start": module.start, "stop": module.stop}
-            case FreeDirections():
-                return {"width": module.width, "rank": module.rank}
-            case Axes():
-                return {"width": module.width}
-            case FromSource():
-                return {"parts": module.parts}
-            case Affine():
-                rank, width = module.weight.shape
-                return {"width": width, "rank": rank, "activation": module.activation}
-            case Constant():
-                return {"learned": isinstance(module.z, nn.Parameter)}
-            case Diagonal():
-                return {"width": module.scale.numel()}
-        return {}
-
-
-class _Parts:
-    """Modules by name, built when first asked for; takes their numbers out of `tensors`."""
-
-    def __init__(self, rows: Mapping[str, Mapping[str, Any]], tensors: dict[str, Tensor]) -> None:
-        self._rows, self._tensors = rows, tensors
-        self._built: dict[str, Any] = {}
-
-    def intervention(self, name: str) -> Intervention:
-        found = self.module(name)
-        if not isinstance(found, Intervention):
-            raise ValueError(f"part {name} is a {type(found).__name__}, no intervention")
-        return found
-
-    def module(self, name: str) -> Any:
-        if name not in self._built:
-            row = self._rows[name]
-            numbers = {k: self._tensors.pop(f"{name}.{k}") for k in self._of(name)}
-            module = self._empty(row, numbers)
-            own = {k for k, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}
-            if own != set(numbers):
-                raise ValueError(f"a {row['kind']} has {sorted(own)}, the file {sorted(numbers)}")
-            module.load_state_dict(numbers, strict=False, assign=True)  # strictly its own, as was just seen
-            for k, p in module.named_parameters(recurse=False):
-                p.requires_grad_(k in row["trains"])
-            self._built[name] = module
-        return self._built[name]
-
-    def _of(self, name: str) -> list[str]:
-        return [k.partition(".")[2] for k in self._tensors if k.partition(".")[0] == name]
-
-    def _empty(self, row: Mapping[str, Any], numbers: Mapping[str, Tensor]) -> nn.Module:
-        match row["kind"]:
-            case "Intervention":
-                subspace, value = self.module(row["subspace"]), self.module(row["value"])
-                return Intervention(subspace, value, write=row["write"], dropout=row["dropout"])
-            case "LearnedSubspace":
-                return LearnedSubspace(row["width"], row["rank"], seed=0, orthonormalise=row["orthonormalise"])
-            case "FreeDirections":
-                return FreeDirections(row["width"], row["rank"], seed=0)
-            case "FixedSubspace":
-                return FixedSubspace(numbers["rows"])
-            case "Axes":
-                return Axes(row["width"], numbers["indices"].tolist())
-            case "Part":
-                return Part(self.module(row["whole"]), row["start"], row["stop"])
-            case "FromSource":
-                parts = row["parts"]
-                return FromSource(None if parts is None else {k: (a, b) for k, (a, b) in parts.items()})
-            case "Affine":
-                return Affine(row["width"], row["rank"], row["activation"])
-            case "Constant":
-                return Constant(numbers["z"], learned=row["learned"])
-            case "Diagonal":
-                return Diagonal(row["width"])
-            case kind:
-                raise ValueError(f"{kind!r} is no kind that this version knows")
-
-
 def save_subspaces(
     path: str | Path, subspaces: Mapping[str, Subspace], facts: Mapping[str, str] | None = None
 ) -> None:
-    """One safetensors file: {name: R of shape (rank, width)}, with facts as its metadata."""
+    """One safetensors file: {name: R of shape (rank, width)}, with facts as its metadata.
+
+    Plain bases for other programs; what was found, with its sites and evidence, is saved by `Alignment.save`.
+    """
+    for name, subspace in subspaces.items():
+        instance(subspace, Subspace, f"The subspace of {name!r}", "FixedSubspace(basis) makes one of a matrix")
     # Copies: parts are views of one basis, and safetensors refuses tensors that share memory.
     tensors = {name: s.basis().detach().cpu().contiguous().clone() for name, s in subspaces.items()}
     save_tensors(Path(path), tensors, facts)
@@ -204,14 +103,28 @@ def save_subspaces(
 
 def load_subspaces(path: str | Path) -> dict[str, FixedSubspace]:
     """The subspaces that `save_subspaces` wrote (FileNotFoundError, ValueError for a file that has none)."""
-    tensors, _ = _load(path)
+    tensors, metadata = read_tensors(path)
+    for entry, reader in ((EDITS, "load_edits"), (ALIGNMENT, "Alignment.load")):
+        if entry in metadata:
+            raise ValueError(f"{path} holds no subspaces of save_subspaces: read it with {reader}.")
     try:
-        return {name: FixedSubspace(rows) for name, rows in tensors.items()}
-    except ValueError as error:
+        return {name: FixedSubspace(basis) for name, basis in tensors.items()}
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} holds no subspaces: {error}") from error
 
 
-def _load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+# --- what both kinds of files are made of -------------------------------------------------------------------
+
+
+def write_described(path: str | Path, entry: str, described: Mapping[str, Any], plan: Plan) -> None:
+    """Write a plan's numbers, with the description under one entry of the metadata."""
+    text = json.dumps(described, ensure_ascii=False, allow_nan=False)
+    plan.check(json.loads(text)["parts"])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(Path(path), plan.tensors, {entry: text})
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file; ValueError with its name where it is none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}.")
@@ -224,52 +137,173 @@ def _load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, written aside and renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.touch()
-        mode = aside.stat().st_mode
-        save_file(dict(tensors), aside, metadata={"format": "pt", **(metadata or {})})
-        aside.chmod(mode)  # safetensors lets nobody but the owner read, also where the folder is shared
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+def check_format(found: Mapping[str, Any], what: str) -> None:
+    """ValueError for a file of another format."""
+    if found["format"] != FORMAT:
+        raise ValueError(
+            f"{what} of format {found['format']!r}; this version reads {FORMAT}: install a newer subspace_lab"
+        )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file, written aside and renamed; NaN is refused, since it is no JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+class Plan:
+    """Names, descriptions and numbers of modules, each once however often it is met."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, dict[str, Any]] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[nn.Module, str] = {}
+        self._owners: dict[int, str] = {}  # id of a tensor → the module that it belongs to
+
+    def name(self, module: nn.Module) -> str:
+        """The module's name in the file; it is described when first met."""
+        if module not in self._names:
+            described = self._described(module)
+            self._names[module] = name = f"{len(self._names)}"
+            own = _own(module)
+            for t in own.values():
+                if self._owners.setdefault(id(t), name) != name:
+                    raise TypeError(
+                        f"Two {type(module).__name__}s hold one and the same tensor, which would come back as "
+                        "two: let the edits share the module instead."
+                    )
+            trains = [k for k, t in own.items() if isinstance(t, nn.Parameter) and t.requires_grad]
+            kind = {"kind": type(module).__name__, "module": type(module).__module__}
+            self.parts[name] = {**kind, **described, "trains": trains}
+            self.tensors |= {f"{name}.{k}": t.detach().cpu().contiguous() for k, t in own.items()}
+        return self._names[module]
+
+    def check(self, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        """TypeError for a user's own kind that its description does not rebuild, before anything is written."""
+        own = [kind for kind in map(type, self._names) if not _of_package(kind.__module__)]
+        trial = Parts(parts, dict(self.tensors), own)
+        for module, name in self._names.items():
+            if type(module) in own:
+                try:
+                    trial.build(name, Kind)
+                except Exception as error:  # whatever a user's class raises
+                    raise TypeError(
+                        f"{type(module).__name__} cannot be saved, since its description {parts[name]} does not "
+                        f"rebuild it: {type(error).__name__}: {error}"
+                    ) from error
+
+    def _described(self, module: nn.Module) -> dict[str, Any]:
+        if not isinstance(module, Kind):
+            raise TypeError(f"{type(module).__name__} cannot be saved: it is no subspace, value or intervention.")
+        kind = type(module)
+        made = next(i for i, c in enumerate(kind.__mro__) if "__init__" in c.__dict__)
+        described = next(i for i, c in enumerate(kind.__mro__) if "description" in c.__dict__)
+        if made < described:
+            raise TypeError(
+                f"{kind.__name__} cannot be saved: it has an __init__ of its own, so it needs a `description` of "
+                "its own too, with the arguments of that __init__."
+            )
+        description = module.description()
+        for entry in kind.made_of:
+            inside = description[entry]
+            several = isinstance(inside, Mapping)
+            description[entry] = {k: self.name(m) for k, m in inside.items()} if several else self.name(inside)
+        return description
 
 
-def write_text(path: Path, text: str) -> None:
-    """A text file, written aside and renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+class Parts:
+    """Modules by name, built when first asked for.
+
+    Args:
+        described: {name: description} of the modules.
+        tensors: {"name.tensor": numbers}; those of modules that are built are taken out.
+        kinds: classes of the user's own, found before any other.
+    """
+
+    def __init__(
+        self,
+        described: Mapping[str, Mapping[str, Any]],
+        tensors: dict[str, Tensor],
+        kinds: Iterable[type[Kind]] = (),
+    ) -> None:
+        self._described, self._tensors, self._kinds = described, tensors, list(kinds)
+        self._built: dict[str, Any] = {}
+
+    def build(self, name: str, wanted: type[Any]) -> Any:
+        """The module of this name (ValueError where it is of another kind than wanted)."""
+        if name not in self._built:
+            self._built[name] = self._module(name)
+        found = self._built[name]
+        if not isinstance(found, wanted):
+            raise ValueError(f"part {name} is a {type(found).__name__}; needed is a {wanted.__name__}")
+        return found
+
+    def check_all_used(self) -> None:
+        """ValueError for numbers that belong to no module."""
+        if self._tensors:
+            raise ValueError(f"the numbers {sorted(self._tensors)} belong to nothing that is described")
+
+    def _module(self, name: str) -> Kind:
+        described = dict(self._described[name])
+        label, home, trains = described.pop("kind"), described.pop("module", PACKAGE), described.pop("trains")
+        kind = find_kind(label, home, self._kinds)
+        for entry in kind.made_of:
+            inside = described[entry]
+            several = isinstance(inside, Mapping)
+            described[entry] = (
+                {k: self.build(n, Kind) for k, n in inside.items()} if several else self.build(inside, Kind)
+            )
+        names = [key for key in self._tensors if key.partition(".")[0] == name]
+        numbers = {key.partition(".")[2]: self._tensors.pop(key) for key in names}
+        numbers = {kind.renamed.get(key, key): value for key, value in numbers.items()}
+        module = kind.rebuild(described, numbers)
+        own = _own(module)
+        if set(own) != set(numbers):
+            raise ValueError(f"a {label} has {sorted(own)}, the file {sorted(numbers)}")
+        module.load_state_dict(numbers, strict=False, assign=True)  # strictly its own, as was just seen
+        for key, tensor in _own(module).items():
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(key in trains)
+        return module
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file; ValueError with its name where it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-
-
-def output_folder(path: str | Path) -> Path:
-    """A folder for results, made if it is not there.
+def find_kind(name: str, module: str, kinds: Iterable[type[Kind]] = ()) -> type[Kind]:
+    """The class of a saved module: of those passed in, of this package, or of a module that is imported already.
 
     Raises:
-        FileExistsError: it holds something already; results are never mixed or overwritten.
+        ValueError: no such class is known here.
     """
-    folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"{folder} exists and is not empty: it may hold other results. Name a new folder, or remove it."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    for kind in kinds:
+        if kind.__name__ == name:
+            return kind
+    if _of_package(module):
+        if _exists(module):
+            import_module(module)
+        found = [kind for kind in _subclasses(Kind) if kind.__name__ == name and _of_package(kind.__module__)]
+        if found:
+            return found[0]
+        raise ValueError(f"{name!r} is no kind that this version knows: install a newer subspace_lab")
+    own = getattr(sys.modules.get(module), name, None)
+    if isinstance(own, type) and issubclass(own, Kind):
+        return own
+    raise ValueError(
+        f"{name!r} is a class of the module {module!r}, which is not imported or does not have it: import that "
+        f"module first, or pass the class, as in load_edits(path, kinds=[{name}])"
+    )
+
+
+def _exists(module: str) -> bool:
+    """Whether a module of that name exists; files may name one that was moved or renamed since."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _of_package(module: str) -> bool:
+    return module.partition(".")[0] == PACKAGE
+
+
+def _subclasses(kind: type[Kind]) -> list[type[Kind]]:
+    return [kind, *(found for direct in kind.__subclasses__() for found in _subclasses(direct))]
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    """The module's parameters and buffers without those of kinds inside it."""
+    inside = tuple(f"{name}." for name, child in module.named_modules() if name and isinstance(child, Kind))
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(inside)}

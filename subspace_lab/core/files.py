@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def package_version() -> str:
+    """The version of this package, "unknown" for a source tree that was not installed."""
+    try:
+        return version("subspace-lab")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def output_folder(path: str | Path) -> Path:

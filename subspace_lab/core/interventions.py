@@ -4,8 +4,8 @@ Every intervention here is one formula,
 
     h ↦ h + Dᵀ(z − c·D h)          D ∈ R^{k×d}, c ∈ {0, 1}
 
-with D the rows of a subspace (`core/subspaces.py`), z a *value*, and c telling a write (the coordinates
-become z) from an addition (z is added to them). The methods of the literature are rows of this table:
+with D the basis of a subspace (`core/subspaces.py`) and z a *value* (`core/values.py`). With c = 1 the coordinates
+become z, which is a write; with c = 0 z is added to them. The methods of the literature:
 
     method        D             z                    c   learned     source
     interchange   orthonormal   R h_source           1   R           Geiger et al. 2023 (2303.02536), DAS
@@ -25,161 +25,44 @@ stream. It never writes into its arguments.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Literal
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from subspace_lab.core.subspaces import (
-    Axes,
-    FixedSubspace,
-    FreeDirections,
-    FullPrecision,
-    LearnedSubspace,
-    Part,
-    Subspace,
-    wide,
-)
+from subspace_lab.core._checks import instance
+from subspace_lab.core.kinds import Kind
+from subspace_lab.core.parts import joined
+from subspace_lab.core.subspaces import Axes, FixedSubspace, FreeDirections, LearnedSubspace, Subspace
+from subspace_lab.core.values import ACTIVATIONS, Affine, Constant, Diagonal, FromSource, Source, Value
 
 Start = Literal["identity", "paper"]
-Source = Tensor | Mapping[str, Tensor] | None
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "linear": lambda x: x,
-    "relu": nn.functional.relu,
-    "gelu": nn.functional.gelu,
-    "silu": nn.functional.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
 
 
-class Value(FullPrecision, ABC):
-    """What z is. The change of the coordinates, z − c·D h, is what a leaf computes."""
-
-    @abstractmethod
-    def change(self, subspace: Subspace, h: Tensor, source: Source, write: bool) -> Tensor:
-        """z − D h for a write, z for an addition; h in the precision of the computation."""
-
-
-class FromSource(Value):
-    """z = R h_source, or each part of one basis from a source of its own."""
-
-    def __init__(self, parts: Mapping[str, tuple[int, int]] | None = None) -> None:
-        super().__init__()
-        self.parts = None if parts is None else dict(parts)
-
-    def change(self, subspace: Subspace, h: Tensor, source: Source, write: bool) -> Tensor:
-        if self.parts is None:
-            if not isinstance(source, Tensor):
-                raise ValueError("An interchange intervention needs the source's states, one tensor.")
-            return self._difference(subspace.basis(), h, source, write)
-        if not isinstance(source, Mapping) or not set(source) <= set(self.parts):
-            found = sorted(source) if isinstance(source, Mapping) else type(source).__name__
-            raise ValueError(
-                f"This interchange has the variables {sorted(self.parts)} and needs a mapping from them to "
-                f"the states of their sources; found {found}."
-            )
-        basis = subspace.basis()
-        change = h.new_zeros(*h.shape[:-1], subspace.rank)
-        columns = []
-        for name, (start, stop) in self.parts.items():
-            if name in source:  # a variable without a source keeps the base's coordinates
-                columns.append(self._difference(basis[start:stop], h, source[name], write))
-            else:
-                columns.append(change[..., start:stop])
-        rest = subspace.rank - sum(c.shape[-1] for c in columns)
-        return torch.cat([*columns, change[..., :rest]], dim=-1)
-
-    @staticmethod
-    def _difference(basis: Tensor, h: Tensor, source: Tensor, write: bool) -> Tensor:
-        if source.shape != h.shape:
-            raise ValueError(
-                f"The base gives states of shape {tuple(h.shape)}, the source {tuple(source.shape)}: batch, "
-                "positions and width must agree."
-            )
-        source = source.to(h.dtype)
-        # R(s − h), not R s − R h: half the work, and exactly zero where source and base agree.
-        return (source - h if write else source) @ basis.to(h.dtype).T
-
-
-class Affine(Value):
-    """z = σ(W h + b)."""
-
-    def __init__(self, width: int, rank: int, activation: str = "linear", seed: int | None = None) -> None:
-        super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r}: possible are {sorted(ACTIVATIONS)}.")
-        self.activation = activation
-        self.weight = nn.Parameter(torch.empty(rank, width))
-        self.bias = nn.Parameter(torch.zeros(rank))
-        # Far from the seed of a basis drawn with the same one, so that the two share no random numbers.
-        generator = None if seed is None else torch.Generator().manual_seed(seed + 2**32)
-        # nn.Linear's own, as the authors have it
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5, generator=generator)
-
-    def change(self, subspace: Subspace, h: Tensor, source: Source, write: bool) -> Tensor:
-        if self.activation == "linear":
-            # (W − R) h + b is one product instead of two, and exactly b where W is R.
-            weight = self.weight - subspace.basis() if write else self.weight
-            return nn.functional.linear(h, weight.to(h.dtype), self.bias.to(h.dtype))
-        z = nn.functional.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype))
-        z = ACTIVATIONS[self.activation](z)
-        return z - h @ subspace.basis().to(h.dtype).T if write else z
-
-
-class Constant(Value):
-    """z = b, learned or given, the same for every example (or one a row of the batch)."""
-
-    z: Tensor
-
-    def __init__(self, z: Float[Tensor, "*batch rank"], learned: bool) -> None:
-        super().__init__()
-        z = wide(z.detach(), torch.zeros(())).clone()
-        if learned:
-            self.z = nn.Parameter(z)
-        else:
-            self.register_buffer("z", z)
-
-    def change(self, subspace: Subspace, h: Tensor, source: Source, write: bool) -> Tensor:
-        z, axes = self.z.to(h.dtype), self.z.shape[:-1]
-        if len(axes) >= h.ndim or any(n not in (1, m) for n, m in zip(axes, h.shape, strict=False)):
-            raise ValueError(
-                f"Coordinates of shape {tuple(z.shape)} for states of shape {tuple(h.shape)}: what stands "
-                "before the rank must be the first axes of the states."
-            )
-        z = z.reshape(*axes, *(1,) * (h.ndim - z.ndim), z.shape[-1])  # rows, not positions
-        return z - subspace.read(h) if write else z.expand(*h.shape[:-1], z.shape[-1])
-
-
-class Diagonal(Value):
-    """z = s ⊙ h + b over the whole stream (RED)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def change(self, subspace: Subspace, h: Tensor, source: Source, write: bool) -> Tensor:
-        return (self.scale - 1).to(h.dtype) * h + self.bias.to(h.dtype)
-
-
-class Intervention(FullPrecision):
+class Intervention(Kind):
     """h ↦ h + Dᵀ(z − c·D h): a subspace, a value, and whether it is written (c = 1) or added (c = 0).
 
     Args:
         subspace: D.
         value: z.
         write: c = 1 if True.
-        dropout: probability with which a coordinate of the *change* is dropped in training. (The peers drop
+        dropout: probability with which a coordinate of the *change* is dropped in training. (Other libraries drop
             coordinates of the edited state itself, which damages the stream outside the subspace.)
+
+    Raises:
+        TypeError: a subspace or a value that is none.
+        ValueError: a dropout outside 0 ≤ p < 1.
     """
+
+    made_of = ("subspace", "value")
 
     def __init__(self, subspace: Subspace, value: Value, *, write: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
+        instance(subspace, Subspace, "The subspace", "FixedSubspace(basis) makes one of a matrix")
+        instance(value, Value, "The value")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout={dropout}: possible is 0 ≤ p < 1.")
         self.subspace, self.value, self.write = subspace, value, write
@@ -187,11 +70,13 @@ class Intervention(FullPrecision):
 
     @property
     def width(self) -> int:
+        """d, the width of the stream."""
         return self.subspace.width
 
     @property
     def needs_source(self) -> bool:
-        return isinstance(self.value, FromSource)
+        """Whether it takes the states of a source."""
+        return self.value.needs_source
 
     def forward(self, h: Float[Tensor, "*batch width"], source: Source = None) -> Float[Tensor, "*batch width"]:
         """The edited states, in the dtype of h.
@@ -199,50 +84,76 @@ class Intervention(FullPrecision):
         Raises:
             ValueError: if the width of h is not the subspace's, or the source does not fit.
         """
+        if not isinstance(h, Tensor):
+            instance(h, Tensor, "h")
         if h.shape[-1] != self.width:
             raise ValueError(f"States of width {h.shape[-1]} for a subspace of width {self.width}.")
-        fits = isinstance(source, Tensor) and source.shape == h.shape
-        if isinstance(self.subspace, Axes) and self.write and self.needs_source and fits:
-            assert isinstance(source, Tensor)
-            return self.subspace.swap(h, source)  # exact to the bit, where a difference would round
         # Autocast would take the products back to a half precision.
         with torch.autocast(h.device.type, enabled=False):
-            change = self.value.change(self.subspace, self._exact(h), source, self.write)
-            return h + self.subspace.embed(self.dropout(change)).to(h.dtype)
+            return self.value.edit(self.subspace, h, source, self.write, self.dropout)
 
-    def _exact(self, h: Tensor) -> Tensor:
-        return h.to(torch.promote_types(h.dtype, torch.float32))
+    def asks_for_gradient(self, asks: bool) -> None:
+        """Let the edit be trained, or not; of a basis in parts only those parts that train.
+
+        These are the parts that `train_parts` named, or where the basis is fixed the parts in use.
+        """
+        self.requires_grad_(asks)
+        if asks:
+            self.subspace.freeze_resting_parts()
+            self.value.freeze_resting_parts(self.subspace.moving)
+
+    def edited(self) -> Subspace:
+        """The subspace that is edited now, with a basis that does not train.
+
+        Of a basis in parts it is that of the parts in use; of directions that are not orthonormal, their span.
+        """
+        chosen = self.value.coordinates(self.subspace.rank)
+        if len(chosen) == self.subspace.rank:
+            return self.subspace.frozen()
+        return FixedSubspace(self.subspace.basis().detach()[chosen])
+
+    def folded(self) -> Intervention:
+        """The same edit as h + Dᵀ(M h + v) with fixed D, M and v; a copy where it is not affine in h.
+
+        For LoReFT M = W − R.
+        """
+        with torch.no_grad():
+            found = self.value.affine(self.subspace, self.write)
+            if found is None:
+                return copy.deepcopy(self).requires_grad_(False).eval()
+            chosen = self.value.coordinates(self.subspace.rank)
+            basis, matrix, shift = (t[chosen] for t in (self.subspace.basis(), *found))
+        value = Affine(basis.shape[1], basis.shape[0]).to(basis.device, basis.dtype)
+        value.load_state_dict({"weight": matrix, "bias": shift})
+        directions = FreeDirections(basis.shape[1], basis.shape[0], start=basis)
+        return Intervention(directions, value, write=False).requires_grad_(False).eval()
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "subspace": self.subspace,
+            "value": self.value,
+            "write": self.write,
+            "dropout": self.dropout.p,
+        }
 
 
 def interchange(subspace: Subspace | Mapping[str, Subspace]) -> Intervention:
     """Distributed interchange intervention: h + Rᵀ(R h_source − R h) (Geiger et al. 2023, def. 3.1).
 
-    With a mapping {variable: part}, made by `Subspace.partition`, each variable takes its coordinates from a
-    source of its own; call the result with `source={variable: states}`. A variable left out stays the base's.
+    With a mapping {variable: subspace} each variable takes its coordinates from a source of its own; call the
+    result with `source={variable: states}`. A variable left out stays the base's. Subspaces that are learned must
+    be parts of one basis, made by `Subspace.partition`; those that a search found are joined to one.
 
     Raises:
-        ValueError: if the parts do not share one basis.
+        TypeError: what is no subspace.
+        ValueError: variables whose subspaces are not orthogonal, or are learned and not parts of one basis (see
+            `core.parts.joined`).
     """
-    if isinstance(subspace, Subspace):
-        return Intervention(subspace, FromSource())
-    parts = dict(subspace)
-    wholes = {id(p.whole) for p in parts.values() if isinstance(p, Part)}
-    if not parts or len(wholes) != 1 or not all(isinstance(p, Part) for p in parts.values()):
-        raise ValueError(
-            "Several variables at one site must be parts of one basis (so that they are orthogonal): "
-            "make them with `subspace.partition({'a': 8, 'b': 8})`."
-        )
-    spans = {name: (p.start, p.stop) for name, p in parts.items() if isinstance(p, Part)}
-    order = sorted(spans.items(), key=lambda item: item[1])
-    edges = [edge for _, span in order for edge in span]
-    if (
-        edges[0] != 0
-        or edges != sorted(edges)
-        or any(a != b for a, b in zip(edges[1::2], edges[2::2], strict=False))
-    ):
-        raise ValueError(f"The parts must cover the first rows of their basis without gap or overlap: {order}.")
-    whole = next(p.whole for p in parts.values() if isinstance(p, Part))
-    return Intervention(whole, FromSource(dict(order)))
+    if isinstance(subspace, Mapping):
+        parts = joined(subspace)
+        whole = next(iter(parts.values())).whole
+        return Intervention(whole, FromSource({name: (part.start, part.stop) for name, part in parts.items()}))
+    return Intervention(subspace, FromSource())
 
 
 def full_vector(width: int) -> Intervention:

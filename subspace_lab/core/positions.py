@@ -20,7 +20,8 @@ term f3[i] or l2[i] what falls away is not edited.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 
 import torch
 from jaxtyping import Bool, Int
@@ -30,26 +31,28 @@ _END = re.compile(r"([fl])(\d+)(?:\[(\d+)\])?(?:\(([fl])(\d+)\))?")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _WORDS = ("all", "first", "last")
+NEEDED = "needed is all, first, last, f3, l2, f3(l2), an integer, a slice like 2:5, or the name of a column"
 
 
 def normalise(positions: str | int | slice | Sequence[int]) -> str:
     """A spec as its canonical text (ValueError with the grammar where it is none)."""
     if isinstance(positions, bool):
-        raise ValueError(f"positions={positions!r} is no position.")
-    if isinstance(positions, int):
-        return str(positions)
+        raise ValueError(f"positions={positions!r} is not a position.")
+    if hasattr(positions, "__index__"):  # numpy's integers too
+        return str(index(positions))
     if isinstance(positions, slice):
         if positions.step not in (None, 1):
             raise ValueError(f"{positions}: slices of positions have no step.")
         start = "" if positions.start is None else positions.start
         return f"{start}:{'' if positions.stop is None else positions.stop}"
+    if not isinstance(positions, str | Iterable):
+        raise TypeError(f"positions={positions!r} is of type {type(positions).__name__}; {NEEDED}.")
     text = positions if isinstance(positions, str) else "+".join(normalise(p) for p in positions)
     text = text.replace(" ", "")
     for term in text.split("+"):
         if not (_is_int(term) or _SLICE.fullmatch(term) or _NAME.fullmatch(term) or _is_end(term)):
             raise ValueError(
-                f"{positions!r} is no set of positions: {term!r} is none of all, first, last, f3, l2, f3(l2), an "
-                "integer, a slice like 2:5, or the name of a column; join terms by '+'."
+                f"positions={positions!r}: {term!r} is not understood; {NEEDED}, or several joined by '+'."
             )
     return text
 

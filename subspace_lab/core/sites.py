@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import total_ordering
 
+from subspace_lab.core._checks import instance, whole_number
 from subspace_lab.core.positions import normalise
 
 COMPONENTS = (
@@ -64,6 +65,8 @@ class Site:
         positions: str | int | slice | Sequence[int] = "all",
         heads: int | Sequence[int] | None = None,
     ) -> None:
+        instance(component, str, f"component={component!r}", f"one of {', '.join(COMPONENTS)}")
+        layer = None if layer is None else whole_number(layer, "layer")
         name = component.rsplit(".", 1)[-1]
         by_path = component.endswith((".input", ".output"))
         if name not in COMPONENTS and not by_path:
@@ -77,7 +80,10 @@ class Site:
         if not by_path and layer is None:
             raise ValueError(f"{component!r} needs a layer.")
         if heads is not None:
-            heads = (heads,) if isinstance(heads, int) else tuple(heads)
+            if isinstance(heads, str):
+                raise TypeError(f"heads={heads!r}; needed are indices from 0, such as (0, 3).")
+            several = heads if isinstance(heads, Iterable) else (heads,)
+            heads = tuple(whole_number(head, "a head") for head in several)
             if name not in HEADED or by_path:
                 raise ValueError(f"{component!r} has no heads; components with heads: {', '.join(HEADED)}.")
             if not heads or len(set(heads)) < len(heads) or min(heads) < 0:
@@ -105,9 +111,10 @@ class Site:
     @classmethod
     def parse(cls, text: str) -> Site:
         """The site that prints as `text` (ValueError otherwise)."""
+        instance(text, str, repr(text), "the text of a site, such as 'block_output[3]@last'")
         found = _PATTERN.fullmatch(text)
         if found is None:
-            raise ValueError(f"{text!r} is no site; one looks like 'block_output[3]@last'.")
+            raise ValueError(f"{text!r} is not a site; a site looks like 'block_output[3]@last'.")
         layer, heads = found["layer"], found["heads"]
         return cls(
             found["component"],

@@ -1,94 +1,60 @@
 """Subspaces of a hidden state: two verbs over one basis.
 
-A subspace of R^d is held as R ∈ R^{k×d} with orthonormal rows. It can
+A subspace of R^d is given by a basis R ∈ R^{k×d}, whose k rows are orthonormal: the basis vectors. It can
 
     read(h)     = R h                       coordinates, R^k
     write(h, z) = h + Rᵀ(z − R h)           h with those coordinates replaced
 
 and nothing else is needed: which z is written is what tells DAS from LoReFT (`core/interventions.py`).
 The pair is a lens: read(write(h, z)) = z, write(h, read(h)) = h, write(write(h, z), z') = write(h, z'),
-and what is orthogonal to the rows of R stays as it was.
+and what is orthogonal to the basis vectors is not changed.
 
-The basis is kept in float32 (or float64) whatever the dtype of the stream; only the change is cast and
+The basis has float32 (or float64) numbers whatever the dtype of the stream; only the change is cast and
 added, so a bfloat16 stream loses nothing outside the subspace.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-Orthonormalise = Literal["qr", "polar"]
+from subspace_lab.core._checks import instance, whole_number
+from subspace_lab.core.kinds import Kind
+from subspace_lab.core.orthonormal import (
+    CachedFactor,
+    Orthonormalise,
+    check_orthonormal,
+    check_rank,
+    exactly,
+    random_orthonormal,
+    thin_qr,
+    wide,
+)
 
-_steps_taken = 0
 
+class Subspace(Kind, ABC):
+    """A k-dimensional subspace of R^d. A subclass says what `basis` is; the verbs are written once, here.
 
-def _count_step(*_: Any) -> None:
-    global _steps_taken
-    _steps_taken += 1
-
-
-# Fused optimisers change parameters without raising their version, so steps are counted, whoever takes them.
-register_optimizer_step_post_hook(_count_step)
-
-
-class FullPrecision(nn.Module):
-    """A module whose parameters stay float32 (or float64) when it is cast to a half precision.
-
-    `model.to(torch.bfloat16)` on a parent would round a basis to 8 bits, and QR has no half kernels on CPU.
+    Attributes:
+        width: d.
+        rank: k.
+        moving: of a learned basis in parts those that train, None for others.
+        copies: whether `swap` copies the source's coordinates to the bit, where others add a rounded difference.
     """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if tensor.is_floating_point() and moved.dtype in (torch.float16, torch.bfloat16):
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(keep, recurse)
-
-
-def exactly(device: torch.device) -> torch.autocast:
-    """Within the block autocast takes no product to a half precision."""
-    return torch.autocast(device.type, enabled=False)
-
-
-def check_rank(rank: int, width: int) -> None:
-    """Refuse a rank that no subspace of R^width has."""
-    if not 1 <= rank <= width:
-        raise ValueError(f"rank {rank} asked for a stream of width {width}: possible are 1 to {width}.")
-
-
-def wide(h: Tensor, like: Tensor) -> Tensor:
-    """h in the precision of the computation: at least that of the basis."""
-    return h.to(torch.promote_types(h.dtype, like.dtype))
-
-
-def random_orthonormal(
-    width: int, rank: int, generator: torch.Generator | int | None = None
-) -> Float[Tensor, "rank width"]:
-    """A basis of a subspace drawn from the Haar measure: QR of a Gaussian matrix with fixed signs."""
-    check_rank(rank, width)
-    if isinstance(generator, int):
-        generator = torch.Generator().manual_seed(generator)
-    return _thin_qr(torch.randn(width, rank, generator=generator))[0].T.contiguous()
-
-
-class Subspace(FullPrecision, ABC):
-    """A k-dimensional subspace of R^d. Leaves say what `basis` is; the verbs are written once, here."""
 
     width: int
     rank: int
+    moving: tuple[str, ...] | None = None
+    copies: ClassVar[bool] = False
 
     @abstractmethod
     def basis(self) -> Float[Tensor, "rank width"]:
-        """R, the rows of which span the subspace."""
+        """R: the basis vectors, one in each row of the matrix."""
 
     def read(self, h: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch rank"]:
         """R h, in at least float32."""
@@ -123,14 +89,19 @@ class Subspace(FullPrecision, ABC):
             return h + (((source.to(exact.dtype) - exact) @ basis.T) @ basis).to(h.dtype)
 
     def partition(self, sizes: Mapping[str, int]) -> dict[str, Subspace]:
-        """Split the basis into consecutive blocks of rows, one a name, that stay parts of this basis.
+        """Split the basis into parts, {name: number of basis vectors}, in this order from the first vector on.
 
-        The sizes may leave rows over; together they may not exceed the rank (ValueError).
+        The parts stay parts of this basis: training one trains the whole. Vectors may be left over.
+
+        Raises:
+            ValueError: a part without vectors, or more vectors than the basis has.
         """
+        instance(sizes, Mapping, "sizes", "{name: number of basis vectors}")
+        sizes = {name: whole_number(size, f"the size of part {name!r}") for name, size in sizes.items()}
         if sum(sizes.values()) > self.rank or min(sizes.values(), default=0) < 1:
             raise ValueError(
-                f"Parts {dict(sizes)} asked of a basis of rank {self.rank}: "
-                f"each needs at least 1 row and together they may have {self.rank}."
+                f"Parts {sizes} asked of a basis of rank {self.rank}: "
+                f"each needs at least 1 basis vector and together they may have {self.rank}."
             )
         parts: dict[str, Subspace] = {}
         start = 0
@@ -139,19 +110,60 @@ class Subspace(FullPrecision, ABC):
             start += size
         return parts
 
-    def frozen(self) -> FixedSubspace:
-        """The subspace as it stands now, as a value that no longer trains."""
-        return FixedSubspace(self.basis().detach().clone())
+    def frozen(self) -> Subspace:
+        """A copy of the subspace as it is now, with a basis that does not train."""
+        return self.sliced(0, self.rank)
+
+    def sliced(self, start: int, stop: int) -> Subspace:
+        """The span of the basis vectors `start` to `stop` − 1 as it is now; its basis does not train."""
+        return FixedSubspace(self.basis().detach()[start:stop])
+
+    def set_basis(self, basis: Float[Tensor, "rank width"]) -> None:
+        """Start anew from another basis of the same shape, in place (TypeError where nothing can be set)."""
+        raise TypeError(f"The basis of a {type(self).__name__} cannot be set.")
+
+    def train_parts(self, names: Sequence[str]) -> None:
+        """From now on these parts of the basis train and the others stay; a basis that is fixed has no part to
+        train.
+
+        Raises:
+            ValueError: a learned basis that is not in parts, or has none of these names.
+        """
+        if any(True for _ in self.parameters()):
+            raise ValueError(f"Parts {list(names)} asked for; a {type(self).__name__} has none.")
+
+    def freeze_resting_parts(self) -> None:
+        """Let the parts of the basis that do not train ask for no gradient."""
 
     def extra_repr(self) -> str:
         return f"width={self.width}, rank={self.rank}"
 
 
-class LearnedSubspace(Subspace):
+class Orthonormalised(Subspace, ABC):
+    """A trained subspace whose basis is the orthonormal factor of raw parameters, evaluated once a step."""
+
+    def __init__(self, width: int, rank: int, orthonormalise: Orthonormalise) -> None:
+        super().__init__()
+        check_rank(rank, width)
+        if orthonormalise not in ("qr", "polar"):
+            raise ValueError(f"orthonormalise={orthonormalise!r}: possible are 'qr' and 'polar'.")
+        self.width, self.rank, self.orthonormalise = int(width), int(rank), orthonormalise
+        self._factor = CachedFactor(orthonormalise)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._factor.clear()
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Orthonormalised:
+        self._factor.clear()  # a cheap second guard against changes made through `.data`
+        return super().train(mode)
+
+
+class LearnedSubspace(Orthonormalised):
     """A trainable orthonormal basis: R = thin QR (or polar factor) of a raw d × k matrix A.
 
-    A starts orthonormal, so the start is reproduced exactly up to rounding. With "qr" the signs of the
-    triangular factor are fixed positive, which makes the map smooth and its own inverse on orthonormal
+    A starts orthonormal, so the basis at the start is the start that was asked for, up to rounding. With "qr" the
+    signs of the triangular factor are fixed positive, which makes the map smooth and the identity on orthonormal
     matrices; "polar" takes the orthonormal matrix closest to A, which treats all directions alike and is
     the better choice where single directions matter. The factorisation is evaluated once for each value of
     A (that is, once an optimiser step), not once a use, and no d × d matrix is ever made.
@@ -173,46 +185,33 @@ class LearnedSubspace(Subspace):
         start: Float[Tensor, "rank width"] | None = None,
         orthonormalise: Orthonormalise = "qr",
     ) -> None:
-        super().__init__()
-        check_rank(rank, width)
-        if orthonormalise not in ("qr", "polar"):
-            raise ValueError(f"orthonormalise={orthonormalise!r}: possible are 'qr' and 'polar'.")
-        if start is None:
-            start = random_orthonormal(width, rank, seed)
-        check_orthonormal(start, (rank, width))
-        self.width, self.rank, self.orthonormalise = width, rank, orthonormalise
+        super().__init__(width, rank, orthonormalise)
+        start = random_orthonormal(width, rank, seed) if start is None else start
+        check_orthonormal(start, (self.rank, self.width))
         # Contiguous, as safetensors asks for.
         self.raw = nn.Parameter(
             wide(start.detach(), torch.zeros(())).T.clone(memory_format=torch.contiguous_format)
         )
-        self._cached: tuple[tuple, Tensor, Tensor, Tensor] | None = None
 
     def basis(self) -> Float[Tensor, "rank width"]:
-        # In-place changes of a tensor (load_state_dict, most optimisers) raise its version; what replaces its
-        # storage changes the pointer, and the old storage is held so that nothing new can lie where it was.
-        key = (_steps_taken, self.raw._version, self.raw.data_ptr(), self.raw.device, self.raw.dtype)
-        if self._cached is None or self._cached[0] != key:
-            with torch.no_grad(), exactly(self.raw.device):
-                factor = _thin_qr if self.orthonormalise == "qr" else _polar
-                self._cached = (key, *factor(self.raw), self.raw.detach())
-        return _Orthonormal.apply(self.raw, self._cached[1], self._cached[2], self.orthonormalise).T
+        return self._factor([self.raw], lambda: self.raw).T
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._cached = None
-        return super()._apply(fn, recurse)
+    def set_basis(self, basis: Float[Tensor, "rank width"]) -> None:
+        with torch.no_grad():
+            self.raw.copy_(basis.T)
 
-    def train(self, mode: bool = True) -> LearnedSubspace:
-        self._cached = None  # a cheap second guard against changes made through `.data`
-        return super().train(mode)
+    def description(self) -> dict[str, Any]:
+        return {"width": self.width, "rank": self.rank, "orthonormalise": self.orthonormalise}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+    @classmethod
+    def rebuild(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+        return cls(**description, seed=0)
 
 
 class FreeDirections(Subspace):
-    """k trainable directions that nothing keeps orthonormal (NoReFT's and DiReFT's): not a lens.
+    """k trainable directions that need not stay orthonormal (NoReFT's and DiReFT's): not a lens.
 
-    `write` is still h + Dᵀ(z − D h), but read(write(h, z)) is z only when the rows are orthonormal.
+    `write` is still h + Dᵀ(z − D h), but read(write(h, z)) is z only while the directions are orthonormal.
     """
 
     def __init__(
@@ -229,29 +228,57 @@ class FreeDirections(Subspace):
             start = random_orthonormal(width, rank, seed)
         if tuple(start.shape) != (rank, width):
             raise ValueError(f"A start of shape {tuple(start.shape)} for directions of shape {(rank, width)}.")
-        self.width, self.rank = width, rank
-        self.directions = nn.Parameter(start.detach().float().clone())
+        self.width, self.rank = int(width), int(rank)
+        self.directions = nn.Parameter(wide(start.detach(), torch.zeros(())).clone())
 
     def basis(self) -> Float[Tensor, "rank width"]:
         return self.directions
 
+    def sliced(self, start: int, stop: int) -> Subspace:
+        """The span of these directions, with an orthonormal basis (ValueError if they are linearly dependent)."""
+        basis, factor = thin_qr(self.directions.detach()[start:stop].T)
+        sizes = factor.diagonal().abs()
+        if not sizes.min() > 1e-6 * sizes.max():
+            raise ValueError(f"The {stop - start} directions span a subspace of a smaller rank.")
+        return FixedSubspace(basis.T)
+
+    def set_basis(self, basis: Float[Tensor, "rank width"]) -> None:
+        with torch.no_grad():
+            self.directions.copy_(basis)
+
+    def description(self) -> dict[str, Any]:
+        return {"width": self.width, "rank": self.rank}
+
+    @classmethod
+    def rebuild(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+        return cls(**description, seed=0)
+
 
 class FixedSubspace(Subspace):
-    """A given orthonormal basis, kept as it is (ValueError if its rows are not orthonormal)."""
+    """A ready orthonormal basis that does not train (ValueError if its vectors are not orthonormal)."""
 
-    rows: Tensor
+    vectors: Tensor
+    renamed: ClassVar[Mapping[str, str]] = {"rows": "vectors"}
 
     def __init__(self, basis: Float[Tensor, "rank width"]) -> None:
         super().__init__()
+        instance(basis, Tensor, "The basis", "its shape is (rank, width)")
         if basis.ndim != 2:
             raise ValueError(f"A basis has shape (rank, width), this one {tuple(basis.shape)}.")
         self.rank, self.width = basis.shape
         check_rank(self.rank, self.width)
         check_orthonormal(basis, (self.rank, self.width))
-        self.register_buffer("rows", wide(basis.detach(), torch.zeros(())).clone())
+        self.register_buffer("vectors", wide(basis.detach(), torch.zeros(())).clone())
 
     def basis(self) -> Float[Tensor, "rank width"]:
-        return self.rows
+        return self.vectors
+
+    def description(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def rebuild(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+        return cls(tensors["vectors"], **description)
 
 
 class Axes(Subspace):
@@ -262,13 +289,20 @@ class Axes(Subspace):
     Args:
         width: d.
         indices: which axes, all of them by default.
+
+    Raises:
+        ValueError: indices outside the stream, or one twice.
     """
 
     indices: Tensor
+    copies = True
 
     def __init__(self, width: int, indices: Sequence[int] | None = None) -> None:
         super().__init__()
-        chosen = list(range(width)) if indices is None else [int(i) for i in indices]
+        width = whole_number(width, "width")
+        if indices is not None and not isinstance(indices, Iterable):
+            raise TypeError(f"indices={indices!r} is of type {type(indices).__name__}; needed are whole numbers.")
+        chosen = list(range(width)) if indices is None else [whole_number(i, "an index") for i in indices]
         wrong = [i for i in chosen if not 0 <= i < width]
         if wrong or not chosen or len(set(chosen)) < len(chosen):
             raise ValueError(
@@ -297,17 +331,37 @@ class Axes(Subspace):
     ) -> Float[Tensor, "*batch width"]:
         return self.write(h, source.index_select(-1, self.indices))
 
+    def sliced(self, start: int, stop: int) -> Axes:
+        return Axes(self.width, self.indices[start:stop].tolist())
+
+    def description(self) -> dict[str, Any]:
+        return {"width": self.width}
+
+    @classmethod
+    def rebuild(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+        return cls(**description, indices=tensors["indices"].tolist())
+
 
 class Part(Subspace):
-    """Rows `start` to `stop` of another subspace's basis; training it trains the whole."""
+    """Basis vectors `start` to `stop` − 1 of another subspace; training the part trains the whole."""
+
+    made_of = ("whole",)
 
     def __init__(self, whole: Subspace, start: int, stop: int) -> None:
         super().__init__()
+        if not 0 <= start < stop <= whole.rank:
+            raise ValueError(f"Basis vectors {start} to {stop - 1} asked of a basis of rank {whole.rank}.")
         self.whole, self.start, self.stop = whole, start, stop
         self.width, self.rank = whole.width, stop - start
 
     def basis(self) -> Float[Tensor, "rank width"]:
         return self.whole.basis()[self.start : self.stop]
+
+    def sliced(self, start: int, stop: int) -> Subspace:
+        return self.whole.sliced(self.start + start, self.start + stop)
+
+    def description(self) -> dict[str, Any]:
+        return {"whole": self.whole, "start": self.start, "stop": self.stop}
 
 
 def pca(states: Float[Tensor, "example width"], rank: int) -> FixedSubspace:
@@ -322,13 +376,8 @@ def pca(states: Float[Tensor, "example width"], rank: int) -> FixedSubspace:
     return FixedSubspace(right)
 
 
-def difference_of_means(
-    states: Float[Tensor, "example width"], labels: Tensor, rank: int | None = None
-) -> FixedSubspace:
-    """The span of the differences between the class means: one dimension fewer than there are classes.
-
-    Args:
-        rank: at most so many dimensions, the principal ones of the differences from the mean of the class means.
+def difference_of_means(states: Float[Tensor, "example width"], labels: Tensor) -> FixedSubspace:
+    """The span of the differences between the class means: rank = classes − 1 (one direction for two).
 
     Raises:
         ValueError: with fewer than two classes, or means that coincide.
@@ -341,66 +390,9 @@ def difference_of_means(
     gaps = means[1:] - means[0]
     if torch.linalg.matrix_rank(gaps) < len(gaps):
         raise ValueError(f"The means of the {len(classes)} classes do not span {len(gaps)} dimensions.")
-    if rank is not None and rank < len(gaps):
-        return pca(means, rank)
-    return FixedSubspace(_thin_qr(gaps.T)[0].T)
+    return FixedSubspace(thin_qr(gaps.T)[0].T)
 
 
 def random_subspace(width: int, rank: int, seed: int) -> FixedSubspace:
     """A subspace drawn from the Haar measure: the control of the same rank."""
     return FixedSubspace(random_orthonormal(width, rank, seed))
-
-
-def check_orthonormal(basis: Tensor, shape: tuple[int, int]) -> None:
-    """ValueError unless `basis` has this (rank, width) and R Rᵀ = I to 1e-4."""
-    if tuple(basis.shape) != shape:
-        raise ValueError(f"A basis of shape {tuple(basis.shape)} for a subspace of (rank, width) {shape}.")
-    rows = basis.detach().double()
-    error = (rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).abs().max()
-    if not error < 1e-4:
-        raise ValueError(f"The rows of the basis are not orthonormal: |R Rᵀ − I| is {error:.2g}.")
-
-
-def _thin_qr(a: Tensor) -> tuple[Tensor, Tensor]:
-    """A = Q T with T's diagonal positive, so that an orthonormal A comes back as itself."""
-    q, t = torch.linalg.qr(a)
-    signs = torch.where(t.diagonal() < 0, -1.0, 1.0).to(a.dtype)
-    return q * signs, signs[:, None] * t
-
-
-def _polar(a: Tensor) -> tuple[Tensor, Tensor]:
-    """A = Q H with H symmetric positive: Q is the orthonormal matrix nearest to A."""
-    u, s, vh = torch.linalg.svd(a, full_matrices=False)
-    return u @ vh, (vh.T * s) @ vh
-
-
-class _Orthonormal(torch.autograd.Function):
-    """The factor computed beforehand, with its derivative in closed form.
-
-    Autograd's own QR would tie one evaluation to one backward pass; this way every use in every
-    micro-batch shares the evaluation and pays O(d k²) for its own gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, raw: Tensor, q: Tensor, factor: Tensor, kind: str) -> Tensor:
-        ctx.save_for_backward(q, factor)
-        ctx.kind = kind
-        return q.view_as(q)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        q, factor = ctx.saved_tensors
-        inner = q.T @ grad
-        if ctx.kind == "qr":
-            # A = QT: dA = (G + Q·sym(−GᵀQ)) T^{-T}, where sym copies the lower triangle to the upper.
-            lower = (-inner.T).tril()
-            symmetric = lower + lower.tril(-1).T
-            raw_grad = torch.linalg.solve_triangular(factor, (grad + q @ symmetric).T, upper=True).T
-        else:
-            # A = QH, H = VSVᵀ: dA = Q X + (I − QQᵀ) G H^{-1}, with H X + X H = QᵀG − GᵀQ.
-            s, v = torch.linalg.eigh(factor)
-            skew = v.T @ (inner - inner.T) @ v / (s[:, None] + s)
-            outside = (grad - q @ inner) @ ((v / s) @ v.T)
-            raw_grad = q @ (v @ skew @ v.T) + outside
-        return raw_grad, None, None, None

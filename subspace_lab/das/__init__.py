@@ -1,4 +1,57 @@
-"""Distributed alignment search: causal models, counterfactuals, searches, sweeps and their scores.
+"""Distributed alignment search: causal models, counterfactual pairs, methods, sweeps and their fits.
 
-Knows core.
+Knows engine, model and core.
 """
+
+from subspace_lab.das.causal_models import CausalModel
+from subspace_lab.das.counterfactuals import Prompt, Task, counterfactual_dataset
+from subspace_lab.das.encoding import encode, from_texts
+from subspace_lab.das.estimates import Estimate
+from subspace_lab.das.fits import Fit, Fits, Floors, Mean
+from subspace_lab.das.methods import (
+    DAS,
+    PCA,
+    DifferenceOfMeans,
+    FullVector,
+    Learner,
+    Method,
+    Problem,
+    RandomSubspace,
+)
+from subspace_lab.das.objectives import Outcome, cross_entropy, iia, log_odds, logit_difference, logit_margin
+from subspace_lab.das.pairs import Counterfactuals, Pairs
+from subspace_lab.das.search import default_methods, search
+from subspace_lab.das.sweeps import sweep
+
+__all__ = [
+    "DAS",
+    "PCA",
+    "CausalModel",
+    "Counterfactuals",
+    "DifferenceOfMeans",
+    "Estimate",
+    "Fit",
+    "Fits",
+    "Floors",
+    "FullVector",
+    "Learner",
+    "Mean",
+    "Method",
+    "Outcome",
+    "Pairs",
+    "Problem",
+    "Prompt",
+    "RandomSubspace",
+    "Task",
+    "counterfactual_dataset",
+    "cross_entropy",
+    "default_methods",
+    "encode",
+    "from_texts",
+    "iia",
+    "log_odds",
+    "logit_difference",
+    "logit_margin",
+    "search",
+    "sweep",
+]

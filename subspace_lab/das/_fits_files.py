@@ -1,14 +1,171 @@
-"""Fits on disk: fits.json for everything that is text or a number, subspaces.safetensors for the subspaces."""
+"""Fits in a folder.
+
+fits.json               facts, floors, failures, and of every fit its method, scores, losses and seeds
+subspaces.safetensors   the subspaces of all fits, and the score of every test pair
+
+`fits.json` is written last and names the other file's digest, so that the two cannot be mixed up.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.checkpoints import Parts, Plan, check_format, read_tensors, write_described
+from subspace_lab.core.files import output_folder, read_json, write_json
+from subspace_lab.core.sites import Site
+from subspace_lab.core.subspaces import Subspace
+from subspace_lab.das import methods as known
+from subspace_lab.das.estimates import Estimate
+from subspace_lab.das.methods.method import Learner, Method, Problem
+
+Fits: TypeAlias = Any  # of das/fits.py, which imports this file
+
+RECORDS, NUMBERS, ENTRY, FORMAT = "fits.json", "subspaces.safetensors", "subspace_lab.fits", 1
 
 
-def write_fits(fits: Any, folder: Path) -> None:
-    raise NotImplementedError
+@dataclass(frozen=True)
+class SavedMethod(Method):
+    """A method of somebody's own whose class is not known here: its fits can be read, not run again.
+
+    Attributes:
+        name, text: of the class, and the label that its fits had.
+        is_control: as of the method.
+        settings: its fields, as they were saved.
+    """
+
+    name: str = ""
+    text: str = ""
+    is_control: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def label(self) -> str:
+        return self.text
+
+    @property
+    def control(self) -> bool:  # type: ignore[override]
+        return self.is_control
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"method": self.name, **dict(self.settings)}
+
+    def learner(self, problem: Problem) -> Learner:
+        raise TypeError(f"{self.text} was saved by a class {self.name} that is not known here; it cannot be run.")
 
 
-def read_fits(cls: Any, folder: Path, methods: Any) -> Any:
-    raise NotImplementedError
+def write_fits(fits: Fits, folder: Path) -> None:
+    """Write both files into a new or empty folder; all that can be refused is refused before."""
+    plan = Plan()
+    tensors: dict[str, Tensor] = {}
+    records = []
+    for i, fit in enumerate(fits):
+        spaces = {name: plan.name(subspace) for name, (_, subspace) in fit.alignment.variables.items()}
+        for metric, values in fit.pair_scores.items():
+            tensors[f"pairs.{i}.{metric}"] = values.detach().cpu().contiguous().clone()
+        records.append(
+            {
+                "method": fit.method.as_dict(),
+                "label": fit.method.label,
+                "control": fit.method.control,
+                "sites": {name: str(site) for name, site in fit.sites.items()},
+                "subspaces": spaces,
+                "facts": dict(fit.alignment.facts),
+                "seed": fit.seed,
+                "start": fit.start,
+                "start_overlap": dict(fit.start_overlap),
+                "scores": {s: {m: asdict(e) for m, e in of.items()} for s, of in fit.scores.items()},
+                "losses": list(fit.losses),
+            }
+        )
+    described = {
+        "format": FORMAT,
+        "facts": dict(fits.facts),
+        "floors": {split: asdict(floors) for split, floors in fits.floors.items()},
+        "failures": [asdict(failure) for failure in fits.failures],
+        "fits": records,
+    }
+    try:
+        digest = _digest(described)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"These fits hold something that JSON does not: {error}. Nothing was written.") from error
+    plan.tensors |= tensors
+    folder = output_folder(folder)
+    write_described(folder / NUMBERS, ENTRY, {"format": FORMAT, "digest": digest, "parts": plan.parts}, plan)
+    write_json(folder / RECORDS, described)
+
+
+def read_fits(folder: Path, methods: Sequence[type[Method]]) -> dict[str, Any]:
+    """What `write_fits` wrote: the arguments of every `Fit`, `Floors` and `Failure`, and the facts."""
+    if not (folder / RECORDS).is_file():
+        raise FileNotFoundError(_no_fits(folder))
+    found = read_json(folder / RECORDS)
+    tensors, metadata = read_tensors(folder / NUMBERS)
+    try:
+        check_format(found, "fits")
+        numbers = json.loads(metadata[ENTRY])
+        if numbers["digest"] != _digest(found):
+            raise ValueError(f"{RECORDS} and {NUMBERS} were not written together, or one was changed")
+        scores = {name: tensors.pop(name) for name in list(tensors) if name.startswith("pairs.")}
+        parts = Parts(numbers["parts"], tensors)
+        fits = []
+        for i, one in enumerate(found["fits"]):
+            variables = {
+                name: (Site.parse(site), parts.build(one["subspaces"][name], Subspace))
+                for name, site in one["sites"].items()
+            }
+            prefix = f"pairs.{i}."
+            fits.append(
+                {
+                    "method": _method(one, methods),
+                    "alignment": Alignment(variables, one["facts"]),
+                    "scores": {s: {m: Estimate(**e) for m, e in of.items()} for s, of in one["scores"].items()},
+                    "losses": tuple(one["losses"]),
+                    "pair_scores": {
+                        name.removeprefix(prefix): v for name, v in scores.items() if name.startswith(prefix)
+                    },
+                    **{name: one[name] for name in ("seed", "start", "start_overlap")},
+                }
+            )
+        parts.check_all_used()
+        floors = {s: {name: Estimate(**e) for name, e in of.items()} for s, of in found["floors"].items()}
+        failures = [dict(one) for one in found["failures"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} cannot be read as fits: {type(error).__name__}: {error}") from error
+    return {"fits": fits, "floors": floors, "failures": failures, "facts": found["facts"]}
+
+
+def _method(one: Mapping[str, Any], own: Sequence[type[Method]]) -> Method:
+    settings = dict(one["method"])
+    name = settings.pop("method")
+    kinds = {kind.__name__: kind for kind in [*vars(known).values(), *own] if isinstance(kind, type)}
+    kind = kinds.get(name)
+    if kind is None or not issubclass(kind, Method):
+        return SavedMethod(name, one["label"], one["control"], tuple(settings.items()))
+    names = {f.name for f in fields(kind) if f.compare}
+    if set(settings) != names:
+        raise ValueError(f"{name} was saved with the settings {sorted(settings)}; here it has {sorted(names)}")
+    return kind(**settings)
+
+
+def _digest(described: Mapping[str, Any]) -> str:
+    text = json.dumps(described, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _no_fits(folder: Path) -> str:
+    if (folder / "results.json").is_file() and (folder / NUMBERS).is_file():
+        return (
+            f"{folder} holds a search of version 0.1, which this version does not read as fits: its subspaces are "
+            f"read by load_subspaces('{folder / NUMBERS}'); run the search again for the rest."
+        )
+    inside = folder / "model"
+    hint = f" Did you mean {inside}?" if (inside / RECORDS).is_file() else ""
+    return f"There is no {RECORDS} in {folder}: it is no folder of Fits.save.{hint}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from io import StringIO
@@ -35,9 +36,9 @@ def table_of(
     for name in names:
         table.add_column(name)
     for method in fits.methods:
-        table.add_column(_folded(_heading(method, means)), justify="right")
+        table.add_column(_folded(_heading(method, means)), justify="right", no_wrap=True)
     for name in others:
-        table.add_column(_folded(name), justify="right")
+        table.add_column(_folded(name), justify="right", no_wrap=True)
     for place in fits.places[:MOST_ROWS]:
         cells = [_cell(means, place, method, metric) for method in fits.methods]
         cells += [_mean_cell(of.get(place), metric) for of in others.values()]
@@ -46,8 +47,8 @@ def table_of(
 
 
 def _folded(heading: str) -> str:
-    """A long heading in two lines."""
-    return heading.replace(" ", "\n", 1) if len(heading) > 12 else heading
+    """A long heading in several lines, broken at its words: DifferenceOfMeans, RandomSubspace 8."""
+    return heading if len(heading) < 10 else re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=:) | (?=\(×)", "\n", heading)
 
 
 def _names(fits: Fits) -> list[str]:
@@ -97,7 +98,9 @@ def text(fits: Fits) -> str:
     """The table and its notes as plain text."""
     if not fits:
         return "\n".join(notes_of(fits))
-    console = Console(file=StringIO(), width=max(100, 24 + 18 * len(fits.methods)), highlight=False)
+    # Plain text everywhere: in a notebook rich would show the table by itself, and in colours.
+    width = max(100, 24 + 18 * len(fits.methods))
+    console = Console(file=StringIO(), width=width, highlight=False, color_system=None, force_jupyter=False)
     console.print(table_of(fits))
     for line in notes_of(fits):
         console.print(line, markup=False)
@@ -143,8 +146,11 @@ def _cell(means: Sequence[Mean], place: str, method: str, metric: str) -> str:
 def _mean_cell(found: Mean | None, metric: str) -> str:
     if found is None:
         return "–"
-    trained = found.n == 1 and bool(found.fits[0].losses)
-    return str(found.fits[0].score(metric)) if trained else str(found)
+    if found.n > 1 or not found.fits[0].losses:
+        return str(found)
+    one = found.fits[0].score(metric)
+    low, high = (f"{limit:.2f}".replace("0.", ".", 1) for limit in (one.low, one.high))
+    return f"{one.value:.2f} [{low}, {high}]"
 
 
 def _heading(label: str, means: Sequence[Mean]) -> str:

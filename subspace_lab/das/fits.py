@@ -367,7 +367,13 @@ class Fits(Sequence[Fit]):
             FileNotFoundError: no such folder or file.
             ValueError: files that are broken, do not belong together, or are of another format.
         """
-        return read_fits(cls, Path(folder), methods)
+        found = read_fits(Path(folder), methods)
+        return cls(
+            fits=tuple(Fit(**one) for one in found["fits"]),
+            floors={split: Floors(**of) for split, of in found["floors"].items()},
+            failures=tuple(Failure(**one) for one in found["failures"]),
+            facts=found["facts"],
+        )
 
 
 def place_of(sites: Mapping[str, Site]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspace_lab.engine.plain import Readout
+from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.batches import Batch
 
 

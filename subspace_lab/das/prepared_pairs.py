@@ -16,7 +16,8 @@ from subspace_lab.das.methods.method import Learner
 from subspace_lab.das.objectives import Loss, Outcome
 from subspace_lab.das.pairs import Counterfactuals, Stream
 from subspace_lab.engine.frozen_past import FrozenPast
-from subspace_lab.engine.plain import Engine, PlainEngine
+from subspace_lab.engine.plain import PlainEngine
+from subspace_lab.engine.protocol import Engine
 from subspace_lab.engine.stacking import Stack, rows_of
 from subspace_lab.engine.training import TrainingConfig, shuffled_rows, train_together
 from subspace_lab.model.backbone import Backbone
@@ -62,9 +63,8 @@ class PreparedPairs:
         """
         data = data.to(backbone.device)
         together = [tuple(dict.fromkeys(one.values())) for one in assignments]
-        sites = list(dict.fromkeys(site for group in together for site in group))
         engine: Engine = (
-            FrozenPast(backbone, data.base, sites, data.readout, memory=memory)
+            FrozenPast(backbone, data.base, together, data.readout, memory=memory)
             if frozen
             else PlainEngine(backbone, data.base, data.readout)
         )

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.sites import Site
+from subspace_lab.das._arguments import assignments_of, check_types
 from subspace_lab.das.estimates import Estimate, estimate, proportion
 from subspace_lab.das.fits import Failure, Fit, Fits, Floors, place_of
 from subspace_lab.das.methods.method import Learner, Method, Problem
@@ -25,6 +27,7 @@ from subspace_lab.das.prepared_pairs import Assignment, Draw, PreparedPairs, fit
 from subspace_lab.engine.training import TrainingConfig, progress_bar
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.identity import model_facts, versions
+from subspace_lab.model.intervene import collect
 
 STACKED = 1024  # at most so many examples in one training step of several fits
 POOL = 1000  # training pairs, at least, that methods without training see where pairs are drawn afresh
@@ -68,8 +71,8 @@ def sweep(
             task. All this before anything is trained.
     """
     config = config or TrainingConfig()
-    _check_types(backbone, pairs, sites, methods, seeds, config, loss, metrics)
-    assignments = _assignments(sites, pairs.variables)
+    check_types(backbone, pairs, sites, methods, seeds, config, loss, metrics)
+    assignments = assignments_of(sites, pairs.variables)
     variants = [variant for method in methods for variant in method.variants()]
     asked = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not assignments or not variants or not asked or not metrics:
@@ -85,7 +88,7 @@ def sweep(
     for what, names in named.items():
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"Given twice, so that results could not be told apart: the {what} {twice}.")
-    widths = {site: backbone.width(site) for one in assignments for site in one.values()}
+    widths = {site: _width(backbone, site, pairs.test) for one in assignments for site in one.values()}
     for assignment in assignments:
         for method in variants:
             method.check(assignment, widths)
@@ -302,6 +305,15 @@ def cell_seed(seed: int, what: object) -> int:
     return zlib.crc32(f"{seed}:{what}".encode())
 
 
+def _width(backbone: Backbone, site: Site, pairs: Counterfactuals) -> int:
+    """The width of the states at a site: as the model's structure tells it, else as one pair shows it."""
+    width = backbone.hook_point(site).width
+    if width is None:
+        base = pairs.base.rows(torch.arange(1)).to(backbone.device)
+        width = collect(backbone, base, [site])[site].shape[-1]
+    return width
+
+
 def _floors(prepared: PreparedPairs) -> Floors:
     data, given = prepared.data, prepared.unedited.argmax(-1)
     answer = data.answer.cpu()
@@ -314,70 +326,34 @@ def _floors(prepared: PreparedPairs) -> Floors:
 
 
 def _with_evidence(fits: list[Fit], floors: Floors, facts: Mapping[str, Any]) -> list[Fit]:
-    """The fits of one place, each alignment with where it comes from and what the other methods reach there."""
-    beside = {mean.method.label: mean.value for mean in Fits(tuple(fits), {}).mean()} if fits else {}
-    return [
-        replace(fit, alignment=replace(fit.alignment, facts=_evidence(fit, beside, floors, facts))) for fit in fits
-    ]
-
-
-def _evidence(fit: Fit, beside: Mapping[str, float], floors: Floors, facts: Mapping[str, Any]) -> dict[str, Any]:
-    shared = {name: facts[name] for name in ("task", "model", "data", "training", "loss", "versions")}
-    return {
-        **shared,
-        "method": fit.method.label,
-        "seed": fit.seed,
-        "start": fit.start,
-        "scores": {split: {name: asdict(e) for name, e in scores.items()} for split, scores in fit.scores.items()},
-        "floors": {"no intervention": floors.no_intervention.value, "best constant answer": floors.constant.value},
-        "other methods at this site": {name: value for name, value in beside.items() if name != fit.method.label},
-    }
-
-
-def _assignments(sites: Sequence[Site | Mapping[str, Site]], variables: list[str]) -> list[dict[str, Site]]:
-    """Each place as {variable: site}, each once."""
-    found: list[dict[str, Site]] = []
-    for one in sites:
-        given = dict.fromkeys(variables, one) if isinstance(one, Site) else dict(one)
-        if set(given) != set(variables):
-            raise ValueError(f"A place names sites for {list(given)}; the pairs have the variables {variables}.")
-        assignment = {name: given[name] for name in variables}  # their order decides which part is whose
-        if assignment not in found:
-            found.append(assignment)
+    """The fits of one place, each alignment with where it comes from and what stands beside it."""
+    means = Fits(tuple(fits), {}).mean(metric=facts["metrics"][0]) if fits else []
+    shared = {name: facts[name] for name in ("task", "data", "training", "loss", "versions")}
+    found = []
+    for one in fits:
+        others = [mean for mean in means if mean.method.label != one.method.label]
+        scores = {mean.method.label: {facts["metrics"][0]: mean.value} for mean in others}
+        controls = {mean.method.label for mean in others if mean.method.control}
+        evidence = {
+            **shared,
+            "model": facts["model"]["name"] or facts["model"]["class"],
+            "model_facts": facts["model"],
+            "method": one.method.label,
+            "seed": one.seed,
+            "start": one.start,
+            "scores": {name: asdict(score) for name, score in one.scores["test"].items()},
+            "dev_scores": {name: asdict(score) for name, score in one.scores["dev"].items()},
+            "controls": {
+                "no intervention": {"iia": floors.no_intervention.value},
+                "best constant answer": {"iia": floors.constant.value},
+                **{name: of for name, of in scores.items() if name in controls},
+            },
+            "baselines": {name: of for name, of in scores.items() if name not in controls},
+        }
+        found.append(replace(one, alignment=Alignment(one.alignment.variables, evidence)))
     return found
 
 
 def _name(function: Callable[..., Any]) -> str:
     """What a loss or a metric is called in results."""
     return getattr(function, "__name__", type(function).__name__)
-
-
-def _check_types(
-    backbone: Any, pairs: Any, sites: Any, methods: Any, seeds: Any, config: Any, loss: Any, metrics: Any
-) -> None:
-    if not isinstance(backbone, Backbone):
-        raise TypeError(f"The model is given as Backbone(model), found {type(backbone).__name__}.")
-    if not isinstance(pairs, Pairs):
-        raise TypeError(
-            f"Pairs in three splits are needed, found {type(pairs).__name__}: make them with Pairs(train=…, dev=…, "
-            "test=…), Pairs.split(…), or a task's pairs(tokenizer)."
-        )
-    for name, given, kind in (("sites", sites, Site | Mapping), ("methods", methods, Method)):
-        wanted = getattr(kind, "__name__", "Site")
-        if isinstance(given, str | Site | Method | Mapping) or not isinstance(given, Sequence):
-            raise TypeError(f"{name} is a list of {wanted}s, found {given!r}; put it in brackets.")
-        for one in given:
-            if not isinstance(one, kind):
-                hint = f"; write Site.parse({one!r})" if isinstance(one, str) and name == "sites" else ""
-                hint = f"; write {one.__name__}()" if isinstance(one, type) else hint
-                raise TypeError(f"{name} holds {one!r}, which is no {wanted}{hint}.")
-            for place in one.values() if isinstance(one, Mapping) else ():
-                if not isinstance(place, Site):
-                    raise TypeError(f"sites holds {one!r}, where {place!r} is no Site.")
-    listed = isinstance(seeds, Sequence) and all(isinstance(seed, int) for seed in seeds)
-    if isinstance(seeds, bool | str) or not (isinstance(seeds, int) or listed):
-        raise TypeError(f"seeds is a number of seeds or a list of them, whole numbers; found {seeds!r}.")
-    if not isinstance(config, TrainingConfig):
-        raise TypeError(f"config is a TrainingConfig, found {config!r}.")
-    if not callable(loss) or not isinstance(metrics, Sequence) or not all(map(callable, metrics)):
-        raise TypeError(f"loss is a function and metrics a list of functions, found {loss!r} and {metrics!r}.")

@@ -1,4 +1,4 @@
-"""How much memory may be used, on the model's device and beside it."""
+"""How much memory may be used, on the model's device and on the host."""
 
 from __future__ import annotations
 
@@ -8,18 +8,30 @@ from pathlib import Path
 
 import torch
 
+from subspace_lab.model.arguments import expect_integer
+
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+MEMORY = Path("/proc/meminfo")
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what is free, and what the container of this process may use."""
 
 
 def budgets(memory: int | str | None, device: torch.device) -> tuple[int, int]:
-    """(bytes on the device, bytes on the host): a stated budget holds for each, by default half of what is free.
+    """(bytes on the device, bytes on the host).
+
+    Args:
+        memory: an amount that holds for each of the two, in bytes or as text ("8GiB", "500MB"); None for half of
+            what is free on each.
+        device: the model's.
 
     Raises:
-        ValueError: a text that is no amount of memory.
+        TypeError: a fraction of a byte.
+        ValueError: less than 0, or text that is no amount of memory.
     """
     if isinstance(memory, str):
         memory = _bytes(memory)
     if memory is not None:
+        memory = expect_integer("memory", memory, 0)
         return memory, memory
     host = _free_on_host() // 2
     if device.type != "cuda":
@@ -28,14 +40,15 @@ def budgets(memory: int | str | None, device: torch.device) -> tuple[int, int]:
     return (torch.cuda.mem_get_info(device)[0] + unused) // 2, host
 
 
-def home(
+def placement(
     one: int, rows: int, all_rows: int, budget: tuple[int, int], device: torch.device
 ) -> tuple[torch.device | None, str]:
-    """Where the past of all rows is kept, and in words; None: nowhere.
+    """Where what is computed once is stored, and in words; None where it fits nowhere.
 
     Args:
-        one: bytes that one pass over so many `rows` needs.
-        budget: as of `budgets`.
+        one: bytes that a pass over so many `rows` needs.
+        all_rows: how many rows the data set has.
+        budget: bytes on the device and on the host, as `budgets` gives them.
         device: the model's.
 
     Raises:
@@ -52,7 +65,7 @@ def home(
         return device, f"on {device}"
     if total <= on_host:
         return torch.device("cpu"), "in host memory"
-    return None, f"recomputed a batch ({total / 2**20:.3g} MiB would not fit)"
+    return None, f"recomputed for each batch ({total / 2**20:.3g} MiB would not fit)"
 
 
 def _bytes(text: str) -> int:
@@ -63,18 +76,17 @@ def _bytes(text: str) -> int:
 
 
 def _free_on_host() -> int:
-    """What this process may still take: of the machine's memory, within the limit of its control group."""
+    """Bytes that this process may still take: of the machine's memory, within the limit of its container."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = MEMORY.read_text().splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        # No Linux: what is free is not told there, so a quarter of everything.
+        # No Linux: what is free is not known there, so a quarter of everything.
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if hasattr(os, "sysconf") else 2**32
-    group = Path("/sys/fs/cgroup")
     try:
-        allowed = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        allowed = (CONTROL_GROUP / "memory.max").read_text().strip()
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        facts = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return free
     used -= int(facts.get("inactive_file", 0))  # read files, given up when memory is asked for

@@ -1,10 +1,9 @@
-"""Whether what a kept result stands on is still what it was.
+"""Whether a model and a data set are still what they were when something was computed from them.
 
-A number computed once is right as long as the weights, the modes and the data below it stay the same. Looking at
-every number again would cost as much as the run that was saved, so several cheap signs are read instead: which
-objects stand in the modules, torch's counters of in-place writes, addresses, train modes, and a thin sample of
-the numbers themselves. The sample is for writes that torch does not count, through `.data` or numpy: one that
-touches most of a tensor is seen, one that touches a single number may not be.
+Comparing every number would cost as much as the run that was saved, so several cheap signs are compared instead:
+which objects the modules hold, torch's counters of in-place writes, addresses, train modes, and a sample of the
+numbers themselves. The sample is for writes that torch does not count, through `.data` or numpy: one that changes
+most of a tensor is seen, one that changes a single number may not be.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from torch import Tensor, nn
 
 from subspace_lab.model.batches import Batch
 
-_CHANCE = re.compile(r"drop|jitter|noise")
-_ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters")  # of peft: whose weights are in force
+_RANDOM = re.compile(r"drop|jitter|noise")
+_ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters")  # of peft: which weights are in force
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 WEIGHTS_SAMPLED, DATA_SAMPLED = 64, 4096
 
 
 class Fingerprint:
-    """Remembers how a model and some tensors are; `changed()` tells whether they are otherwise now.
+    """Remembers how a model and some tensors are; `changed()` says whether they are different now.
 
     Args:
         model: its modules, parameters, buffers, train modes, dropout rates and active adapters; None for none.
-        data: gives the tensors of the data anew at each look, so that replaced ones are seen.
+        data: called at each comparison for the tensors of the data, so that replaced ones are seen.
     """
 
     def __init__(self, model: nn.Module | None, data: Callable[[], Sequence[Tensor]]) -> None:
@@ -42,7 +41,7 @@ class Fingerprint:
         device = None if model is None else next((p.device.type for p in model.parameters()), None)
         self._autocast = device or "cpu"
         self._objects = self._found()
-        self._modes, self._values = [m.training for m in self._modules], self._set()
+        self._modes, self._values = [m.training for m in self._modules], self._settings_now()
         self._numbers = self._precision()
         unique = {id(t): t for t in self._objects if isinstance(t, Tensor)}
         self._counted = [t for t in unique.values() if not t.is_inference()]
@@ -59,7 +58,7 @@ class Fingerprint:
         self._samples = [(views, torch.cat(views)) for views in groups.values()]
 
     def changed(self) -> bool:
-        """Whether anything is otherwise than at construction."""
+        """Whether anything is different from what it was at construction."""
         found = self._found()
         return (
             len(found) != len(self._objects)
@@ -67,15 +66,15 @@ class Fingerprint:
             or [m.training for m in self._modules] != self._modes
             or [t._version for t in self._counted] != self._versions
             or [t.data_ptr() for t in self._placed] != self._addresses
-            or self._set() != self._values
+            or self._settings_now() != self._values
             or self._precision() != self._numbers
-            or not all(torch.equal(torch.cat(views), kept) for views, kept in self._samples)
+            or not all(torch.equal(torch.cat(views), sample) for views, sample in self._samples)
         )
 
     def _found(self) -> list[Any]:
         return [*(value for table in self._tables for value in table.values()), *self._data()]
 
-    def _set(self) -> list[Any]:
+    def _settings_now(self) -> list[Any]:
         values = [variables.get(name) for variables, name in self._settings]
         return [list(v) if isinstance(v, list) else v for v in values]
 
@@ -90,10 +89,11 @@ def tensors_of(batch: Batch, *more: Tensor | None) -> list[Tensor]:
     return [t for t in known if isinstance(t, Tensor)]
 
 
-def restless(model: nn.Module) -> str | None:
+def why_not_frozen(model: nn.Module) -> str | None:
     """Why the model's states are not a function of each row alone; None where they are.
 
-    Told by what the modules are and by the rates they hold; dropout that is active somewhere else shows in runs.
+    Known from the kinds of the modules and the rates among their attributes; dropout that is active anywhere else
+    shows in the numerical check.
     """
     for name, module in model.named_modules():
         if not module.training:
@@ -110,7 +110,7 @@ def restless(model: nn.Module) -> str | None:
 def _is_setting(module: nn.Module, name: str) -> bool:
     if name == "p":
         return isinstance(module, nn.modules.dropout._DropoutNd)
-    return name in _ADAPTERS or (_CHANCE.search(name) is not None and isinstance(vars(module)[name], float))
+    return name in _ADAPTERS or (_RANDOM.search(name) is not None and isinstance(vars(module)[name], float))
 
 
 def _sample(tensor: Tensor, count: int) -> Tensor | None:

@@ -1,67 +1,48 @@
 """The frozen past: training that computes nothing twice.
 
 While a subspace or an edit is trained the base model does not change, so everything before the first edited
-(layer, position) is a constant of the data set. It is computed once:
+(layer, position) is a constant of the data set. It is computed once, and every step starts from there. Losses and
+gradients are those of the plain run. One pass over the data serves all the sites of a sweep.
 
-    states    entering the first block after the edited layer's frozen part, at the tokens from the first edited
-              one on
-    keys,     of all earlier tokens, in the blocks above
-    values
+There are several ways of doing so, from best to most general; which one is used, and why no better one, is said by
+`describe()`:
 
-and every step starts from there: the blocks below are skipped, the earlier tokens come through
-`past_key_values`, only the logits that the loss reads are multiplied out. Losses and gradients are those of the
-plain run. One pass over the data serves all the sites of a sweep.
-
-Rows are re-aligned so that their first edited tokens stand in one column: a batch of ragged rows, whichever
-side its padding is on, runs only the tokens after its edits. Inside a row the distance of tokens is kept, which
-is all that positions (passed explicitly) and sliding windows go by.
-
-What is chosen, from best to most general, and why a better one was refused, is told by `describe()`:
-
-    keys and values    causal decoders; of blocks without attention the states (`engine/recurrent.py`)
-    layers             models that attend both ways: skipped blocks alone; chains of modules likewise
+    keys and values    causal decoders run only the tokens from the first edited one on (`engine/by_tokens.py`)
+    layers             models that attend both ways, and chains of modules, skip blocks (`engine/by_layers.py`)
     plain              whatever has no block that can be skipped, or whose past is not frozen
 
-A model may keep none of the assumptions behind the first two, so each is tried on a few rows, with edits that
-change something, against the plain run before it is trusted.
+A model may break what the first two assume, so each is compared with the plain run on a few rows before it is used
+(`engine/trust.py`); and what is stored is not used any more once the model or the data have changed
+(`engine/fingerprint.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from subspace_lab.core.sites import Site
-from subspace_lab.engine.budget import budgets, home
-from subspace_lab.engine.fingerprint import Fingerprint, restless, tensors_of
-from subspace_lab.engine.kept import Aligned, Chain, Past, Schedule, cached, take
-from subspace_lab.engine.plain import LAST, NEEDLESS, PlainEngine, Readout, resolved_rows
-from subspace_lab.engine.recurrent import Recurrent, unknown_states, without_attention
-from subspace_lab.model.backbone import Backbone, Hook
+from subspace_lab.engine.budget import budgets, placement
+from subspace_lab.engine.by_layers import ByLayers
+from subspace_lab.engine.by_tokens import ByTokens
+from subspace_lab.engine.fingerprint import Fingerprint, tensors_of, why_not_frozen
+from subspace_lab.engine.notices import say_once
+from subspace_lab.engine.plain import PlainEngine
+from subspace_lab.engine.prefix import Prefix
+from subspace_lab.engine.readouts import Readout, expect_rows
+from subspace_lab.engine.strategies import FrozenData, Refusal, Strategy
+from subspace_lab.engine.trust import disagreement
+from subspace_lab.model.arguments import expect_edits, expect_integer, expect_sites
+from subspace_lab.model.backbone import Backbone, expect_backbone
 from subspace_lab.model.batches import Batch
-from subspace_lab.model.intervene import Edits, Sources, edit_hooks, model_inputs
-from subspace_lab.model.resolved_sites import ResolvedSite, resolve
+from subspace_lab.model.edits import Edits, Sources, edit_hooks
+from subspace_lab.model.resolved_sites import resolve
 
-DECODER_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", *NEEDLESS}
-LESSER = {"keys and values": "layers", "layers": "plain"}
-PLANS_KEPT = 16
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one set of edits is run: from which block, on which tokens, and where the edits stand in those.
-
-    `start`: which of the starts it begins at, where blocks keep states; None where none was kept for it.
-    """
-
-    boundary: int
-    aligned: Aligned | None  # None: on all tokens
-    resolved: dict[Site, ResolvedSite]
-    start: int | None = None
+STRATEGIES: tuple[type[Strategy], ...] = (ByTokens, ByLayers)
 
 
 class FrozenPast:
@@ -70,14 +51,21 @@ class FrozenPast:
     Args:
         backbone: of the model.
         batch: the whole data set.
-        sites: every site that will be edited, alone or together.
+        sites: every site that will be edited; a tuple of sites are edited together. Sites may be edited together
+            without being named as a tuple; only where a model has blocks without attention (state-space layers,
+            convolutions, linear attention) is it slower then, unless they are all the sites there are.
         readout: the logits that are wanted.
-        memory: how much may be kept, as bytes or "8GiB"; by default half of what is free. First the model's
-            device is used, then the host; what does not fit is recomputed batch by batch, without gradient.
-        chunk: rows a pass.
+        memory: how much may be stored, as bytes or as text ("8GiB"); by default half of what is free. First the
+            model's device is used, then the host; what does not fit is computed again for each batch, without
+            gradient.
+        chunk: how many rows are run at once in the pass over the data.
 
     Raises:
-        ValueError: a budget that cannot hold one batch; sites that do not exist.
+        TypeError: a model in the place of a backbone, one site in the place of several, a chunk that is no whole
+            number.
+        ValueError: no site; a component or position that does not exist; a memory budget that cannot be read or
+            cannot hold one chunk.
+        IndexError: a layer that does not exist.
         RuntimeError: (from `logits`) the model or the data were changed after the pass.
     """
 
@@ -85,307 +73,209 @@ class FrozenPast:
         self,
         backbone: Backbone,
         batch: Batch,
-        sites: Iterable[Site],
+        sites: Iterable[Site | tuple[Site, ...]],
         readout: Readout,
         *,
         memory: int | str | None = None,
         chunk: int = 32,
     ) -> None:
-        self.backbone, self.batch, self.readout, self.chunk = backbone, batch, readout, chunk
-        self.past: Past | None = None
-        self.where = ""
+        expect_backbone(backbone)
+        named, together = _named(sites)
+        self.backbone, self.batch, self.readout = backbone, batch, readout
+        self.chunk = expect_integer("chunk", chunk)
+        self.prefix: Prefix | None = None
+        self._strategy: Strategy | None = None
+        self._where = ""
         budget = budgets(memory, backbone.device)
-        with torch.inference_mode(False):  # what is kept must serve training, wherever it is made
+        with torch.inference_mode(False):  # what is stored must serve training, wherever it is made
             self.plain = PlainEngine(backbone, batch, readout)
-            self.resolved = {site: resolve(backbone, batch, site, growing=True) for site in dict.fromkeys(sites)}
-            if not self.resolved:
-                raise ValueError("A frozen past needs the sites that will be edited; none were given.")
+            self.sites = {site: resolve(backbone, batch, site) for site in named}
             self._weights = nn.ParameterList(backbone.model.parameters())
-            self._plans: dict[tuple[Site, ...], Plan] = {}
-            chain = Chain.of(backbone.anatomy, self.resolved)
-            self._chain, self._boundary = chain.blocks, chain.boundary
-            self.mode, self.reason = self._best()
-            while self.mode != "plain":
-                refused = self._try(budget)
-                if refused is None:
-                    break
-                self.reason = f"resuming by {self.mode} was refused by its check: {refused}"
-                self.mode, self.past = LESSER[self.mode], None
+            self._data = FrozenData.of(backbone, batch, readout, self.sites, together)
+            self.reason = self._choose(budget)
 
     def __len__(self) -> int:
         return len(self.batch)
 
+    @property
+    def mode(self) -> str:
+        """What is stored, in words; "plain" where nothing is."""
+        return "plain" if self._strategy is None else self._strategy.name
+
     def describe(self) -> str:
-        """One line: what is kept, where, how much, and why no more."""
-        if self.mode == "plain":
+        """One line: what is stored, where, how much, and why no more."""
+        if self._strategy is None:
             return f"plain run ({self.reason})"
-        kept = f"{self.past.nbytes() / 2**20:.1f} MiB {self.where}" if self.past else f"nothing, {self.where}"
+        stored = (
+            f"{self.prefix.nbytes() / 2**20:.1f} MiB {self._where}" if self.prefix else f"nothing, {self._where}"
+        )
         because = f" ({self.reason})" if self.reason else ""
-        return f"frozen past by {self.mode}: {kept}{because}"
+        return f"frozen past by {self.mode}: {stored}{because}"
 
     def logits(self, rows: Tensor, edits: Edits, sources: Sources | None = None) -> Tensor:
-        """(rows, reads, answers) with the edits in force; see `engine/plain.py`."""
-        strange = [s for s in edits if s not in self.resolved]
-        if strange:
-            raise ValueError(f"{strange} were not named when the past was kept; it serves {list(self.resolved)}.")
-        if self.mode == "plain":
+        """(rows, reads, answers) logits with the edits in force; see `Engine.logits`.
+
+        Raises:
+            RuntimeError: the model or the data were changed after the pass.
+            ValueError: a site that was not named; otherwise, and TypeError, as `Engine.logits`.
+        """
+        expect_rows(rows)
+        expect_edits(edits)
+        unknown = [site for site in edits if site not in self.sites]
+        if unknown:
+            raise ValueError(
+                f"{unknown} were not named when this FrozenPast was made; it serves {list(self.sites)}."
+            )
+        if self._strategy is None:
             return self.plain.logits(rows, edits, sources)
         if self._fingerprint.changed():
             raise RuntimeError(
-                "The model or the data set was changed after its past was kept (weights, modules, train mode, "
+                "The model or the data set was changed after its past was computed (weights, modules, train mode, "
                 "dtype, device, autocast or inputs); make a new FrozenPast."
             )
-        return self._resume(rows, edits, sources, self.readout)
+        if not self._strategy.serves(tuple(edits)):
+            say_once(
+                f"edits at {list(edits)} together run the whole model at each step, which is slower: no states "
+                "are stored for where they begin. Name them as a tuple among the sites of FrozenPast."
+            )
+            return self.plain.logits(rows, edits, sources)
+        return self._resume(self._strategy, rows, edits, sources, self.readout)
 
-    # --- what is frozen -------------------------------------------------------------------------------
+    # --- which strategy ---------------------------------------------------------------------------------------
 
-    def _best(self) -> tuple[str, str]:
-        """The best mode that what is known of the model and the data allows, and why no better one."""
-        moving = restless(self.backbone.model)
-        if moving:
-            return "plain", f"{moving}: the past is not frozen"
+    def _choose(self, budget: tuple[int, int]) -> str:
+        """Take the first strategy that serves; why no better one, in words."""
+        refused = self._not_frozen()
+        if refused is not None:
+            _say(refused, "plain runs of the whole model")
+            return refused.reason
+        for kind in STRATEGIES:
+            failed = kind.refusal(self._data) or self._try(kind, budget)
+            if failed is None:
+                break
+            refused = failed
+        if refused is not None:
+            _say(
+                refused, "plain runs of the whole model" if self._strategy is None else f"resuming by {self.mode}"
+            )
+        return "" if refused is None else refused.reason
+
+    def _not_frozen(self) -> Refusal | None:
+        """Why nothing before an edit can be computed once, if it cannot."""
+        varies = why_not_frozen(self.backbone.model)
+        if varies:
+            return Refusal(f"{varies}: the past is not frozen")
         if getattr(getattr(self.backbone.model, "config", None), "is_encoder_decoder", False):
-            return "plain", "encoder-decoder"
-        if not self._chain:
-            return "plain", "no chain of blocks below the sites"
+            return Refusal("encoder-decoder", expected=True)
+        if not self._data.chain.blocks:
+            return Refusal("no chain of blocks below the sites", expected=True)
         real = self.batch.real_tokens()
         if real is not None and bool((real[:, 1:] & ~real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any()):
             # The positions of such rows depend on the rows beside them.
-            return "plain", "the attention mask has holes"
-        worse = self._no_keys(real)
-        return ("layers", worse) if worse else ("keys and values", "")
+            return Refusal("the attention mask has holes")
+        return None
 
-    def _no_keys(self, real: Tensor | None) -> str:
-        """Why earlier tokens cannot come through a cache, if they cannot."""
-        inputs, readout = self.batch.inputs, self.readout
-        if any(site.layer is None for site in self.resolved):
-            return "sites are named by path"
-        extra = sorted(set(inputs) - DECODER_INPUTS)
-        if extra:
-            return f"inputs {extra}"
-        if not hasattr(self.backbone.model, "generate") or self.backbone.head() is None:
-            return "no causal language model"
-        stateful = without_attention(self.backbone, self._chain)
-        if max(stateful, default=-1) >= min(self._boundary.values()) and unknown_states(
-            self.backbone, self._chain
-        ):
-            return "blocks without attention, whose past is no part of the model's cache"
-        if real is None or "input_ids" not in inputs or readout.index is None:
-            return "no tokens, or no positions at which logits are read"
-        counted = [inputs[name] for name in ("attention_mask", "position_ids") if inputs.get(name) is not None]
-        if any(not isinstance(t, Tensor) or t.ndim != 2 for t in counted):
-            return "a mask or positions with more axes than (row, token)"
-        given = inputs.get("position_ids")
-        if given is not None and "attention_mask" not in inputs and bool((given.diff(dim=1) != 1).any()):
-            return "positions that begin anew: several texts in a row"
-        at_padding = ~real.gather(1, readout.index.to(real.device))
-        if readout.valid is not None:
-            at_padding &= readout.valid.to(real.device)
-        return "logits are read at padding" if bool(at_padding.any()) else ""
+    # --- the pass over the data -------------------------------------------------------------------------------
 
-    def _prepare(self) -> None:
-        """What every resumption by this mode needs to know of the data."""
-        inputs = model_inputs(self.backbone.model, self.batch)
-        self._whole = replace(self.batch, inputs=inputs) if isinstance(inputs, Mapping) else self.batch
-        self._plans.clear()
-        by_tokens = self.mode == "keys and values"
-        self._schedule = Schedule(self._whole, self.resolved, self.readout) if by_tokens else None
-        self._recurrent = None
-        stateful = by_tokens and without_attention(self.backbone, self._chain)
-        if self._schedule is not None and stateful and not unknown_states(self.backbone, self._chain):
-            each = [(), tuple(self.resolved), *((site,) for site in self.resolved)]
-            starts = (self._schedule.first(key) for key in each)
-            self._recurrent = Recurrent(self.backbone, self._chain, self._schedule, starts)
-
-    def _plan(self, edits: Edits) -> Plan:
-        """How this set of edits is run; kept, as training asks for the same one at each step."""
-        key = tuple(edits)
-        if key in self._plans:
-            return self._plans[key]
-        boundary = min((self._boundary[s] for s in key), default=max(self._boundary.values()))
-        with torch.inference_mode(False):
-            if self._schedule is None:
-                plan = Plan(boundary, None, {s: self.resolved[s] for s in key})
-            else:
-                first = self._schedule.first(key)
-                others = (p.aligned for p in self._plans.values())
-                aligned = next((a for a in others if a is not None and torch.equal(a.first, first)), None)
-                aligned = aligned or self._schedule.aligned(first)
-                start = self._recurrent.number(first) if self._recurrent is not None else None
-                plan = Plan(boundary, aligned, {s: self._schedule.moved(s, aligned) for s in key}, start)
-        if len(self._plans) >= PLANS_KEPT:
-            self._plans.pop(next(iter(self._plans)))
-        self._plans[key] = plan
-        return plan
-
-    # --- the pass over the data -------------------------------------------------------------------------
-
-    def _try(self, budget: tuple[int, int]) -> str | None:
-        """Keep the past and check it; why it cannot be trusted, if it cannot."""
+    def _try(self, kind: type[Strategy], budget: tuple[int, int]) -> Refusal | None:
+        """Compute the prefix by a strategy and check it; why it cannot be trusted, if it cannot."""
         try:
-            self._prepare()
-            probe = self._pass(torch.arange(min(len(self), self.chunk)))
+            strategy = kind(self._data)
+            first = strategy.compute(torch.arange(min(len(self), self.chunk)))
         except Exception as failure:  # whatever an unfamiliar model does with a cache or a skipped block
-            return _told(failure)
-        device, self.where = home(
-            probe.nbytes(), min(len(self), self.chunk), len(self), budget, self.backbone.device
-        )
-        if device is None and self._recurrent is not None:
-            return f"its states would be {self.where}, which costs more than it saves"
+            return _failed_check(kind, _one_line(failure))
+        rows = min(len(self), self.chunk)
+        device, where = placement(first.nbytes(), rows, len(self), budget, self.backbone.device)
+        if device is None and not strategy.recomputable:
+            return Refusal(
+                f"resuming by {kind.name} would cost more than it saves: its states would be {where}",
+                notice=f"the states that resuming by {kind.name} needs do not fit the memory budget",
+            )
         try:
-            self._keep(probe, device)
-            self._fingerprint = Fingerprint(
+            prefix = None if device is None else self._fill(strategy, first, device)
+            fingerprint = Fingerprint(
                 self.backbone.model,
                 lambda: tensors_of(self.batch, self.readout.index, self.readout.valid, self.readout.tokens),
             )
-            return self._difference()
+            self.prefix = prefix
+            wrong = self._disagreement(strategy)
+            if wrong is None and fingerprint.changed():
+                wrong = "running the model changes it"
         except Exception as failure:
-            return _told(failure)
-
-    def _keep(self, probe: Past, device: torch.device | None) -> None:
+            wrong = _one_line(failure)
+        if wrong is not None:
+            self.prefix = None
+            return _failed_check(kind, wrong)
+        self._strategy, self._fingerprint, self._where = strategy, fingerprint, where
         if device is None:
-            return
+            say_once(
+                "what is computed once does not fit the memory budget, and is computed again for each batch, "
+                "which is slower; describe() has the figures."
+            )
+        return None
+
+    def _fill(self, strategy: Strategy, first: Prefix, device: torch.device) -> Prefix:
+        """The prefix of the whole data set, of which the first chunk is at hand."""
         pinned = device.type == "cpu" and self.backbone.device.type == "cuda"
-        kept = probe.room_for(len(self), device, pinned)
+        whole = first.room_for(len(self), device, pinned)
         for start in range(0, len(self), self.chunk):
             rows = torch.arange(start, min(len(self), start + self.chunk))
-            kept.put(start, probe if start == 0 else self._pass(rows))
-        self.past = kept
+            whole.put(start, first if start == 0 else strategy.compute(rows))
+        return whole
 
-    def _pass(self, rows: Tensor) -> Past:
-        """Run some rows once, plainly, and keep what resuming needs."""
-        inputs: Any = self._inputs(rows)
-        found: dict[int, Tensor] = {}
-        schedule, cache, columns, hooks = self._schedule, None, None, []
-        if schedule is not None:
-            from transformers import DynamicCache
-
-            # Without a configuration every layer keeps all its keys, also those with a sliding window.
-            cache = DynamicCache() if self._recurrent is None else self._recurrent.cache()
-            inputs = {**inputs, "past_key_values": cache, "use_cache": True}
-            head = self.backbone.head()
-            assert head is not None
-            hooks.append(Hook(head, "input", LAST, lambda hidden: None))
-            columns = schedule.kept_states(rows)
-
-        def keeper(boundary: int) -> Any:
-            def keep(value: Tensor) -> None:
-                value = value.detach()
-                found[boundary] = value.clone() if columns is None else take(value, columns)
-
-            return keep
-
-        position = self.backbone.anatomy.position
-        for boundary in sorted(set(self._boundary.values()) - {0}):
-            block = self._chain[boundary - 1]
-            hooks.append(Hook(block, "output", (position[block], 10**6), keeper(boundary)))
-        if hooks:
-            with torch.no_grad():
-                self.backbone.run(inputs, hooks, stop=True)
-        if schedule is None or cache is None or not schedule.before:
-            return Past(found, [])
-        kept = self._recurrent
-        states = [] if kept is None else [kept.after(rows, start) for start in kept.starts]
-        without = () if kept is None else kept.blocks
-        layers = [i for i in range(min(self._boundary.values()), len(self._chain)) if i not in without]
-        pairs = {(i, side): getattr(cache.layers[i], side) for i in layers for side in ("keys", "values")}
-        return replace(Past.of(found, pairs, schedule.kept_keys(rows)), recurrent=states)
-
-    def _inputs(self, rows: Tensor) -> Any:
-        part = self._whole.rows(rows)
-        return part.inputs if part.positional is None else [part.positional]
-
-    # --- resuming ---------------------------------------------------------------------------------------
-
-    def _resume(self, rows: Tensor, edits: Edits, sources: Sources | None, readout: Readout) -> Tensor:
-        rows = rows.cpu()
-        plan = self._plan(edits)
-        if self._recurrent is not None and plan.start is None:
-            return self.plain.logits(rows, edits, sources)
-        past, at = (self._pass(rows), torch.arange(len(rows))) if self.past is None else (self.past, rows)
-        resolved = {site: resolved_rows(spot, rows) for site, spot in plan.resolved.items()}
-        device, boundary = self.backbone.device, plan.boundary
-        kept = past.states.get(boundary)
-        inputs: Any
-        if plan.aligned is None:
-            inputs, readout = self._inputs(rows), readout.rows(rows)
-            states = None if kept is None else kept[at.to(kept.device)].to(device, non_blocking=True)
-        else:
-            # Above the last block nothing looks back.
-            suffix = plan.aligned.rows(rows, look_back=boundary < len(self._chain))
-            inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in suffix.inputs().items()}
-            cache = cached(past.groups, at, suffix, boundary, len(self._chain), device)
-            if self._recurrent is not None and plan.start is not None:
-                cache = self._recurrent.put(cache, past.recurrent[plan.start] if past.recurrent else {}, at)
-            inputs |= {"past_key_values": cache, "use_cache": True}
-            readout = replace(readout.rows(rows), index=suffix.reads)
-            states = None if kept is None else suffix.states(kept, at).to(device, non_blocking=True)
-        hooks = edit_hooks(self.backbone, Batch({"input_ids": rows}), edits, sources, resolved=resolved)
-        return self.plain.finish(inputs, self._skipping(boundary, states, hooks), readout, self._weights)
-
-    def _skipping(self, boundary: int, states: Tensor | None, hooks: list[Hook]) -> list[Hook]:
-        """The hooks of a run that starts at a boundary: the blocks below it give way to the kept states."""
-        if not boundary:
-            return hooks
-        *below, last = self._chain[:boundary]
-        position = self.backbone.anatomy.position
-        at_last = [v for v in hooks if v.path == last and v.side == "output"]
-
-        def resume(_: None) -> Tensor | None:
-            value = states
-            for hook in at_last:
-                value = hook.act(value)
-            return value
-
-        skips = [Hook(b, "skip", (position[b], -1), lambda _: states) for b in below]
-        skips.append(Hook(last, "skip", (position[last], -1), resume))
-        return [*skips, *(v for v in hooks if v not in at_last)]
-
-    # --- trust ------------------------------------------------------------------------------------------
-
-    def _difference(self) -> str | None:
-        """Why resumed runs are not plain ones, if they are not: tried on a few rows and the outermost sites.
-
-        The edits must change something: a model that attends both ways resumes rightly as long as nothing is
-        edited. And the rows come in another order: a block that leaves something for a later one aside from
-        its output would otherwise find what the plain run just left.
-        """
+    def _disagreement(self, strategy: Strategy) -> str | None:
+        """Why resumed runs are not plain ones, if they are not: tried on a few rows and the outermost sites."""
         real = self.batch.real_tokens()
         lengths = torch.zeros(len(self)) if real is None else real.sum(1).cpu()
-        extremes = [lengths.topk(min(2, len(self))).indices, lengths.argmin()[None]]
-        sites = sorted(self.resolved, key=lambda s: self._boundary[s])
-        sites = [sites[0], sites[-1]]
-        if self._schedule is not None:
-            starts = self._schedule.starts
-            extremes += [self._schedule.lowest.argmin()[None], self._schedule.lowest.argmax()[None]]
-            by_start = sorted(self.resolved, key=lambda s: float(starts[s].double().mean()))
-            sites += [by_start[0], by_start[-1]]
-        rows = torch.cat(extremes).unique()
+        more_rows, more_sites = strategy.trial()
+        rows = torch.cat([lengths.topk(min(2, len(self))).indices, lengths.argmin()[None], *more_rows]).unique()
+        by_depth = sorted(self.sites, key=lambda site: self._data.chain.boundary[site])
         readout = replace(self.readout, tokens=None)  # two logits may be near 0, a vocabulary's are not
-        valid = readout.rows(rows).valid
         plain = PlainEngine(self.backbone, self.batch, readout)
-        for site in dict.fromkeys(sites):
-            edits = {site: _stirred}
-            with torch.no_grad():
-                expected = plain.logits(rows, edits)
-                found = self._resume(rows.flip(0), edits, None, readout).flip(0)
-            if valid is not None:
-                expected, found = expected[valid.to(expected.device)], found[valid.to(found.device)]
-            if self._recurrent is not None:
-                # A model may write over states that a gradient still needs: found out here, not in training.
-                scale = torch.ones((), device=expected.device, requires_grad=True)
-                scaled = self._resume(rows, {site: lambda h, scale=scale: h * scale}, None, readout)
-                torch.autograd.grad(scaled.float().sum(), scale)
-            error = float((found - expected).float().norm() / expected.float().norm().clamp_min(1e-30))
-            half = expected.dtype in (torch.float16, torch.bfloat16)
-            if not error <= (5e-2 if half else 1e-4):
-                return f"its logits differ by {error:.1e} with an edit at {site}"
-        return "running the model changes it" if self._fingerprint.changed() else None
+
+        def resumed(rows: Tensor, edits: Edits) -> Tensor:
+            return self._resume(strategy, rows, edits, None, readout)
+
+        sites = [by_depth[0], by_depth[-1], *more_sites]
+        return disagreement(resumed, plain.logits, rows, sites, readout.rows(rows).valid, writes=strategy.writes)
+
+    # --- resuming ---------------------------------------------------------------------------------------------
+
+    def _resume(
+        self, strategy: Strategy, rows: Tensor, edits: Edits, sources: Sources | None, readout: Readout
+    ) -> Tensor:
+        rows = rows.cpu()
+        prefix, at = (
+            (strategy.compute(rows), torch.arange(len(rows))) if self.prefix is None else (self.prefix, rows)
+        )
+        run = strategy.resume(rows, tuple(edits), readout, prefix, at)
+        hooks = edit_hooks(edits, run.resolved, sources)
+        hooks = self._data.chain.resuming(run.boundary, run.states, hooks)
+        return self.plain.reader.run(run.inputs, hooks, run.readout, self._weights)
 
 
-def _stirred(states: Tensor) -> Tensor:
-    return -states.roll(1, -1)
+def _named(sites: Any) -> tuple[list[Site], list[tuple[Site, ...]]]:
+    """All sites, each once, and the tuples of sites that are edited together."""
+    if isinstance(sites, Site | str) or not isinstance(sites, Iterable):
+        expect_sites(sites)  # refuses with a sentence
+    items = list(sites)
+    together = [tuple(expect_sites(item)) for item in items if isinstance(item, tuple)]
+    single = [item for item in items if not isinstance(item, tuple)]
+    named = list(dict.fromkeys([*expect_sites(single), *(site for group in together for site in group)]))
+    if not named:
+        raise ValueError("A frozen past needs the sites that will be edited; none were given.")
+    return named, together
 
 
-def _told(failure: Exception) -> str:
+def _say(refused: Refusal, instead: str) -> None:
+    if not refused.expected:
+        say_once(f"{instead} instead of a faster way: {refused.notice or refused.reason}.")
+
+
+def _failed_check(kind: type[Strategy], why: str) -> Refusal:
+    refused = f"resuming by {kind.name} was refused by its check"
+    return Refusal(f"{refused}: {why}", notice=f"{refused}; describe() says why")
+
+
+def _one_line(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}".splitlines()[0][:200]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.interventions import Source
+from subspace_lab.core.values import Source
 
 
 class Stack(nn.Module):

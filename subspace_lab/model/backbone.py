@@ -1,11 +1,11 @@
-"""The model as a guest-house: the one door to its insides, by nnsight.
+"""The one door to a model's insides, by nnsight.
 
-Nothing else in the package imports nnsight, so that its next change of engine touches this file alone.
+Nothing else in the package imports nnsight, so that a change of nnsight touches this file alone.
 
-What wrapping does to the user's model: nnsight puts an inert controller on every module (an instance
-attribute `forward`); no torch hook, no parameter, no buffer and no flag is added or changed. Importing
-nnsight itself patches `torch.Tensor.backward` and gives every object a `.save`; hence it is imported when the
-first backbone is made, not with the package.
+What wrapping does to the user's model: nnsight puts a controller on every module (an instance attribute
+`forward`), which does nothing outside a trace; no torch hook, no parameter, no buffer and no flag is added or
+changed. Importing nnsight patches `torch.Tensor.backward` and gives every object a `.save`; hence it is imported
+when the first backbone is made, not with the package.
 """
 
 from __future__ import annotations
@@ -21,16 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from subspace_lab.core.sites import Site
+from subspace_lab.model.arguments import expect_site
 from subspace_lab.model.families import Anatomy, HookPoint
 
 
 @dataclass(frozen=True)
 class Hook:
-    """What to do where: `act(value)` sees the tensor at a hook_point; what it returns replaces it, None leaves it.
+    """A function of the values at one place of a model: what it returns replaces the value, None leaves it.
 
-    Two more sides do not run the module at all: with "replace" `act` sees the module's *input* and gives its
-    output, with "skip" it is given None and gives the output. `steps` tells the forward passes of a generation
-    at which it happens.
+    Attributes:
+        path: of the module.
+        side: "input" or "output": `act` sees that tensor of the module. "replace": the module is not run, `act`
+            sees its input and gives its output. "skip": the module is not run, `act` is called with None and
+            gives its output.
+        order: sorts hooks as a forward pass reaches them.
+        act: the function.
+        steps: the forward passes of a generation at which it acts.
     """
 
     path: str
@@ -58,8 +64,8 @@ class Backbone:
         self.model = model
         self.anatomy = Anatomy(model)
         self._hook_points: dict[Site, HookPoint] = {}
-        # {class of module: how many values stand beside its output in a tuple, None where it is no tuple}
-        self._beside: dict[type, int | None] = {}
+        # {class of module: how many values follow the states in its output, None where the output is no tuple}
+        self._further: dict[type, int | None] = {}
         with warnings.catch_warnings():
             # nnsight renames submodules called "output"; we find envoys by module, not by name.
             warnings.simplefilter("ignore")
@@ -85,8 +91,14 @@ class Backbone:
         return torch.device("cpu") if first is None else first.device
 
     def hook_point(self, site: Site) -> HookPoint:
-        """Where a site is read and written; raises as `Anatomy.hook_point` does when there is no such place."""
+        """Where a site is read and written.
+
+        Raises:
+            TypeError: anything but a Site with a whole number as its layer.
+            ValueError, IndexError: as `Anatomy.hook_point`, where the model has no such place.
+        """
         if site not in self._hook_points:
+            expect_site(site)
             self._hook_points[site] = self.anatomy.hook_point(site)
         return self._hook_points[site]
 
@@ -144,7 +156,7 @@ class Backbone:
         return result[0] if result else None
 
     def _check_checkpointing(self, hooks: Sequence[Hook]) -> None:
-        """Refuse what would silently get no gradient: a block that is run again does not meet its edits again."""
+        """Refuse what would get no gradient in silence: in a block that is run again, hooks do not act again."""
         model = self.model
         if not (torch.is_grad_enabled() and model.training):
             return
@@ -160,7 +172,7 @@ class Backbone:
             )
 
     def _call_hooks(self, order: list[Hook], tracer: Any, stop: bool, every_step: bool) -> None:
-        """The body of the trace: runs in step with the model, parked wherever it waits for a value."""
+        """The body of the trace: it runs beside the model and waits wherever it asks for a value."""
         from nnsight.intervention.interleaver import OutOfOrderError
 
         if not every_step or all(hook.steps == "first" for hook in order):
@@ -180,20 +192,20 @@ class Backbone:
         except OutOfOrderError:
             if not between:
                 raise
-            # Thrown at the end of the generation into the step that never came.
+            # Raised at the end of a generation, in the step that it did not make any more.
 
     def _serve(self, hook: Hook) -> None:
         module = self.anatomy.modules[hook.path]
         envoy = self._envoys[id(module)]
         if hook.side in ("skip", "replace"):
             new = hook.act(None if hook.side == "skip" else _first(envoy.input))
-            # As the module's own output was seen to be: GPT-J's blocks give (states, attention weights or None).
-            beside = self._beside.get(type(module))
-            envoy.skip(new if beside is None else (new, *[None] * beside))
+            # In the form of the module's own output: GPT-J's blocks give (states, attention weights or None).
+            further = self._further.get(type(module))
+            envoy.skip(new if further is None else (new, *[None] * further))
             return
         value = envoy.input if hook.side == "input" else envoy.output
         if hook.side == "output":
-            self._beside[type(module)] = len(value) - 1 if isinstance(value, tuple) else None
+            self._further[type(module)] = len(value) - 1 if isinstance(value, tuple) else None
         new = hook.act(_first(value))
         if new is None:
             return
@@ -203,6 +215,12 @@ class Backbone:
             envoy.input = whole
         else:
             envoy.output = whole
+
+
+def expect_backbone(value: Any) -> None:
+    """Refuse what is no backbone, a bare model above all (TypeError)."""
+    if not isinstance(value, Backbone):
+        raise TypeError(f"A Backbone is needed, found {type(value).__name__}: write Backbone(model).")
 
 
 def _first(value: Any) -> Tensor:
@@ -217,8 +235,8 @@ def _first(value: Any) -> Tensor:
 def frozen(model: nn.Module) -> Iterator[None]:
     """The model's parameters as constants within the block, their flags as they were after it.
 
-    A graph built inside has no path to the parameters: gradients reach the edits and nothing else, and
-    what only weight gradients would need is not kept in memory.
+    A graph built inside has no path to the parameters: gradients reach the edits and nothing else, and no memory
+    is spent on what only gradients of weights would need.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:

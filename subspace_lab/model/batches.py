@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from subspace_lab.model.cache_argument import NAMES, forward_name, given_cache, named_for, without_cache
 from subspace_lab.model.families import TEXT
 
 
@@ -17,7 +19,8 @@ class Batch:
     """Inputs of a model, with the facts about their rows that positions are counted by.
 
     Attributes:
-        inputs: keyword arguments of the model's forward; every tensor has the rows as its first axis.
+        inputs: keyword arguments of the model's forward; every tensor has the rows as its first axis. A
+            key-value cache may be among them, under any of the names that transformers has had for it.
         prompt_lengths: (batch,) real tokens of each row that belong to the prompt; None: all of them.
         columns: named positions, {name: (batch,) or (batch, several)}, counted from a row's first real token.
         positional: the single positional input of a plain module, instead of `inputs`.
@@ -30,11 +33,20 @@ class Batch:
 
     @classmethod
     def of(cls, inputs: Batch | Mapping[str, Any] | Tensor) -> Batch:
-        """A batch from what people have at hand: a batch, a tokenizer's output, or one tensor."""
+        """A batch from what people have at hand: a batch, a tokenizer's output, or one tensor.
+
+        Raises:
+            TypeError: anything else.
+        """
         if isinstance(inputs, Batch):
             return inputs
         if isinstance(inputs, Tensor):
             return cls(positional=inputs)
+        if not isinstance(inputs, Mapping):
+            raise TypeError(
+                "A batch is a Batch, a mapping of a model's keyword arguments (a tokenizer's output) or a tensor; "
+                f"found {type(inputs).__name__}. Tokenise texts first."
+            )
         return cls(dict(inputs))
 
     def __len__(self) -> int:
@@ -43,7 +55,10 @@ class Batch:
         for name in ("input_ids", "inputs_embeds"):
             if isinstance(self.inputs.get(name), Tensor):
                 return len(self.inputs[name])
-        return len(next(v for v in self.inputs.values() if isinstance(v, Tensor)))
+        first = next((v for v in self.inputs.values() if isinstance(v, Tensor)), None)
+        if first is None:
+            raise ValueError(f"A batch without any tensor has no rows: its inputs are {sorted(self.inputs)}.")
+        return len(first)
 
     def real_tokens(self, stack: str = "") -> Tensor | None:
         """(batch, sequence), True for tokens and False for padding; None where there are no tokens.
@@ -71,14 +86,14 @@ class Batch:
     @property
     def cached(self) -> int:
         """How many columns of the rows are in a cache that is among the inputs: they do not run again."""
-        cache = self.inputs.get("past_key_values")
-        return 0 if cache is None else int(cache.get_seq_length())
+        cache = given_cache(self.inputs)
+        return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
     def continuing(self, cache: Any) -> Batch:
         """The batch as `generate` takes it with a cache: ids, or the mask, are also of what is in the cache."""
         if cache is None:
             return self
-        inputs = {**self.inputs, "past_key_values": cache}
+        inputs = {**without_cache(self.inputs), NAMES[0]: cache}
         if "attention_mask" not in inputs and isinstance(inputs.get("input_ids"), Tensor):
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         return replace(self, inputs=inputs)
@@ -114,3 +129,36 @@ class Batch:
             columns={name: move(v) for name, v in self.columns.items()},
             positional=move(self.positional),
         )
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> Mapping[str, Any] | Sequence[Any]:
+    """The arguments of the model's forward pass: by name, or a list of the single positional one.
+
+    A decoder given a left-padded batch counts its positions from the padding; `generate` corrects that and a plain
+    forward does not, so it is corrected here: position_ids from the attention mask, as `generate` makes them.
+    """
+    if batch.positional is not None:
+        return [batch.positional]
+    cache = given_cache(batch.inputs)
+    inputs = dict(batch.inputs) if cache is None else named_for(forward_name(model), batch.inputs)
+    mask = inputs.get("attention_mask")
+    if (
+        mask is None
+        or mask.ndim != 2
+        or "position_ids" in inputs
+        or cache is not None
+        or "position_ids" not in inspect.signature(model.forward).parameters
+        or bool(mask[:, 0].all())
+        or _counts_from_padding(model)
+    ):
+        return inputs
+    inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+    return inputs
+
+
+def _counts_from_padding(model: nn.Module) -> bool:
+    """RoBERTa and models like it find positions by the padding token, and count them from its index."""
+    return any(
+        path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        for path, module in model.named_modules()
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -28,9 +29,11 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
             sample = flat[:: max(1, len(flat) // SAMPLED)].float().cpu().contiguous()
             digest.update(sample.numpy().tobytes())
     config: Any = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None) or ""
     return {
         "class": type(model).__name__,
-        "name": getattr(config, "_name_or_path", "") or None,
+        # Of a folder its name alone: where somebody keeps it is nobody's concern.
+        "name": (Path(name).name if Path(name).is_dir() else name) or None,
         "parameters": count,
         "dtype": max(dtypes, key=lambda kind: dtypes[kind], default=None),
         "weights": digest.hexdigest()[:16],

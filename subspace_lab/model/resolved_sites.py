@@ -1,9 +1,9 @@
-"""Where a site's positions stand in one batch, and how its states are read and written there."""
+"""A site in one batch: which positions of each row it is, and how states are read and written there."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,25 +17,49 @@ from subspace_lab.model.families import HookPoint
 
 @dataclass(frozen=True)
 class ResolvedSite:
-    """A site in one batch: the hook_point and, for each row, where its positions stand.
+    """A site in one batch.
 
-    index is (batch, positions), None where the stream has no position axis or all of it is meant; valid tells
-    its real entries, None where all of them are. `growing`: it may meet several rows for each of the batch's.
+    Attributes:
+        site: the site.
+        hook_point: the stream of values that is read and written.
+        count: the number of rows of the batch.
+        index: (batch, positions) columns of the stream; None where the stream has no positions or they are not
+            known before a run.
+        valid: (batch, positions) False where a row has no such position; None where every row has all of them.
+        whole: all positions of all rows are meant, without padding: the stream is taken as it is.
+        repeated: the stream may hold several rows beside each other for each row of the batch (beams).
     """
 
     site: Site
     hook_point: HookPoint
-    index: Tensor | None
-    valid: Tensor | None
-    growing: bool = False
+    count: int
+    index: Tensor | None = None
+    valid: Tensor | None = None
+    whole: bool = False
+    repeated: bool = False
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions a source must have in each row; None where only a run can tell."""
+        by_path = self.site.layer is None and self.site.positions == "all"
+        return None if self.index is None or by_path else self.index.shape[1]
+
+    def rows(self, rows: Tensor) -> ResolvedSite:
+        """The site in some rows of the batch."""
+        if self.index is None:
+            return replace(self, count=len(rows))
+        index, valid = (None if t is None else t[rows.to(t.device)] for t in (self.index, self.valid))
+        return replace(
+            self, count=len(rows), index=index, valid=None if valid is None or bool(valid.all()) else valid
+        )
 
     def read(self, value: Tensor) -> Tensor:
         """The states at the site, (batch, positions, width); 0 where a row has no such position."""
         if self.hook_point.columns is not None:
             value = value[..., torch.tensor(self.hook_point.columns, device=value.device)]
-        if self._without_positions(value) or self.index is None:
+        if self._taken_whole(value):
             return value
-        index, valid = self._here(value)
+        index, valid = self._on(value)
         rows = torch.arange(len(value), device=value.device)[:, None]
         states = value[rows, index]
         return states if valid is None else states.masked_fill(~valid[..., None], 0)
@@ -44,9 +68,9 @@ class ResolvedSite:
         """The whole value with `states` at the site; the rest as it was."""
         columns = self.hook_point.columns
         cols = None if columns is None else torch.tensor(columns, device=value.device)
-        if self._without_positions(value) or self.index is None:
+        if self._taken_whole(value):
             return states if cols is None else value.index_copy(-1, cols, states)
-        index, valid = self._here(value)
+        index, valid = self._on(value)
         if valid is None:
             rows = torch.arange(len(value), device=value.device)[:, None].expand_as(index)
         else:
@@ -56,47 +80,68 @@ class ResolvedSite:
             return value.index_put((rows, index), states)
         return value.index_put((rows[..., None], index[..., None], cols), states)
 
-    def _without_positions(self, value: Tensor) -> bool:
+    def _taken_whole(self, value: Tensor) -> bool:
+        """Whether the site is all of a value: told by the site, or by a value that has no positions."""
         flat, shape = value.ndim < 3, tuple(value.shape)
         if self.site.layer is not None and value.ndim != 3:
             # Llama 4's experts see all rows' tokens as one list, Gemma 3n's blocks several streams at once.
             raise ValueError(f"{self.site}: the stream there, {shape}, is not (rows, positions, width).")
         if flat and self.site.positions != "all":
             raise ValueError(f"{self.site}: the stream there, {shape}, has no position axis.")
-        return flat
+        return flat or self.whole or self.index is None
 
-    def _here(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
-        """index and valid for this value: on its device, and repeated for beams."""
+    def _on(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        """index and valid for this value: on its device, and once for each beam."""
         assert self.index is not None
         index, valid = self.index.to(value.device), self.valid
         valid = None if valid is None else valid.to(value.device)
         repeats, left = divmod(len(value), len(index))
-        if left or (repeats > 1 and not self.growing):
+        if left or (repeats > 1 and not self.repeated):
             raise ValueError(f"{self.site}: a batch of {len(index)} rows met a stream of {len(value)} rows.")
-        if repeats > 1:  # beams and returned sequences stand beside each other, row by row
+        if repeats > 1:  # the beams of a row follow each other
             index = index.repeat_interleave(repeats, 0)
             valid = None if valid is None else valid.repeat_interleave(repeats, 0)
         return index, valid
 
 
-def resolve(backbone: Backbone, batch: Batch, site: Site, *, growing: bool = False) -> ResolvedSite:
-    """Where a site is in this batch; `growing`: the stream will hold more tokens than the batch has."""
+def resolve(backbone: Backbone, batch: Batch, site: Site) -> ResolvedSite:
+    """Which positions of each row of a batch a site is.
+
+    Raises:
+        ValueError: a component that the model does not have; positions in a stream without tokens.
+        IndexError: a layer or a position that does not exist.
+    """
     hook_point = backbone.hook_point(site)
     real = batch.real_tokens(hook_point.stack)
-    if real is None and growing and hook_point.stack == "decoder":
-        # A decoder's generation starts from its start token.
-        real = torch.ones(len(batch), 1, dtype=torch.bool, device=backbone.device)
     if real is None:
         if site.positions != "all":
             raise ValueError(
                 f"{site}: positions need tokens; this batch has {sorted(batch.inputs)} and no position axis."
             )
-        return ResolvedSite(site, hook_point, None, None)
+        return ResolvedSite(site, hook_point, len(batch))
+    return _among(real, batch, site, hook_point)
+
+
+def resolve_prompt(backbone: Backbone, batch: Batch, site: Site) -> ResolvedSite:
+    """Which positions of a prompt a site is, when tokens are generated behind it, for several beams perhaps.
+
+    Raises:
+        ValueError, IndexError: as `resolve`.
+    """
+    hook_point = backbone.hook_point(site)
+    if hook_point.stack == "decoder" and batch.real_tokens("decoder") is None:
+        start = torch.ones(len(batch), 1, dtype=torch.bool, device=backbone.device)  # its start token alone
+        found = _among(start, batch, site, hook_point)
+    else:
+        found = resolve(backbone, batch, site)
+    return replace(found, whole=False, repeated=True)
+
+
+def _among(real: Tensor, batch: Batch, site: Site, hook_point: HookPoint) -> ResolvedSite:
     lengths = batch.prompt_lengths if hook_point.stack != "decoder" else None
     index, valid = batch.after_cache(*locate(site.positions, real, lengths, batch.columns), hook_point.stack)
-    if site.positions == "all" and lengths is None and not growing and bool(real.all()):
-        return ResolvedSite(site, hook_point, None, None)
-    return ResolvedSite(site, hook_point, index, None if bool(valid.all()) else valid, growing)
+    whole = site.positions == "all" and lengths is None and bool(real.all())
+    return ResolvedSite(site, hook_point, len(batch), index, None if bool(valid.all()) else valid, whole)
 
 
 def check_disjoint(resolved: Sequence[ResolvedSite]) -> None:
@@ -117,6 +162,7 @@ def check_disjoint(resolved: Sequence[ResolvedSite]) -> None:
 
 
 def _shared_row(one: ResolvedSite, other: ResolvedSite) -> int | None:
+    """The first row in which two sites of one stream have a position in common; None where there is none."""
     if one.index is None or other.index is None:
         return 0
     same = one.index[:, :, None] == other.index[:, None]

@@ -4,7 +4,7 @@ from subspace_lab.reft.adapters_hub import from_adapters
 from subspace_lab.reft.config import METHODS, ReftConfig
 from subspace_lab.reft.data import PromptCollator, tokenise
 from subspace_lab.reft.finetune import finetune
-from subspace_lab.reft.model import ReftModel, as_reft, get_reft_model
+from subspace_lab.reft.model import ReftModel, get_reft_model
 from subspace_lab.reft.pyreft import from_pyreft, to_pyreft
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "PromptCollator",
     "ReftConfig",
     "ReftModel",
-    "as_reft",
     "finetune",
     "from_adapters",
     "from_pyreft",

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from subspace_lab.core.checkpoints import read_json
-from subspace_lab.core.interventions import Affine, Constant, Intervention
+from subspace_lab.core.files import read_json
+from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.subspaces import FreeDirections, LearnedSubspace
+from subspace_lab.core.values import Affine, Constant
 from subspace_lab.reft.config import ReftConfig
 from subspace_lab.reft.model import ReftModel
 

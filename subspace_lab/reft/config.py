@@ -1,4 +1,4 @@
-"""What a ReFT adapter is: a frozen value that says everything that changes its function."""
+"""What a ReFT adapter is: a frozen value with everything that changes the adapter's function."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from subspace_lab.core import interventions as iv
-from subspace_lab.core.interventions import ACTIVATIONS, Intervention
+from subspace_lab.core._checks import whole_number
+from subspace_lab.core.interventions import Intervention
+from subspace_lab.core.parts import PartedSubspace, spans
 from subspace_lab.core.positions import normalise
 from subspace_lab.core.sites import COMPONENTS
-from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, Subspace, random_subspace
-from subspace_lab.reft.composition import compose
+from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, Part, Subspace, random_subspace
+from subspace_lab.core.values import ACTIVATIONS, ByPart
 
 METHODS = ("LoReFT", "NoReFT", "DiReFT", "ConsReFT", "LobiReFT", "RED")
 MAPPED = ("LoReFT", "NoReFT", "DiReFT")  # the methods with z = σ(W h + b), which have a start and an activation
@@ -27,10 +30,10 @@ _END = re.compile(r"([fl])(\d+)")
 class ReftConfig:
     """A ReFT adapter: at which layers and positions which intervention is learned.
 
-    The formulas stand in `core/interventions.py`.
+    The formulas are in `core/interventions.py`.
 
     Attributes:
-        method: LoReFT, NoReFT, DiReFT, ConsReFT, LobiReFT or RED; case does not matter.
+        method: LoReFT, NoReFT, DiReFT, ConsReFT, LobiReFT or RED, in upper or lower case.
         rank: dimensions of each intervention (RED has none and ignores it).
         layers: "all", or the blocks, counted from 0, negative from the end.
         positions: of the prompt, see `core/positions.py`. "f7+l7" is the paper's for reasoning, "all" suits
@@ -38,14 +41,14 @@ class ReftConfig:
         tied: which positions of a layer share one intervention: "all"; "group", one for the prefix and one for
             the suffix (what the paper's code calls untied); "position", one each (what its text says).
         component: where in the block, "block_output" in the paper.
-        basis: "learned"; or "fixed" where a given (or a random) subspace stays and only what is written into it
-            is learned.
-        parts: {name: rows} or pairs, where one basis is partitioned into subspaces that are trained and used on
-            their own (`ReftModel.train_parts`, `use_parts`); the sizes add up to the rank.
+        basis: "learned"; or "fixed", where the subspace stays what it is at the start and only what is written
+            into it is learned.
+        parts: {name: number of basis vectors} or pairs, where one basis is split into subspaces that can be
+            trained and used one by one (`ReftModel.train_parts`, `use_parts`); the numbers add up to the rank.
         dropout: probability with which a coordinate of the change is dropped in training.
         activation: σ, of LoReFT, NoReFT and DiReFT.
         start: "identity" starts training from the model as it is; "paper" has W as `nn.Linear` starts it.
-        modules_to_save: submodules of the base model that are trained along and saved, such as a classifier.
+        modules_to_save: submodules of the base model that are trained with the edits and saved, such as a head.
         base_model_name_or_path, revision: of the model that the adapter is for.
         seed: of the random bases.
     """
@@ -73,16 +76,15 @@ class ReftConfig:
         _set(self, "method", known[self.method.lower()])
         _set(self, "positions", normalise(self.positions))
         _set(self, "modules_to_save", _names(self.modules_to_save))
-        if self.layers != "all":
-            chosen = () if isinstance(self.layers, str) else tuple(self.layers)
-            if not chosen or len(set(chosen)) < len(chosen) or not all(type(x) is int for x in chosen):
-                raise ValueError(f"layers={self.layers!r}; possible are 'all' or distinct integers.")
-            _set(self, "layers", chosen)
+        if not isinstance(self.layers, str) or self.layers != "all":
+            _set(self, "layers", _layers(self.layers))
+        _set(self, "rank", whole_number(self.rank, "rank"))
+        _set(self, "seed", whole_number(self.seed, "seed"))
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}; possible is 1 or more.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}; possible is 0 ≤ p < 1.")
-        if self.component.rpartition(".")[2] not in COMPONENTS:
+        if isinstance(self.dropout, str | None) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r}; possible is 0 ≤ p < 1.")
+        if str(self.component).rpartition(".")[2] not in COMPONENTS:
             raise ValueError(f"component={self.component!r}; possible are {', '.join(COMPONENTS)}.")
         if self.activation not in ACTIVATIONS or (self.activation != "linear" and self.method not in MAPPED):
             raise ValueError(
@@ -109,24 +111,30 @@ class ReftConfig:
 
     def _check_parts(self) -> None:
         pairs = self.parts.items() if isinstance(self.parts, Mapping) else self.parts
-        _set(self, "parts", tuple((str(name), size) for name, size in pairs))
+        _set(self, "parts", tuple((str(name), _size(size, name)) for name, size in pairs))
         if not self.parts:
             return
         sizes = self.sizes
-        if self.method not in ORTHONORMAL or self.basis == "fixed":
-            raise ValueError(f"Parts are of a learned orthonormal basis, of {', '.join(ORTHONORMAL)}.")
-        if not all(name.isidentifier() for name in sizes) or len(sizes) < len(self.parts):
-            raise ValueError(f"parts={self.parts}: names must be distinct identifiers.")
+        if self.method not in ORTHONORMAL:
+            raise ValueError(f"{self.method} has no orthonormal basis to part; {', '.join(ORTHONORMAL)} have.")
+        # PyTorch's containers of modules have methods, whose names no module in them can have.
+        wrong = [name for name in sizes if not name.isidentifier() or hasattr(nn.ModuleDict, name)]
+        if wrong or len(sizes) < len(self.parts):
+            raise ValueError(
+                f"parts={self.parts}: names must be distinct identifiers, and no methods of torch.nn.ModuleDict."
+            )
         if sum(sizes.values()) != self.rank or min(sizes.values()) < 1:
-            raise ValueError(f"parts={self.parts} must be 1 or more rows each and {self.rank} together, the rank.")
+            raise ValueError(
+                f"parts={self.parts} must be 1 or more basis vectors each and {self.rank} together, the rank."
+            )
 
     @property
     def sizes(self) -> dict[str, int]:
-        """{part: rows}."""
+        """{part: number of its basis vectors}."""
         return {str(name): int(size) for name, size in self.parts}
 
     def groups(self) -> tuple[str, ...]:
-        """The sets of positions that have an intervention of their own."""
+        """The sets of positions of a layer, each of which has an intervention of its own."""
         terms = self.positions.split("+")
         if self.tied == "all" or (len(terms) == 1 and self.tied == "group"):
             return (self.positions,)
@@ -136,7 +144,7 @@ class ReftConfig:
                 f"tied={self.tied!r} splits a prefix and a suffix, as in 'f3+l3'; positions are "
                 f"{self.positions!r}."
             )
-        # Each side keeps in mind the room that the other needs in short prompts.
+        # Each side names the other, for which it leaves room in short prompts.
         partner = {side: "".join(f"({o}{n})" for o, n in ends.items() if o != side) for side in ends}
         if self.tied == "group":
             return tuple(f"{side}{n}{partner[side]}" for side, n in ends.items() if n)
@@ -155,22 +163,28 @@ class ReftConfig:
         if self.method not in ORTHONORMAL:
             make = iv.noreft if self.method == "NoReFT" else iv.direft
             return make(width, self.rank, seed=seed, **self._mapped())  # type: ignore[arg-type]
-        if self.parts:
-            return compose(
-                width,
-                self.sizes,
-                lambda part, i: self._inside(part, seed + 7919 * i),
-                seed=seed,
-                dropout=self.dropout,
-            )
-        if self.basis == "fixed":
-            given = random_subspace(width, self.rank, seed) if subspace is None else subspace
-            return self._inside(FixedSubspace(given.basis().detach()), seed)
+        basis = self._basis(width, seed, subspace)
+        if not self.parts:
+            return self._inside(basis, seed)
+        edits = {
+            name: self._inside(Part(basis, *span), seed + 7919 * i)
+            for i, (name, span) in enumerate(spans(self.sizes).items())
+        }
+        values = ByPart({name: edit.value for name, edit in edits.items()}, self.sizes)
+        write = all(edit.write for edit in edits.values())
+        return Intervention(basis, values, write=write, dropout=self.dropout)
+
+    def _basis(self, width: int, seed: int, subspace: Subspace | None) -> Subspace:
+        """The orthonormal basis of one intervention, learned or fixed, in parts or not."""
         start = None if subspace is None else subspace.basis().detach()
-        return self._inside(LearnedSubspace(width, self.rank, seed=seed, start=start), seed)
+        if self.basis == "fixed":
+            return random_subspace(width, self.rank, seed) if start is None else FixedSubspace(start)
+        if self.parts:
+            return PartedSubspace(width, self.sizes, seed=seed, start=start)
+        return LearnedSubspace(width, self.rank, seed=seed, start=start)
 
     def _inside(self, subspace: Subspace, seed: int) -> Intervention:
-        """The intervention in a given subspace."""
+        """This adapter's intervention in a subspace."""
         if self.method == "LoReFT":
             return iv.loreft(subspace, seed=seed, **self._mapped())  # type: ignore[arg-type]
         make = iv.consreft if self.method == "ConsReFT" else iv.lobireft
@@ -180,16 +194,16 @@ class ReftConfig:
         return {"start": self.start, "activation": self.activation, "dropout": self.dropout}
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The fields, as JSON takes them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> ReftConfig:
         """The configuration that was written (ValueError for keys that this version does not know)."""
         known = {f.name for f in fields(cls)}
-        strange = sorted(set(found) - known)
-        if strange:
-            raise ValueError(f"Unknown keys {strange} in a ReFT configuration; known are {sorted(known)}.")
+        unknown = sorted(set(found) - known)
+        if unknown:
+            raise ValueError(f"Unknown keys {unknown} in a ReFT configuration; known are {sorted(known)}.")
         try:
             return cls(**found)
         except TypeError as error:
@@ -198,6 +212,20 @@ class ReftConfig:
 
 def _set(config: ReftConfig, name: str, value: Any) -> None:
     object.__setattr__(config, name, value)
+
+
+def _layers(layers: Any) -> tuple[int, ...]:
+    try:
+        chosen = () if isinstance(layers, str) else tuple(whole_number(layer, "layer") for layer in layers)
+    except TypeError:
+        chosen = ()
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"layers={layers!r}; possible are 'all' or distinct integers.")
+    return chosen
+
+
+def _size(size: Any, part: Any) -> int:
+    return whole_number(size, f"the size of part {part!r}")
 
 
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from subspace_lab.engine.training import TrainingConfig, progress_bar, shuffled_rows, train
+from subspace_lab.reft._past import AnswersPast
 from subspace_lab.reft.model import ReftModel
-from subspace_lab.reft.past import AnswersPast
 
 
 def finetune(

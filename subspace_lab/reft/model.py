@@ -8,8 +8,8 @@ the base model's own speed.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +18,163 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
+from subspace_lab.core import hub
+from subspace_lab.core._checks import instance
+from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
+from subspace_lab.model.backbone import Hook
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import forward, generate, setting
-from subspace_lab.reft.adapter import base_facts
+from subspace_lab.reft._adapters import Adapter, Adapters, alignment_of, base_facts
+from subspace_lab.reft._label_log_probs import label_output
+from subspace_lab.reft._past import AnswersPast
+from subspace_lab.reft._wrapper import Wrapper
 from subspace_lab.reft.config import ReftConfig
 from subspace_lab.reft.data import padding_mask, prompt_lengths_of, refuse_packed
-from subspace_lab.reft.fused_head import label_output
-from subspace_lab.reft.host import Host
-from subspace_lab.reft.past import AnswersPast
-from subspace_lab.reft.storage import local_folder, read_adapter, upload, write_adapter
+from subspace_lab.reft.storage import read_adapter, write_adapter
 
 
-class ReftModel(Host):
+class ReftModel(Wrapper):
     """A frozen base model with ReFT adapters; make it with `get_reft_model`.
 
     Attributes:
         base_model: the user's model. Its parameters ask for no gradient while it is wrapped; `unload` gives
             it back as it was.
-        active_adapters: the adapters in force. Several at once need disjoint positions.
+        adapters: {name: adapter}.
+        active_adapters: the names of those that edit. Several at once need disjoint positions.
     """
 
     _past: AnswersPast | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_or_alignment: ReftConfig | Alignment,
+        adapter_name: str = "default",
+        *,
+        config: ReftConfig | None = None,
+    ) -> None:
+        if isinstance(model, Wrapper):
+            raise TypeError("This model has ReFT adapters already: use its `add_adapter`.")
+        instance(model, nn.Module, "model", "the base model itself")
+        super().__init__(model)
+        self.adapters = Adapters()
+        self.active_adapters: list[str] = []
+        self.add_adapter(adapter_name, config_or_alignment, config=config)
+        for p in self._asked:
+            p.requires_grad_(False)
+        self.set_adapter(adapter_name)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config_or_alignment: ReftConfig | Alignment,
+        *,
+        config: ReftConfig | None = None,
+    ) -> None:
+        """Add an untrained adapter, which is not active yet; the arguments are those of `get_reft_model`.
+
+        Raises:
+            TypeError: neither a configuration nor an alignment.
+            ValueError: a name that is taken or has a dot, or as `get_reft_model`.
+        """
+        self.adapters.add(adapter_name, config_or_alignment, config, self.backbone).train(self.training)
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Make one adapter, or several, the active and trainable ones (ValueError if two share a site)."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.adapters.edits(names)
+        self.active_adapters = names
+        for name in self.names:
+            self.adapter(name).asks_for_gradient(name in names)
+
+    def train_parts(self, parts: str | Sequence[str], adapter_name: str | None = None) -> None:
+        """Of a basis in parts put some in use, and train them alone from now on; the others stay as they are."""
+        self._with_parts(adapter_name).train_parts([parts] if isinstance(parts, str) else parts)
+
+    def use_parts(self, parts: str | Sequence[str], adapter_name: str | None = None) -> None:
+        """Of a basis in parts put some in use, and the others out of use."""
+        self._with_parts(adapter_name).use_parts([parts] if isinstance(parts, str) else parts)
+
+    def _with_parts(self, name: str | None) -> Adapter:
+        return self.adapters.with_parts(self.active_adapters if name is None else [name])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter."""
+        self.adapter(adapter_name)
+        del self.adapters[adapter_name]
+        self.active_adapters = [n for n in self.active_adapters if n != adapter_name]
+
+    def adapter(self, name: str) -> Adapter:
+        """One adapter (ValueError where there is none of that name)."""
+        return self.adapters.find(name)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all adapters, active or not."""
+        return list(self.adapters)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the model is the base model."""
+        active, self.active_adapters = self.active_adapters, []
+        try:
+            yield
+        finally:
+            self.active_adapters = active
+
+    def edits(self) -> dict[Site, Intervention]:
+        """{site: intervention} of the active adapters."""
+        return self.adapters.edits(self.active_adapters)
+
+    def fold(self) -> dict[Site, Intervention]:
+        """The active adapters' edits in plain matrices, to serve from: h + Dᵀ(M h + v), M = W − R for LoReFT.
+
+        What is not affine in h (an activation other than linear) or would be d × d (RED) is a copy.
+        `model.intervene.forward` and `generate` run them.
+        """
+        return {site: edit.folded() for site, edit in self.edits().items()}
+
+    def merge_and_unload(self) -> nn.Module:
+        """Refused: no weights do what an edit does."""
+        raise TypeError(
+            "A ReFT edit cannot be merged into the weights: it changes the hidden states at some positions of the "
+            "prompt, while weights act at all positions, those that are generated included. `fold()` gives the "
+            "edits as plain matrices, `unload()` the base model."
+        )
+
+    def subspace(self, site: Site | str) -> Subspace:
+        """The subspace that the active adapters edit at a site; its basis does not train.
+
+        Raises:
+            ValueError: no active adapter edits there.
+        """
+        site = Site.parse(site) if isinstance(site, str) else site
+        edits = self.edits()
+        if site not in edits:
+            raise ValueError(f"No active adapter edits {site}; edited are {list(map(str, edits))}.")
+        return edits[site].edited()
+
+    def alignment(self) -> Alignment:
+        """What the active adapters edit, as {variable: (site, subspace)}: the way back from `get_reft_model`.
+
+        Variables have the names of the alignment that an adapter started from, or of the parts of its basis; else
+        that of their site. The facts say the method, the base model, the adapters' configurations and, where an
+        adapter started from an alignment, the facts of that.
+
+        Raises:
+            ValueError: no adapter is active.
+        """
+        adapters = {name: self.adapter(name) for name in self.active_adapters}
+        if not adapters:
+            raise ValueError("No adapter is active, so nothing is edited.")
+        return alignment_of(adapters, self.base_model)
+
+    def hooks(self) -> list[Hook]:
+        """The modules of the active adapters that replace those of the base model."""
+        return [v for name in self.active_adapters for v in self.adapter(name).hooks(self.backbone)]
 
     # --- on disk and on the Hub ---------------------------------------------------------------------------
 
@@ -66,9 +200,9 @@ class ReftModel(Host):
             ValueError: an unknown format or key, a base model that the adapter was not made for, or numbers
                 that do not fit the configuration.
         """
-        config, state = read_adapter(local_folder(folder, revision), base_facts(self.base_model))
-        self.add_adapter(adapter_name, config)
-        self._fill(adapter_name, state, is_trainable)
+        saved = read_adapter(hub.local_folder(folder, "an adapter", revision), base_facts(self.base_model))
+        self.add_adapter(adapter_name, saved.config)
+        self.adapters.fill(adapter_name, saved, is_trainable)
 
     @classmethod
     def from_pretrained(
@@ -80,10 +214,10 @@ class ReftModel(Host):
         revision: str | None = None,
     ) -> ReftModel:
         """The base model with a saved adapter, active; the errors are those of `load_adapter`."""
-        config, state = read_adapter(local_folder(folder, revision), base_facts(model))
-        wrapped = cls(model, config, adapter_name)
+        saved = read_adapter(hub.local_folder(folder, "an adapter", revision), base_facts(model))
+        wrapped = cls(model, saved.config, adapter_name)
         try:
-            wrapped._fill(adapter_name, state, is_trainable)
+            wrapped.adapters.fill(adapter_name, saved, is_trainable)
         except ValueError:
             wrapped.unload()
             raise
@@ -93,16 +227,7 @@ class ReftModel(Host):
         """Upload the adapters to the Hub; returns the address."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return upload(Path(folder), name, private=private, token=token)
-
-    def _fill(self, adapter_name: str, state: Mapping[str, Tensor], is_trainable: bool) -> None:
-        adapter = self.adapter(adapter_name)
-        try:
-            adapter.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            self.delete_adapter(adapter_name)
-            raise ValueError(f"The saved numbers do not fit their configuration: {error}") from error
-        adapter.asks_for_gradient(is_trainable)
+            return hub.upload_folder(Path(folder), name, private=private, token=token)
 
     # --- running ----------------------------------------------------------------------------------------
 
@@ -161,7 +286,7 @@ class ReftModel(Host):
             }.items()
             if value is not None
         }
-        if prompt_lengths is None and self._is_causal():
+        if prompt_lengths is None and self.is_causal():
             if labels is not None:
                 refuse_packed(position_ids, attention_mask)
                 prompt_lengths = prompt_lengths_of(labels, attention_mask)
@@ -171,7 +296,7 @@ class ReftModel(Host):
                     "counted, from the answer. Trainer takes the labels away for label smoothing and for a loss "
                     "of one's own; PromptCollator(tokenizer, prompt_lengths=True) gives the lengths."
                 )
-        self._check_checkpointing()
+        self.check_checkpointing(self.edits(), self.hooks())
         batch = Batch(given, prompt_lengths)
         return forward(self.backbone, batch, self.edits(), train_base=True, also=self.hooks())
 
@@ -245,67 +370,28 @@ class ReftModel(Host):
         loss, logits = self._past.loss(row, self.edits(), items)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def _is_causal(self) -> bool:
-        config = getattr(self.base_model, "config", None)
-        return hasattr(self.base_model, "generate") and not getattr(config, "is_encoder_decoder", False)
-
-    def _check_checkpointing(self) -> None:
-        base = self.base_model
-        if not base.training or not torch.is_grad_enabled():
-            return
-        if not self.is_gradient_checkpointing:
-            return
-        inside = [str(s) for s in self.edits() if not s.component.endswith(("block_output", "block_input"))]
-        blocks = [f"{block}." for stack in self.backbone.anatomy.stacks.values() for block in stack]
-        inside += [v.path for v in self.hooks() if v.path.startswith(tuple(blocks))]
-        if inside:
-            raise ValueError(
-                "Gradient checkpointing runs blocks twice and loses the gradient of what is trained inside them: "
-                f"{inside}. Edit block_output, or train without gradient checkpointing."
-            )
-
 
 def get_reft_model(
     model: nn.Module,
-    config: ReftConfig,
+    config_or_alignment: ReftConfig | Alignment,
     adapter_name: str = "default",
-    subspaces: Mapping[Site, Subspace] | None = None,
+    *,
+    config: ReftConfig | None = None,
 ) -> ReftModel:
     """A model with a new, untrained adapter; its own parameters are frozen while it is wrapped.
 
     Args:
-        subspaces: one for each of the adapter's sites, to start in: those that a search found, say.
+        model: the base model.
+        config_or_alignment: the configuration of the adapter; or an alignment, in whose subspaces the adapter
+            starts. Several variables at one site become the parts of one basis (`ReftModel.train_parts`).
+        adapter_name: a name for the adapter.
+        config: with an alignment, everything that it does not say: LoReFT by default; `basis="fixed"` keeps the
+            subspaces as they were found and trains only what is written into them. Component, layers, positions,
+            rank and parts are the alignment's.
 
     Raises:
-        ValueError, IndexError: a layer, component, module or rank that the model has not.
+        TypeError: a model, configuration or alignment that is none.
+        ValueError, IndexError: a layer, component, module, rank or width that the model has not; an alignment that
+            no one adapter can have.
     """
-    return ReftModel(model, config, adapter_name, subspaces)
-
-
-def as_reft(
-    model: nn.Module,
-    subspaces: Mapping[Site, Subspace],
-    config: ReftConfig | None = None,
-    adapter_name: str = "default",
-) -> ReftModel:
-    """A model with an adapter that starts in subspaces that were found, by a search say.
-
-    Args:
-        subspaces: at one component and the same positions of each layer.
-        config: of everything that the subspaces do not say; `basis="fixed"` keeps them as they are.
-
-    Raises:
-        ValueError: subspaces that no one adapter can have.
-    """
-    config = config or ReftConfig()
-    sites = list(subspaces)
-    same = {(s.component, s.positions, s.heads, subspaces[s].rank) for s in sites}
-    layers = [s.layer for s in sites if s.layer is not None]
-    if len(same) != 1 or len(layers) != len(sites) or sites[0].heads is not None:
-        raise ValueError(
-            f"Subspaces at {sites}, of ranks {[s.rank for s in subspaces.values()]}: an adapter has one "
-            "component, one set of positions and one rank in all its layers, and no single heads."
-        )
-    component, positions, _, rank = same.pop()
-    config = replace(config, component=component, positions=positions, rank=rank, layers=layers, tied="all")
-    return ReftModel(model, config, adapter_name, subspaces)
+    return ReftModel(model, config_or_alignment, adapter_name, config=config)

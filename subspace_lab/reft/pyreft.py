@@ -7,7 +7,6 @@ out. Nothing is unpickled.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.checkpoints import read_json, write_json
-from subspace_lab.core.interventions import Affine, Constant, Intervention
+from subspace_lab.core.files import read_json, whole_file, write_json
+from subspace_lab.core.interventions import Intervention
+from subspace_lab.core.values import Affine, Constant
 from subspace_lab.reft.adapters_hub import Numbers, configured, filled, orthogonal, plain_tensors
 from subspace_lab.reft.model import ReftModel
 
@@ -191,9 +191,5 @@ def _state(edit: Intervention, method: str) -> dict[str, Tensor]:
 
 
 def _save(path: Path, state: Mapping[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        torch.save(dict(state), aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_file(path) as provisional:
+        torch.save(dict(state), provisional)

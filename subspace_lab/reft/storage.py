@@ -14,16 +14,14 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
-from subspace_lab.core.checkpoints import read_json, save_tensors, write_json, write_text
-from subspace_lab.reft.adapter import Adapter, differences
+from subspace_lab.core.files import package_version, read_json, save_tensors, write_json, write_text
+from subspace_lab.reft._adapters import Adapter, SavedAdapter, differences
 from subspace_lab.reft.config import ReftConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -66,14 +64,16 @@ def write_adapter(
     _finish(folder)
     state = {k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}
     facts = adapter.config.as_dict()
-    described = {"peft_type": "REFT", "format": FORMAT, "subspace_lab": _version(), **facts, "base": base}
+    described = {"peft_type": "REFT", "format": FORMAT, "subspace_lab": package_version(), **facts, "base": base}
+    if adapter.origin:
+        described["alignment"] = adapter.origin
     write_json(folder / NEXT, described)
     save_tensors(folder / WEIGHTS, state, {"config": digest(adapter.config)})
     os.replace(folder / NEXT, folder / CONFIG)
     card = {
         **{k: facts[k] for k in ("method", "rank", "layers", "positions", "tied", "component")},
         "base": facts["base_model_name_or_path"] or "unknown",
-        "version": _version(),
+        "version": package_version(),
         "model": model,
         "tags": "".join(f"\n- {tag}" for tag in tags),
         "parameters": sum(p.numel() for p in adapter.edits.parameters()),
@@ -81,8 +81,8 @@ def write_adapter(
     write_text(folder / "README.md", CARD.format(**card))
 
 
-def read_adapter(folder: Path, base: dict[str, Any]) -> tuple[ReftConfig, dict[str, Tensor]]:
-    """(configuration, numbers) of a saved adapter, for a base model with these facts.
+def read_adapter(folder: Path, base: dict[str, Any]) -> SavedAdapter:
+    """A saved adapter, for a base model with these facts.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -111,35 +111,13 @@ def read_adapter(folder: Path, base: dict[str, Any]) -> tuple[ReftConfig, dict[s
     different = differences(raw.get("base", {}), base)
     if different:
         raise ValueError(f"{folder} was made for another base model: {different}.")
-    return config, state
+    return SavedAdapter(config, state, raw.get("alignment", {}))
 
 
 def digest(config: ReftConfig) -> str:
     """Of what changes the function: the base model may be renamed, nothing else may."""
     facts = {k: v for k, v in config.as_dict().items() if k not in ("base_model_name_or_path", "revision")}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def local_folder(name: str | Path, revision: str | None = None) -> Path:
-    """A folder that is there, or the Hub's copy of that name."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(str(name), revision=revision))
-    except (HFValidationError, OSError) as error:
-        raise FileNotFoundError(f"{name} is neither a folder nor an adapter on the Hub: {error}") from error
-
-
-def upload(folder: Path, name: str, *, private: bool = False, token: str | None = None) -> str:
-    """Put a folder on the Hub; returns the address."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(name, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=name, folder_path=folder))
 
 
 def _written_with(folder: Path) -> str | None:
@@ -167,15 +145,8 @@ def _config(raw: Any, path: Path) -> ReftConfig:
             f"{path} is of type {found.get('peft_type')!r}, format {found.get('format')!r}; this version "
             f"reads 'REFT', {FORMAT}."
         )
-    known = {k: v for k, v in raw.items() if k not in ("peft_type", "format", "subspace_lab", "base")}
+    known = {k: v for k, v in raw.items() if k not in ("peft_type", "format", "subspace_lab", "base", "alignment")}
     try:
         return ReftConfig.from_dict(known)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _version() -> str:
-    try:
-        return version("subspace-lab")
-    except PackageNotFoundError:  # a source tree on the path
-        return "unknown"

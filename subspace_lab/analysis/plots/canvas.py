@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from io import BytesIO
 from pathlib import Path
 from textwrap import wrap
@@ -10,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
+
+from subspace_lab.core.files import whole_file
 
 DOTS_PER_INCH = 150
 SHOWN_PER_INCH = 100  # in a notebook, whose screen may have finer dots
@@ -43,16 +44,10 @@ def new_figure(size: tuple[float, float], title: str, *sentences: str) -> Figure
 
 
 def save_figure(figure: Figure, path: str | Path | None) -> None:
-    """A PNG, written aside and renamed; nothing without a path."""
-    if path is None:
-        return
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(aside, format="png", **FRAME)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write a PNG file; without a path nothing is written."""
+    if path is not None:
+        with whole_file(path) as provisional:
+            figure.savefig(provisional, format="png", **FRAME)
 
 
 def console() -> Console:

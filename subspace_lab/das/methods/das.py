@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.orthonormal import Orthonormalise, check_orthonormal
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import LearnedSubspace, Orthonormalise, Subspace, check_orthonormal
+from subspace_lab.core.subspaces import LearnedSubspace, Subspace
 from subspace_lab.das.methods.method import (
     Learner,
     Method,

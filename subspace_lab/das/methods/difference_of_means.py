@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from subspace_lab.core.subspaces import difference_of_means
+import torch
+from torch import Tensor
+
+from subspace_lab.core.subspaces import FixedSubspace, difference_of_means, pca
 from subspace_lab.das.methods.method import Learner, Method, Problem, check_setting, orthonormal_together
 
 
@@ -31,9 +34,15 @@ class DifferenceOfMeans(Method):
         return [0]
 
     def learner(self, problem: Problem) -> Learner:
-        assert self.rank is None or isinstance(self.rank, int)
-        found = {
-            name: difference_of_means(problem.states(name), problem.values(name), self.rank)
-            for name in problem.sites
-        }
+        rank = self.rank
+        assert rank is None or isinstance(rank, int)
+        found = {name: _span(problem.states(name), problem.values(name), rank) for name in problem.sites}
         return Learner(orthonormal_together(problem, found))
+
+
+def _span(states: Tensor, values: Tensor, rank: int | None) -> FixedSubspace:
+    whole = difference_of_means(states, values)
+    if rank is None or rank >= whole.rank:
+        return whole
+    means = torch.stack([states[values == value].mean(0) for value in values.unique()])
+    return pca(means, rank)

@@ -1,22 +1,27 @@
-"""A frozen base model and what is trained with it, as PyTorch, `transformers.Trainer` and their like see it."""
+"""A frozen base model and what is trained with it, as PyTorch, `transformers.Trainer` and PEFT's users see it.
+
+Nothing here knows what is trained: `ReftModel` adds the adapters.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from subspace_lab.model.backbone import Backbone
+from subspace_lab.core.sites import Site
+from subspace_lab.model.backbone import Backbone, Hook
 
 
-class Facade(nn.Module):
-    """A module around a base model whose state is everything but the base model.
+class Wrapper(nn.Module):
+    """A module around a base model, whose `state_dict` leaves the base model out.
 
     Attributes:
         base_model: the user's model. Its parameters ask for no gradient while it is wrapped.
+        model_tags: tags for the model card.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,7 +50,7 @@ class Facade(nn.Module):
         return self.backbone.device
 
     def _get_name(self) -> str:
-        # By this name, and by `loss_type`, Trainer tells whether labels are shifted.
+        # By this name, and by `loss_type`, Trainer decides whether labels are shifted.
         return self.base_model._get_name()
 
     @property
@@ -53,12 +58,16 @@ class Facade(nn.Module):
         """The base model's kind of loss."""
         return getattr(self.base_model, "loss_type", None)
 
+    def is_causal(self) -> bool:
+        """Whether the base model is a causal language model, whose labels show where the prompt ends."""
+        return hasattr(self.base_model, "generate") and not getattr(self.config, "is_encoder_decoder", False)
+
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the base model averages its loss over the items that Trainer counts.
+        """Whether the base model averages its loss over the number of items that Trainer gives it.
 
-        Language models do; heads of classification may take the number and not use it, which a training that
-        accumulates gradients would then multiply by its micro-batches.
+        Language models do. A classification head may take the number and not use it; the loss of a training that
+        accumulates gradients would then be too large by the number of its micro-batches.
         """
         base: Any = self.base_model
         if hasattr(base, "accepts_loss_kwargs"):
@@ -86,6 +95,20 @@ class Facade(nn.Module):
         """Whether some block of the base model is recomputed in the backward pass."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.base_model.modules())
 
+    def check_checkpointing(self, edits: Iterable[Site], hooks: Iterable[Hook]) -> None:
+        """ValueError where gradient checkpointing would lose the gradient of something that is trained."""
+        base = self.base_model
+        if not (base.training and torch.is_grad_enabled() and self.is_gradient_checkpointing):
+            return
+        inside = [str(s) for s in edits if not s.component.endswith(("block_output", "block_input"))]
+        blocks = [f"{block}." for stack in self.backbone.anatomy.stacks.values() for block in stack]
+        inside += [hook.path for hook in hooks if hook.path.startswith(tuple(blocks))]
+        if inside:
+            raise ValueError(
+                "Gradient checkpointing runs blocks twice and loses the gradient of what is trained inside them: "
+                f"{inside}. Edit block_output, or train without gradient checkpointing."
+            )
+
     def gradient_checkpointing_enable(
         self,
         gradient_checkpointing_kwargs: dict | None = None,
@@ -101,7 +124,7 @@ class Facade(nn.Module):
         else:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **more)
         # A checkpointed block passes gradients on only if something that enters it asks for one. The base model
-        # may have seen to that itself; a second hook would be one that it never removes.
+        # may have added the hook for that itself; of two hooks it would remove only one.
         base.disable_input_require_grads()
         base.enable_input_require_grads()
 
@@ -124,14 +147,14 @@ class Facade(nn.Module):
     activation_checkpointing_disable = gradient_checkpointing_disable
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The adapters' numbers alone."""
+        """The numbers of what is trained, without those of the base model."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for key in [k for k in state if k.startswith(f"{prefix}base_model.")]:
             del state[key]
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the adapters' numbers; every one of them must be there (RuntimeError otherwise)."""
+        """Load what `state_dict` gives; RuntimeError where a number is missing or too many."""
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = [k for k in result.missing_keys if not k.startswith("base_model.")]
         if missing or result.unexpected_keys:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from subspace_lab.engine.frozen_past import FrozenPast
-from subspace_lab.engine.plain import Readout
+from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
-from subspace_lab.model.intervene import Edits
+from subspace_lab.model.edits import Edits
 from subspace_lab.reft.data import pad, prompt_lengths_of
 
 

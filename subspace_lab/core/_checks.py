@@ -1,0 +1,36 @@
+"""Wrong types at the public door: one sentence instead of an error from deep inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import index
+from typing import Any
+
+
+def whole_number(value: Any, name: str) -> int:
+    """`value` as an int; numpy's integers are fine (TypeError for a float, a bool, a text)."""
+    if not isinstance(value, bool):
+        try:
+            return index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; needed is a whole number.")
+
+
+def instance(value: Any, kind: type | tuple[type, ...], name: str, hint: str = "") -> None:
+    """TypeError unless `value` is of the type; `hint` says how to get one."""
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(k.__name__ for k in kinds)
+        raise TypeError(
+            f"{name} is of type {type(value).__name__}; needed is {wanted}{f': {hint}' if hint else ''}."
+        )
+
+
+def by_site(value: Any, name: str, kind: type, site: type) -> None:
+    """TypeError unless `value` is a mapping {site: kind}."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is of type {type(value).__name__}; needed is a mapping {{site: …}}.")
+    for where, what in value.items():
+        instance(where, site, f"{name} has a key {where!r} that", "Site.parse('block_output[3]@last') makes one")
+        instance(what, kind, f"{name}[{where}]")

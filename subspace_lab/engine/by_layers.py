@@ -1,0 +1,58 @@
+"""Skipping the blocks below the first edited one: for models that attend both ways, and chains of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from subspace_lab.core.sites import Site
+from subspace_lab.engine.prefix import Prefix
+from subspace_lab.engine.readouts import Readout
+from subspace_lab.engine.strategies import FrozenData, Refusal, Resumption, Strategy
+
+
+class ByLayers(Strategy):
+    """Stored are the states of all tokens at the input of the first block that is edited."""
+
+    name: ClassVar[str] = "layers"
+
+    def __init__(self, data: FrozenData) -> None:
+        self._data = data
+
+    @staticmethod
+    def refusal(data: FrozenData) -> Refusal | None:
+        """None: whatever has a chain of blocks can be tried."""
+        return None
+
+    def serves(self, sites: Sequence[Site]) -> bool:
+        """True: states of all tokens serve every set of sites."""
+        return True
+
+    def compute(self, rows: Tensor) -> Prefix:
+        """Run some rows once, without edits, and store the states at each boundary."""
+        found: dict[int, Tensor] = {}
+        hooks = self._data.chain.reading(found, lambda value: value.clone())
+        if hooks:
+            with torch.no_grad():
+                self._data.backbone.run(self._data.inputs(rows), hooks, stop=True)
+        return Prefix(found)
+
+    def resume(
+        self, rows: Tensor, sites: Sequence[Site], readout: Readout, prefix: Prefix, at: Tensor
+    ) -> Resumption:
+        """A run of some rows with edits at sites, from the first edited block on."""
+        data = self._data
+        boundary = data.chain.before(sites)
+        stored: Any = prefix.states.get(boundary)
+        states = None if stored is None else stored[at.to(stored.device)]
+        if states is not None:
+            states = states.to(data.backbone.device, non_blocking=True)
+        resolved = {site: data.sites[site].rows(rows) for site in sites}
+        return Resumption(data.inputs(rows), boundary, states, resolved, readout.rows(rows))
+
+    def trial(self) -> tuple[list[Tensor], list[Site]]:
+        """No more than what is tried of every strategy."""
+        return [], []

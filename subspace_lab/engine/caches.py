@@ -1,0 +1,156 @@
+"""Everything that depends on how transformers lays out its caches.
+
+A cache has a layer for each block of the model: for a block with attention the keys and values of the tokens so
+far, (rows, heads, tokens, head width); for a block without attention a state of fixed size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspace_lab.engine.prefix import BlockStates, KeysAndValues
+
+SIDES = ("keys", "values")
+KINDS = ("conv", "recurrent")
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
+
+
+def empty_cache(model: nn.Module, state_blocks: Collection[int]) -> Any:
+    """A cache that stores the keys of all tokens, of layers with a sliding window too.
+
+    Args:
+        state_blocks: numbers of the blocks whose layer holds a state, which `FrozenStates` keeps unchanged.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    if not state_blocks:
+        # Made without a configuration it knows of no sliding windows.
+        return DynamicCache()
+    made: Any = DynamicCache(config=text_config(model))
+    made.layers = [
+        _frozen_states()(layer.number_of_states) if i in state_blocks else DynamicLayer()
+        for i, layer in enumerate(made.layers)
+    ]
+    return made
+
+
+def keys_and_values_in(filled: Any, blocks: Iterable[int]) -> KeysAndValues:
+    """The keys and values of some blocks of a cache."""
+    return {(i, side): getattr(filled.layers[i], side) for i in blocks for side in SIDES}
+
+
+def filled_cache(found: KeysAndValues, depth: int, rows: int, tokens: int, device: torch.device) -> Any:
+    """A cache of so many earlier tokens, as if the model had just read them.
+
+    Args:
+        found: keys and values; blocks without any are not run, and their layer tells its length alone.
+        depth: how many blocks the model has.
+    """
+    from transformers import DynamicCache
+
+    made = DynamicCache()
+    if not tokens:
+        return made
+    nothing = torch.zeros(1, device=device).expand(rows, 1, tokens, 1)
+    skipped = _filled_layer(nothing, nothing)
+    made.layers = [
+        _filled_layer(found[i, "keys"], found[i, "values"]) if (i, "keys") in found else skipped
+        for i in range(depth)
+    ]
+    return made
+
+
+def record_states(made: Any, blocks: Iterable[int]) -> None:
+    """Let the layers of some blocks store the states of the run to come."""
+    for i in blocks:
+        made.layers[i].recording = True
+
+
+def states_in(filled: Any, blocks: Iterable[int]) -> BlockStates:
+    """The states of some blocks of a cache."""
+    return {
+        (i, kind, number): state
+        for i in blocks
+        for kind in KINDS
+        for number, state in getattr(filled.layers[i], f"{kind}_states").items()
+        if state is not None
+    }
+
+
+def put_states(filled: Any, model: nn.Module, states: BlockStates, blocks: Collection[int]) -> Any:
+    """A cache of earlier keys and values, with the states of some blocks as well."""
+    fresh = empty_cache(model, blocks)
+    layers = filled.layers or fresh.layers
+    for i in blocks:
+        layers[i] = fresh.layers[i]
+    for (i, kind, number), state in states.items():
+        layer = layers[i]
+        getattr(layer, f"{kind}_states")[number] = state
+        getattr(layer, f"is_{kind}_states_initialized")[number] = True
+        layer.has_previous_state[number] = True
+        layer.dtype, layer.device = state.dtype, state.device
+    filled.layers = layers
+    return filled
+
+
+def caches_all_states(model: nn.Module, depth: int, state_blocks: Sequence[int]) -> bool:
+    """Whether a cache of this model holds a state of each of these blocks, and keys and values of all others."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import CacheLayerMixin
+
+    layers = DynamicCache(config=text_config(model)).layers
+    with_state = [i for i, layer in enumerate(layers) if not isinstance(layer, CacheLayerMixin)]
+    return len(layers) == depth and with_state == list(state_blocks)
+
+
+def _filled_layer(keys: Tensor, values: Tensor) -> Any:
+    from transformers.cache_utils import DynamicLayer
+
+    layer = DynamicLayer()
+    layer.keys, layer.values = keys, values
+    layer.dtype, layer.device = keys.dtype, keys.device  # type: ignore[attr-defined]
+    layer.is_initialized = True
+    return layer
+
+
+@cache
+def _frozen_states() -> type:
+    """The class below, made when transformers is first needed."""
+    from transformers.cache_utils import LinearAttentionLayer
+
+    class FrozenStates(LinearAttentionLayer):
+        """A layer that gives the states it holds, and stores new ones only while the data set is read.
+
+        In training every step begins from the same states, and a tensor that a gradient goes through must not be
+        written over.
+        """
+
+        recording = False
+
+        def update_conv_state(  # type: ignore[override]
+            self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None
+        ) -> Tensor:
+            if self.recording:
+                return super().update_conv_state(conv_states, state_idx, conv_kernel_size)
+            if not self.has_previous_state[state_idx]:
+                return conv_states
+            before: Any = self.conv_states[state_idx]
+            return torch.cat([before, conv_states], -1)
+
+        def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0) -> Tensor:  # type: ignore[override]
+            if self.recording:
+                return super().update_recurrent_state(recurrent_states, state_idx)
+            return recurrent_states
+
+    return FrozenStates

@@ -1,0 +1,40 @@
+"""What training and evaluation need of a data set under a model."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from subspace_lab.model.edits import Edits, Sources
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A data set under a model, of which some logits are wanted, with edits in force.
+
+    `PlainEngine` computes everything anew at each call, `FrozenPast` computes once what no edit changes. They
+    give the same numbers.
+    """
+
+    def __len__(self) -> int:
+        """How many rows the data set has."""
+        ...
+
+    def logits(self, rows: Tensor, edits: Edits, sources: Sources | None = None) -> Tensor:
+        """(rows, reads, answers) logits, or the model's own output where the readout has no positions.
+
+        Args:
+            rows: (rows,) indices of the data set, in any order and number.
+            edits: {site: intervention}.
+            sources: {site: (rows, positions, width) states} of the sources of these rows.
+
+        Raises:
+            TypeError: rows that are no whole numbers; an edit that cannot be called.
+            ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width.
+        """
+        ...
+
+    def describe(self) -> str:
+        """One line: what is computed once and what at each call."""
+        ...

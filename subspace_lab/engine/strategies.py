@@ -1,0 +1,143 @@
+"""What every way of starting in the middle of a model has in common.
+
+A strategy stores something of each row once, and starts every later run from it. `engine/by_tokens.py` and
+`engine/by_layers.py` are the two there are.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from subspace_lab.core.sites import Site
+from subspace_lab.engine.chains import Chain
+from subspace_lab.engine.prefix import Prefix
+from subspace_lab.engine.readouts import Readout
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch, model_inputs
+from subspace_lab.model.resolved_sites import ResolvedSite
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a strategy does not serve.
+
+    Attributes:
+        reason: in words, for `describe()`.
+        expected: whether nothing better was to be expected of this model or these sites; no notice is given then.
+        notice: the reason without figures that differ from data set to data set; the reason itself by default.
+    """
+
+    reason: str
+    expected: bool = False
+    notice: str = ""
+
+
+@dataclass(frozen=True)
+class FrozenData:
+    """A data set under a frozen model, and the sites that will be edited.
+
+    Attributes:
+        backbone: of the model.
+        batch: the data set as the model is given it, position_ids included.
+        readout: the logits that are wanted.
+        sites: {site: where it is in the data set}.
+        together: sets of sites that will be edited together.
+        chain: the blocks in which the sites lie.
+    """
+
+    backbone: Backbone
+    batch: Batch
+    readout: Readout
+    sites: Mapping[Site, ResolvedSite]
+    together: Sequence[tuple[Site, ...]]
+    chain: Chain
+
+    @classmethod
+    def of(
+        cls,
+        backbone: Backbone,
+        batch: Batch,
+        readout: Readout,
+        sites: Mapping[Site, ResolvedSite],
+        together: Sequence[tuple[Site, ...]],
+    ) -> FrozenData:
+        """From the batch as the user gave it."""
+        inputs = model_inputs(backbone.model, batch)
+        whole = replace(batch, inputs=inputs) if isinstance(inputs, Mapping) else batch
+        return cls(backbone, whole, readout, sites, together, Chain.of(backbone.anatomy, sites))
+
+    def inputs(self, rows: Tensor) -> Any:
+        """What the model is given for some rows, by name or by position."""
+        part = self.batch.rows(rows)
+        return part.inputs if part.positional is None else [part.positional]
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A run that starts in the middle.
+
+    Attributes:
+        inputs: what the model is given.
+        boundary: how many blocks are skipped.
+        states: the output of the last of them; None where none is skipped.
+        resolved: {site: where it is in what is run}.
+        readout: of what is run.
+    """
+
+    inputs: Any
+    boundary: int
+    states: Tensor | None
+    resolved: dict[Site, ResolvedSite]
+    readout: Readout
+
+
+class Strategy(ABC):
+    """A way of computing once what no edit changes.
+
+    Attributes:
+        name: what is stored, in words.
+        recomputable: whether what is stored may instead be computed again for each batch.
+        writes: whether the model may write into what is stored, which a gradient still needs.
+    """
+
+    name: ClassVar[str]
+    recomputable: bool = True
+    writes: bool = False
+
+    @abstractmethod
+    def __init__(self, data: FrozenData) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def refusal(data: FrozenData) -> Refusal | None:
+        """Why this strategy cannot serve the data set, as far as it shows without a run; None if it can."""
+
+    @abstractmethod
+    def serves(self, sites: Sequence[Site]) -> bool:
+        """Whether a run with edits at these sites, all together, can start in the middle."""
+
+    @abstractmethod
+    def compute(self, rows: Tensor) -> Prefix:
+        """Run some rows once, without edits, and store what resuming needs."""
+
+    @abstractmethod
+    def resume(
+        self, rows: Tensor, sites: Sequence[Site], readout: Readout, prefix: Prefix, at: Tensor
+    ) -> Resumption:
+        """A run of some rows with edits at sites.
+
+        Args:
+            rows: (rows,) indices of the data set.
+            readout: of the data set.
+            prefix: what was stored, of the whole data set or of these rows.
+            at: (rows,) where in the prefix the rows are.
+        """
+
+    @abstractmethod
+    def trial(self) -> tuple[list[Tensor], list[Site]]:
+        """Rows and sites at which this strategy is most likely to go wrong, for its check."""

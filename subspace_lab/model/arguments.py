@@ -1,0 +1,63 @@
+"""What callers pass at the public door: anything of another kind is refused in one sentence before work starts."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from subspace_lab.core.sites import Site
+
+
+def expect_edits(value: Any) -> None:
+    """Refuse what is no mapping from sites to edits (TypeError)."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"Edits are a mapping {{site: intervention}}, found {type(value).__name__}.")
+    for site in value:
+        expect_site(site)
+
+
+def expect_site(value: Any) -> None:
+    """Refuse what is no site, or one whose layer is no whole number (TypeError)."""
+    if not isinstance(value, Site):
+        raise TypeError(
+            f"A Site is needed, found {value!r}: write Site('block_output', 3, 'last') or "
+            "Site.parse('block_output[3]@last')."
+        )
+    if value.layer is not None:
+        expect_integer("layer", value.layer, None, str(value))
+
+
+def expect_sites(value: Any) -> list[Site]:
+    """Several sites as a list.
+
+    Raises:
+        TypeError: one site alone, text, or something that is no site among them.
+    """
+    if isinstance(value, Site):
+        raise TypeError(f"Several sites are expected, found one: write [{value}].")
+    if not isinstance(value, Iterable) or isinstance(value, str):
+        raise TypeError(f"Several sites are expected, found {value!r}: write a list of Site.")
+    sites = list(value)
+    for site in sites:
+        expect_site(site)
+    return sites
+
+
+def expect_integer(name: str, value: Any, least: int | None = 1, where: str = "") -> int:
+    """A whole number, numpy's too.
+
+    Raises:
+        TypeError: text, a fraction, True.
+        ValueError: less than the least that is possible.
+    """
+    prefix = f"{where}: " if where else ""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{prefix}{name}={value!r}: a whole number is needed, found {type(value).__name__}.")
+    if least is not None and number < least:
+        raise ValueError(f"{prefix}{name}={number}: at least {least} is needed.")
+    return number

@@ -1,0 +1,272 @@
+"""Adapters: interventions at the sites of a model, and the modules that are trained with them."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspace_lab.core._checks import instance
+from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.files import package_version
+from subspace_lab.core.interventions import Intervention
+from subspace_lab.core.parts import spans
+from subspace_lab.core.sites import COMPONENTS, Site
+from subspace_lab.core.subspaces import Subspace
+from subspace_lab.model.backbone import Backbone, Hook
+from subspace_lab.reft._alignment_start import Start, started
+from subspace_lab.reft.config import ReftConfig
+
+SAMPLE = 64  # entries of the embeddings by which a base model is recognised
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What a file says of an adapter: its configuration, its numbers and the alignment that it started from."""
+
+    config: ReftConfig
+    state: Mapping[str, Tensor]
+    origin: Mapping[str, Any]
+
+
+class Adapter(nn.Module):
+    """The interventions of one adapter and the modules that are trained with them.
+
+    Attributes:
+        config: what the adapter is.
+        sites: where it edits.
+        edits: its interventions, one for each site.
+        saved: copies of modules of the base model, which are trained with the edits and saved.
+        origin: the alignment that the adapter started from, as JSON ({"variables": {site: variable}, "facts"});
+            empty where it started from random subspaces.
+    """
+
+    def __init__(self, config: ReftConfig, backbone: Backbone, start: Start | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.sites = adapter_sites(config, backbone)
+        self.origin: dict[str, Any] = {}
+        if start is not None:
+            names = dict(zip(map(str, self.sites), start.variables, strict=False))
+            self.origin = {"variables": names, "facts": dict(start.facts)}
+        found = {} if start is None else start.at(self.sites, backbone)
+        self.edits = nn.ModuleList(
+            config.intervention(backbone.width(site), config.seed * 100_003 + i, found.get(site))
+            for i, site in enumerate(self.sites)
+        ).to(backbone.device)
+        self.saved = nn.ModuleDict()
+        for name in config.modules_to_save:
+            paths = [p for p in backbone.anatomy.modules if p == name or p.endswith(f".{name}")]
+            if not paths:
+                raise ValueError(
+                    f"modules_to_save names {name!r}; the model's own parts are "
+                    f"{[n for n, _ in backbone.model.named_children()]}."
+                )
+            for path in paths:
+                # A copy, so that the base model stays what it was.
+                self.saved[_key(path)] = copy.deepcopy(backbone.anatomy.modules[path]).requires_grad_(True)
+
+    def by_site(self) -> dict[Site, Intervention]:
+        """{site: intervention}."""
+        return dict(zip(self.sites, self.edits, strict=True))  # type: ignore[arg-type]
+
+    def variables(self) -> dict[str, tuple[Site, Subspace]]:
+        """{variable: (site, subspace that is edited there)}, of a basis in parts one for each part in use.
+
+        The names are those of the alignment that the adapter started from, or of the parts; else the site's.
+        """
+        named, found = self.origin.get("variables", {}), {}
+        for site, edit in self.by_site().items():
+            if not self.config.parts:
+                found[named.get(str(site), str(site))] = (site, edit.edited())
+                continue
+            for name, (start, stop) in spans(self.config.sizes).items():
+                if set(range(start, stop)) <= set(edit.value.coordinates(edit.subspace.rank)):
+                    shown = name if len(self.sites) == 1 else f"{site}/{name}"
+                    found[shown] = (site, edit.subspace.sliced(start, stop))
+        return found
+
+    def train_parts(self, names: Sequence[str]) -> None:
+        """Of the bases in parts put these in use, and train them alone from now on."""
+        self.use_parts(names)
+        for edit in self.by_site().values():
+            edit.subspace.train_parts(names)
+        self.asks_for_gradient(True)
+
+    def use_parts(self, names: Sequence[str]) -> None:
+        """Of the bases in parts put these in use (ValueError for a name that is none of theirs)."""
+        for edit in self.by_site().values():
+            edit.value.use_parts(names)
+
+    def asks_for_gradient(self, asks: bool) -> None:
+        """Let the adapter be trained, or not; of bases in parts only those parts that train."""
+        self.saved.requires_grad_(asks)
+        for edit in self.by_site().values():
+            edit.asks_for_gradient(asks)
+
+    def hooks(self, backbone: Backbone) -> list[Hook]:
+        """The modules that replace those of the base model."""
+        position = backbone.anatomy.position
+        # Such modules are heads, so they come after everything inside the blocks.
+        return [
+            Hook(_path(key), "replace", (position[_path(key)], len(COMPONENTS)), module)
+            for key, module in self.saved.items()
+        ]
+
+
+class Adapters(nn.ModuleDict):
+    """The adapters of a model by name."""
+
+    def add(
+        self,
+        name: str,
+        config_or_alignment: ReftConfig | Alignment,
+        config: ReftConfig | None,
+        backbone: Backbone,
+    ) -> Adapter:
+        """A new adapter, which asks for no gradient yet; the errors are those of `ReftModel.add_adapter`."""
+        hint = "get_reft_model(model, ReftConfig(…)) or get_reft_model(model, alignment, config=ReftConfig(…))"
+        instance(config_or_alignment, (ReftConfig, Alignment), "config_or_alignment", hint)
+        instance(config, (ReftConfig, type(None)), "config", hint)
+        start = None
+        if isinstance(config_or_alignment, Alignment):
+            config, start = started(config_or_alignment, config)
+        elif config is not None:
+            raise TypeError(f"Two configurations: config= goes with an alignment. Write {hint}.")
+        else:
+            config = config_or_alignment
+        if name in self or hasattr(self, name) or "." in name:
+            raise ValueError(f"Adapter name {name!r} is taken or has a dot; there are {list(self)}.")
+        base = getattr(getattr(backbone.model, "config", None), "_name_or_path", "") or None
+        if config.base_model_name_or_path is None and base is not None:
+            config = replace(config, base_model_name_or_path=base)
+        self[name] = adapter = Adapter(config, backbone, start)
+        adapter.asks_for_gradient(False)
+        return adapter
+
+    def fill(self, name: str, saved: SavedAdapter, is_trainable: bool) -> None:
+        """Give an adapter its saved numbers (ValueError where they do not fit, and the adapter is removed)."""
+        adapter = self.find(name)
+        try:
+            adapter.load_state_dict(saved.state, strict=True)
+        except RuntimeError as error:
+            del self[name]
+            raise ValueError(f"The saved numbers do not fit their configuration: {error}") from error
+        adapter.origin = dict(saved.origin)
+        adapter.asks_for_gradient(is_trainable)
+
+    def find(self, name: str) -> Adapter:
+        """One adapter (ValueError where there is none of that name)."""
+        if name not in self:
+            raise ValueError(f"No adapter {name!r}; there are {list(self)}.")
+        return self[name]  # type: ignore[return-value]
+
+    def edits(self, names: Sequence[str]) -> dict[Site, Intervention]:
+        """{site: intervention} of some adapters together (ValueError if two of them share a site)."""
+        merged: dict[Site, Intervention] = {}
+        for name in names:
+            for site, edit in self.find(name).by_site().items():
+                if site in merged:
+                    raise ValueError(f"Two of the adapters {names} edit {site}; their positions must be disjoint.")
+                merged[site] = edit
+        return merged
+
+    def with_parts(self, names: Sequence[str]) -> Adapter:
+        """The one of these adapters whose basis is in parts (ValueError where it is not one)."""
+        found = [adapter for adapter in map(self.find, names) if adapter.config.parts]
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} of the adapters {list(names)} have parts; name one.")
+        return found[0]
+
+
+def adapter_sites(config: ReftConfig, backbone: Backbone) -> list[Site]:
+    """The sites of an adapter, checked against the model: layers in their order, and in each its groups.
+
+    Raises:
+        IndexError: a layer that the model has not.
+        ValueError: a layer named twice, a component that it has not, a rank above the width.
+    """
+    stack = config.component.rpartition(".")[0]
+    depth = backbone.anatomy.depth(stack)
+    layers = tuple(range(depth)) if isinstance(config.layers, str) else config.layers
+    if not all(-depth <= layer < depth for layer in layers):
+        raise IndexError(f"layers={config.layers}: the model has layers 0 to {depth - 1}.")
+    chosen = [layer % depth for layer in layers]
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"layers={config.layers} name one of the model's {depth} layers twice.")
+    sites = [Site(config.component, layer, group) for layer in chosen for group in config.groups()]
+    width = backbone.width(sites[0])
+    if config.rank > width:
+        raise ValueError(f"rank={config.rank} at {sites[0]}, which has width {width}.")
+    return sites
+
+
+def alignment_of(adapters: Mapping[str, Adapter], model: nn.Module) -> Alignment:
+    """What adapters edit in a base model, with the facts that `ReftModel.alignment` names."""
+    found = [(name, *item) for name, adapter in adapters.items() for item in adapter.variables().items()]
+    taken = Counter(variable for _, variable, _ in found)
+    variables = {v if taken[v] == 1 else f"{name}/{v}": where for name, v, where in found}
+    configs = {name: adapter.config for name, adapter in adapters.items()}
+    facts = {
+        "model": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+        "method": " and ".join(dict.fromkeys(config.method for config in configs.values())),
+        "seed": next(iter(configs.values())).seed,
+        "start": {n: adapter.origin["facts"] for n, adapter in adapters.items() if adapter.origin} or "random",
+        "versions": {"subspace_lab": package_version(), "torch": torch.__version__},
+        "adapters": {name: config.as_dict() for name, config in configs.items()},
+        "base": base_facts(model),
+    }
+    return Alignment(variables, facts)
+
+
+def base_facts(model: nn.Module) -> dict[str, Any]:
+    """By what an adapter recognises its base model: its type, its sizes, and a sample of its embeddings."""
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return {
+        "model_type": getattr(config, "model_type", type(model).__name__),
+        "hidden_size": getattr(text, "hidden_size", None),
+        "num_hidden_layers": getattr(text, "num_hidden_layers", None),
+        "embedding_sample": _embedding_sample(model),
+    }
+
+
+def differences(made_for: dict[str, Any], here: dict[str, Any]) -> str:
+    """In which facts two base models differ, as text; empty where they are the same model.
+
+    Two samples agree if their cosine is at least 0.9, so that a model in another dtype, or trained a little more,
+    is still the same model.
+    """
+    keys = [k for k in here if k != "embedding_sample" and k in made_for and made_for[k] != here[k]]
+    found = [f"{k} {made_for[k]!r}, here {here[k]!r}" for k in keys]
+    one, other = made_for.get("embedding_sample"), here.get("embedding_sample")
+    if one and other and len(one) == len(other) and any(one) and any(other):
+        cosine = torch.cosine_similarity(torch.tensor(one), torch.tensor(other), dim=0)
+        if not cosine >= 0.9:
+            found.append(f"its embeddings are others (cosine {cosine:.2f} of a sample)")
+    return ", ".join(found)
+
+
+def _embedding_sample(model: nn.Module) -> list[float] | None:
+    """A few entries of the input embeddings, of tokens whose index stays the same when the vocabulary grows."""
+    find = getattr(model, "get_input_embeddings", None)
+    weight = getattr(find() if find is not None else None, "weight", None)
+    if not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2 or weight.numel() < SAMPLE:
+        return None
+    i = torch.arange(SAMPLE, device=weight.device)
+    spread = 7 if len(weight) >= 7 * SAMPLE else 1
+    sample = weight.detach()[(spread * i) % len(weight), (37 * i) % weight.shape[1]]
+    return [round(x, 6) for x in sample.float().tolist()]
+
+
+def _key(path: str) -> str:
+    return path.replace(".", "/")
+
+
+def _path(key: str) -> str:
+    return key.replace("/", ".")
