@@ -32,7 +32,7 @@ from subspace_lab.analysis.plots import iia_heatmap, overlap_heatmap
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
-from subspace_lab.das.estimates import proportion
+from subspace_lab.das.estimates import Estimate, proportion
 from subspace_lab.das.fits import Failure, Fit, Fits, Floors, notes_of, table_of
 from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, Method, RandomSubspace
 from subspace_lab.das.objectives import iia, logit_margin
@@ -316,6 +316,15 @@ def test_a_single_trained_fit_shows_its_interval() -> None:
     one = made_fits([made_fit(test=0.64)])
     assert "0.64 [.61, .66]" in repr(one) and "±" not in repr(one)
     assert "0.64 [.61, .66]" in one._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [(0.0, 1.0, "[.00, 1.00]"), (-0.5, 10.25, "[-.50, 10.25]"), (-20.04, 0.07, "[-20.04, .07]")],
+)
+def test_limits_lose_their_leading_zero_and_nothing_else(low: float, high: float, shown: str) -> None:
+    scored = {"margin": Estimate(0.5, low, high, 9)}
+    assert f"0.50 {shown}" in repr(made_fits([made_fit(scores={"dev": scored, "test": scored})]))
 
 
 def test_the_chosen_place_is_bold() -> None:
