@@ -224,9 +224,13 @@ FAULTS: list[tuple[Check, dict[str, str], str]] = [
         {"core/sites.py": "def f():\n    import subspace_lab.tasks.ioi"},
         "imports subspace_lab.tasks",
     ),
-    (wrong_arrows, {"das/search.py": "from ..reft import config"}, "das.search imports subspace_lab.reft"),
-    (wrong_arrows, {"reft/__init__.py": "from ..das.search import fit"}, "reft imports subspace_lab.das"),
-    (wrong_arrows, {"analysis/plots.py": "from subspace_lab.tasks.ioi import x"}, "analysis.plots imports"),
+    (wrong_arrows, {"das/sweeps.py": "from ..reft import config"}, "das.sweeps imports subspace_lab.reft"),
+    (wrong_arrows, {"reft/__init__.py": "from ..das.sweeps import sweep"}, "reft imports subspace_lab.das"),
+    (
+        wrong_arrows,
+        {"analysis/plots/canvas.py": "from subspace_lab.tasks.ioi import x"},
+        "analysis.plots.canvas imports",
+    ),
     (wrong_arrows, {"tasks/ioi.py": "from subspace_lab import Site"}, "tasks.ioi imports subspace_lab:"),
     (
         wrong_arrows,
@@ -238,10 +242,23 @@ FAULTS: list[tuple[Check, dict[str, str], str]] = [
         {"core/x.py": "import importlib\nimportlib.import_module('subspace_lab.das')"},
         "core.x imports subspace_lab.das",
     ),
+    (
+        wrong_arrows,
+        {"das/methods/das.py": "from ...analysis import compare"},
+        "das.methods.das imports subspace_lab.analysis",
+    ),
     (wrong_arrows, {"utils/x.py": ""}, "'utils' is no room"),
     (
         cycles,
         {"core/a.py": "from . import b", "core/b.py": "from subspace_lab.core.a import x"},
+        "import cycle",
+    ),
+    (
+        cycles,
+        {
+            "das/fits.py": "from subspace_lab.das._fits_table import text",
+            "das/_fits_table.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .fits import Fits",
+        },
         "import cycle",
     ),
     (
@@ -292,8 +309,11 @@ LAWFUL = {
     "core/checkpoints.py": "import torch\ntorch.load('x', weights_only=True)",
     "das/__init__.py": "",
     "das/search.py": "from ..core import sites\nfrom ..core.sites import Site",
+    "das/methods/__init__.py": "",
+    "das/methods/das.py": "from ...core.sites import Site\nfrom subspace_lab.das.search import Site",
     "tasks/ioi.py": "from subspace_lab.das.search import Site",
-    "analysis/plots.py": "def draw():\n    import matplotlib",
+    "analysis/plots/__init__.py": "",
+    "analysis/plots/canvas.py": "def draw():\n    import matplotlib",
 }
 
 
@@ -305,7 +325,7 @@ def plant(folder: Path, files: dict[str, str]) -> Path:
     package = folder / PACKAGE
     package.mkdir()
     for name, text in files.items():
-        (package / name).parent.mkdir(exist_ok=True)
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(textwrap.dedent(text))
     return package
 

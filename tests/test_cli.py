@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,13 +18,17 @@ from typer.testing import CliRunner
 from subspace_lab.analysis.geometry import overlap
 from subspace_lab.analysis.twins import reinitialised
 from subspace_lab.cli import app
-from subspace_lab.core.checkpoints import load_subspaces
-from subspace_lab.das import search as das_search
+from subspace_lab.das.fits import Fits
 from subspace_lab.tasks import PRICE_TAGGING
 
-TINY = ["--layers", "1", "--steps", "5", "--pairs", "40", "--test-pairs", "40"]
-FILES = {"results.json", "subspaces.safetensors", "iia.png", "overlap.png"}
+PAIRS = ["--pairs", "40", "--dev-pairs", "20", "--test-pairs", "40"]
+TINY = ["--layers", "1", "--steps", "5", *PAIRS]
+FILES = {"results.json", "model", "twin", "iia.png", "overlap.png"}
+SITES = ["block_output[1]@amount", "block_output[1]@last"]
 SHIPPED = Path(str(files("subspace_lab"))) / "assets" / "tiny_decoder"
+
+
+DAS_ALONE = ["--method", "DAS"]
 
 
 def search(*options: str | Path):
@@ -46,6 +51,8 @@ def done(tmp_path_factory):
 def test_all_files_are_written_and_nothing_else(done):
     folder, _, _ = done
     assert {path.name for path in folder.iterdir()} == FILES
+    for who in ("model", "twin"):
+        assert {path.name for path in (folder / who).iterdir()} == {"fits.json", "subspaces.safetensors"}
     for name in ("iia.png", "overlap.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and (folder / name).stat().st_size > 10_000
 
@@ -56,45 +63,54 @@ def test_results_have_the_documented_keys(done):
     settings = results["settings"]
     expected = {
         "model": "tiny_decoder", "task": "price_tagging", "variable": PRICE_TAGGING.variable, "layers": "1",
-        "positions": "amount,last", "component": "block_output", "steps": 5, "pairs": 40, "test_pairs": 40,
-        "seed": 3, "twin": True, "allow_failing_model": False, "memory": None,
+        "positions": "amount,last", "component": "block_output", "steps": 5, "pairs": 40, "dev_pairs": 20,
+        "test_pairs": 40, "rank": "8", "seed": "3", "twin": True, "allow_failing_model": False, "memory": None,
+        "method": "DAS,DifferenceOfMeans,PCA,RandomSubspace,FullVector",
     }  # fmt: skip
     assert {name: settings[name] for name in expected} == expected
-    assert set(settings["versions"]) == {"subspace_lab", "torch", "transformers", "nnsight"}
-    assert settings["versions"]["torch"] == torch.__version__
     for who in ("model", "twin"):
         told = results[who]
-        assert set(told) == {"accuracy", "no_intervention", "constant", "engine", "found"}
-        assert told["engine"].startswith("frozen past by keys and values")
-        assert [one["site"] for one in told["found"]] == ["block_output[1]@amount", "block_output[1]@last"]
-        for one in told["found"]:
-            for score in ("iia", "train_iia", "full_vector", "random_subspace"):
-                assert set(one[score]) == {"value", "low", "high", "n"} and one[score]["n"] == 40
-            assert one["rank"] == settings["rank"] and one["seed"] == 3
-    assert results["model"]["accuracy"]["value"] > 0.9 > results["twin"]["accuracy"]["value"]
-    assert results["model"]["found"] != results["twin"]["found"]
+        assert set(told) == {"facts", "floors", "fits", "failures"} and told["failures"] == []
+        facts = told["facts"]
+        assert facts["engine"].startswith("frozen past by keys and values")
+        assert facts["task"] == "price_tagging" and facts["pairs"] == {"train": 40, "dev": 20, "test": 40}
+        assert set(facts["versions"]) == {"subspace_lab", "torch", "transformers", "nnsight"}
+        assert facts["versions"]["torch"] == torch.__version__
+        assert list(dict.fromkeys(one["site"] for one in told["fits"])) == SITES
+        assert [one["label"] for one in told["fits"]] == 2 * [
+            "DAS 8", "DifferenceOfMeans", "PCA 8", *5 * ["RandomSubspace 8"], "FullVector",
+        ]  # fmt: skip
+        for one in told["fits"]:
+            assert 0 <= one["iia_test_low"] <= one["iia_test"] <= one["iia_test_high"] <= 1 and "iia_dev" in one
+            assert (one["rank"] == 8) == (one["method"] not in ("DifferenceOfMeans", "FullVector"))
+            assert one["seed"] == (3 if one["method"] == "DAS" else one["seed"])
+    of_model, of_twin = (results[who]["floors"]["test"]["accuracy"] for who in ("model", "twin"))
+    assert of_model["value"] > 0.9 > of_twin["value"] and of_model["n"] == 40
+    assert results["model"]["fits"] != results["twin"]["fits"]
+    assert results["model"]["facts"]["data"] == results["twin"]["facts"]["data"]
 
 
-def test_subspaces_reload_and_are_those_compared(done):
+def test_fits_reload_and_are_those_compared(done):
     folder, _, results = done
-    subspaces = load_subspaces(folder / "subspaces.safetensors")
-    compared = results["comparison"]
-    assert set(subspaces) == {f"{site}/above_lower" for site in compared["labels"]}
-    assert compared["labels"] == [one["site"] for one in results["model"]["found"]]
-    first, second = (subspaces[f"{site}/above_lower"] for site in compared["labels"])
-    assert first.rank == results["settings"]["rank"] and first.width == compared["width"] == 64
+    fits, compared = Fits.load(folder / "model"), results["comparison"]
+    assert fits.records() == results["model"]["fits"] and Fits.load(folder / "twin").places == fits.places
+    assert compared["labels"] == SITES
+    first, second = (fits.where(method="DAS", site=site)[0].subspace("above_lower") for site in SITES)
+    assert first.rank == 8 and first.width == compared["width"] == 64
     assert overlap(first, second) == pytest.approx(compared["overlap"][0][1], abs=1e-9)
     (chance,) = compared["chance"]
     assert chance["mean"] == pytest.approx(first.rank / 64) and chance["low"] < chance["mean"] < chance["high"]
 
 
 def test_output_is_the_table_and_progress_goes_aside(done):
-    _, result, results = done
-    best = max(results["model"]["found"], key=lambda one: one["iia"]["value"])
-    for part in ("amount", "last", "twin", f"Best: {best['site']}", "selected", "no intervention", "Written to"):
-        assert part in " ".join(result.stdout.split())
-    for one in results["model"]["found"]:
-        assert f"{one['iia']['value']:.2f} [{one['iia']['low']:.2f}, {one['iia']['high']:.2f}]" in result.stdout
+    folder, result, _ = done
+    told, fits = " ".join(result.stdout.split()), Fits.load(folder / "model")
+    best = fits.best()
+    chosen = f"Chosen on dev: {best.method.label} at {best.place}; on the test pairs {best.iia}."
+    for part in ("amount", "last", "twin", chosen, "no intervention", "on 40 test pairs", "Written to"):
+        assert part in told, part
+    for mean in fits.mean():
+        assert f"{mean.value:.2f}" in result.stdout
     assert "model" in result.stderr and "twin" in result.stderr
     assert "━" not in result.stdout
 
@@ -112,9 +128,10 @@ def test_a_small_model_takes_one_thread_and_gives_the_others_back(tmp_path, monk
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     torch.set_num_threads(2)
     seen = set()
-    search_sites = das_search.search
+    module = import_module("subspace_lab.das.search")  # `subspace_lab.das.search` itself is the function
+    search_sites = module.search
     monkeypatch.setattr(
-        das_search, "search", lambda *a, **k: seen.add(torch.get_num_threads()) or search_sites(*a, **k)
+        module, "search", lambda *a, **k: seen.add(torch.get_num_threads()) or search_sites(*a, **k)
     )
     assert search(*TINY, "--positions", "last", "--out", tmp_path).exit_code == 0
     assert seen == {1} and torch.get_num_threads() == 2
@@ -124,24 +141,60 @@ def test_without_a_twin_in_half_precision(tmp_path):
     result = search(*TINY, "--positions", "amount", "--no-twin", "--dtype", "bfloat16", "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
     told = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert told["settings"]["dtype"] == "bfloat16" and told["model"]["accuracy"]["value"] > 0.8
-    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert told["settings"]["dtype"] == "bfloat16"
+    assert told["model"]["floors"]["test"]["accuracy"]["value"] > 0.8
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"twin"}
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["twin"] is None
     assert "twin" not in result.stdout.partition("Written to")[0]
 
 
 def test_a_search_that_finds_nothing_says_so(tmp_path):
     """At the amount the model has not compared anything yet; at the last token of layer 1 it has."""
-    options = ["--layers", "1", "--steps", "20", "--pairs", "100", "--test-pairs", "100", "--no-twin"]
+    options = ["--layers", "1", "--steps", "20", "--pairs", "100", "--test-pairs", "100", "--no-twin", *DAS_ALONE]
     nothing = search(*options, "--positions", "amount", "--out", tmp_path / "amount")
     something = search(*options, "--positions", "last", "--out", tmp_path / "last")
     assert "nothing was found" in nothing.stdout and "nothing was found" not in something.stdout
 
 
+def test_several_methods_ranks_and_seeds(tmp_path):
+    """All with all, each once; pairs and twin belong to the first seed."""
+    options = ["--method", "das, RandomSubspace", "--rank", "2,4", "--seed", "5,0,1", "--positions", "amount,last"]
+    result = search(*TINY, *options, "--out", tmp_path)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    expected = [("DAS", rank, seed) for rank in (2, 4) for seed in (5, 0, 1)]
+    expected += [("RandomSubspace", rank, draw) for rank in (2, 4) for draw in range(5)]
+    for who in ("model", "twin"):
+        fits = results[who]["fits"]
+        assert [(f["method"], f["rank"], f["seed"]) for f in fits] == 2 * expected
+        assert [f["site"] for f in fits] == [site for site in SITES for _ in expected]
+    assert len(results["comparison"]["labels"]) == len(set(results["comparison"]["labels"])) == 12
+    settings = results["settings"]
+    assert (settings["method"], settings["rank"], settings["seed"]) == ("DAS,RandomSubspace", "2,4", "5,0,1")
+    told = " ".join(result.stdout.split())
+    assert "(×3)" in told and "(×5)" in told and "±" in told and "DAS 2" in told and "DAS 4" in told
+    one = search(*TINY, "--method", "DAS", "--rank", "4", "--seed", "5", "--positions", "amount,last", "--no-twin",
+                 "--out", tmp_path / "one")  # fmt: skip
+    assert one.exit_code == 0
+    alone, together = Fits.load(tmp_path / "one" / "model"), Fits.load(tmp_path / "model")
+    for fit in alone:
+        (same,) = together.where(method="DAS 4", seed=5, site=fit.site)
+        torch.testing.assert_close(fit.subspace().basis(), same.subspace().basis(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["PCA", "DifferenceOfMeans", "FullVector,RandomSubspace"])
+def test_methods_without_training_are_searched_alone(method, tmp_path):
+    result = search(*TINY, "--method", method, "--rank", "2", "--no-twin", "--out", tmp_path)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    fits = Fits.load(tmp_path / "model")
+    assert {type(fit.method).__name__ for fit in fits} == set(method.split(",")) and fits.best().losses == ()
+
+
 @pytest.mark.parametrize("layers", ["0,2-3", "3,1-2", "all"])
 def test_layers_are_lists_and_ranges(layers, tmp_path):
-    result = search("--layers", layers, *TINY[2:], "--positions", "last", "--no-twin", "--out", tmp_path)
-    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["model"]["found"]
+    options = ["--layers", layers, *TINY[2:], "--positions", "last", "--no-twin", *DAS_ALONE]
+    result = search(*options, "--out", tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["model"]["fits"]
     numbers = {"0,2-3": [0, 2, 3], "3,1-2": [3, 1, 2], "all": [0, 1, 2, 3]}[layers]
     assert result.exit_code == 0 and [one["site"] for one in found] == [f"block_output[{n}]@last" for n in numbers]
 
@@ -159,7 +212,21 @@ BAD = {
     "grammar": (["--positions", "a?b"], ["a?b", "first", "2:5", "unit"]),
     "position": (["--positions", "40"], ["'40'", "0 to"]),
     "rank": (["--rank", "65"], ["65", "1 to 64"]),
-    "no rank": (["--rank", "0"], ["0", "1 to 64"]),
+    "no rank": (["--rank", "0"], ["DAS(rank=[0])", "above 0"]),
+    "one rank of two": (["--rank", "2,65"], ["65", "1 to 64"]),
+    "rank as text": (["--rank", "two"], ["--rank two", "2,4,8"]),
+    "rank twice": (["--rank", "2,2"], ["--rank 2,2", "different"]),
+    "negative rank": (["--rank", "-1"], ["--rank -1", "whole number"]),
+    "seed": (["--seed", "1.5"], ["--seed 1.5", "whole number"]),
+    "seed twice": (["--seed", "0,1,0"], ["--seed 0,1,0", "different"]),
+    "no seed": (["--seed", ""], ["--seed", "whole number"]),
+    "method": (
+        ["--method", "DAS,LDA"],
+        ["LDA", "DAS", "DifferenceOfMeans", "FullVector", "PCA", "RandomSubspace"],
+    ),
+    "no method": (["--method", ""], ["--method", "RandomSubspace"]),
+    "method twice": (["--method", "PCA,pca"], ["twice", "PCA 8"]),
+    "dev pairs": (["--dev-pairs", "0"], ["0 rows", "1 or more"]),
     "steps": (["--steps", "0"], ["steps=0", "at least 1"]),
     "rate": (["--learning-rate", "0"], ["learning_rate=0", "> 0"]),
     "pairs": (["--pairs", "0"], ["0 rows", "1 or more"]),

@@ -13,21 +13,13 @@ from torch import Tensor
 
 from subspace_lab.analysis.geometry import (
     Chance,
-    Comparison,
     _haar_traces,
-    compare,
     haar_overlap,
     overlap,
     principal_angles,
 )
 from subspace_lab.core.orthonormal import random_orthonormal
-from subspace_lab.core.subspaces import (
-    Axes,
-    FixedSubspace,
-    FreeDirections,
-    LearnedSubspace,
-    random_subspace,
-)
+from subspace_lab.core.subspaces import Axes, FreeDirections, LearnedSubspace, random_subspace
 
 
 def rotation(size: int, seed: int) -> Tensor:
@@ -121,49 +113,7 @@ def test_chance_is_a_value_of_its_seed():
     assert haar_overlap(10**6, 16, 16).mean == pytest.approx(1.6e-5)  # no d × d matrix
 
 
-def three() -> dict[str, FixedSubspace]:
-    return {"x": random_subspace(16, 4, 0), "y": random_subspace(16, 4, 1), "z": random_subspace(16, 2, 2)}
-
-
-def test_comparison_is_a_frozen_value():
-    subspaces = three()
-    found = compare(subspaces, {"x": 5, "y": 6, "z": 7})
-    assert isinstance(found, Comparison) and found.labels == ("x", "y", "z") and found.ranks == (4, 4, 2)
-    for i, a in enumerate(subspaces.values()):
-        for j, b in enumerate(subspaces.values()):
-            assert found.matrix[i][j] == pytest.approx(overlap(a, b))
-    assert set(found.chance) == {(4, 4), (2, 4), (2, 2)}
-    assert found.chance_of(0, 2) == haar_overlap(16, 2, 4) and found.chance_of(0, 1) == haar_overlap(16, 4, 4)
-    told = found.as_dict()
-    assert told["labels"] == ["x", "y", "z"] and told["width"] == 16
-    assert told["chance"][0]["ranks"] == [2, 2] and told["chance"][0]["mean"] == pytest.approx(2 / 16)
-    with pytest.raises(AttributeError):
-        found.labels = ()  # type: ignore[misc]
-
-
-def test_within_chance_tells_a_copy_from_a_stranger():
-    base = random_subspace(64, 4, 0)
-    found = compare({"a": base, "copy": FixedSubspace(base.basis()), "stranger": random_subspace(64, 4, 9)})
-    assert not found.within_chance(0, 1)
-    assert found.within_chance(0, 2) and found.within_chance(2, 0)
-    whole = compare({"a": random_subspace(6, 6, 0), "b": random_subspace(6, 6, 1)})
-    assert whole.within_chance(0, 1)  # the whole stream overlaps the whole stream
-
-
-def test_fits_from_one_start_are_not_compared_unawares():
-    seeds = {"x": 5, "y": 6, "z": 5}
-    with pytest.raises(ValueError, match=r"5: \['x', 'z'\].*same_start_allowed=True"):
-        compare(three(), seeds)
-    assert compare(three(), seeds, same_start_allowed=True) == compare(three())
-    with pytest.raises(ValueError, match=r"No seed given for \['z'\]"):
-        compare(three(), {"x": 1, "y": 2})
-
-
-def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(ValueError, match="No subspaces"):
-        compare({})
-    with pytest.raises(ValueError, match="widths"):
-        compare({"a": random_subspace(8, 2, 0), "b": random_subspace(9, 2, 0)})
+def test_what_has_no_overlap_is_refused():
     with pytest.raises(ValueError, match="width 8 and 9"):
         overlap(random_subspace(8, 2, 0), random_subspace(9, 2, 0))
     skewed = FreeDirections(8, 2, start=torch.randn(2, 8))

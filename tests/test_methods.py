@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.interventions import interchange
+from subspace_lab.core.orthonormal import random_orthonormal
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, random_orthonormal, random_subspace
+from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, random_subspace
 from subspace_lab.das.methods import (
     DAS,
     PCA,
@@ -195,7 +196,7 @@ def test_random_subspaces_are_independent_of_data_training_and_seeds() -> None:
     assert all(torch.equal(a, b.subspace().basis()) for a, b in zip(rows, other, strict=True))
     for fit, basis in zip(one, rows, strict=True):
         seed = cell_seed(fit.seed, f"{fit.place} RandomSubspace 4")
-        torch.testing.assert_close(basis, random_subspace(WIDTH, 4, seed).rows, rtol=0, atol=1e-6)
+        torch.testing.assert_close(basis, random_subspace(WIDTH, 4, seed).basis(), rtol=0, atol=1e-6)
     overlaps = [overlap_of(a, b) for i, a in enumerate(rows) for b in rows[:i]]
     assert max(overlaps) < 0.5
     # More draws add to those that were there.

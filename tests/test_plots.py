@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
+from tiny_sweeps import made_fit, made_fits, score
 
-from subspace_lab.analysis.geometry import Chance, Comparison, compare
+from subspace_lab.analysis.comparisons import Comparison, compare
+from subspace_lab.analysis.geometry import Chance
 from subspace_lab.analysis.plots import iia_heatmap, overlap_heatmap
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
-from subspace_lab.das.metrics import Estimate
-from subspace_lab.das.search import Found, SearchResult
+from subspace_lab.das.fits import Fits
+from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, RandomSubspace
 
 POSITIONS = ("amount", "last")
+DAS_3 = DAS(3)
 
 
-def estimate(value: float) -> Estimate:
-    return Estimate(value, round(max(0.0, value - 0.03), 2), round(min(1.0, value + 0.02), 2), 321)
-
-
-def result(values: dict[Site, float], accuracy: float = 0.97) -> SearchResult:
-    found = [
-        Found(
-            site=site, rank=3, seed=0, learning_rate=0.01, iia=estimate(value), train_iia=estimate(value),
-            full_vector=None, random_subspace=estimate(0.31 + i / 100), start_overlap=0.5, loss=1.0,
-            subspaces={"above": random_subspace(16, 3, i)},
-        )
-        for i, (site, value) in enumerate(values.items())
-    ]  # fmt: skip
-    return SearchResult(tuple(found), estimate(accuracy), estimate(0.29), estimate(0.38), "plain run")
+def result(values: dict[Site, float], accuracy: float = 0.97) -> Fits:
+    """One DAS fit at each site."""
+    return made_fits([made_fit(site, DAS_3, test=value, dev=value) for site, value in values.items()], accuracy)
 
 
 def grid(values: list[float], component: str = "block_output") -> dict[Site, float]:
@@ -43,7 +33,8 @@ def grid(values: list[float], component: str = "block_output") -> dict[Site, flo
 
 
 MODEL = result(grid([0.41, 0.42, 0.53, 0.64, 0.85, 0.96]))
-TWIN = result(grid([0.30, 0.33, 0.34, 0.35, 0.36, 0.64]), accuracy=0.21)
+TWIN = made_fits([made_fit(f.site, DAS_3, test=v, dev=0.5) for f, v in
+                  zip(MODEL, [0.30, 0.33, 0.34, 0.35, 0.36, 0.64], strict=True)], 0.21)  # fmt: skip
 
 
 def texts(axis) -> list[str]:
@@ -76,7 +67,7 @@ def test_without_a_path_a_picture_is_what_a_notebook_shows(tmp_path, monkeypatch
     monkeypatch.setattr("IPython.display.display", shown.append)
     matrix = [[1.0, 0.4], [0.4, 1.0]]
     labels = ["block_output[0]@last", "block_output[1]@last"]
-    for figure in (iia_heatmap(MODEL, task="prices"), overlap_heatmap(comparison(labels, matrix))):
+    for figure in (iia_heatmap(MODEL), overlap_heatmap(comparison(labels, matrix))):
         assert not list(tmp_path.iterdir())
         figure._ipython_display_()
         picture = shown.pop()
@@ -84,31 +75,17 @@ def test_without_a_path_a_picture_is_what_a_notebook_shows(tmp_path, monkeypatch
         (tmp_path / "shown.png").write_bytes(picture.data)
         check_file(tmp_path / "shown.png")
         (tmp_path / "shown.png").unlink()
-    assert len(iia_heatmap(MODEL, task="prices").axes) == 2  # no twin: one panel and its colours
-
-
-def test_what_a_search_found_is_compared_with_its_own_starts():
-    found = {str(one.site): one for one in MODEL.found}
-    plain = {label: one.subspace() for label, one in found.items()}
-    assert compare(found) == compare(plain)
-    assert len({one.start for one in MODEL.found}) == len(found)
-    beside = compare({**found, "random": random_subspace(16, 3, 99)})
-    assert beside.labels[-1] == "random" and beside.matrix[0][:6] == compare(found).matrix[0]
-    again = replace(MODEL.found[0], rank=2, subspaces={"above": random_subspace(16, 2, 8)})
-    with pytest.raises(ValueError, match=r"one start.*'again'.*same_start_allowed"):
-        compare({**found, "again": again})
-    with pytest.raises(ValueError, match=r"No seed given for \['random'\]"):
-        compare({**found, "random": random_subspace(16, 3, 99)}, {})
+    assert len(iia_heatmap(MODEL).axes) == 2  # no twin: one panel and its colours
 
 
 def test_iia_and_its_interval_stand_in_their_cells(tmp_path):
-    figure = iia_heatmap(MODEL, TWIN, tmp_path / "iia.png", task="prices")
+    figure = iia_heatmap(MODEL, TWIN, tmp_path / "iia.png")
     check_file(tmp_path / "iia.png")
     model, twin, _ = figure.axes
     for axis, shown in ((model, MODEL), (twin, TWIN)):
         told = {(round(t.get_position()[0]), round(t.get_position()[1]), t.get_text()) for t in axis.texts}
         expected = set()
-        for one in shown.found:
+        for one in shown:
             place = POSITIONS.index(one.site.positions), (0, 3, 7).index(one.site.layer)
             expected |= {(*place, f"{one.iia.value:.2f}"), (*place, f"{one.iia.low:.2f}–{one.iia.high:.2f}")}
         assert told == expected
@@ -116,12 +93,58 @@ def test_iia_and_its_interval_stand_in_their_cells(tmp_path):
         assert axis.get_xlabel() == "position"
     assert [t.get_text() for t in model.get_yticklabels()] == ["0", "3", "7"]
     assert "layer" in model.get_ylabel() and "block_output" in model.get_ylabel()
-    assert "0.97" in model.get_title(loc="left")
-    assert "twin" in twin.get_title(loc="left") and "0.21" in twin.get_title(loc="left")
+    assert model.get_title(loc="left") == "DAS 3"
+    assert twin.get_title(loc="left") == "randomly initialised twin: DAS 3"
+
+
+def test_every_method_has_a_panel_with_the_mean_over_its_seeds(tmp_path):
+    """Several ranks, seeds and methods at each site: each shown once, and no cell drawn over another."""
+    methods = [DAS(1), DAS(4), DifferenceOfMeans(), DifferenceOfMeans(1), PCA(4), RandomSubspace(4)]
+    values = {(site, method, seed): 0.4 + 0.01 * (7 * i + 3 * j + 2 * seed)
+              for i, site in enumerate(list(grid([0] * 6))[:4])
+              for j, method in enumerate(methods)
+              for seed in range(3 if isinstance(method, DAS | RandomSubspace) else 1)}  # fmt: skip
+    fits = made_fits([made_fit(s, m, seed, test=v, dev=v) for (s, m, seed), v in values.items()])
+    figure = iia_heatmap(fits, path=tmp_path / "iia.png")
+    check_file(tmp_path / "iia.png")
+    panels = [axis for axis in figure.axes if axis.get_title(loc="left")]
+    assert [axis.get_title(loc="left") for axis in panels] == [
+        "DAS 1 (×3)", "DAS 4 (×3)", "DifferenceOfMeans", "DifferenceOfMeans 1", "PCA 4", "RandomSubspace 4 (×3)",
+    ]  # fmt: skip
+    for axis, method in zip(panels, methods, strict=True):
+        assert len(axis.patches) == 4
+        shown = {(round(t.get_position()[0]), round(t.get_position()[1]), t.get_text()) for t in axis.texts}
+        expected = set()
+        for mean in fits.mean():
+            if mean.method == method:
+                site = mean.fits[0].site
+                place = POSITIONS.index(site.positions), (0, 3).index(site.layer)
+                one = mean.fits[0].iia
+                small = f"± {mean.spread:.2f}" if mean.n > 1 else f"{one.low:.2f}–{one.high:.2f}"
+                expected |= {(*place, f"{mean.value:.2f}"), (*place, small)}
+        assert shown == expected
+
+
+def test_a_site_without_a_result_stays_empty():
+    fits = made_fits(
+        [made_fit(site, DAS(2)) for site in grid([0] * 6)] + [made_fit(list(grid([0] * 6))[2], PCA(1))]
+    )
+    das, components = (axis for axis in iia_heatmap(fits).axes if axis.get_title(loc="left"))
+    assert len(das.patches) == 6 and len(components.patches) == 1
+
+
+def test_another_score_is_drawn_by_its_name():
+    scored = {"iia": score(0.5), "share": score(0.77), "margin": score(0.9)}
+    margins = {**scored, "margin": made_fit().iia.__class__(-2.5, -3.0, -2.0, 9)}
+    fits = made_fits([made_fit(scores={"dev": scored, "test": margins})])
+    figure = iia_heatmap(fits, metric="share")
+    assert texts(figure.axes[0])[0] == "0.77" and figure.axes[-1].get_ylabel() == "share"
+    with pytest.raises(ValueError, match=r"'margin' is -2\.5 somewhere: colours need a score between 0 and 1"):
+        iia_heatmap(fits, metric="margin")
 
 
 def test_model_and_twin_share_one_colour_scale(tmp_path):
-    figure = iia_heatmap(MODEL, TWIN, tmp_path / "iia.png", task="prices")
+    figure = iia_heatmap(MODEL, TWIN, tmp_path / "iia.png")
     model, twin, bar = figure.axes
     assert cell(model, 1, 1) == cell(twin, 1, 2)  # 0.64 in both
     assert len({cell(model, 0, row) for row in range(3)}) == 3
@@ -129,38 +152,48 @@ def test_model_and_twin_share_one_colour_scale(tmp_path):
 
 
 def test_title_floors_and_caution_are_stated(tmp_path):
-    figure = iia_heatmap(MODEL, TWIN, tmp_path / "iia.png", task="prices")
+    figure = iia_heatmap(MODEL, TWIN, tmp_path / "iia.png")
     assert "prices" in figure.get_suptitle() and "above" in figure.get_suptitle()
     told = caption(figure)
-    for part in ("Rank 3", "321 held-out pairs", "no intervention 0.29", "constant answer 0.38", "0.31 to 0.36"):
+    for part in (
+        "321 test pairs",
+        "no intervention 0.29 (twin 0.29)",
+        "constant answer 0.38",
+        "standard deviation over",
+    ):
         assert part in told
-    assert "does not say that the model has only this one" in told and "see the twin" in told
+    assert "does not say that the model has only this one" in told and "see the controls and the twin" in told
     (mark,) = figure.axes[-1].lines
     assert mark.get_ydata()[0] == 0.38 == figure.axes[-1].get_ylim()[0]
     assert cell(figure.axes[1], 0, 0) == cell(figure.axes[1], 0, 2)  # 0.30 and 0.36, both below the floor
-    alone = caption(iia_heatmap(MODEL, None, tmp_path / "iia.png", task="prices"))
+    alone = caption(iia_heatmap(MODEL, None, tmp_path / "iia.png"))
     assert "no twin was searched" in alone and "see the twin" not in alone
 
 
 def test_rows_of_one_picture_may_be_of_several_components(tmp_path):
     sites = [Site("mlp_output", 1, "last"), Site("block_output", 1, "last"), Site("wte.output", None, "last")]
-    figure = iia_heatmap(result(dict.fromkeys(sites, 0.5)), None, tmp_path / "iia.png", task="t")
+    figure = iia_heatmap(result(dict.fromkeys(sites, 0.5)), None, tmp_path / "iia.png")
     labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
     assert sorted(labels) == ["block_output[1]", "mlp_output[1]", "wte.output"]
 
 
 def test_many_layers_lose_their_numbers_not_their_cells(tmp_path):
     sites = {Site("block_output", layer, "last"): layer / 32 for layer in range(32)}
-    figure = iia_heatmap(result(sites), None, tmp_path / "iia.png", task="t")
+    figure = iia_heatmap(result(sites), None, tmp_path / "iia.png")
     assert texts(figure.axes[0]) == [] and len(figure.axes[0].patches) == 32
     check_file(tmp_path / "iia.png")
 
 
 def test_results_that_do_not_fit_a_picture_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="twin at"):
-        iia_heatmap(MODEL, replace(TWIN, found=TWIN.found[1:]), tmp_path / "iia.png", task="t")
-    with pytest.raises(ValueError, match="12 results for 6 sites"):
-        iia_heatmap(replace(MODEL, found=MODEL.found * 2), None, tmp_path / "iia.png", task="t")
+    path = tmp_path / "iia.png"
+    with pytest.raises(ValueError, match="its twin at"):
+        iia_heatmap(MODEL, TWIN[1:], path)
+    with pytest.raises(ValueError, match=r"No fit of method DAS\(rank=3"):
+        iia_heatmap(MODEL, made_fits([made_fit(fit.site, PCA(3)) for fit in MODEL]), path)
+    with pytest.raises(ValueError, match="No fits to draw"):
+        iia_heatmap(made_fits([]), None, path)
+    with pytest.raises(ValueError, match="by 'log_odds' on dev"):
+        iia_heatmap(MODEL, None, path, metric="log_odds")
     assert not list(tmp_path.iterdir())
 
 
@@ -214,11 +247,11 @@ def test_a_failing_write_leaves_the_old_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        iia_heatmap(MODEL, None, path, task="t")
+        iia_heatmap(MODEL, None, path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_drawing_changes_no_result(tmp_path):
     before = torch.get_rng_state(), MODEL.as_dict()
-    iia_heatmap(MODEL, TWIN, tmp_path / "iia.png", task="t")
+    iia_heatmap(MODEL, TWIN, tmp_path / "iia.png")
     assert torch.equal(before[0], torch.get_rng_state()) and MODEL.as_dict() == before[1]

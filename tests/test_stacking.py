@@ -10,9 +10,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from subspace_lab.core.interventions import interchange, loreft
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
-from subspace_lab.das.pairs import Counterfactuals
+from subspace_lab.das.methods import DAS, Learner
+from subspace_lab.das.objectives import cross_entropy
+from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.das.prepared_pairs import PreparedPairs, fit, from_pool
-from subspace_lab.das.search import search
+from subspace_lab.das.sweeps import sweep
 from subspace_lab.engine.stacking import Stack, rows_of, split
 from subspace_lab.engine.training import TrainingConfig, train, train_together
 from subspace_lab.model.backbone import Backbone
@@ -65,45 +67,42 @@ def test_rows_that_do_not_divide_are_refused(rows: int) -> None:
 
 def test_together_equals_alone(backbone: Backbone) -> None:
     site = Site("block_output", 1, "last")
-    ready = PreparedPairs.of(backbone, pairs(0), [site])
+    place = {"v": site}
+    ready = PreparedPairs.of(backbone, pairs(0), [place])
     cells = [(1, 0, 1e-2), (4, 0, 1e-2), (4, 1, 3e-2), (2, 2, 1e-3)]
     configs = [TrainingConfig(steps=12, batch_size=16, seed=s, learning_rate=rate) for _, s, rate in cells]
 
-    def bases() -> list[LearnedSubspace]:
-        return [LearnedSubspace(WIDTH, k, seed=10 + i) for i, (k, _, _) in enumerate(cells)]
+    def learners() -> list[Learner]:
+        return [
+            Learner({"v": (site, LearnedSubspace(WIDTH, k, seed=10 + i))}, 10 + i)
+            for i, (k, _, _) in enumerate(cells)
+        ]
 
-    together = bases()
-    losses = fit([interchange(b) for b in together], site, [from_pool(ready, site, c) for c in configs], configs)
-    for i, alone in enumerate(bases()):
-        start = alone.basis().detach().clone()
-        (own,) = fit([interchange(alone)], site, [from_pool(ready, site, configs[i])], [configs[i]])
+    def train_all(some: list[Learner], of: list[TrainingConfig]) -> list[list[float]]:
+        return fit(some, [from_pool(ready, place, c) for c in of], of, cross_entropy)
+
+    together = learners()
+    losses = train_all(together, configs)
+    for i, alone in enumerate(learners()):
+        start = alone.subspaces["v"][1].basis().detach().clone()
+        (own,) = train_all([alone], [configs[i]])
         torch.testing.assert_close(torch.tensor(losses[i]), torch.tensor(own), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(together[i].basis(), alone.basis(), rtol=0, atol=2e-4)
+        found = alone.subspaces["v"][1].basis()
+        torch.testing.assert_close(together[i].subspaces["v"][1].basis(), found, rtol=0, atol=2e-4)
         # The control: training went further than the tolerance.
-        assert (alone.basis() - start).abs().max() > 2e-3
+        assert (found - start).abs().max() > 2e-3
 
 
-def test_search_over_ranks_seeds_and_rates_finds_what_single_searches_find(backbone: Backbone) -> None:
+def test_a_sweep_over_ranks_seeds_and_rates_finds_what_single_ones_find(backbone: Backbone) -> None:
     sites = [Site("block_output", layer, "last") for layer in (0, 1)]
-    config = TrainingConfig(steps=6, batch_size=16)
-    common = {"config": config, "min_accuracy": None, "quiet": True}
-    whole = search(
-        backbone, pairs(0), pairs(1), sites, rank=[1, 3], seed=[0, 5], learning_rates=[1e-2, 5e-2], **common
-    )
-    assert len(whole.found) == 2 * 2 * 2 * 2
-    for found in whole.found:
-        (alone,) = search(
-            backbone,
-            pairs(0),
-            pairs(1),
-            [found.site],
-            rank=found.rank,
-            seed=found.seed,
-            learning_rates=[found.learning_rate],
-            **common,
-        ).found
+    given = Pairs(pairs(0), pairs(2), pairs(1))
+    common = {"config": TrainingConfig(steps=6, batch_size=16), "min_accuracy": None, "quiet": True}
+    whole = sweep(backbone, given, sites, [DAS([1, 3], learning_rate=[1e-2, 5e-2])], seeds=[0, 5], **common)
+    assert len(whole) == 2 * 2 * 2 * 2
+    for found in whole[::3]:
+        (alone,) = sweep(backbone, given, [found.site], [found.method], seeds=[found.seed], **common)
         assert alone.loss == pytest.approx(found.loss, rel=1e-4)
-        torch.testing.assert_close(alone.subspaces["v"].basis(), found.subspaces["v"].basis(), rtol=0, atol=1e-3)
+        torch.testing.assert_close(alone.subspace().basis(), found.subspace().basis(), rtol=0, atol=1e-3)
 
 
 def test_one_module_is_clipped_and_decayed_by_its_own_configuration() -> None:

@@ -30,8 +30,9 @@ from tiny_sweeps import (
 from torch import Tensor, nn
 
 from subspace_lab.core.interventions import interchange
+from subspace_lab.core.orthonormal import random_orthonormal
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import LearnedSubspace, random_orthonormal
+from subspace_lab.core.subspaces import LearnedSubspace
 from subspace_lab.das import sweeps
 from subspace_lab.das.estimates import bootstrap_mean, estimate, proportion
 from subspace_lab.das.fits import Fits

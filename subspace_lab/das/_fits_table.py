@@ -149,7 +149,7 @@ def _mean_cell(found: Mean | None, metric: str) -> str:
     if found.n > 1 or not found.fits[0].losses:
         return str(found)
     one = found.fits[0].score(metric)
-    low, high = (f"{limit:.2f}".replace("0.", ".", 1) for limit in (one.low, one.high))
+    low, high = (re.sub(r"^(-?)0\.", r"\1.", f"{limit:.2f}") for limit in (one.low, one.high))
     return f"{one.value:.2f} [{low}, {high}]"
 
 
