@@ -6,14 +6,15 @@
 import copy
 import itertools
 
+import families
 import pytest
 import torch
-from families import DECODERS, ENCODERS, build, fresh, inputs, spots
+from families import DECODERS, ENCODERS, inputs, spots
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from subspace_lab.core.interventions import interchange, loreft
+from subspace_lab.core import interventions
 from subspace_lab.core.sites import COMPONENTS, Site
 from subspace_lab.core.subspaces import LearnedSubspace
 from subspace_lab.engine import frozen_past
@@ -42,12 +43,34 @@ PAIRS = (
 )
 
 
+# In float64, of which numbers rounding changes the sixteenth digit. Parts of some models (RMSNorm, softmax, rotary
+# angles) round to float32, 6e-8: the same number in both runs, unless it lies between two of them. A wrong run is
+# wrong in the first digits.
+TOLERANCE = 1e-6
+
+
 # --- helpers ------------------------------------------------------------------------------------------------
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    return families.build(name, dtype)
+
+
+def fresh(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    return families.fresh(name, dtype)
+
+
+def loreft(*args, **options) -> nn.Module:
+    return interventions.loreft(*args, **options).double()
+
+
+def interchange(subspace) -> nn.Module:
+    return interventions.interchange(subspace).double()
 
 
 def make_batch(name: str, padding: str = "right", seed: int = 0, rows: int = 6) -> Batch:
     if name == "mlp":
-        return Batch.of(inputs(name, rows, seed=seed))
+        return Batch.of(inputs(name, rows, seed=seed).double())
     lengths = None if padding == "none" else LENGTHS[:rows]
     side = "right" if padding == "none" else padding
     more = {"decoder_lengths": (4, 5, 6, 3, 6, 5)} if name == "t5" else {}
@@ -102,10 +125,10 @@ def measured(run, rows, edits, sources=None) -> list[torch.Tensor]:
     valid = run.readout.rows(rows).valid
     if valid is not None:
         logits = logits[valid]
-    weights = torch.linspace(-1, 1, logits.numel()).view(logits.shape)
+    weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view(logits.shape)
     if not parameters:
         return [logits.detach()]
-    gradients = torch.autograd.grad((weights * logits.float()).sum(), parameters, allow_unused=True)
+    gradients = torch.autograd.grad((weights * logits.double()).sum(), parameters, allow_unused=True)
     assert all(g is not None for g in gradients)
     return [logits.detach(), *gradients]
 
@@ -117,11 +140,11 @@ def gap(found, expected) -> float:
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = a.detach(), b.detach()
-        gaps.append(float((a - b).float().norm() / b.float().norm().clamp_min(1e-12)))
+        gaps.append(float((a - b).double().norm() / b.double().norm().clamp_min(1e-12)))
     return max(gaps)
 
 
-def compare(past, plain, rows, edits, states=None, tolerance=1e-5) -> None:
+def compare(past, plain, rows, edits, states=None, tolerance=TOLERANCE) -> None:
     """Equal numbers, and numbers that the edits matter for."""
     sources = states_for(states or {}, edits, rows)
     expected = measured(plain, rows, edits, sources)
@@ -200,7 +223,7 @@ def test_equal_wherever_logits_are_read(positions, padding):
         edits = {site: loreft(backbone.width(site), 2, seed=3, start="paper") for site in chosen}
         expected, found = measured(plain, rows, edits), measured(past, rows, edits)
         # An edit behind everything that is read has no effect: both gradients are 0 there.
-        assert all((a - b).norm() <= 1e-5 * b.norm() + 1e-9 for a, b in zip(found, expected, strict=True))
+        assert all((a - b).norm() <= TOLERANCE * b.norm() + 1e-12 for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("positions", ["first", "f2", "last", "all"])
@@ -214,7 +237,7 @@ def test_equal_without_any_edit(name, positions):
     assert past.mode == MODES[name]
     plain = PlainEngine(backbone, batch, readout)
     for rows in ROWS:
-        assert gap(measured(past, rows, {}), measured(plain, rows, {})) < 1e-5
+        assert gap(measured(past, rows, {}), measured(plain, rows, {})) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
@@ -280,8 +303,8 @@ def test_any_rows_sites_and_reads(name, shape, sites, reads, data):
     expected = measured(PlainEngine(backbone, batch, readout), rows, edits, sources)
     for a, b in zip(found, expected, strict=True):
         # A query before a single key has no effect: its gradient is rounding, in either run.
-        rounding = 1e-6 * (1 + expected[0].norm())
-        assert a.shape == b.shape and (a - b).norm() <= 1e-5 * b.norm() + rounding
+        rounding = 1e-9 * (1 + expected[0].norm())
+        assert a.shape == b.shape and (a - b).norm() <= TOLERANCE * b.norm() + rounding
 
 
 # --- answers, and where logits may be read --------------------------------------------------------------------
@@ -316,7 +339,7 @@ def test_losses_on_answers_equal_the_model_s_own(name, padding):
         loss = nn.functional.cross_entropy(logits, targets[rows].flatten(), ignore_index=-100)
         found = [loss, *torch.autograd.grad(loss, parameters)]
         assert expected[1].norm() > 1e-6
-        assert gap(found, expected) < 1e-5
+        assert gap(found, expected) < TOLERANCE
 
 
 def test_training_steps_are_the_plain_run_s():
@@ -339,7 +362,7 @@ def test_training_steps_are_the_plain_run_s():
             optimizer.step()
             losses.append(loss.detach())
         ends.append([torch.stack(losses), edit.subspace.basis().detach()])
-    assert gap(*ends) < 1e-4
+    assert gap(*ends) < TOLERANCE
     assert ends[0][0][-3:].mean() < ends[0][0][:3].mean()
 
 
@@ -354,7 +377,7 @@ def test_logits_read_at_padding_are_the_model_s(padding):
     assert past.mode == "layers" and "padding" in past.describe()
     edits = {site: loreft(32, 3, seed=0, start="paper")}
     for rows in ROWS:
-        assert gap(measured(past, rows, edits)[:1], measured(plain, rows, edits)[:1]) < 1e-5
+        assert gap(measured(past, rows, edits)[:1], measured(plain, rows, edits)[:1]) < TOLERANCE
 
 
 def test_masks_with_holes():
@@ -513,9 +536,9 @@ def test_chains_of_modules_skip_what_lies_before():
     ran: list[str] = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.ModuleDict({"chain": nn.Sequential(*(Counting(n, ran) for n in "abcd"))})
+        model = nn.ModuleDict({"chain": nn.Sequential(*(Counting(n, ran) for n in "abcd"))}).double()
     model.forward = lambda x: model["chain"](x) * 2
-    backbone, batch = Backbone(model), Batch.of(torch.randn(5, 4))
+    backbone, batch = Backbone(model), Batch.of(torch.randn(5, 4, dtype=torch.float64))
     sites = {
         Site("chain.2.output"): ["d"],
         Site("chain.1.inner.output"): ["b", "c", "d"],
@@ -563,7 +586,7 @@ def test_only_what_is_needed_is_kept():
     (group,) = past.prefix.groups
     assert group.labels == [(layer, side) for layer in (1, 2) for side in ("keys", "values")]
     assert group.tensor.shape == (4, 6, LENGTH - 3, 2, 8)
-    assert past.prefix.nbytes() == 4 * 6 * (3 * 32 + 4 * 2 * (LENGTH - 3) * 8)
+    assert past.prefix.nbytes() == 8 * 6 * (3 * 32 + 4 * 2 * (LENGTH - 3) * 8)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------
@@ -622,8 +645,8 @@ def test_a_fallback_keeps_to_the_budget():
     batch = make_batch("llama", "none")
     sites = [Site("block_output", 0, "last"), Site("block_output", 0, "-3")]
     made = FrozenPast(Backbone(model), batch, sites, Readout.at(batch, "last"), chunk=2)
-    assert made.mode == "layers" and made.prefix.nbytes() == 4 * 6 * LENGTH * 32
-    tight = FrozenPast(Backbone(model), batch, sites, Readout.at(batch, "last"), chunk=2, memory=7000)
+    assert made.mode == "layers" and made.prefix.nbytes() == 8 * 6 * LENGTH * 32
+    tight = FrozenPast(Backbone(model), batch, sites, Readout.at(batch, "last"), chunk=2, memory=14_000)
     assert tight.mode == "layers" and "recomputed" in tight.describe()
 
 
@@ -685,7 +708,7 @@ def cast(model, batch):
 
 
 def cast_and_back(model, batch):
-    model.to(torch.bfloat16).to(torch.float32)
+    model.to(torch.bfloat16).to(torch.float64)
 
 
 def tokens_edited(model, batch):
@@ -731,7 +754,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("memory", [None, 30_000])
+@pytest.mark.parametrize("memory", [None, 60_000])
 def test_a_change_after_the_pass_is_told(change, memory):
     model, batch = fresh("llama"), make_batch("llama")
     past = FrozenPast(Backbone(model), batch, SITES, Readout.at(batch, "last"), memory=memory, chunk=2)
@@ -854,7 +877,7 @@ def test_blocks_that_return_more_than_states_are_noticed():
     readout = Readout.at(batch, "last")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = TupleModel()
+        model = TupleModel().double()
     refused_or_right(model, batch, sites[1:], readout, "plain")
     refused_or_right(model, batch, sites, readout, "plain")
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 import transformers as t
 from families import VOCABULARY, WIDTH, Spot, capture, hooked, inputs
-from test_frozen_past import LENGTHS, SUBJECT, compare, make_edits
+from test_frozen_past import LENGTHS, SUBJECT, compare, loreft, make_edits
 
-from subspace_lab.core.interventions import loreft
 from subspace_lab.core.sites import Site
 from subspace_lab.engine.frozen_past import FrozenPast
 from subspace_lab.engine.plain import PlainEngine
@@ -155,7 +154,7 @@ def fresh(name):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         kind = t.AutoModelForMaskedLM if name in ENCODERS else t.AutoModelForCausalLM
-        model = kind.from_config(EVERY[name][0]).eval()
+        model = kind.from_config(EVERY[name][0]).double().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
