@@ -43,21 +43,23 @@ PAIRS = (
 )
 
 
-# In float64, of which numbers rounding changes the sixteenth digit. Parts of some models (RMSNorm, softmax, rotary
-# angles) round to float32, 6e-8: the same number in both runs, unless it lies between two of them. A wrong run is
-# wrong in the first digits.
-TOLERANCE = 1e-6
+# Relative to the norm of what is compared; a wrong run is wrong in the first digits. In float64 rounding changes the
+# sixteenth digit, but parts of some models (RMSNorm, softmax, rotary angles) round to float32, 6e-8: to the same number
+# in both runs, unless theirs lie on two sides of a boundary. In float32 a thousand roundings of 6e-8 are allowed.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+# In float64 its mask is lower than the lowest number of float32, in which it takes the softmax: NaN at padding.
+FLOAT32 = ("gemma2",)
 
 
 # --- helpers ------------------------------------------------------------------------------------------------
 
 
-def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    return families.build(name, dtype)
+def build(name: str, dtype: torch.dtype | None = None) -> nn.Module:
+    return families.build(name, dtype or (torch.float32 if name in FLOAT32 else torch.float64))
 
 
-def fresh(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    return families.fresh(name, dtype)
+def fresh(name: str) -> nn.Module:
+    return families.fresh(name, torch.float32 if name in FLOAT32 else torch.float64)
 
 
 def loreft(*args, **options) -> nn.Module:
@@ -144,16 +146,17 @@ def gap(found, expected) -> float:
     return max(gaps)
 
 
-def compare(past, plain, rows, edits, states=None, tolerance=TOLERANCE) -> None:
+def compare(past, plain, rows, edits, states=None, tolerance=None) -> None:
     """Equal numbers, and numbers that the edits matter for."""
     sources = states_for(states or {}, edits, rows)
     expected = measured(plain, rows, edits, sources)
     found = measured(past, rows, edits, sources)
+    tolerance = tolerance or TOLERANCE[expected[0].dtype]
     assert all(g.norm() > 1e-8 for g in expected[1:]), f"{list(edits)} change nothing"
     with torch.no_grad():
         untouched = plain.logits(rows, {})
         untouched = untouched if plain.readout.valid is None else untouched[plain.readout.rows(rows).valid]
-    assert gap([untouched], expected[:1]) > 1e-5, f"{list(edits)} change no logit"
+    assert gap([untouched], expected[:1]) > 10 * tolerance, f"{list(edits)} change no logit"
     assert gap(found, expected) <= tolerance, f"{list(edits)}, rows {rows.tolist()}: {gap(found, expected):.1e}"
 
 
@@ -223,7 +226,8 @@ def test_equal_wherever_logits_are_read(positions, padding):
         edits = {site: loreft(backbone.width(site), 2, seed=3, start="paper") for site in chosen}
         expected, found = measured(plain, rows, edits), measured(past, rows, edits)
         # An edit behind everything that is read has no effect: both gradients are 0 there.
-        assert all((a - b).norm() <= TOLERANCE * b.norm() + 1e-12 for a, b in zip(found, expected, strict=True))
+        tolerance = TOLERANCE[expected[0].dtype]
+        assert all((a - b).norm() <= tolerance * b.norm() + 1e-9 for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("positions", ["first", "f2", "last", "all"])
@@ -237,7 +241,7 @@ def test_equal_without_any_edit(name, positions):
     assert past.mode == MODES[name]
     plain = PlainEngine(backbone, batch, readout)
     for rows in ROWS:
-        assert gap(measured(past, rows, {}), measured(plain, rows, {})) < TOLERANCE
+        assert gap(measured(past, rows, {}), measured(plain, rows, {})) < TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
@@ -304,7 +308,7 @@ def test_any_rows_sites_and_reads(name, shape, sites, reads, data):
     for a, b in zip(found, expected, strict=True):
         # A query before a single key has no effect: its gradient is rounding, in either run.
         rounding = 1e-9 * (1 + expected[0].norm())
-        assert a.shape == b.shape and (a - b).norm() <= TOLERANCE * b.norm() + rounding
+        assert a.shape == b.shape and (a - b).norm() <= TOLERANCE[torch.float64] * b.norm() + rounding
 
 
 # --- answers, and where logits may be read --------------------------------------------------------------------
@@ -335,11 +339,11 @@ def test_losses_on_answers_equal_the_model_s_own(name, padding):
         part = batch.rows(rows)
         own = forward(backbone, Batch({**part.inputs, "labels": labels[rows]}, part.prompt_lengths), edits).loss
         expected = [own, *torch.autograd.grad(own, parameters)]
-        logits = past.logits(rows, edits).flatten(0, 1)
+        logits = past.logits(rows, edits).flatten(0, 1).float()  # as the model's own loss
         loss = nn.functional.cross_entropy(logits, targets[rows].flatten(), ignore_index=-100)
         found = [loss, *torch.autograd.grad(loss, parameters)]
         assert expected[1].norm() > 1e-6
-        assert gap(found, expected) < TOLERANCE
+        assert gap(found, expected) < TOLERANCE[torch.float32]
 
 
 def test_training_steps_are_the_plain_run_s():
@@ -362,7 +366,7 @@ def test_training_steps_are_the_plain_run_s():
             optimizer.step()
             losses.append(loss.detach())
         ends.append([torch.stack(losses), edit.subspace.basis().detach()])
-    assert gap(*ends) < TOLERANCE
+    assert gap(*ends) < TOLERANCE[torch.float64]
     assert ends[0][0][-3:].mean() < ends[0][0][:3].mean()
 
 
@@ -377,7 +381,7 @@ def test_logits_read_at_padding_are_the_model_s(padding):
     assert past.mode == "layers" and "padding" in past.describe()
     edits = {site: loreft(32, 3, seed=0, start="paper")}
     for rows in ROWS:
-        assert gap(measured(past, rows, edits)[:1], measured(plain, rows, edits)[:1]) < TOLERANCE
+        assert gap(measured(past, rows, edits)[:1], measured(plain, rows, edits)[:1]) < TOLERANCE[torch.float64]
 
 
 def test_masks_with_holes():

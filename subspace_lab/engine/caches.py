@@ -105,13 +105,17 @@ def put_states(filled: Any, model: nn.Module, states: BlockStates, blocks: Colle
 
 
 def caches_all_states(model: nn.Module, depth: int, state_blocks: Sequence[int]) -> bool:
-    """Whether a cache of this model holds a state of each of these blocks, and keys and values of all others."""
+    """Whether a cache of this model holds a state of each of these blocks, and keys and values of all others.
+
+    Args:
+        depth: how many blocks the model has; it may be one that was cut short, whose cache has more layers.
+    """
     from transformers import DynamicCache
     from transformers.cache_utils import CacheLayerMixin
 
-    layers = DynamicCache(config=text_config(model)).layers
+    layers = DynamicCache(config=text_config(model)).layers[:depth]
     with_state = [i for i, layer in enumerate(layers) if not isinstance(layer, CacheLayerMixin)]
-    return len(layers) == depth and with_state == list(state_blocks)
+    return with_state == list(state_blocks)
 
 
 def _filled_layer(keys: Tensor, values: Tensor) -> Any:
