@@ -1,4 +1,4 @@
-"""The key-value cache under its newer and its older name: whichever the caller uses, and whichever the model has."""
+"""The key-value cache under its newer and its older name, whichever the caller uses and the model has."""
 
 import copy
 import warnings
@@ -32,7 +32,9 @@ def older(name: str = "llama", dtype: torch.dtype = torch.float64) -> nn.Module:
 
     class Older(type(model)):
         def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
-            return own(self, input_ids, attention_mask, position_ids, use_cache=use_cache, **{newer: past_key_values})
+            return own(
+                self, input_ids, attention_mask, position_ids, use_cache=use_cache, **{newer: past_key_values}
+            )
 
     model.__class__ = Older
     return model
@@ -68,7 +70,9 @@ def test_generation_goes_on_from_a_cache(caller):
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     options = {"max_new_tokens": 4, "do_sample": False}
     expected = generate(Backbone(model), given, EDITS, **options)
-    assert torch.equal(generate(Backbone(model), given, EDITS, **{caller: copy.deepcopy(cache)}, **options), expected)
+    assert torch.equal(
+        generate(Backbone(model), given, EDITS, **{caller: copy.deepcopy(cache)}, **options), expected
+    )
     assert torch.equal(generate(Backbone(model), Batch({**given, caller: cache}), EDITS, **options), expected)
 
 

@@ -43,9 +43,9 @@ PAIRS = (
 )
 
 
-# Relative to the norm of what is compared; a wrong run is wrong in the first digits. In float64 rounding changes the
-# sixteenth digit, but parts of some models (RMSNorm, softmax, rotary angles) round to float32, 6e-8: to the same number
-# in both runs, unless theirs lie on two sides of a boundary. In float32 a thousand roundings of 6e-8 are allowed.
+# Relative to the norm of what is compared; a wrong run is wrong in the first digits. In float64 rounding changes
+# the sixteenth digit, but parts of some models (RMSNorm, softmax, rotary angles) round to float32, by 6e-8: to the
+# same number in both runs, except rarely. In float32 a thousand roundings of 6e-8 are allowed.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 # In float64 its mask is lower than the lowest number of float32, in which it takes the softmax: NaN at padding.
 FLOAT32 = ("gemma2",)

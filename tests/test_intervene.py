@@ -624,7 +624,11 @@ def test_gradient_checkpointing_inside_a_block_is_refused(reentrant):
     door = Backbone(model)
     model.train()
     # transformers 5.24 gives it a new name.
-    switch = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    switch = (
+        "activation_checkpointing"
+        if hasattr(model, "activation_checkpointing_enable")
+        else "gradient_checkpointing"
+    )
     getattr(model, f"{switch}_enable")({"use_reentrant": reentrant})
     for component in ("head_output", "attention_output", "mlp_output", "key_output"):
         site = Site(component, 1)

@@ -151,7 +151,7 @@ LAYERS_ONLY = (
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3", "llama4", "qwen3_next", "jamba")
 # In float64 their mask is lower than the lowest number of float32, in which they take the softmax: NaN at padding.
 FLOAT32 = ("bloom", "mpt")
-# Linear attention is computed in float32 whatever the model's dtype, and in another way for one token than for many.
+# Linear attention is computed in float32 whatever the model's dtype, and for one token otherwise than for many.
 TOLERANCE = dict.fromkeys(("qwen3_next", "qwen3_5"), 1e-4)
 CASES = [(name, padding) for name in FAMILIES for padding in ("right", "left")]
 CASES += [(name, "right") for name in ENCODERS]
@@ -163,7 +163,9 @@ def fresh(name, dtype=None):
         kind = t.AutoModelForMaskedLM if name in ENCODERS else t.AutoModelForCausalLM
         # The experts' own way of multiplying knows no float64.
         options = {"experts_implementation": "eager"} if name in MIXTURES else {}
-        model = kind.from_config(EVERY[name][0], **options).to(dtype or (torch.float32 if name in FLOAT32 else torch.float64))
+        model = kind.from_config(EVERY[name][0], **options).to(
+            dtype or (torch.float32 if name in FLOAT32 else torch.float64)
+        )
         model.eval()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -271,7 +273,11 @@ def test_sites_that_are_edited_together(padding, models, capsys, monkeypatch):
     edits = {site: loreft(WIDTH, 2, seed=3, start="paper") for site in (early, late)}
     ran = []
     handle = model.model.layers[0].feed_forward.register_forward_hook(lambda *_: ran.append(0))
-    for sites, blocks in (([early, late, *others], 1), ([(early, late), *others], 0), ([*others, (late, early)], 0)):
+    for sites, blocks in (
+        ([early, late, *others], 1),
+        ([(early, late), *others], 0),
+        ([*others, (late, early)], 0),
+    ):
         past, plain = FrozenPast(backbone, batch, sites, readout, chunk=4), PlainEngine(backbone, batch, readout)
         assert past.mode == "keys and values", past.describe()
         capsys.readouterr()
@@ -327,7 +333,9 @@ def test_states_that_are_not_in_the_models_cache_are_not_counted_on():
     site, readout = Site("block_output", 1, "last"), Readout.at(batch, "last", (5, 11))
     past = FrozenPast(backbone, batch, [site], readout)
     assert past.mode == "layers" and "no part of the model's cache" in past.describe(), past.describe()
-    compare(past, PlainEngine(backbone, batch, readout), torch.tensor([2, 0]), {site: loreft(WIDTH, 2, start="paper")})
+    compare(
+        past, PlainEngine(backbone, batch, readout), torch.tensor([2, 0]), {site: loreft(WIDTH, 2, start="paper")}
+    )
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -342,7 +350,9 @@ def test_a_model_that_was_cut_short_is_resumed(count):
     site, readout = Site("block_output", 0, "last"), Readout.at(batch, "last", (5, 11))
     past = FrozenPast(backbone, batch, [site], readout)
     assert past.mode == "keys and values", past.describe()
-    compare(past, PlainEngine(backbone, batch, readout), torch.tensor([2, 0]), {site: loreft(WIDTH, 2, start="paper")})
+    compare(
+        past, PlainEngine(backbone, batch, readout), torch.tensor([2, 0]), {site: loreft(WIDTH, 2, start="paper")}
+    )
 
 
 def test_states_for_which_there_is_no_room(models):

@@ -29,7 +29,7 @@ def empty_cache(model: nn.Module, state_blocks: Collection[int]) -> Any:
     """A cache that stores the keys of all tokens, of layers with a sliding window too.
 
     Args:
-        state_blocks: numbers of the blocks whose layer holds a state, which `FrozenStates` keeps unchanged.
+        state_blocks: numbers of the blocks that have a state; their layers are `FrozenStates`.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -54,7 +54,7 @@ def filled_cache(found: KeysAndValues, depth: int, rows: int, tokens: int, devic
     """A cache of so many earlier tokens, as if the model had just read them.
 
     Args:
-        found: keys and values; blocks without any are not run, and their layer tells its length alone.
+        found: keys and values; other blocks are not run, and only the length of their layer is asked for.
         depth: how many blocks the model has.
     """
     from transformers import DynamicCache

@@ -190,8 +190,8 @@ class ReftModel(Host):
         """The base model's `generate` with the prompt edited; see `model.intervene.generate`.
 
         In a chat that goes on, with the `cache` (or, by its older name, the `past_key_values`) of an earlier
-        generation, the prompt is the whole conversation up to now: positions count all its real tokens, and those of them that are in the cache stay
-        as they were cached, edited in their own turn or not.
+        generation, the prompt is the whole conversation up to now: positions count all its real tokens, and those
+        of them that are in the cache stay as they were cached, edited in their own turn or not.
 
         Args:
             attention_mask: without it padding is told by the pad token, as `generate` itself does it.
