@@ -125,7 +125,7 @@ def test_the_base_model_rests_while_a_past_is_kept() -> None:
     model.forget_past()
     model.train()
     assert model.base_model.training
-    with pytest.raises(ValueError, match="no past is kept"):
+    with pytest.raises(ValueError, match="was not called on this model"):
         model(row=torch.tensor([0]))
 
 

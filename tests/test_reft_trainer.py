@@ -466,7 +466,7 @@ def test_the_frozen_past_trains_as_trainer_does(tmp_path):
 def test_what_the_loop_refuses():
     with pytest.raises(ValueError, match="train modules_to_save with"):
         finetune(decoder(modules_to_save=("lm_head",)), answers())
-    with pytest.raises(ValueError, match="No rows"):
+    with pytest.raises(ValueError, match="No examples"):
         finetune(decoder(), [])
     model = decoder()
     with model.disable_adapter(), pytest.raises(ValueError, match="No active adapter"):
