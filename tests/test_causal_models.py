@@ -1,7 +1,7 @@
 """Causal models: runs, interventions and interchanges, against direct computation and their laws."""
 
 import importlib.util
-import time
+import sys
 
 import hypothesis.strategies as st
 import numpy as np
@@ -162,9 +162,9 @@ def test_wrong_inputs_and_variables_are_refused():
         model.interchange({"x": 1, "y": 2}, {"a": {"x": 1}})
 
 
-def test_scalar_runs_are_fast():
-    """At least 100 000 runs a second of processor time (some 700 000 measured); the best of five."""
-    # Under a name of its own the module is loaded without the tests' shape checks, which cost more than a run.
+def test_a_scalar_run_makes_few_calls():
+    """Two for each variable and a few more (8 in all here): nothing about the graph is worked out anew."""
+    # Under a name of its own the module is loaded without the tests' shape checks, which call more than that.
     specification = importlib.util.spec_from_file_location("unchecked_causal_models", causal_models.__file__)
     unchecked = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(unchecked)
@@ -175,10 +175,11 @@ def test_scalar_runs_are_fast():
             "answer": lambda above, below: above & below,
         }
     )
-    inputs, best = {"lower": 1, "upper": 5, "amount": 3}, float("inf")
-    for _ in range(5):
-        started = time.process_time()
-        for _ in range(5000):
-            model.run(inputs)
-        best = min(best, time.process_time() - started)
-    assert best < 0.05
+    calls = []
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, argument: calls.append(event) if event in ("call", "c_call") else None)
+    try:
+        model.run({"lower": 1, "upper": 5, "amount": 3})
+    finally:
+        sys.setprofile(before)
+    assert len(model.variables) < len(calls) <= 2 * len(model.variables) + 6
