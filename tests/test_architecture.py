@@ -32,7 +32,7 @@ ROOMS = {
 }
 NNSIGHT_HOME = f"{PACKAGE}.model.backbone"
 MAY_TAKE_ANY_KEYWORD = {"generate", "__call__"}
-LONGEST_FILE = 400
+LONGEST_FILE = 500  # a smell to heed: one object stays one class
 PICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 HEAVY = ("nnsight", "matplotlib", "transformers.modeling_utils", "transformers.trainer")
 
@@ -277,7 +277,7 @@ FAULTS: list[tuple[Check, dict[str, str], str]] = [
         {"__init__.py": "from .model import backbone", "model/backbone.py": "import nnsight"},
         "nnsight",
     ),
-    (long_files, {"core/a.py": "x = 1\n" * (LONGEST_FILE + 1)}, "401 lines"),
+    (long_files, {"core/a.py": "x = 1\n" * (LONGEST_FILE + 1)}, "501 lines"),
     (swallowed_keywords, {"core/a.py": "def fit(x, **kwargs): ..."}, "fit takes **kwargs"),
     (
         swallowed_keywords,
