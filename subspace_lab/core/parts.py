@@ -61,8 +61,11 @@ class PartedSubspace(Orthonormalised):
         self.moving: tuple[str, ...] = tuple(sizes) if moving is None else tuple(moving)
 
     def basis(self) -> Float[Tensor, "rank width"]:
-        vectors = {name: self.raw[name].detach().T for name in self._resting()}
+        resting = self._resting()
         learned = self._factor(list(self.raw.values()), self._projected, self.moving).T
+        if not resting:
+            return learned.contiguous()
+        vectors = {name: self.raw[name].detach().T for name in resting}
         vectors |= zip(self.moving, learned.split([self.sizes[name] for name in self.moving]), strict=True)
         return torch.cat([vectors[name] for name in self.sizes])
 

@@ -273,11 +273,11 @@ class ByPart(Value):
         self.in_use = tuple(name for name in self.sizes if name in names)
 
     def change(self, subspace: Subspace, h: Tensor, source: Source, write: bool) -> Tensor:
-        changes = []
+        changes, basis = [], subspace.basis()  # once for all parts
         for name, (start, stop) in spans(self.sizes).items():
             if name in self.in_use:
                 own = source[name] if isinstance(source, Mapping) and name in source else source
-                changes.append(self._of(name).change(Part(subspace, start, stop), h, own, write))
+                changes.append(self._of(name).change(_Vectors(basis[start:stop]), h, own, write))
             else:
                 changes.append(h.new_zeros(*h.shape[:-1], stop - start))
         return torch.cat(changes, -1)
@@ -306,3 +306,15 @@ class ByPart(Value):
 
     def _of(self, name: str) -> Value:
         return self.values[name]  # type: ignore[return-value]
+
+
+class _Vectors(Subspace):
+    """Basis vectors that were computed already, with their gradient; only for use within one forward pass."""
+
+    def __init__(self, vectors: Tensor) -> None:
+        super().__init__()
+        self.rank, self.width = vectors.shape
+        self._vectors = vectors
+
+    def basis(self) -> Float[Tensor, "rank width"]:
+        return self._vectors
