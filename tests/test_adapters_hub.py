@@ -154,7 +154,7 @@ def test_pyrefts_layout_is_written_as_pyreft_writes_it(name, tmp_path):
 def test_what_pyreft_has_no_form_for_is_not_written(tmp_path):
     base = base_model()
     for options, message in (
-        ({"method": "RED"}, "no form for RED"),
+        ({"method": "RED"}, "cannot hold RED"),
         ({"tied": "position", "positions": "f2+l2"}, "tied='position'"),
         ({"activation": "relu", "start": "paper"}, "activation 'relu'"),
         ({"parts": {"a": 1, "b": 1}}, "parts"),
@@ -207,7 +207,7 @@ def test_files_that_hold_more_than_tensors_are_refused_and_run_nothing(copied, t
 
         assert (folder / file).exists()
         (folder / file).write_bytes(pickle.dumps(Malice(trap), protocol=2))
-        with pytest.raises(ValueError, match="no file of plain tensors"):
+        with pytest.raises(ValueError, match="not a file of plain tensors"):
             reading()
         torch.save([1, 2], folder / file)
         with pytest.raises(ValueError, match="holds list"):
@@ -233,7 +233,7 @@ def test_folders_of_pyreft_that_cannot_be_read(copied, tmp_path):
     (folder / "config.json").write_text(text.replace("Loreft", "Subloreft"))
     refused(folder, "SubloreftIntervention")
     (folder / "config.json").write_text(text.replace("0_comp_block_output", "0_comp_head_query"))
-    refused(folder, "'layer_0_comp_head_query_unit_pos_nunit_1#0' is no site")
+    refused(folder, "'layer_0_comp_head_query_unit_pos_nunit_1#0' is not a site")
     (folder / "config.json").write_text(text)
     one = folder / "intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin"
     numbers = torch.load(one, weights_only=True)

@@ -274,7 +274,7 @@ def test_files_that_are_no_alignment_say_what_to_do(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for broken in (b"", b"nothing", whole[:-1]):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match="no whole safetensors file"):
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
             Alignment.load(path)
 
 

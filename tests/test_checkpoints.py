@@ -350,7 +350,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], 
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] = {
     "another format": (lambda told, _: told.update(format=99), "format 99; this version reads 1"),
-    "an unknown kind": (lambda told, _: told["parts"]["0"].update(kind="Spline"), "'Spline' is no kind"),
+    "an unknown kind": (lambda told, _: told["parts"]["0"].update(kind="Spline"), "'Spline' is not a kind"),
     "another width": (lambda told, _: told["parts"]["0"].update(width=13), "size mismatch"),
     "a rank too large": (lambda told, _: told["parts"]["0"].update(rank=40), "rank 40"),
     "a missing number": (lambda _, numbers: numbers.pop("0.raw"), r"has \['raw'\], the file \[\]"),
@@ -388,7 +388,7 @@ def test_missing_and_broken_files_are_named(load: Callable[[Path], Any], tmp_pat
     whole = path.read_bytes()
     for broken in (b"", b"not at all", whole[: len(whole) // 2], whole[:-1]):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match=f"{path} is no whole safetensors file"):
+        with pytest.raises(ValueError, match=f"{path} is not a whole safetensors file"):
             load(path)
 
 
@@ -410,7 +410,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
 
     torch.save({"edit": Trap()}, path)
     for load in (load_edits, load_subspaces):
-        with pytest.raises(ValueError, match="no whole safetensors"):
+        with pytest.raises(ValueError, match="not a whole safetensors"):
             load(path)
     assert not opened.exists()
     torch.load(path, weights_only=False)

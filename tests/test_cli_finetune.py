@@ -22,7 +22,7 @@ from subspace_lab.engine import training
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model, jobs, tokenise
 from subspace_lab.reft.classification_job import ClassificationJob
-from subspace_lab.reft.datafiles import read_rows
+from subspace_lab.reft.datafiles import read_examples
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "results.json", "loss.png"}
 TINY = ["--steps", "3", "--samples", "1", "--max-new-tokens", "3"]
@@ -153,7 +153,7 @@ def test_held_out_losses_are_means_over_all_answer_tokens(done, stories):
     data, out, _, results = done
     tokenizer = AutoTokenizer.from_pretrained(stories)
     model = ReftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stories).eval(), out)
-    kept, held = read_rows(data).split(8, 1)
+    kept, held = read_examples(data).split(8, 1)
     assert len(kept) == len(STYLE) - 8 and not [row for row in held if row in kept]
     total, count = torch.zeros(()), 0
     for row in tokenise(held, tokenizer, end=False):
@@ -186,7 +186,7 @@ def test_what_is_written_is_what_was_trained(rows, tmp_path, keeping):
         assert torch.equal(reloaded(ids).logits, after(ids).logits)
         assert not torch.equal(reloaded(ids).logits, reloaded.base_model(ids).logits)
     alone = get_reft_model(AutoModelForCausalLM.from_pretrained(SHIPPED).eval(), ReftConfig(layers=(1, 2), seed=5))
-    kept, _ = read_rows(rows).split(2, 5)
+    kept, _ = read_examples(rows).split(2, 5)
     config = TrainingConfig(steps=3, batch_size=16, learning_rate=4e-3, seed=5)
     losses = finetune(alone, tokenise(kept, AutoTokenizer.from_pretrained(SHIPPED)), config, quiet=True)
     assert equal({k: v.detach() for k, v in alone.adapter("default").state_dict().items()}, numbers(out))
@@ -229,7 +229,7 @@ def test_a_held_out_loss_that_is_no_number_is_said(when, rows, tmp_path, monkeyp
 
     monkeypatch.setattr(jobs, "over", broken)
     result = finetuned("--data", rows, *TINY, "--out", tmp_path / "out")
-    assert result.exit_code == 2 and "held-out rows is nan" in result.stderr, result.stderr
+    assert result.exit_code == 2 and "held-out examples is nan" in result.stderr, result.stderr
     assert (tmp_path / "out").exists() == (when == "after")
     if when == "after":
         assert str(tmp_path / "out") in result.stderr and numbers(tmp_path / "out")
@@ -244,7 +244,7 @@ def test_other_methods(method, rows, tmp_path):
     assert told["method"].lower() == method.lower() == results["settings"]["method"].lower()
     # Some methods do not start as the identity; what stands before the training is the base model all the same.
     base = AutoModelForCausalLM.from_pretrained(SHIPPED).eval()
-    _, held = read_rows(rows).split(2, 0)
+    _, held = read_examples(rows).split(2, 0)
     encoded = tokenise(held, AutoTokenizer.from_pretrained(SHIPPED)).with_format("torch")
     with torch.no_grad():
         losses = [float(base(row["input_ids"][None], labels=row["labels"][None]).loss) for row in encoded]
@@ -354,7 +354,7 @@ def test_classes_of_texts(kind, tmp_path, keeping):
     results = results_of(out)
     assert results["classes"] == {"0": "blunt", "1": "polite"} and results["samples"] == []
     told = results["held_out"]
-    _, held = read_rows(data).split(8, 0)
+    _, held = read_examples(data).split(8, 0)
     assert told["constant"] == sum(row["label"] == 1 for row in held) / 8 < 1
     assert told["accuracy"]["after"]["value"] == 1 > told["constant"]
     assert told["loss"]["after"] < 0.3 * told["loss"]["before"]
@@ -417,7 +417,7 @@ def test_every_format_holds_the_same_rows(tmp_path):
         table.writeheader()
         table.writerows(rows)
     for name in ("rows.jsonl", "rows.json", "rows.parquet", "rows.csv"):
-        assert list(read_rows(tmp_path / name).rows) == rows, name
+        assert list(read_examples(tmp_path / name).examples) == rows, name
 
 
 @pytest.mark.parametrize(
@@ -430,8 +430,8 @@ def test_every_format_holds_the_same_rows(tmp_path):
     ],
 )
 def test_labels_become_classes(labels, classes, numbers, tmp_path):
-    found = read_rows(written(tmp_path / "rows.jsonl", [{"text": "hi", "label": label} for label in labels]))
-    assert found.classes == classes and [row["label"] for row in found.rows] == numbers
+    found = read_examples(written(tmp_path / "rows.jsonl", [{"text": "hi", "label": label} for label in labels]))
+    assert found.classes == classes and [row["label"] for row in found.examples] == numbers
 
 
 # --- bad input ----------------------------------------------------------------------------------------------
@@ -439,16 +439,16 @@ def test_labels_become_classes(labels, classes, numbers, tmp_path):
 PAIR = '{"prompt": "say", "answer": "hi"}\n'
 BAD_FILES = {
     "empty": ("", ["is empty"]),
-    "broken line": (PAIR + '{"prompt": "say", "answ\n', ["line 2", "no JSON"]),
+    "broken line": (PAIR + '{"prompt": "say", "answ\n', ["line 2", "not JSON"]),
     "no object": (PAIR + "[1, 2]\n", ["line 2"]),
     "columns": ('{"question": "say", "answer": "hi"}\n', ["'prompt'", "'label'", "'question'"]),
     "two kinds": ('{"prompt": "a", "answer": "b", "text": "c", "label": 1}\n', ["more than one"]),
-    "empty prompt": (PAIR + '{"prompt": " ", "answer": "hi"}\n', ["row 1", "'prompt'"]),
-    "no answer": (PAIR + '{"prompt": "say"}\n', ["row 1", "None", "'answer'"]),
-    "no conversation": ('{"messages": []}\n', ["row 0", "conversation"]),
-    "user last": ('{"messages": [{"role": "user", "content": "hi"}]}\n' * 2, ["Row 0", "assistant"]),
+    "empty prompt": (PAIR + '{"prompt": " ", "answer": "hi"}\n', ["example 1", "'prompt'"]),
+    "no answer": (PAIR + '{"prompt": "say"}\n', ["example 1", "None", "'answer'"]),
+    "no conversation": ('{"messages": []}\n', ["example 0", "conversation"]),
+    "user last": ('{"messages": [{"role": "user", "content": "hi"}]}\n' * 2, ["Example 0", "assistant"]),
     "one class": ('{"text": "a", "label": "x"}\n{"text": "b", "label": "x"}\n', ["'x'", "two classes"]),
-    "no label": ('{"text": "a", "label": "x"}\n{"text": "b"}\n', ["row 1", "'label'"]),
+    "no label": ('{"text": "a", "label": "x"}\n{"text": "b"}\n', ["example 1", "'label'"]),
     "half a label": ('{"text": "a", "label": 0.5}\n{"text": "b", "label": 1}\n', ["0.5", "whole number"]),
 }
 BAD = {
@@ -515,7 +515,7 @@ def test_a_prompt_that_fills_the_model_and_a_broken_checkpoint(tmp_path):
     model = local_model(tmp_path / "model", transformers.LlamaForCausalLM)
     rows = written(tmp_path / "texts.jsonl", [{"prompt": "say " * 30, "answer": "hi"}] * 2)
     result = finetuned("--model", model, "--data", rows, *TINY, "--out", tmp_path / "out")
-    check_refused(result, ["Row 0", "max_length=24"], tmp_path, {"model", "texts.jsonl"})
+    check_refused(result, ["Example 0", "max_length=24"], tmp_path, {"model", "texts.jsonl"})
 
 
 def test_results_are_never_mixed(rows, tmp_path):

@@ -106,7 +106,7 @@ def test_rows_are_the_tokenizers_own_and_padded_on_the_right(kind: str, side: st
             assert mask[i].tolist() == [1] * len(row) + [0] * (ids.shape[1] - len(row))
             assert (ids[i, len(row) :] == tokenizer.pad_token_id).all()
     assert (tokenizer.padding_side, tokenizer.pad_token_id, len(tokenizer)) == before
-    # GenerationJob are numbers of the list given, in its order, whatever order the rows have.
+    # Answers are numbers of the list given, in its order, whatever order the rows have.
     assert (made.base_answer.tolist(), made.answer.tolist(), made.answers) == ([1, 0], [0, 1], (he, she))
     assert made.tokens.tolist() == tokenizer.convert_tokens_to_ids([he, she])
 

@@ -1,4 +1,4 @@
-"""PreparedPairs of one's own, from plain lists of texts."""
+"""Pairs of one's own, from plain lists of texts."""
 
 from __future__ import annotations
 
@@ -74,4 +74,105 @@ def test_the_mark_of_a_space_is_the_vocabularys_own() -> None:
     byte_level = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
     for answer in ("▁S", " S", "ĠS"):
         assert answer_tokens(byte_level, [answer]).tolist() == [2]
-    assert answer_tokens(byte_level, ["S"]).tolist() == [1]
+    # Plain text is what follows a space, unless the prompts end with one.
+    assert answer_tokens(byte_level, ["S"], ["S"]).tolist() == [2]
+    assert answer_tokens(byte_level, ["S"], ["S "]).tolist() == [1]
+    with pytest.raises(ValueError, match="end all of them alike"):
+        answer_tokens(byte_level, ["S"], ["S ", "S"])
+
+
+def pieces(vocabulary: list[str], **options: Any) -> Any:
+    """A tokenizer whose pieces carry the space before them as ▁."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    table = [(piece, float(len(piece))) for piece in ["<unk>", "<s>", "</s>", *vocabulary]]
+    inner = Tokenizer(models.Unigram(table, unk_id=0))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Metaspace()
+    template = options.pop("template", "<s> $A")
+    special = [("<s>", 1), ("</s>", 2)]
+    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", **options
+    )
+
+
+WORDS = ["▁the", "▁girl", "▁boy", "▁smiled", "▁she", "▁he", "he", "▁Paris", "Rome", "▁Ann", "▁Bo"]
+
+
+def test_answers_are_tokens_of_one_kind() -> None:
+    """The vocabulary has "he" inside words as well; beside "▁she" only "▁he" is the same kind of token."""
+    tokenizer = pieces(WORDS)
+    she, he = tokenizer.convert_tokens_to_ids(["▁she", "▁he"])
+    assert answer_tokens(tokenizer, ["she", "he"]).tolist() == [she, he]
+    assert answer_tokens(tokenizer, ["he"]).tolist() == [he]
+    made = from_texts(tokenizer, base=["the girl"], source=["the boy"], answer=["he"], base_answer=["she"])
+    assert made.tokens.tolist() == [she, he]
+    with pytest.raises(ValueError, match=r"no tokens of one kind: after a space \['Rome'\]"):
+        answer_tokens(pieces([*WORDS, *dict.fromkeys("▁.ParisRome")]), ["Paris", "Rome"])
+
+
+@pytest.mark.parametrize("text", ["the girl smiled", "<s> the girl smiled"])
+def test_one_beginning_of_text_is_enough(text: str) -> None:
+    tokenizer = pieces([*WORDS, "▁"])
+    made = from_texts(tokenizer, base=[text], source=[text], answer=["he"], base_answer=["she"])
+    ids = made.base.inputs["input_ids"][0].tolist()
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    bare = from_texts(
+        tokenizer,
+        base=["the girl"],
+        source=["the boy"],
+        answer=["he"],
+        base_answer=["she"],
+        add_special_tokens=False,
+    )
+    assert tokenizer.bos_token_id not in bare.base.inputs["input_ids"][0].tolist()
+
+
+def test_an_end_of_text_behind_a_prompt_is_no_part_of_it() -> None:
+    tokenizer = pieces(WORDS, template="<s> $A </s>")
+    made = from_texts(
+        tokenizer, base=["the girl", "the girl smiled"], source=["the boy", "the boy smiled"], answer=["he", "he"],
+        base_answer=["she", "she"],
+    )  # fmt: skip
+    assert made.base.inputs["attention_mask"].sum(1).tolist() == [4, 5]
+    assert made.base.prompt_lengths is not None and made.base.prompt_lengths.tolist() == [3, 4]
+    index = made.readout.index
+    assert index is not None
+    read = made.base.inputs["input_ids"].gather(1, index)[:, 0].tolist()
+    assert tokenizer.convert_ids_to_tokens(read) == ["▁girl", "▁smiled"]
+    # The control: where the text itself ends so, that is its last token.
+    own = from_texts(pieces(WORDS), base=["the</s>"], source=["the</s>"], answer=["he"], base_answer=["she"])
+    assert own.base.prompt_lengths is None
+
+
+def test_a_position_may_be_elsewhere_in_base_and_source(tokenizer: Any) -> None:
+    texts = {"base": ["price : 45 dollars", "the price : 9"], "source": ["the price : 7", "price : 80 dollars"]}
+    by_hand = make(tokenizer, **texts, spans={"amount": {"base": ["45", "9"], "source": ["7", "80"]}})
+    named = make(tokenizer, **texts, spans={"amount": {"base": ["45", "9"], "variable": ["7", "80"]}})
+    for made in (by_hand, named):
+        assert made.base.columns["amount"].tolist() == [2, 3]
+        assert made.sources["variable"].columns["amount"].tolist() == [3, 2]
+    with pytest.raises(ValueError, match=r"'amount'.*missing are"):
+        make(tokenizer, **texts, spans={"amount": {"base": ["45", "9"]}})
+    with pytest.raises(ValueError, match="unknown"):
+        make(
+            tokenizer,
+            **texts,
+            spans={"amount": {"base": ["45", "9"], "source": ["7", "80"], "sorce": ["7", "80"]}},
+        )
+
+
+def test_a_position_at_what_differs(tokenizer: Any) -> None:
+    texts = {
+        "base": ["price : 45 dollars .", "the price : 9"],
+        "source": ["price : 7 dollars .", "the price : 80"],
+    }
+    made = make(tokenizer, **texts, spans={"changed": "difference"})
+    assert made.base.columns["changed"].tolist() == [2, 3]
+    assert made.sources["variable"].columns["changed"].tolist() == [2, 3]
+    with pytest.raises(ValueError, match="No word differs"):
+        make(tokenizer, base=["price : 45", "a"], source=["price : 45", "b"], spans={"changed": "difference"})
+    with pytest.raises(ValueError, match="a piece of text for each pair, or 'difference'"):
+        make(tokenizer, **texts, spans={"changed": "diference"})

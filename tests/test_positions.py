@@ -318,7 +318,7 @@ def test_other_refusals():
         locate("1", real, torch.tensor([1, 2]))
     with pytest.raises(IndexError, match="outside row 0"):  # a column counts from the start; −1 alone is special
         locate("subject", real, columns={"subject": torch.tensor([-2, 0])})
-    with pytest.raises(KeyError, match=r"'first_name'; columns at hand: \['subject'\]"):
+    with pytest.raises(KeyError, match=r"'first_name'; the columns are \['subject'\]"):
         locate("f1+first_name", real, columns={"subject": torch.tensor([0, 0])})
     for prompts in ([3, 3], [-1, 2]):
         with pytest.raises(ValueError, match=r"Prompt lengths .* for rows of \[3, 2\] real tokens"):

@@ -67,9 +67,9 @@ def test_chat_templates():
     (row,) = tokenise([{"messages": talk}], make_tokenizer(template=template))
     before = ids("<s> user : say hi </s> <s> assistant : hi </s> <s> user : no </s> <s> assistant :")
     assert split(row) == (before, ids("yes now </s>"))
-    with pytest.raises(ValueError, match="Row 0: the last of the messages must be the assistant's"):
+    with pytest.raises(ValueError, match="Example 0: the last of the messages must be the assistant's"):
         tokenise([{"messages": talk[:3]}], make_tokenizer(template=template))
-    with pytest.raises(ValueError, match="Row 1: the last"):
+    with pytest.raises(ValueError, match="Example 1: the last"):
         tokenise([{"messages": talk}, {"messages": []}], make_tokenizer(template=template))
 
 
@@ -79,18 +79,18 @@ def test_a_template_that_writes_a_conversation_otherwise_than_its_beginning_is_r
         "{% if add_generation_prompt %}now now now {% endif %}{% for m in messages %}{{ m.content }} {% endfor %}"
     )
     talk = [{"role": "user", "content": "say hi"}, {"role": "assistant", "content": "hi no no no"}]
-    with pytest.raises(ValueError, match="Row 0: the chat template"):
+    with pytest.raises(ValueError, match="Example 0: the chat template"):
         tokenise([{"messages": talk}], make_tokenizer(template=odd))
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "No rows"),
-        ([{"prompt": "", "answer": "hi"}], r"Row 0 has no text in \['prompt'\]"),
+        ([], "No examples"),
+        ([{"prompt": "", "answer": "hi"}], r"Example 0 has no text in \['prompt'\]"),
         (
             [{"prompt": "say", "answer": "hi"}, {"prompt": "say", "answer": ""}],
-            r"Row 1 has no text in \['answer'\]",
+            r"Example 1 has no text in \['answer'\]",
         ),
         ([{"question": "say", "answer": "hi"}], r"\['prompt'\]; it has the columns \['answer', 'question'\]"),
         ([{"prompt": "say hi now", "answer": "hi"}], "0 of the answer"),

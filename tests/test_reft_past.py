@@ -125,7 +125,7 @@ def test_the_base_model_rests_while_a_past_is_kept() -> None:
     model.forget_past()
     model.train()
     assert model.base_model.training
-    with pytest.raises(ValueError, match="no past is kept"):
+    with pytest.raises(ValueError, match="was not called on this model"):
         model(row=torch.tensor([0]))
 
 
@@ -138,5 +138,5 @@ def test_what_is_not_frozen_is_refused() -> None:
     model.keep_past(rows())
     with torch.no_grad():
         model.base_model.model.norm.weight.add_(1)
-    with pytest.raises(RuntimeError, match="changed after its past was kept"):
+    with pytest.raises(RuntimeError, match="changed after its past was computed"):
         model(row=torch.tensor([0]))

@@ -204,7 +204,7 @@ def test_folders_that_are_no_adapter_are_refused(saved, tmp_path):
     for name in (CONFIG, WEIGHTS):
         content = (folder / name).read_bytes()
         (folder / name).unlink()
-        refused(FileNotFoundError, f"no whole adapter: {name} missing")
+        refused(FileNotFoundError, f"not a whole adapter: {name} missing")
         (folder / name).write_bytes(content)
     edited(folder, rotation="free")
     refused(ValueError, r"Unknown keys \['rotation'\]")
@@ -228,7 +228,7 @@ def test_folders_that_are_no_adapter_are_refused(saved, tmp_path):
     edited(folder, base_model_name_or_path="renamed/model")
     ReftModel.from_pretrained(base, folder)
     (folder / WEIGHTS).write_bytes(numbers[: len(numbers) // 2])
-    refused(ValueError, "no whole safetensors file")
+    refused(ValueError, "not a whole safetensors file")
 
 
 def test_numbers_that_do_not_fit_are_refused(saved):
@@ -263,7 +263,7 @@ def test_a_pickle_is_refused_and_runs_nothing(saved, tmp_path):
     folder, _ = saved
     trap = tmp_path / "ran"
     (folder / WEIGHTS).write_bytes(pickle.dumps(Malice(trap)))
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
         ReftModel.from_pretrained(build("llama"), folder)
     assert not trap.exists()
     pickle.loads((folder / WEIGHTS).read_bytes()).close()

@@ -26,11 +26,11 @@ from subspace_lab.cli.common import (
 if TYPE_CHECKING:
     from subspace_lab.engine.training import TrainingConfig
     from subspace_lab.reft.config import ReftConfig
-    from subspace_lab.reft.datafiles import Rows
+    from subspace_lab.reft.datafiles import Examples
     from subspace_lab.reft.jobs import TrainingJob
     from subspace_lab.reft.model import ReftModel
 else:  # names in annotations have to exist at run time as well, and importing these takes seconds
-    TrainingJob = ReftConfig = ReftModel = Rows = TrainingConfig = Any
+    TrainingJob = ReftConfig = ReftModel = Examples = TrainingConfig = Any
 
 EPOCHS = 10
 
@@ -100,7 +100,7 @@ def finetune(
         from subspace_lab.core.files import output_folder
         from subspace_lab.model.identity import versions
         from subspace_lab.reft.config import ReftConfig
-        from subspace_lab.reft.datafiles import read_rows
+        from subspace_lab.reft.datafiles import read_examples
         from subspace_lab.reft.jobs import pad_token
         from subspace_lab.reft.model import get_reft_model
 
@@ -108,7 +108,7 @@ def finetune(
         config = ReftConfig(method=method, rank=rank, positions=positions, component=component, seed=seed)
         if min(samples, max_new_tokens - 1) < 0:
             raise ValueError(f"--samples {samples}, --max-new-tokens {max_new_tokens}: needed are ≥ 0 and ≥ 1.")
-        rows = read_rows(data)
+        rows = read_examples(data)
         n_out = _held_out(held_out, len(rows))
         training = _training(epochs, steps, len(rows) - n_out, batch_size, learning_rate, seed)
         device, dtype = check_device(device), check_dtype(dtype)
@@ -136,7 +136,7 @@ def finetune(
 def _run(
     folder: Path,
     settings: dict[str, Any],
-    rows: Rows,
+    rows: Examples,
     job: TrainingJob,
     reft: ReftModel,
     training: TrainingConfig,
@@ -205,7 +205,7 @@ def _training(
     return TrainingConfig(steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
 
 
-def _check_memory(memory: str | None, device: str, rows: Rows) -> None:
+def _check_memory(memory: str | None, device: str, rows: Examples) -> None:
     """Whether memory and device are ones that this job can use."""
     import torch
 
@@ -223,7 +223,7 @@ def _check_memory(memory: str | None, device: str, rows: Rows) -> None:
 
 
 def _job(
-    rows: Rows, split: tuple[list, list], tokenizer: Any, longest: int | None, generating: dict[str, Any]
+    rows: Examples, split: tuple[list, list], tokenizer: Any, longest: int | None, generating: dict[str, Any]
 ) -> TrainingJob:
     """The rows, to train on and held out, as token ids."""
     if rows.classes is not None:
@@ -236,7 +236,7 @@ def _job(
 
 
 def _network(
-    model: str | None, device: str, dtype: str, rows: Rows, seed: int, pad: int
+    model: str | None, device: str, dtype: str, rows: Examples, seed: int, pad: int
 ) -> tuple[Any, tuple[str, ...]]:
     """The model, and which of its modules are trained and saved along."""
     if rows.classes is None:

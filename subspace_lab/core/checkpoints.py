@@ -125,7 +125,7 @@ def write_described(path: str | Path, entry: str, described: Mapping[str, Any], 
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file; ValueError with its name where it is none."""
+    """(tensors, metadata) of a safetensors file; ValueError that names the file where it is not one."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
@@ -134,7 +134,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def check_format(found: Mapping[str, Any], what: str) -> None:
@@ -276,7 +276,7 @@ def find_kind(name: str, module: str, kinds: Iterable[type[Kind]] = ()) -> type[
         found = [kind for kind in _subclasses(Kind) if kind.__name__ == name and _of_package(kind.__module__)]
         if found:
             return found[0]
-        raise ValueError(f"{name!r} is no kind that this version knows: install a newer subspace_lab")
+        raise ValueError(f"{name!r} is not a kind that this version knows: install a newer subspace_lab")
     own = getattr(sys.modules.get(module), name, None)
     if isinstance(own, type) and issubclass(own, Kind):
         return own

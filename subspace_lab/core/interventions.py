@@ -173,11 +173,17 @@ def loreft(
     """LoReFT: h + Rᵀ(W h + b − R h), 2dk + k parameters (Wu et al. 2024, eq. 2).
 
     Args:
-        width: d, or a subspace to edit in (a DAS result, say): then `rank` is its own.
+        width: d, or a subspace to edit in (what a search found, for example), which has a rank of its own.
         rank: k.
         seed: of the random R, and of the random W that "paper" starts from.
-        start: "identity" has W = R, b = 0, so that training starts from the model as it is; "paper" has W as
-            `nn.Linear` starts it.
+        start: "identity" has W = R, b = 0, so that training starts from the model as it is; "paper" draws W as
+            `nn.Linear` does.
+        activation: σ. With another one than "linear" no W, b make the edit the identity, so start="paper".
+        dropout: as in `Intervention`.
+
+    Raises:
+        TypeError: a width that is neither a whole number nor a subspace.
+        ValueError: no rank, one that the width does not have, or an activation or start that is not possible.
     """
     subspace = width if isinstance(width, Subspace) else LearnedSubspace(width, _given(rank), seed=seed)
     return _with_map(subspace, start, activation, dropout, seed, write=True)
@@ -237,12 +243,17 @@ def red(width: int, *, dropout: float = 0.0) -> Intervention:
 
 
 def steer(subspace: Subspace, amount: Float[Tensor, "*batch rank"] | float) -> Intervention:
-    """Activation addition in a subspace: h + Rᵀ α."""
+    """Activation addition in a subspace: h + Rᵀ α (Turner et al. 2023, arXiv 2308.10248).
+
+    Args:
+        subspace: R.
+        amount: α, one number for all coordinates, (rank,), or (batch, rank).
+    """
     return Intervention(subspace, Constant(_coordinates(subspace, amount), learned=False), write=False)
 
 
 def set_to(subspace: Subspace, z: Float[Tensor, "*batch rank"] | float) -> Intervention:
-    """The coordinates become z: h + Rᵀ(z − R h)."""
+    """The coordinates become z: h + Rᵀ(z − R h), with z as `amount` of `steer`."""
     return Intervention(subspace, Constant(_coordinates(subspace, z), learned=False))
 
 
@@ -252,14 +263,18 @@ def zero_ablation(subspace: Subspace) -> Intervention:
 
 
 def mean_ablation(subspace: Subspace, states: Float[Tensor, "*batch width"]) -> Intervention:
-    """The coordinates become their mean over `states`: h + Rᵀ(R mean − R h)."""
+    """The coordinates become their mean over all of `states` (…, width): h + Rᵀ(R mean − R h)."""
     with torch.no_grad():
         mean = subspace.read(states).reshape(-1, subspace.rank).mean(0)
     return set_to(subspace, mean)
 
 
 def steering_vector(vector: Float[Tensor, " width"]) -> tuple[FixedSubspace, Tensor]:
-    """A vector of the stream as (its direction, its length): `steer(*steering_vector(v))` adds v."""
+    """A vector of the stream as (its direction, its length): `steer(*steering_vector(v))` adds v.
+
+    Raises:
+        ValueError: a vector of length 0.
+    """
     length = vector.norm()
     if not length > 0:
         raise ValueError("A steering vector of length 0 has no direction.")
@@ -287,7 +302,7 @@ def _with_map(
 
 def _given(rank: int | None) -> int:
     if rank is None:
-        raise ValueError("A rank is needed where a width is given; only a ready subspace brings its own.")
+        raise ValueError("A rank is needed where a width is given; a subspace has its own rank.")
     return rank
 
 

@@ -1,20 +1,20 @@
 """Which tokens: a short grammar with one meaning, whatever the padding.
 
-Positions count the tokens of a row's *prompt*: the real tokens (attention mask 1), without padding on
-either side and without the answer where a prompt length is given. A spec is one term, or several joined by
-"+" (their union, each position once, in ascending order):
+Positions are counted in the *prompt* of a row: its real tokens (attention mask 1), without padding on either side,
+and without the answer where the length of the prompt is known. Positions are written as one term, or several
+joined by "+" (their union, each position once, in ascending order):
 
     all            every prompt token
     first, last    the first, the last
     f3, l2         the first 3, the last 2
     7, -2          one token, counted from the start or (negative) from the end
     2:5, :-1       a slice, as Python reads it
-    subject        a named column of the data set, holding positions counted from the row's start
-    f3(l2), l2(f3) one side of f3+l2 alone, shortened as the pair is
+    subject        a named column of the data set, with positions counted from the first real token of the row
+    f3(l2), l2(f3) only one side of f3+l2, in short prompts as short as within the pair
     f3[0], l2[1]   the first of the first 3, the second of the last 2; also f3[0](l2)
 
-Prompts shorter than p + s for f{p}+l{s} follow Wu et al. 2024: p ← min(p, ⌊n/2⌋), s ← min(s, ⌈n/2⌉); of a
-term f3[i] or l2[i] what falls away is not edited.
+In prompts of n < p + s tokens f{p}+l{s} follows Wu et al. 2024: p ← min(p, ⌊n/2⌋), s ← min(s, ⌈n/2⌉). A term
+f3[i] or l2[i] whose position this drops edits nothing there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NEEDED = "needed is all, first, last, f3, l2, f3(l2), an integer, a slice like 2
 
 
 def normalise(positions: str | int | slice | Sequence[int]) -> str:
-    """A spec as its canonical text (ValueError with the grammar where it is none)."""
+    """Positions as their canonical text (ValueError that lists what is possible; TypeError for other types)."""
     if isinstance(positions, bool):
         raise ValueError(f"positions={positions!r} is not a position.")
     if hasattr(positions, "__index__"):  # numpy's integers too
@@ -58,7 +58,7 @@ def normalise(positions: str | int | slice | Sequence[int]) -> str:
 
 
 def names(positions: str) -> tuple[str, ...]:
-    """The named columns that a spec refers to."""
+    """The named columns that positions refer to."""
     return tuple(
         t for t in positions.split("+") if _NAME.fullmatch(t) and t not in _WORDS and not _END.fullmatch(t)
     )
@@ -67,7 +67,7 @@ def names(positions: str) -> tuple[str, ...]:
 def prompt_columns(
     real: Bool[Tensor, "batch sequence"], prompt_lengths: Int[Tensor, " batch"] | None
 ) -> tuple[Int[Tensor, "batch sequence"], Int[Tensor, " batch"]]:
-    """For each row, where its j-th real token stands in the padded batch, and how long its prompt is."""
+    """For each row, the column of its j-th real token in the padded batch, and the length of its prompt."""
     order = torch.argsort((~real).to(torch.uint8), dim=1, stable=True)
     lengths = real.sum(1)
     if prompt_lengths is not None:
@@ -77,7 +77,7 @@ def prompt_columns(
         ):
             raise ValueError(
                 f"Prompt lengths {prompt_lengths.tolist()[:8]} for rows of {lengths.tolist()[:8]} real tokens: "
-                "each must be given and at most the row's own length."
+                "each must be 0 or more and at most the row's own number of tokens."
             )
         lengths = prompt_lengths
     return order, lengths
@@ -92,7 +92,7 @@ def select(
 
     Raises:
         IndexError: a single position (or a named one) outside some row.
-        KeyError: a column that the data set has not.
+        KeyError: a column that the data set does not have.
     """
     longest = int(lengths.max()) if len(lengths) else 0
     steps = torch.arange(longest, device=lengths.device)[None]
@@ -129,10 +129,10 @@ def locate(
     prompt_lengths: Int[Tensor, " batch"] | None = None,
     columns: Mapping[str, Tensor] | None = None,
 ) -> tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]:
-    """Where the positions stand in a padded batch.
+    """The columns of a padded batch at which the positions are.
 
     Args:
-        positions: a canonical spec.
+        positions: in canonical form, as `normalise` gives them.
         real: the attention mask as booleans.
         prompt_lengths: real tokens of each row that belong to the prompt, all by default.
         columns: {name: position a row, or several}, counted from the row's first real token; −1 for none.
@@ -158,10 +158,9 @@ def _single(term: str, positions: str, steps: Tensor, lengths: Tensor, columns: 
     elif term in columns:
         at = columns[term].to(lengths.device).reshape(len(lengths), -1)
     else:
-        raise KeyError(f"Positions {positions!r} name the column {term!r}; columns at hand: {sorted(columns)}.")
+        raise KeyError(f"Positions {positions!r} name the column {term!r}; the columns are {sorted(columns)}.")
     n = lengths[:, None]
-    # A column counts from the start, and −1 fills up rows with fewer positions; elsewhere negative numbers count
-    # from the end.
+    # In a named column −1 fills up rows with fewer positions; elsewhere negative numbers count from the end.
     named = term in columns and term not in _WORDS  # the grammar's own words win over a column of that name
     absent = (at == -1) if named else torch.zeros_like(at, dtype=torch.bool)
     at = at if named else torch.where(at < 0, at + n, at)

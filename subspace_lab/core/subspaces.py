@@ -5,7 +5,7 @@ A subspace of R^d is given by a basis R ∈ R^{k×d}, whose k rows are orthonorm
     read(h)     = R h                       coordinates, R^k
     write(h, z) = h + Rᵀ(z − R h)           h with those coordinates replaced
 
-and nothing else is needed: which z is written is what tells DAS from LoReFT (`core/interventions.py`).
+and nothing else is needed: DAS and LoReFT differ only in which z is written (`core/interventions.py`).
 The pair is a lens: read(write(h, z)) = z, write(h, read(h)) = h, write(write(h, z), z') = write(h, z'),
 and what is orthogonal to the basis vectors is not changed.
 
@@ -57,7 +57,7 @@ class Subspace(Kind, ABC):
         """R: the basis vectors, one in each row of the matrix."""
 
     def read(self, h: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch rank"]:
-        """R h, in at least float32."""
+        """R h: the coordinates, in at least float32."""
         with exactly(h.device):
             basis = self.basis()
             h = wide(h, basis)

@@ -1,8 +1,8 @@
 """What TRL's trainers ask of a model instead of logits: the labels' log-probabilities.
 
 From version 1.9 on they replace a model's `forward` by one that runs `base_model` without labels and multiplies
-its last states by the head. An adapter would not be in force there, nor could it tell the prompt. `ReftModel`
-answers the question itself, from the run that its own `forward` makes.
+its last states by the head. There the adapter would not edit anything, and the prompt would not be known. So
+`ReftModel` gives these log-probabilities itself, from its own `forward`.
 """
 
 from __future__ import annotations

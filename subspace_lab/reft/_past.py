@@ -1,4 +1,4 @@
-"""Prompts and answers over the frozen past: for the loop here and for plain `transformers.Trainer`."""
+"""Prompts and answers over the frozen past: for the loop of this package and for plain `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from subspace_lab.reft.data import pad, prompt_lengths_of
 
 
 class AnswersPast:
-    """Tokenised rows of prompts and answers, kept up to their first edit.
+    """Tokenised prompts and answers; what comes before their first edit is computed once.
 
     Args:
-        rows: `input_ids`, `labels` (−100 over the prompt) and the rest, as `reft.data.tokenise` gives them.
-        edits: the edits that will be trained; their sites decide what is kept.
+        examples: `input_ids`, `labels` (−100 over the prompt) and the rest, as `reft.data.tokenise` gives them.
+        edits: the edits that will be trained; their sites decide what is computed once.
         memory: budget, as in `FrozenPast`.
 
     Raises:
-        ValueError: no rows, or a row without prompt or answer.
+        ValueError: no examples, or one without prompt or answer.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        rows: Iterable[Mapping[str, Any]],
+        examples: Iterable[Mapping[str, Any]],
         edits: Edits,
         *,
         memory: int | str | None = None,
     ) -> None:
-        rows = list(rows)
-        if not rows:
-            raise ValueError("No rows to learn from.")
-        data = pad(rows, getattr(getattr(backbone.model, "config", None), "pad_token_id", None))
+        examples = list(examples)
+        if not examples:
+            raise ValueError("No examples to learn from.")
+        data = pad(examples, getattr(getattr(backbone.model, "config", None), "pad_token_id", None))
         labels = data.pop("labels")
         lengths = data.pop("prompt_lengths", None)
         lengths = prompt_lengths_of(labels, data.get("attention_mask")) if lengths is None else lengths

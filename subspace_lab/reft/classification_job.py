@@ -1,4 +1,4 @@
-"""Texts and their classes, learned with the head by plain `transformers.Trainer`."""
+"""The job of classifying texts: edits and head are trained together, by plain `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from subspace_lab.reft.model import ReftModel
 
 
 class ClassificationJob(TrainingJob):
-    """Texts and their classes: the head is trained along, by plain `transformers.Trainer`.
+    """To classify texts: edits and head are trained together, by plain `transformers.Trainer`.
 
-    The loop here trains edits alone, over a past that a head which moves would leave frozen no longer.
+    The loop of this package is not used: it trains only edits, over a past that does not change, while a head that
+    is trained changes.
 
     Args:
-        training, held_out: rows of `text` and `label`, the number of a class.
+        training, held_out: examples with `text` and `label`, the number of a class.
         tokenizer, longest: as for `GenerationJob`; longer texts lose their end.
     """
 
@@ -35,7 +36,7 @@ class ClassificationJob(TrainingJob):
         tokens = [tokenizer(row["text"]) for row in rows]
         too_long = [] if longest is None else [i for i, t in enumerate(tokens) if len(t["input_ids"]) > longest]
         for i in too_long:
-            # Cut by the tokenizer, which keeps the tokens that it puts at the end of each text.
+            # Cut by the tokenizer, so that the tokens which it puts at the end of each text are not lost.
             tokens[i] = tokenizer(rows[i]["text"], truncation=True, max_length=longest)
         self.shortened = len(too_long)
         encoded = [self._row(of, row["label"]) for of, row in zip(tokens, rows, strict=True)]
@@ -69,19 +70,19 @@ class ClassificationJob(TrainingJob):
         on_step: OnStep | None = None,
         quiet: bool = False,
     ) -> None:
-        """The same, by `transformers.Trainer`.
+        """As `TrainingJob.train`, by `transformers.Trainer`.
 
         Raises:
-            ValueError: a memory budget, since nothing of the past is kept.
+            ValueError: a memory budget, since no past is computed once.
             FloatingPointError: a loss that is not finite.
         """
         if memory is not None:
-            raise ValueError(f"memory={memory!r}: a head is trained along, so that no past is kept.")
+            raise ValueError(f"memory={memory!r}: with a head that is trained there is no frozen past to hold.")
         was_training = model.training
         with tempfile.TemporaryDirectory() as scratch, progress_bar(quiet=quiet) as bar:
             task = bar.add_task("finetune (with its head, by Trainer)", total=config.steps)
 
-            def told(step: int, loss: float) -> None:
+            def report(step: int, loss: float) -> None:
                 bar.advance(task)
                 if on_step is not None:
                     on_step(step, loss)
@@ -91,7 +92,7 @@ class ClassificationJob(TrainingJob):
                 args=_arguments(config, scratch, model.device),
                 train_dataset=Dataset.from_list([dict(row) for row in self.training]),
                 data_collator=self._collate,
-                callbacks=[_Progress(told)],
+                callbacks=[_Progress(report)],
             )
             trainer.remove_callback(PrinterCallback)
             try:
@@ -112,7 +113,7 @@ class ClassificationJob(TrainingJob):
 
 
 class _Progress(TrainerCallback):
-    """Tells of each step's loss, and ends a training whose loss is no number."""
+    """Reports the loss of each step, and ends a training whose loss is not finite."""
 
     def __init__(self, on_step: OnStep) -> None:
         self._on_step = on_step
@@ -147,10 +148,10 @@ def _arguments(config: TrainingConfig, folder: str, device: torch.device) -> Tra
 
 
 def heads(network: nn.Module, fresh: Sequence[str]) -> tuple[str, ...]:
-    """The modules of a classifier that have to be trained and saved along.
+    """The modules of a classifier that must be trained and saved with the edits.
 
-    Its head, which is what stands beside the base model; and whatever else the checkpoint did not hold (BERT's
-    pooler, say), since a reader of the adapter could not draw those random numbers again.
+    These are its head, which is every module outside the base model, and whatever else the checkpoint did not hold
+    (BERT's pooler, for example): nobody who loads the adapter could draw the same random numbers again.
 
     Args:
         fresh: the paths of the modules that the checkpoint did not hold.
@@ -159,14 +160,14 @@ def heads(network: nn.Module, fresh: Sequence[str]) -> tuple[str, ...]:
         ValueError: no head; or a block of the model itself that the checkpoint did not hold.
     """
     trunk = getattr(network, "base_model_prefix", "")
-    beside = [name for name, part in network.named_children() if name != trunk and list(part.parameters())]
-    if not beside:
-        raise ValueError(f"A {type(network).__name__} has no head beside its base model {trunk!r}.")
-    more = [path for path in fresh if path.split(".")[0] not in beside]
+    outside = [name for name, part in network.named_children() if name != trunk and list(part.parameters())]
+    if not outside:
+        raise ValueError(f"A {type(network).__name__} has no head outside its base model {trunk!r}.")
+    more = [path for path in fresh if path.split(".")[0] not in outside]
     broken = [path for path in more if any(part.isdigit() for part in path.split("."))]
     if broken:
         raise ValueError(
             f"This model's checkpoint holds no weights of {', '.join(broken[:3])}"
-            f"{' and more' if len(broken) > 3 else ''}: it is none of a {type(network).__name__}."
+            f"{' and more' if len(broken) > 3 else ''}: it is not one of a {type(network).__name__}."
         )
-    return (*beside, *more)
+    return (*outside, *more)

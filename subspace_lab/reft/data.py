@@ -1,4 +1,4 @@
-"""Prompts and answers as rows of token ids, and rows as batches."""
+"""Prompts and answers as token ids, and several of them as a batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from subspace_lab.model.intervene import setting
 
 
 def tokenise(
-    rows: Iterable[Mapping[str, Any]],
+    examples: Iterable[Mapping[str, Any]],
     tokenizer: Any,
     *,
     prompt: str = "prompt",
@@ -23,60 +23,61 @@ def tokenise(
     end: bool = True,
     max_length: int | None = None,
 ) -> Dataset:
-    """Rows of a prompt and its answer as `input_ids`, `attention_mask` and `labels` (−100 over the prompt).
+    """Prompts and their answers as `input_ids`, `attention_mask` and `labels` (−100 over the prompt).
 
-    A row with `messages` goes through the tokenizer's chat template: its last message, which must be the
+    An example with `messages` goes through the tokenizer's chat template: its last message, which must be the
     assistant's, is the answer.
 
     Args:
         prompt, answer, messages: the names of the columns.
         end: put the end-of-text token behind each answer, so that the model learns to stop.
-        max_length: longer rows lose the end of their answer.
+        max_length: longer examples lose the end of their answer.
 
     Raises:
-        ValueError: an empty prompt or answer, or a row that max_length leaves without an answer.
+        ValueError: an empty prompt or answer, or an example that max_length leaves without an answer.
     """
-    encoded = [_row(i, row, tokenizer, (prompt, answer, messages), end, max_length) for i, row in enumerate(rows)]
+    names = (prompt, answer, messages)
+    encoded = [_tokenised(i, one, tokenizer, names, end, max_length) for i, one in enumerate(examples)]
     if not encoded:
-        raise ValueError("No rows to learn from.")
+        raise ValueError("No examples to learn from.")
     return Dataset.from_list(encoded)
 
 
-def _row(
+def _tokenised(
     i: int,
-    row: Mapping[str, Any],
+    example: Mapping[str, Any],
     tokenizer: Any,
     names: tuple[str, str, str],
     end: bool,
     max_length: int | None,
 ) -> dict[str, list[int]]:
     prompt, answer, messages = names
-    if messages in row:
-        talk = list(row[messages])
+    if messages in example:
+        talk = list(example[messages])
         if not talk or talk[-1].get("role") != "assistant":
-            raise ValueError(f"Row {i}: the last of the messages must be the assistant's answer.")
+            raise ValueError(f"Example {i}: the last of the messages must be the assistant's answer.")
         before = tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True, return_dict=False)
         whole = tokenizer.apply_chat_template(talk, return_dict=False)
         if whole[: len(before)] != before:
             raise ValueError(
-                f"Row {i}: the chat template writes the whole conversation otherwise than its beginning, so that "
-                "prompt and answer cannot be told apart by length; give input_ids and labels instead."
+                f"Example {i}: the chat template writes the whole conversation differently from its beginning, so "
+                "that it cannot be said where the answer begins; give input_ids and labels instead."
             )
     else:
-        missing = [name for name in (prompt, answer) if not row.get(name)]
+        missing = [name for name in (prompt, answer) if not example.get(name)]
         if missing:
-            raise ValueError(f"Row {i} has no text in {missing}; it has the columns {sorted(row)}.")
-        before = tokenizer(row[prompt])["input_ids"]
-        whole = tokenizer(row[prompt] + row[answer])["input_ids"]
+            raise ValueError(f"Example {i} has no text in {missing}; it has the columns {sorted(example)}.")
+        before = tokenizer(example[prompt])["input_ids"]
+        whole = tokenizer(example[prompt] + example[answer])["input_ids"]
         if whole[: len(before)] != before:
             # The tokenizer joins the prompt's last word and the answer's first; at generation it cannot.
-            whole = before + tokenizer(row[answer], add_special_tokens=False)["input_ids"]
+            whole = before + tokenizer(example[answer], add_special_tokens=False)["input_ids"]
         if end and tokenizer.eos_token_id is not None and whole[-1] != tokenizer.eos_token_id:
             whole = [*whole, tokenizer.eos_token_id]
     whole = whole if max_length is None else whole[:max_length]
     if not before or len(whole) <= len(before):
         raise ValueError(
-            f"Row {i}: {len(before)} prompt tokens and {len(whole) - len(before)} of the answer (max_length="
+            f"Example {i}: {len(before)} prompt tokens and {len(whole) - len(before)} of the answer (max_length="
             f"{max_length}); both need at least one."
         )
     return {
@@ -86,13 +87,13 @@ def _row(
     }
 
 
-def pad(rows: Sequence[Mapping[str, Any]], pad_token_id: int | None) -> dict[str, Tensor]:
-    """Rows of different length as one batch, padded on the right: ids by the pad token, labels by −100."""
-    if not rows:
-        raise ValueError("No rows to learn from.")
-    longest = max(len(row["input_ids"]) for row in rows)
-    if "attention_mask" not in rows[0]:
-        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+def pad(examples: Sequence[Mapping[str, Any]], pad_token_id: int | None) -> dict[str, Tensor]:
+    """Examples of different length as one batch, padded on the right: ids by the pad token, labels by −100."""
+    if not examples:
+        raise ValueError("No examples to learn from.")
+    longest = max(len(one["input_ids"]) for one in examples)
+    if "attention_mask" not in examples[0]:
+        examples = [{**one, "attention_mask": [1] * len(one["input_ids"])} for one in examples]
     fill = {
         "input_ids": 0 if pad_token_id is None else pad_token_id,
         "attention_mask": 0,
@@ -100,8 +101,8 @@ def pad(rows: Sequence[Mapping[str, Any]], pad_token_id: int | None) -> dict[str
         "labels": -100,
     }
     batch = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
+    for name in examples[0]:
+        values = [one[name] for one in examples]
         if isinstance(values[0], Sequence) and not isinstance(values[0], str):
             values = [[*v, *[fill.get(name, 0)] * (longest - len(v))] for v in values]
         batch[name] = torch.tensor(values)
@@ -110,10 +111,15 @@ def pad(rows: Sequence[Mapping[str, Any]], pad_token_id: int | None) -> dict[str
 
 @dataclass(frozen=True)
 class PromptCollator:
-    """A data collator for `transformers.Trainer`: pads rows, and tokenises those that are text still.
+    """A data collator for `transformers.Trainer`: makes a batch of tokenised examples or of text.
 
-    Rows with `input_ids` are padded as they are; rows with `prompt` and `answer`, or with `messages`, go
+    Examples with `input_ids` are padded as they are. Examples with `prompt` and `answer`, or with `messages`, go
     through `tokenise` first (give the Trainer `remove_unused_columns=False` for these).
+
+    Attributes:
+        tokenizer: of the model.
+        end, max_length: as in `tokenise`.
+        prompt_lengths: put the number of prompt tokens into the batch, for trainings without labels.
     """
 
     tokenizer: Any
@@ -121,17 +127,17 @@ class PromptCollator:
     max_length: int | None = None
     prompt_lengths: bool = False
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        if "input_ids" not in rows[0]:
-            rows = list(tokenise(rows, self.tokenizer, end=self.end, max_length=self.max_length))
-        batch = pad(rows, self.tokenizer.pad_token_id)
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if "input_ids" not in examples[0]:
+            examples = list(tokenise(examples, self.tokenizer, end=self.end, max_length=self.max_length))
+        batch = pad(examples, self.tokenizer.pad_token_id)
         if self.prompt_lengths and "prompt_lengths" not in batch:
             batch["prompt_lengths"] = prompt_lengths_of(batch["labels"], batch.get("attention_mask"))
         return batch
 
 
 def prompt_lengths_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """How many real tokens stand before the first label that is not −100, in each row.
+    """How many real tokens come before the first label that is not −100, in each row.
 
     Raises:
         ValueError: a row without a label, or without a prompt.
@@ -158,13 +164,13 @@ def prompt_lengths_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def refuse_packed(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-    """Raise ValueError where a row holds several texts one behind another: its positions begin anew."""
+    """Raise ValueError where a row holds several texts in sequence: its position ids start again from 0."""
     if position_ids is None or attention_mask is not None:
         return
     if bool((position_ids[..., 1:] < position_ids[..., :-1]).any()):
         raise ValueError(
-            "Rows of several packed texts: only the first one's prompt could be told. Train without packing and "
-            "padding_free."
+            "Rows hold several packed texts, of which only the first one's prompt is known. Train without packing "
+            "and padding_free."
         )
 
 

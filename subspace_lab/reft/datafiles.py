@@ -1,4 +1,4 @@
-"""Rows to learn from, as people keep them: files of prompts and answers, conversations, or labelled texts."""
+"""Examples to learn from in files: prompts and answers, conversations, or labelled texts."""
 
 from __future__ import annotations
 
@@ -19,62 +19,65 @@ ASKED = "'prompt' and 'answer', or 'messages', or 'text' and 'label'"
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Checked rows.
+class Examples:
+    """The examples of a data file, checked.
 
     Attributes:
-        rows: of `prompt` and `answer`, of `messages`, or of `text` and `label`, the number of a class.
-        classes: what the labels are called, by number; None where the rows have answers.
+        examples: each with `prompt` and `answer`, with `messages`, or with `text` and `label`, the number of a
+            class.
+        classes: the names of the classes, by number; None where the examples have answers.
     """
 
-    rows: tuple[Mapping[str, Any], ...]
+    examples: tuple[Mapping[str, Any], ...]
     classes: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.examples)
 
     def split(self, held_out: int, seed: int) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-        """(rows to train on, rows held out), drawn at random; each part in the order of the file."""
+        """(examples to train on, examples held out), drawn at random; each part in the order of the file."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         out = set(order[:held_out])
-        parts = [[row for i, row in enumerate(self.rows) if (i in out) == side] for side in (False, True)]
+        parts = [[one for i, one in enumerate(self.examples) if (i in out) == side] for side in (False, True)]
         return parts[0], parts[1]
 
 
-def read_rows(path: str | Path) -> Rows:
-    """The rows of a .jsonl, .json, .csv or .parquet file.
+def read_examples(path: str | Path) -> Examples:
+    """The examples of a .jsonl, .json, .csv or .parquet file.
 
-    The columns tell what is learned: `prompt` and `answer`, `messages` (a conversation whose last message is
-    the answer), or `text` and `label`. Labels are text or whole numbers; their sorted set is the classes. What a
-    CSV file holds is text, as it stands there.
+    The columns decide what is learned: `prompt` and `answer`, `messages` (a conversation whose last message is
+    the answer), or `text` and `label`. Labels are text or whole numbers; their sorted set is the classes. A
+    CSV file holds text only: a number in it is read as text.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another format, a file that cannot be read or has no rows, columns that are missing or of two
-            kinds, a row without one of its values, or labels of a single class.
+        ValueError: another format, a file that cannot be read or has no examples, columns that are missing or of
+            two kinds, an example without one of its values, or labels of a single class.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     if path.suffix not in READERS:
         raise ValueError(f"{path}: a data file ends in one of {', '.join(READERS)}.")
-    rows, columns = _read(path)
+    found, columns = _read(path)
     shapes = [shape for shape in SHAPES if set(shape) <= set(columns)]
     if len(shapes) != 1:
-        found = "no such columns" if not shapes else "more than one of these"
-        raise ValueError(f"{path}: rows have {ASKED}; found were {found} among {sorted(columns)}.")
-    rows = [{name: _value(row[name], name, i, path) for name in shapes[0]} for i, row in enumerate(rows)]
+        which = "none of these" if not shapes else "more than one of these"
+        raise ValueError(f"{path}: needed are the columns {ASKED}; found were {which} among {sorted(columns)}.")
+    examples = [{name: _value(one[name], name, i, path) for name in shapes[0]} for i, one in enumerate(found)]
     if shapes[0] != ("text", "label"):
-        return Rows(tuple(rows))
-    classes = _classes([row["label"] for row in rows])
+        return Examples(tuple(examples))
+    classes = _classes([one["label"] for one in examples])
     if len(classes) < 2:
-        raise ValueError(f"{path}: all {len(rows)} rows are labelled {classes[0]!r}; needed are two classes.")
+        raise ValueError(
+            f"{path}: all {len(examples)} examples are labelled {classes[0]!r}; needed are two classes."
+        )
     number = {label: i for i, label in enumerate(classes)}
-    return Rows(tuple({**row, "label": number[row["label"]]} for row in rows), classes)
+    return Examples(tuple({**one, "label": number[one["label"]]} for one in examples), classes)
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows, columns) of a file, by `datasets`, without what it keeps of them on disk."""
+    """(examples, columns) of a file, read by `datasets` without leaving its cache on disk."""
     import datasets
 
     if not path.stat().st_size:
@@ -96,31 +99,31 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
                 keep_in_memory=True,
                 **options,
             )
-            rows, columns = list(found), list(found.column_names)
+            examples, columns = list(found), list(found.column_names)
         except Exception as error:  # each format fails in its own way
             raise ValueError(f"{path} cannot be read: {_why(path, error)}") from None
-    if not rows:
-        raise ValueError(f"{path} has no rows.")
-    return rows, columns
+    if not examples:
+        raise ValueError(f"{path} has no examples.")
+    return examples, columns
 
 
 def _why(path: Path, error: Exception) -> str:
-    """What is wrong with a file, by its line where it has a row on each."""
+    """What is wrong with a file, with the number of the line where each line is an example."""
     if path.suffix == ".jsonl":
         with path.open(encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
                 try:
-                    row = json.loads(line) if line.strip() else {}
+                    example = json.loads(line) if line.strip() else {}
                 except json.JSONDecodeError as broken:
-                    return f"line {number} is no JSON: {broken}"
-                if not isinstance(row, dict):
-                    return f"line {number} is no row {{column: value}}."
-    return " ".join(str(error.__cause__ or error or "it has no rows.").split())
+                    return f"line {number} is not JSON: {broken}"
+                if not isinstance(example, dict):
+                    return f"line {number} is not an object {{column: value}}."
+    return " ".join(str(error.__cause__ or error or "it has no examples.").split())
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Neither bars nor logs of `datasets`: what goes wrong is said once, by us."""
+    """No progress bars and logs of `datasets` within the block: its errors are raised, and said once."""
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
@@ -135,12 +138,12 @@ def _silent() -> Iterator[None]:
 
 
 def _value(value: Any, name: str, i: int, path: Path) -> Any:
-    """One value of a row: text, or the messages of a conversation."""
+    """One value of an example: text, or the messages of a conversation."""
     if name == "messages":
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise ValueError(f"{path}: row {i} has no conversation in 'messages'.")
+            raise ValueError(f"{path}: example {i} has no conversation in 'messages'.")
         if not all(isinstance(one, Mapping) and one.get("role") for one in value):
-            raise ValueError(f"{path}: row {i} has a message without a role.")
+            raise ValueError(f"{path}: example {i} has a message without a role.")
         # `datasets` gives every message the keys of all.
         return [{k: v for k, v in message.items() if v is not None} for message in value]
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
@@ -150,7 +153,7 @@ def _value(value: Any, name: str, i: int, path: Path) -> Any:
         return str(value)  # an answer that is a number
     if not isinstance(value, str) or not value.strip():
         wanted = "text or a whole number" if name == "label" else "text"
-        raise ValueError(f"{path}: row {i} has {value!r} in {name!r}; needed is {wanted}.")
+        raise ValueError(f"{path}: example {i} has {value!r} in {name!r}; needed is {wanted}.")
     return value
 
 

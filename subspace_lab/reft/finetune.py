@@ -12,44 +12,44 @@ from subspace_lab.reft.model import ReftModel
 
 def finetune(
     model: ReftModel,
-    rows: Iterable[Mapping[str, Any]],
+    examples: Iterable[Mapping[str, Any]],
     config: TrainingConfig | None = None,
     *,
     memory: int | str | None = None,
     quiet: bool = False,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train the active adapters on tokenised rows (`reft.data.tokenise`) of prompts and answers.
+    """Train the active adapters on tokenised prompts and answers (`reft.data.tokenise`).
 
-    The loss is the mean cross-entropy over the answers' tokens. Layers below the lowest edit run once, ever;
-    tokens before the first edit likewise; only the answers' positions reach the head.
+    The loss is the mean cross-entropy over the answers' tokens. Layers below the lowest edit, and tokens before
+    the first edit, are computed once in the whole training; only the answers' positions reach the head.
 
     Args:
         memory: budget of the frozen past, as in `FrozenPast`.
         quiet: show no progress bar.
-        on_step: told of each step and its loss.
+        on_step: called with the number and the loss of each step.
 
     Returns:
         The loss at each step.
 
     Raises:
-        ValueError: rows without prompt or answer, or an adapter with `modules_to_save` (use Trainer for it).
+        ValueError: examples without prompt or answer, or an adapter with `modules_to_save` (use Trainer for it).
     """
     config = config or TrainingConfig()
     edits = model.edits()
     if not edits:
         raise ValueError("No active adapter: nothing would be trained.")
     if any(model.adapter(name).config.modules_to_save for name in model.active_adapters):
-        raise ValueError("This loop trains edits alone; train modules_to_save with transformers.Trainer.")
-    past = AnswersPast(model.backbone, rows, edits, memory=memory)
+        raise ValueError("This loop trains only edits; train modules_to_save with transformers.Trainer.")
+    past = AnswersPast(model.backbone, examples, edits, memory=memory)
     order = shuffled_rows(len(past), config)
 
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task(f"finetune ({past.past.describe()})", total=config.steps)
 
-        def told(step: int, loss: float) -> None:
+        def report(step: int, loss: float) -> None:
             bar.advance(task)
             if on_step is not None:
                 on_step(step, loss)
 
-        return train(edits.values(), lambda _: past.loss(next(order), edits)[0], config, on_step=told)
+        return train(edits.values(), lambda _: past.loss(next(order), edits)[0], config, on_step=report)

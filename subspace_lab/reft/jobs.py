@@ -1,9 +1,7 @@
-"""What is learned from rows, and how well: answers to prompts, or classes of texts.
+"""Training jobs: examples to train an adapter on, and examples to measure it on.
 
-A job knows its rows as token ids, how an adapter is trained on them, and what is measured of a model on rows that
-were held out. Both jobs show the same verbs, so that whoever runs them need not know which one it is. Answers are
-here; classes, which need `transformers.Trainer` and the seconds that its import takes, are
-in `reft/classification_job.py`.
+There are two jobs with the same methods: to generate answers to prompts (here), and to classify texts
+(`reft/classification_job.py`, apart because importing `transformers.Trainer` takes seconds).
 """
 
 from __future__ import annotations
@@ -31,12 +29,12 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """A model on held-out rows.
+    """A model on held-out examples.
 
     Attributes:
-        loss: the mean cross-entropy over the answers' tokens, or over the texts; None without rows.
-        right: (rows,) whether each text's class is the likeliest one; None of answers, and without rows.
-        texts: how the model goes on from each sample's prompt, greedily.
+        loss: the mean cross-entropy over the answers' tokens, or over the texts; None without examples.
+        right: (examples,) whether each text's class is the likeliest one; None for answers, and without examples.
+        texts: the model's greedy continuation of each sample's prompt.
     """
 
     loss: float | None
@@ -45,11 +43,11 @@ class Measured:
 
 
 class TrainingJob(ABC):
-    """Tokenised rows to train on and rows that were held out.
+    """Tokenised examples to train on and to measure on.
 
     Attributes:
-        training, held_out: with `input_ids`, `attention_mask` and `labels`.
-        shortened: how many rows were cut to the longest that the model takes.
+        training, held_out: examples with `input_ids`, `attention_mask` and `labels`.
+        shortened: how many examples were cut to the longest that the model takes.
     """
 
     training: Sequence[Row]
@@ -58,7 +56,7 @@ class TrainingJob(ABC):
 
     @abstractmethod
     def prompt_lengths(self) -> Tensor:
-        """(rows,) of all rows, by which positions are counted."""
+        """(examples,) the number of prompt tokens of every example."""
 
     @abstractmethod
     def train(
@@ -70,41 +68,43 @@ class TrainingJob(ABC):
         on_step: OnStep | None = None,
         quiet: bool = False,
     ) -> None:
-        """Train the model's active adapter; `on_step(step, loss)` is told of each step."""
+        """Train the model's active adapter; `on_step(step, loss)` is called at each step."""
 
     @abstractmethod
     def measure(self, model: ReftModel, batch_size: int) -> Measured:
-        """The model on the held-out rows, in eval mode; no parameter is moved."""
+        """The model on the held-out examples, in eval mode; no parameter changes."""
 
     def samples(self) -> tuple[tuple[str, str], ...]:
-        """(prompt, the row's own answer) of each sample, as text."""
+        """(prompt, the answer that the data has) of each sample, as text."""
         return ()
 
     @property
     def constant(self) -> float | None:
-        """What the best constant answer scores on the held-out rows; None where that means nothing."""
+        """What the best constant answer scores on the held-out examples; None for jobs without classes."""
         return None
 
     def check_positions(self, config: ReftConfig) -> None:
-        """Whether every row has the positions of an adapter (IndexError or KeyError where one has not)."""
+        """Raise IndexError or KeyError where an example lacks a position that an adapter edits."""
         lengths = self.prompt_lengths()
         for group in config.groups():
             select(group, lengths, {})
 
 
 class GenerationJob(TrainingJob):
-    """Prompts and answers: trained through the frozen past, measured by loss and by what is generated.
+    """To generate answers: trained through the frozen past, measured by loss and by what is generated.
 
     Args:
-        training, held_out: rows of `prompt` and `answer`, or of `messages`.
+        training, held_out: examples with `prompt` and `answer`, or of `messages`.
         tokenizer: of the model.
-        longest: tokens that the model takes, None for any number; longer rows lose the end of their answer.
-        samples: from how many prompts to generate: held-out ones, or those trained on where none is held out.
+        longest: how many tokens the model takes, None for any number; longer examples lose the end of their
+            answer.
+        samples: for how many prompts to generate answers: held-out ones, or training prompts where none is held
+            out.
         max_new_tokens: of each generation.
-        end: put the end-of-text token behind each answer.
+        end: put the end-of-text token after each answer.
 
     Raises:
-        ValueError: a row without prompt or answer, or whose prompt leaves no room for its answer.
+        ValueError: an example without prompt or answer, or whose prompt leaves no room for its answer.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class GenerationJob(TrainingJob):
             return Measured(loss, None, tuple(self._continued(model, _prompt(ids)) for _, ids in self._samples))
 
     def _shown(self, row: Row, encoded: Row) -> tuple[str, str]:
-        """Prompt and answer as the row has them; a conversation as the model reads it."""
+        """Prompt and answer as in the data; a conversation as the model reads it."""
         if "messages" not in row:
             return row["prompt"], row["answer"]
         before = _prompt(encoded)
@@ -166,7 +166,7 @@ class GenerationJob(TrainingJob):
             max_new_tokens=room,
             do_sample=False,
             num_beams=1,
-            # What a model's own defaults set for sampling would be complained of at each call.
+            # The defaults of some models set these for sampling, and transformers would warn at each call.
             temperature=None,
             top_p=None,
             top_k=None,
@@ -187,14 +187,14 @@ def _prompt(row: Row) -> list[int]:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """What batches are filled up with: behind the mask any token will do."""
+    """The token that pads batches: where the attention mask is 0 any token will do."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(token for token in known if token is not None))
 
 
 @contextmanager
 def evaluating(model: ReftModel) -> Iterator[None]:
-    """The model in eval mode and without gradients, then as it was."""
+    """Within the block the model is in eval mode and without gradients."""
     was_training = model.training
     model.eval()
     try:
@@ -207,9 +207,9 @@ def evaluating(model: ReftModel) -> Iterator[None]:
 def over(
     model: ReftModel, rows: Sequence[Row], batch_size: int, collate: Callable[[Sequence[Row]], dict[str, Tensor]]
 ) -> tuple[float | None, list[Tensor]]:
-    """The mean loss over everything that rows have a label for (None without rows), and their first logits.
+    """(mean loss over all labels, logits of each batch of classes); the loss is None without examples.
 
-    Each batch's mean weighs as many labels as it is of: all answers' tokens, or texts, count alike.
+    Each batch's mean is weighted by its number of labels, so that all answers' tokens, or texts, count alike.
 
     Raises:
         FloatingPointError: a loss that is not finite.
@@ -226,5 +226,5 @@ def over(
         if labels.ndim == 1:
             logits.append(out.logits.float().cpu())
     if not math.isfinite(total):
-        raise FloatingPointError(f"The loss on the held-out rows is {total / count}.")
+        raise FloatingPointError(f"The loss on the held-out examples is {total / count}.")
     return (total / count if count else None), logits

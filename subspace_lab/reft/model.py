@@ -1,8 +1,8 @@
 """ReFT adapters with the verbs that users of PEFT know.
 
-A `ReftModel` is a base model, frozen, and one adapter or several. It is an ordinary module: `transformers.Trainer`
-trains it as it is, its `state_dict` holds the adapters alone, and `generate` edits the prompt and then decodes at
-the base model's own speed.
+A `ReftModel` is a frozen base model and one adapter or several. It is an ordinary module: `transformers.Trainer`
+trains it, its `state_dict` holds only the adapters, and `generate` edits the prompt and then decodes at the speed
+of the base model.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ class ReftModel(Wrapper):
     # --- running ----------------------------------------------------------------------------------------
 
     def __call__(self, *inputs: Any, fused_lm_head: bool = False, **named: Any) -> Any:
-        """`forward`, as of every module; for TRL's trainers, which say so, the labels' log-probabilities."""
+        """`forward`; for TRL's trainers, which set `fused_lm_head`, the labels' log-probabilities."""
         output = super().__call__(*inputs, **named)
         return label_output(output.logits, named["labels"], output.loss) if fused_lm_head else output
 
@@ -254,15 +254,18 @@ class ReftModel(Wrapper):
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         row: Tensor | None = None,
+        cache: Any = None,
     ) -> Any:
-        """The base model's output with the active adapters in force.
+        """The base model's output with the edits of the active adapters.
 
         Args:
             labels: as the base model takes them. In a causal language model the tokens before the first label
-                that is not −100 are the prompt, by which positions are counted.
-            prompt_lengths: (batch,) the number of prompt tokens, instead.
-            row: (batch,) which rows of the data set of `keep_past` these are; the rest is then known already.
-            others: as the base model takes them; what it does not know it refuses.
+                that is not −100 are the prompt, in which positions are counted.
+            prompt_lengths: (batch,) the number of prompt tokens, where there are no labels.
+            row: (batch,) the numbers of examples that `keep_past` prepared; nothing else is needed then.
+            cache: the key-value cache; `past_key_values` is its older name. Either is passed on under the name
+                that the base model has for it.
+            others: as the base model takes them; it refuses what it does not know.
         """
         if row is not None:
             return self._from_past(row, num_items_in_batch)
@@ -278,6 +281,7 @@ class ReftModel(Wrapper):
                 "decoder_input_ids": decoder_input_ids,
                 "decoder_attention_mask": decoder_attention_mask,
                 "past_key_values": past_key_values,
+                "cache": cache,
                 "use_cache": use_cache,
                 "output_hidden_states": output_hidden_states,
                 "return_dict": return_dict,
@@ -292,9 +296,9 @@ class ReftModel(Wrapper):
                 prompt_lengths = prompt_lengths_of(labels, attention_mask)
             elif self.training and torch.is_grad_enabled() and self.active_adapters:
                 raise ValueError(
-                    "Training needs labels or prompt_lengths: they tell the prompt, by which positions are "
-                    "counted, from the answer. Trainer takes the labels away for label smoothing and for a loss "
-                    "of one's own; PromptCollator(tokenizer, prompt_lengths=True) gives the lengths."
+                    "Training needs labels or prompt_lengths, which say where the prompt ends: positions are "
+                    "counted in the prompt. Trainer takes the labels away for label smoothing and for a loss of "
+                    "your own; PromptCollator(tokenizer, prompt_lengths=True) gives the lengths."
                 )
         self.check_checkpointing(self.edits(), self.hooks())
         batch = Batch(given, prompt_lengths)
@@ -308,14 +312,14 @@ class ReftModel(Wrapper):
         every_token: bool = False,
         **generation: Any,
     ) -> Any:
-        """The base model's `generate` with the prompt edited; see `core.intervene.generate`.
+        """The base model's `generate` with the prompt edited; see `model.intervene.generate`.
 
-        In a chat that goes on, with the `past_key_values` of an earlier generation, the prompt is the whole
-        conversation up to now: positions count all its real tokens, and those of them that are in the cache stay
-        as they were cached, edited in their own turn or not.
+        In a chat that goes on, with the `cache` (or, by its older name, the `past_key_values`) of an earlier
+        generation, the prompt is the whole conversation up to now; its tokens that are in the cache already are
+        not edited again.
 
         Args:
-            attention_mask: without it padding is told by the pad token, as `generate` itself does it.
+            attention_mask: without it pad tokens are taken as padding, as `generate` itself does it.
             every_token: edit each generated token as well.
             generation: keyword arguments of the base model's `generate`, which checks them.
         """
@@ -329,36 +333,37 @@ class ReftModel(Wrapper):
             self.backbone, batch, self.edits(), every_token=every_token, also=self.hooks(), **generation
         )
 
-    def keep_past(self, rows: Dataset, *, memory: int | str | None = None) -> Dataset:
-        """Compute once what training on these rows need not compute again (`engine/frozen_past.py`).
+    def keep_past(self, examples: Dataset, *, memory: int | str | None = None) -> Dataset:
+        """Compute once what comes before the first edit of these examples (`engine/frozen_past.py`).
+
+        Until `forget_past` the base model stays in eval mode, since dropout would make its states random.
 
         Args:
-            rows: tokenised prompts and answers, as `reft.data.tokenise` gives them.
-            memory: budget of what is kept.
+            examples: tokenised prompts and answers, as `reft.data.tokenise` gives them.
+            memory: the most memory to use for it.
 
         Returns:
-            The data set with a column `row`, by which `forward` finds what was kept: train on it, with plain
-            `Trainer` too, and with `PromptCollator` or any collator that lets an integer column through. Until
-            `forget_past` the base model stays in eval mode: what it drops at random is no past to keep.
+            The examples with a column `row`, by which `forward` finds what was computed. Train on them, with plain
+            `Trainer` too, and with `PromptCollator` or any collator that passes an integer column.
 
         Raises:
-            ValueError: no active adapter, or one with `modules_to_save`, whose past is not frozen.
+            ValueError: no active adapter, or one with `modules_to_save`, which change what comes before the edit.
         """
         edits = self.edits()
         if not edits or self.hooks():
             raise ValueError(
-                "The past is kept for active adapters without modules_to_save: what those change is not frozen."
+                "keep_past needs active adapters without modules_to_save, which change what it computes once."
             )
         self.base_model.eval()
-        self._past = AnswersPast(self.backbone, list(rows), edits, memory=memory)
-        return rows.add_column("row", list(range(len(rows))))
+        self._past = AnswersPast(self.backbone, list(examples), edits, memory=memory)
+        return examples.add_column("row", list(range(len(examples))))
 
     def forget_past(self) -> None:
-        """Free what `keep_past` kept."""
+        """Free the memory of `keep_past`, and compute everything anew again."""
         self._past = None
 
     def train(self, mode: bool = True) -> ReftModel:
-        """Train mode of edits and base model; the base model stays in eval mode while a past is kept."""
+        """Train mode of edits and base model; after `keep_past` the base model stays in eval mode."""
         super().train(mode)
         if self._past is not None:
             self.base_model.eval()
@@ -366,7 +371,9 @@ class ReftModel(Wrapper):
 
     def _from_past(self, row: Tensor, items: Tensor | int | None) -> CausalLMOutput:
         if self._past is None:
-            raise ValueError("Rows are given by number, but no past is kept: call keep_past first.")
+            raise ValueError(
+                "A batch has the column 'row' of keep_past, which was not called on this model: call it first."
+            )
         loss, logits = self._past.loss(row, self.edits(), items)
         return CausalLMOutput(loss=loss, logits=logits)
 

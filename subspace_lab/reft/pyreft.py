@@ -1,8 +1,8 @@
 """pyreft's (0.1) folders, read and written: `config.json` and one `intkey_….bin` a site.
 
 They hold neither the positions, which pyreft's users pass at every call, nor activation and dropout. What is read
-is the same function Φ(h); in prompts shorter than p + s positions follow the paper here, where pyreft leaves some
-out. Nothing is unpickled.
+is the same function Φ(h). In prompts shorter than p + s the positions here follow the paper, where pyreft leaves
+some out. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from subspace_lab.core.files import read_json, whole_file, write_json
 from subspace_lab.core.interventions import Intervention
-from subspace_lab.core.values import Affine, Constant
-from subspace_lab.reft.adapters_hub import Numbers, configured, filled, orthogonal, plain_tensors
+from subspace_lab.reft._other_libraries import Numbers, configured, filled, orthogonal, plain_tensors
 from subspace_lab.reft.model import ReftModel
 
 # pyreft's classes; its DireftIntervention keeps R orthonormal, which no name of the paper's has, and its
@@ -78,7 +77,9 @@ def from_pyreft(
     kinds = {str(k) for k in facts.get("intervention_types", [])}
     kind = re.fullmatch(r"<class 'pyreft\.(?:\w+\.)*(\w+)'>", next(iter(kinds), ""))
     if len(kinds) != 1 or kind is None or kind[1] not in METHODS:
-        raise ValueError(f"{folder} has interventions of {sorted(kinds)}; read is one of {', '.join(METHODS)}.")
+        raise ValueError(
+            f"{folder} has interventions of {sorted(kinds)}; possible is one of {', '.join(METHODS)}."
+        )
     found: dict[tuple[int, int], Numbers] = {}
     components = set()
     for key in facts["sorted_keys"]:
@@ -99,11 +100,11 @@ def from_pyreft(
 def to_pyreft(model: ReftModel, folder: str | Path, adapter_name: str | None = None) -> None:
     """Write an adapter in pyreft's layout.
 
-    It has no place for positions, activation and dropout. Interventions of different positions of one layer
-    become layers that are named twice, the prefix first.
+    The layout has no place for positions, activation and dropout. Where a layer has one intervention for the
+    prefix and one for the suffix, the layer is named twice, the prefix first.
 
     Raises:
-        ValueError: an adapter that the layout has no form for.
+        ValueError: an adapter that this layout cannot hold.
     """
     names = model.active_adapters if adapter_name is None else [adapter_name]
     if len(names) != 1:
@@ -113,8 +114,8 @@ def to_pyreft(model: ReftModel, folder: str | Path, adapter_name: str | None = N
     component = next((theirs for theirs, ours in COMPONENTS.items() if ours == config.component), None)
     if config.method not in WRITTEN or config.tied == "position" or config.parts or config.activation != "linear":
         raise ValueError(
-            f"pyreft's layout has no form for {config.method} with tied={config.tied!r}, parts {config.parts} and "
-            f"activation {config.activation!r}; it has one for {', '.join(WRITTEN)}, linear and undivided."
+            f"pyreft's layout cannot hold {config.method} with tied={config.tied!r}, parts {config.parts} and "
+            f"activation {config.activation!r}; it holds {', '.join(WRITTEN)}, linear and without parts."
         )
     if component is None:
         raise ValueError(f"pyreft has no component {config.component!r}; it has {', '.join(COMPONENTS.values())}.")
@@ -152,7 +153,9 @@ def _site(key: str) -> tuple[int, str, int]:
         return int(named[1]), COMPONENTS[named[2]], int(named[3])
     if path and path[2] in PATHS:
         return int(path[1]), PATHS[path[2]], int(path[3])
-    raise ValueError(f"{key!r} is no site that is known here: pyreft's components {', '.join(COMPONENTS)} are.")
+    raise ValueError(
+        f"{key!r} is not a site that is known here; of pyreft's components these are: {', '.join(COMPONENTS)}."
+    )
 
 
 def _numbers(state: Mapping[str, Tensor], kind: str, activation: str) -> Numbers:
@@ -166,28 +169,27 @@ def _numbers(state: Mapping[str, Tensor], kind: str, activation: str) -> Numbers
             bias = bias - shift.float()
         return Numbers(state["proj_layer.weight"].float(), state["learned_source.weight"].float(), bias)
     rotate = state.get("rotate_layer")
-    rows = (orthogonal(state, "rotate_layer.parametrizations.weight") if rotate is None else rotate).float().T
+    basis = (orthogonal(state, "rotate_layer.parametrizations.weight") if rotate is None else rotate).float().T
     if kind in ("ConsreftIntervention", "LobireftIntervention"):
-        return Numbers(rows, None, state["learned_source"].float())
+        return Numbers(basis, None, state["learned_source"].float())
     prefix = "" if kind == "LoreftIntervention" else "learned_source."
-    return Numbers(rows, state[f"{prefix}weight"].float(), state[f"{prefix}bias"].float())
+    return Numbers(basis, state[f"{prefix}weight"].float(), state[f"{prefix}bias"].float())
 
 
 def _state(edit: Intervention, method: str) -> dict[str, Tensor]:
-    rows, value = edit.subspace.basis().detach().cpu(), edit.value
+    basis = edit.subspace.basis().detach().cpu()
+    value = {name: tensor.detach().cpu() for name, tensor in edit.value.state_dict().items()}
     size = {name: torch.tensor(edit.width) for name in ("embed_dim", "interchange_dim")}
-    if isinstance(value, Constant):
+    if "z" in value:
         holder = nn.Module()
-        holder.weight = nn.Parameter(rows.T.contiguous())
+        holder.weight = nn.Parameter(basis.T.contiguous())
         nn.utils.parametrizations.orthogonal(holder)
-        holder.weight = rows.T.contiguous()
+        holder.weight = basis.T.contiguous()
         turned = {f"rotate_layer.{k}": v for k, v in holder.state_dict().items()}
-        return {"learned_source": value.z.detach().cpu(), **size, **turned}
-    assert isinstance(value, Affine)
-    weight, bias = value.weight.detach().cpu(), value.bias.detach().cpu()
+        return {"learned_source": value["z"], **size, **turned}
     if method == "LoReFT":
-        return {"weight": weight, "bias": bias, "rotate_layer": rows.T.contiguous()}
-    return {"learned_source.weight": weight, "learned_source.bias": bias, "proj_layer.weight": rows, **size}
+        return {**value, "rotate_layer": basis.T.contiguous()}
+    return {**{f"learned_source.{k}": v for k, v in value.items()}, "proj_layer.weight": basis, **size}
 
 
 def _save(path: Path, state: Mapping[str, Any]) -> None:

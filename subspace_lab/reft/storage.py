@@ -1,11 +1,12 @@
 """Adapters on disk and on the Hub, in PEFT's layout.
 
-adapter_config.json         everything that changes the function, and what the adapter is for
+adapter_config.json         everything that changes the function; the base model; the alignment it started from
 adapter_model.safetensors   the numbers: raw bases, W, b, saved modules; nothing of size d × d
 README.md                   a model card
 
-The two first belong together: the numbers carry a digest of their configuration. A save that is cut short leaves
-the old pair, or the new numbers with the new configuration still under its provisional name; both are read.
+The first two belong together: the metadata of the numbers has a digest of the configuration. A save that is
+interrupted leaves the old pair, or the new numbers with the new configuration under its provisional name; both can
+be read.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ def write_adapter(
     """Write an adapter into a folder.
 
     Args:
-        base: the facts of its base model.
-        model, tags: the base model's class, and further tags, for the card.
+        base: the facts of its base model, from `base_facts`.
+        model: the class of the base model, for the card.
+        tags: further tags, for the card.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _finish(folder)
@@ -91,12 +93,12 @@ def read_adapter(folder: Path, base: dict[str, Any]) -> SavedAdapter:
     """
     if not (folder / WEIGHTS).exists() or not any((folder / c).exists() for c in (CONFIG, NEXT)):
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
-        raise FileNotFoundError(f"{folder} is no whole adapter: {' and '.join(missing)} missing.")
+        raise FileNotFoundError(f"{folder} is not a whole adapter: {' and '.join(missing)} missing.")
     try:
         written_with = _written_with(folder)
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{folder / WEIGHTS} is not a whole safetensors file: {error}") from error
     for name in (CONFIG, NEXT):
         if not (folder / name).exists():
             continue
@@ -115,7 +117,7 @@ def read_adapter(folder: Path, base: dict[str, Any]) -> SavedAdapter:
 
 
 def digest(config: ReftConfig) -> str:
-    """Of what changes the function: the base model may be renamed, nothing else may."""
+    """A digest of the configuration, which no file may change, except for the name of the base model."""
     facts = {k: v for k, v in config.as_dict().items() if k not in ("base_model_name_or_path", "revision")}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -127,7 +129,7 @@ def _written_with(folder: Path) -> str | None:
 
 
 def _finish(folder: Path) -> None:
-    """Complete a save that was cut short between its files, before the next one overwrites what it needs."""
+    """Complete a save that was interrupted between its files, before the next save overwrites what it needs."""
     if not (folder / NEXT).exists():
         return
     try:
