@@ -131,6 +131,10 @@ def test_variables_at_several_sites_are_found_by_either() -> None:
     assert one.place == f"v: {FIRST}, w: {SECOND}" and one.sites == sites
     for site in (FIRST, SECOND, one.place):
         assert fits.where(site=site).fits == (one,)
+    assert (
+        fits.where(layer=1).fits == fits.where(positions=2).fits == (one,)
+        and len(fits.where(positions="last")) == 2
+    )
     assert one.record()["layer"] is None and one.record()["site"] == one.place
     with pytest.raises(ValueError, match=r"has the sites \[block_output\[0\]@2, block_output\[1\]@last\]"):
         _ = one.site
