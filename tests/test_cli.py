@@ -87,7 +87,9 @@ def test_results_have_the_documented_keys(done):
     of_model, of_twin = (results[who]["floors"]["test"]["accuracy"] for who in ("model", "twin"))
     assert of_model["value"] > 0.9 > of_twin["value"] and of_model["n"] == 40
     assert results["model"]["fits"] != results["twin"]["fits"]
-    assert results["model"]["facts"]["data"] == results["twin"]["facts"]["data"]
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    drawn = PRICE_TAGGING.pairs(tokenizer, train=40, dev=20, test=40, seed=3).fingerprint()
+    assert results["model"]["facts"]["data"] == results["twin"]["facts"]["data"] == drawn
 
 
 def test_fits_reload_and_are_those_compared(done):
@@ -170,6 +172,8 @@ def test_several_methods_ranks_and_seeds(tmp_path):
         assert [f["site"] for f in fits] == [site for site in SITES for _ in expected]
     assert len(results["comparison"]["labels"]) == len(set(results["comparison"]["labels"])) == 12
     settings = results["settings"]
+    drawn = PRICE_TAGGING.pairs(AutoTokenizer.from_pretrained(SHIPPED), train=40, dev=20, test=40, seed=5)
+    assert results["model"]["facts"]["data"] == drawn.fingerprint()
     assert (settings["method"], settings["rank"], settings["seed"]) == ("DAS,RandomSubspace", "2,4", "5,0,1")
     told = " ".join(result.stdout.split())
     assert "(×3)" in told and "(×5)" in told and "±" in told and "DAS 2" in told and "DAS 4" in told

@@ -37,7 +37,7 @@ from subspace_lab.das import sweeps
 from subspace_lab.das.estimates import bootstrap_mean, estimate, proportion
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, Method, RandomSubspace
-from subspace_lab.das.objectives import iia, logit_difference, logit_margin
+from subspace_lab.das.objectives import iia, log_odds, logit_difference, logit_margin
 from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.das.search import default_methods, search
 from subspace_lab.das.sweeps import cell_seed, sweep
@@ -50,7 +50,7 @@ ONE_STEP = TrainingConfig(steps=1, batch_size=4, learning_rate=1e-9)
 
 @pytest.fixture(scope="module")
 def fits() -> Fits:
-    return swept(METHODS, metrics=(iia, logit_margin))
+    return swept(METHODS, metrics=(iia, logit_margin, log_odds))
 
 
 def rows_of(fits: Fits) -> list[Tensor]:
@@ -122,6 +122,12 @@ def test_every_score_is_that_of_a_hand_written_swap(fits: Fits) -> None:
             found = fit.score("logit_margin", split)
             assert found.value == pytest.approx(margins.mean().item(), abs=2e-4)
             assert found.low < found.value < found.high
+            before = unedited(data)
+            odds = expected - logits.gather(1, data.base_answer[:, None])[:, 0]
+            odds += (
+                before.gather(1, data.base_answer[:, None])[:, 0] - before.gather(1, data.answer[:, None])[:, 0]
+            )
+            assert fit.score("log_odds", split).value == pytest.approx(odds.mean().item(), abs=2e-4)
             if split == "test":
                 answers.append(logits.argmax(-1))
                 torch.testing.assert_close(fit.pair_scores["logit_margin"], margins, rtol=0, atol=2e-3)
@@ -451,7 +457,7 @@ def test_facts_are_the_recipe(fits: Fits) -> None:
     facts = json.loads(json.dumps(dict(fits.facts), allow_nan=False))
     assert facts["variables"] == ["v"] and facts["pairs"] == dict.fromkeys(("train", "dev", "test"), PAIRS)
     assert facts["training"]["steps"] == QUICK.steps and "seed" not in facts["training"]
-    assert facts["seeds"] == [0] and facts["metrics"] == ["iia", "logit_margin"]
+    assert facts["seeds"] == [0] and facts["metrics"] == ["iia", "logit_margin", "log_odds"]
     assert facts["loss"] == "cross_entropy" and facts["versions"]["torch"] == torch.__version__
 
 

@@ -233,6 +233,7 @@ class Fits(Sequence[Fit]):
         Args:
             method: the name ("DAS"), the label ("DAS 4"), the class, or the value.
             site: as `Site`, or as it prints.
+            layer, positions: of its site; where its variables have several sites, of any of them.
 
         Raises:
             ValueError: a method or a site that no fit has, so that a misspelt name is no empty result.
@@ -246,16 +247,16 @@ class Fits(Sequence[Fit]):
             found = [fit for fit in found if site in (fit.place, *fit.sites.values()) or str(site) == fit.place]
             if not found and self.fits:
                 raise ValueError(f"No fit at {site}; there are {self.places}.")
-        tests: list[tuple[Any, Callable[[Fit], Any]]] = [
-            (rank, lambda fit: fit.rank),
-            (seed, lambda fit: fit.seed),
-            (layer, lambda fit: fit.site.layer),
-            (None if positions is None else str(positions), lambda fit: fit.site.positions),
-            (learning_rate, lambda fit: getattr(fit.method, "learning_rate", None)),
+        tests: list[tuple[Any, Callable[[Fit], Sequence[Any]]]] = [
+            (rank, lambda fit: [fit.rank]),
+            (seed, lambda fit: [fit.seed]),
+            (layer, lambda fit: [site.layer for site in fit.sites.values()]),
+            (None if positions is None else str(positions), lambda fit: [s.positions for s in fit.sites.values()]),
+            (learning_rate, lambda fit: [getattr(fit.method, "learning_rate", None)]),
         ]
         for wanted, of in tests:
             if wanted is not None:
-                found = [fit for fit in found if of(fit) == wanted]
+                found = [fit for fit in found if wanted in of(fit)]
         return replace(self, fits=tuple(found))
 
     @property
