@@ -90,7 +90,7 @@ def _pair(a: Subspace | Tensor, b: Subspace | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthonormal_rows(subspace: Subspace | Tensor) -> Tensor:
-    """The basis in float64 on the CPU (ValueError where its rows are not orthonormal)."""
+    """The basis in float64 on the CPU (ValueError where its vectors are not orthonormal)."""
     basis = (subspace.basis() if isinstance(subspace, Subspace) else subspace).detach()
     if basis.ndim != 2:
         raise ValueError(f"A basis has shape (rank, width), this one {tuple(basis.shape)}.")

@@ -15,7 +15,7 @@ import typer
 SHIPPED = "tiny_decoder"
 SMALL = 10_000_000  # parameters of a model that one thread runs fastest
 DTYPES = ("float32", "bfloat16", "float16")
-# RoBERTa and its kin count positions from the padding token's index on, and have as many fewer.
+# RoBERTa and models like it count positions from the padding token's index on, and have as many fewer.
 FROM_PADDING = (
     "roberta",
     "xlm-roberta",

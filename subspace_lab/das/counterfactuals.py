@@ -15,7 +15,7 @@ from subspace_lab.das.encoding import encode
 from subspace_lab.das.pairs import Pairs
 
 SPLITS = ("train", "dev", "test")
-# Draws, for each answer of a task, after which a kind of row that did not come up counts as impossible.
+# Draws, for each answer of a task, after which a kind of pair that did not come up counts as impossible.
 DRAWS_PER_ANSWER = 100
 
 
@@ -95,25 +95,27 @@ def check_split(split: str) -> None:
 def counterfactual_dataset(
     task: Task, n: int, *, split: str, seed: int, variables: Sequence[str] | None = None
 ) -> Dataset:
-    """`n` rows of a base, a source for each of `variables` and the answer that the causal model then gives.
+    """`n` pairs: a base, a source for each of `variables`, and the answer that the causal model then gives.
 
     Columns: `base` and `base_spans`; `sources`, `source_spans` and `source_values` (variable → text, spans, and the
     value that the variable has there, as text); `base_answer`; `answer`, expected after each variable took the
     value it has in its source; `changes`, whether the two answers differ.
 
-    One variable (default: the task's): every second row changes, and among the changing and the unchanging
-    rows each answer is as frequent as the next, so no constant answer does better than another. Several
-    variables: each row exchanges one non-empty subset of them, drawn uniformly; a variable left alone has the
+    One variable (default: the task's): the answer changes in every second pair, and among the changing and the
+    unchanging pairs each answer is as frequent as the next, so no constant answer does better than another. Several
+    variables: each pair exchanges one non-empty subset of them, drawn uniformly; a variable left alone has the
     base as its source. Base and sources share their template. ValueError for an unknown split or variable,
     n < 1, or a task in which the variable never (or always) changes the answer.
     """
     check_split(split)
     if n < 1:
-        raise ValueError(f"n = {n} rows asked; possible are 1 or more")
+        raise ValueError(f"n = {n} pairs asked for; possible are 1 or more")
     variables = (task.variable,) if variables is None else tuple(variables)
     possible = [*task.causal_model.inputs, *task.causal_model.variables]
     if not variables or len(set(variables)) < len(variables) or not set(variables) <= set(possible):
-        raise ValueError(f"variables {list(variables)} asked; possible are one or more, each once, of {possible}")
+        raise ValueError(
+            f"variables {list(variables)} asked for; possible are one or more, each once, of {possible}"
+        )
 
     rng = random.Random(seed)
     if len(variables) > 1:
@@ -134,7 +136,7 @@ def counterfactual_dataset(
             kind = "never" if changes else "always"
             raise ValueError(
                 f"task {task.name!r}: {variables[0]!r} {kind} changed the answer in {patience} pairs of "
-                f"the {split} split; half of the rows must change it and half must not"
+                f"the {split} split; half of the pairs must change it and half must not"
             )
     rows = []
     for index in range(n):

@@ -3,8 +3,8 @@
 Source: Geiger et al. 2023 (arXiv 2303.02536). The score is the interchange intervention accuracy (IIA): the share of
 held-out pairs that the model answers as the causal model does, once the subspace's content comes from the source.
 
-An IIA says little alone. Beside DAS stand the difference of means and the principal components, which are not trained
-and often as good; random subspaces of the same rank; and the swap of the full vector.
+An IIA says little alone. The table shows, beside DAS: the difference of means and the principal components, which are
+not trained and often as good; random subspaces of the same rank; and the swap of the full vector.
 """
 
 from __future__ import annotations

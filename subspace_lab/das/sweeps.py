@@ -180,13 +180,13 @@ class _Sweep:
         size = max(1, STACKED // self.config.batch_size)
         groups = [cells[i : i + size] for i in range(0, len(cells), size)]
         for i, group in enumerate(groups):
-            told = on_step if i == len(groups) - 1 else lambda: None
+            report = on_step if i == len(groups) - 1 else lambda: None
             begun = [cell.learner for cell in group] if len(group) > 1 else []
             states = [
                 {k: v.clone() for k, v in nn.ModuleList(one.edits.values()).state_dict().items()} for one in begun
             ]
             try:
-                self._train_together(assignment, group, told)
+                self._train_together(assignment, group, report)
             except FloatingPointError as error:
                 if len(group) == 1:
                     failed.append((group[0], str(error)))
@@ -306,7 +306,7 @@ def cell_seed(seed: int, what: object) -> int:
 
 
 def _width(backbone: Backbone, site: Site, pairs: Counterfactuals) -> int:
-    """The width of the states at a site: as the model's structure tells it, else as one pair shows it."""
+    """The width of the states at a site: from the model's structure, or else from a run of one pair."""
     width = backbone.hook_point(site).width
     if width is None:
         base = pairs.base.rows(torch.arange(1)).to(backbone.device)
@@ -326,7 +326,7 @@ def _floors(prepared: PreparedPairs) -> Floors:
 
 
 def _with_evidence(fits: list[Fit], floors: Floors, facts: Mapping[str, Any]) -> list[Fit]:
-    """The fits of one place, each alignment with where it comes from and what stands beside it."""
+    """The fits of one place, each alignment with where it comes from and what other methods reach."""
     means = Fits(tuple(fits), {}).mean(metric=facts["metrics"][0]) if fits else []
     shared = {name: facts[name] for name in ("task", "data", "training", "loss", "versions")}
     found = []

@@ -110,9 +110,9 @@ def counterfactuals(
 ) -> Counterfactuals:
     """n bases, a source for each variable, and the answers expected after the interchange.
 
-    Every row intervenes on one non-empty subset of the variables, all subsets being equally likely; a variable
+    Every pair intervenes on one non-empty subset of the variables, all subsets being equally likely; a variable
     that is left alone has the base as its source. Base and sources are independent, so the answer changes in
-    about half of the rows, whichever the subset.
+    about half of the pairs, whichever the subset.
 
     Raises:
         ValueError: a variable other than `left_equal` and `right_equal`, none, or one twice.

@@ -1,6 +1,6 @@
 """Pictures of results. Nothing is computed here: every number shown is read from the result.
 
-Under each picture stands what it can and cannot show.
+The text under each picture says what it can and cannot show.
 """
 
 from __future__ import annotations
