@@ -91,12 +91,8 @@ def yours() -> dict[str, Any]:
     """The objects that the README's Python blocks take from their reader, by name."""
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
 
-    def split(seed: int) -> tuple[list[str], list[str], list[str], list[str]]:
-        pairs = prices(24, seed)
-        sources = [text for one in pairs["sources"] for text in one.values()]
-        return list(pairs["base"]), sources, list(pairs["answer"]), list(pairs["base_answer"])
-
-    prompts = list(prices(8)["base"])
+    pairs = prices(60)
+    prompts = list(pairs["base"][:8])
 
     def batch(texts: list[str]) -> Any:
         return tokenizer(texts, return_tensors="pt", padding=True)
@@ -104,7 +100,10 @@ def yours() -> dict[str, Any]:
     return {
         "model": deep_decoder(),
         "tokenizer": tokenizer,
-        "splits": [split(0), split(1)],
+        "base": list(pairs["base"]),
+        "source": [text for one in pairs["sources"] for text in one.values()],
+        "answer": list(pairs["answer"]),
+        "base_answer": list(pairs["base_answer"]),
         "base_inputs": batch(prompts[:4]),
         "source_inputs": batch(prompts[4:]),
         "rows": [
