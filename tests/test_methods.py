@@ -456,8 +456,8 @@ def test_what_draws_nothing_runs_once() -> None:
 @pytest.mark.parametrize(
     ("value", "kind", "error", "message"),
     [
-        (2.5, int, TypeError, r"Mine\(width=2.5\): needed is an integer or a list of them."),
-        ("4", int, TypeError, r"Mine\(width='4'\): needed is an integer"),
+        (2.5, int, TypeError, r"Mine: width=2.5: a whole number is needed, found float"),
+        ("4", int, TypeError, r"Mine: width=.4.: a whole number is needed"),
         (True, int, TypeError, r"Mine\(width=True\)"),
         ([1, None], int, TypeError, r"Mine\(width=\[1, None\]\)"),
         ("fast", float, TypeError, "needed is a number or a list of them"),

@@ -197,7 +197,7 @@ found = Alignment({"v": (SITE, Axes(4))})
 model = nn.Linear(2, 2)
 edit = loreft(8, np.int64(2), seed=np.int64(0))
 CASES = [
-    (lambda: ReftConfig(rank=2.0), "rank=2.0 is of type float; needed is a whole number."),
+    (lambda: ReftConfig(rank=2.0), "rank=2.0: a whole number is needed, found float."),
     (lambda: ReftConfig(rank=True), "rank=True is of type bool"),
     (lambda: ReftConfig(rank="4"), "rank='4' is of type str"),
     (lambda: ReftConfig(layers="3"), "layers='3'; possible are 'all' or distinct integers"),
@@ -214,7 +214,7 @@ CASES = [
     (lambda: get_reft_model(model, found, config={"rank": 2}), "config is of type dict; needed is ReftConfig"),
     (lambda: get_reft_model(model, ReftConfig(), config=ReftConfig()), "Two configurations: config= goes with an"),
     (lambda: get_reft_model("gpt2", ReftConfig()), "model is of type str; needed is Module: the base"),
-    (lambda: LearnedSubspace(8, 2.0), "rank=2.0 is of type float; needed is a whole number."),
+    (lambda: LearnedSubspace(8, 2.0), "rank=2.0: a whole number is needed, found float."),
     (lambda: LearnedSubspace(8.0, 2), "width=8.0 is of type float"),
     (lambda: FreeDirections(8, True), "rank=True is of type bool"),
     (lambda: random_subspace(8, 2, 0.5), "seed=0.5 is of type float"),
@@ -227,7 +227,7 @@ CASES = [
     (lambda: random_subspace(8, 4, 0).partition([2, 2]), "sizes is of type list; needed is Mapping"),
     (lambda: interchange("gender"), "The subspace is of type str; needed is Subspace"),
     (lambda: Intervention(Axes(4), torch.ones(4)), "The value is of type Tensor; needed is Value."),
-    (lambda: Site("block_output", "3"), "layer='3' is of type str; needed is a whole number."),
+    (lambda: Site("block_output", "3"), "layer='3': a whole number is needed, found str."),
     (lambda: Site("block_output", 3.0), "layer=3.0 is of type float"),
     (lambda: Site("block_output", True), "layer=True is of type bool"),
     (lambda: Site(3, 1), "component=3 is of type int; needed is"),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from subspace_lab.core import hub
 from subspace_lab.core._alignment_card import card, score_text
-from subspace_lab.core._checks import instance
+from subspace_lab.core.arguments import instance
 from subspace_lab.core.checkpoints import (
     ALIGNMENT,
     EDITS,

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from subspace_lab.core._checks import by_site, instance
+from subspace_lab.core.arguments import by_site, instance
 from subspace_lab.core.files import save_tensors
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.kinds import Kind

@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from subspace_lab.core._checks import instance
+from subspace_lab.core.arguments import instance
 from subspace_lab.core.kinds import Kind
 from subspace_lab.core.parts import joined
 from subspace_lab.core.subspaces import Axes, FixedSubspace, FreeDirections, LearnedSubspace, Subspace

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from subspace_lab.core._checks import whole_number
+from subspace_lab.core.arguments import whole_number
 
 Orthonormalise = Literal["qr", "polar"]
 

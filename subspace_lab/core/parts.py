@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from subspace_lab.core._checks import instance, whole_number
+from subspace_lab.core.arguments import instance, whole_number
 from subspace_lab.core.orthonormal import check_orthonormal, exactly, random_orthonormal
 from subspace_lab.core.subspaces import Axes, FixedSubspace, Orthonormalised, Part, Subspace
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import total_ordering
 
-from subspace_lab.core._checks import instance, whole_number
+from subspace_lab.core.arguments import instance, whole_number
 from subspace_lab.core.positions import normalise
 
 COMPONENTS = (

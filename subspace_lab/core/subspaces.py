@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from subspace_lab.core._checks import instance, whole_number
+from subspace_lab.core.arguments import instance, whole_number
 from subspace_lab.core.kinds import Kind
 from subspace_lab.core.orthonormal import (
     CachedFactor,

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from subspace_lab.core._checks import whole_number
+from subspace_lab.core.arguments import whole_number
 from subspace_lab.core.kinds import Kind
 from subspace_lab.core.orthonormal import wide
 from subspace_lab.core.parts import spans

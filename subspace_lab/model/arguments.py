@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
+from subspace_lab.core.arguments import whole_number
 from subspace_lab.core.sites import Site
 
 
@@ -53,12 +53,7 @@ def expect_integer(name: str, value: Any, least: int | None = 1, where: str = ""
         ValueError: less than the least that is possible.
     """
     prefix = f"{where}: " if where else ""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{prefix}{name}={value!r}: a whole number is needed, found {type(value).__name__}.")
+    number = whole_number(value, f"{prefix}{name}")
     if least is not None and number < least:
         raise ValueError(f"{prefix}{name}={number}: at least {least} is needed.")
     return number

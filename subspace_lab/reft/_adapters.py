@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core._checks import instance
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.arguments import instance
 from subspace_lab.core.files import package_version
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.parts import spans

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from subspace_lab.core import interventions as iv
-from subspace_lab.core._checks import whole_number
+from subspace_lab.core.arguments import whole_number
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.parts import PartedSubspace, spans
 from subspace_lab.core.positions import normalise

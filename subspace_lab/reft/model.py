@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from subspace_lab.core import hub
-from subspace_lab.core._checks import instance
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.arguments import instance
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.arguments import whole_number
 from subspace_lab.core.interventions import interchange
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import FixedSubspace, Subspace
@@ -177,12 +178,10 @@ def check_setting(method: Method, name: str, kind: type = int) -> None:
     if not values:
         raise ValueError(f"{type(method).__name__}({name}=[]): an empty list leaves nothing to run.")
     for one in values:
-        right = isinstance(one, int | float) if kind is float else isinstance(one, int)
-        if isinstance(one, bool) or not right:
-            raise TypeError(
-                f"{type(method).__name__}({name}={value!r}): needed is {'a number' if kind is float else 'an integer'} "
-                "or a list of them."
-            )
+        if kind is int:
+            whole_number(one, f"{type(method).__name__}: {name}")
+        elif isinstance(one, bool) or not isinstance(one, int | float):
+            raise TypeError(f"{type(method).__name__}({name}={value!r}): needed is a number or a list of them.")
         if not one > 0:
             raise ValueError(f"{type(method).__name__}({name}={value!r}): needed is a value above 0.")
 

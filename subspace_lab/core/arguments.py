@@ -14,7 +14,7 @@ def whole_number(value: Any, name: str) -> int:
             return index(value)
         except TypeError:
             pass
-    raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; needed is a whole number.")
+    raise TypeError(f"{name}={value!r}: a whole number is needed, found {type(value).__name__}.")
 
 
 def instance(value: Any, kind: type | tuple[type, ...], name: str, hint: str = "") -> None:
