@@ -130,9 +130,9 @@ def test_a_variable_that_never_or_always_changes_the_answer_is_refused():
     ("change", "message"),
     [
         ({"split": "validation"}, r"unknown split 'validation'; possible are \['train', 'dev', 'test'\]"),
-        ({"n": 0}, "n = 0 rows asked"),
-        ({"variables": ["sum"]}, r"\['sum'\] asked; possible .*'a_odd', 'b_odd', 'odd'"),
-        ({"variables": []}, r"\[\] asked"),
+        ({"n": 0}, "n = 0 pairs asked for"),
+        ({"variables": ["sum"]}, r"\['sum'\] asked for; possible .*'a_odd', 'b_odd', 'odd'"),
+        ({"variables": []}, r"\[\] asked for"),
         ({"variables": ["a_odd", "a_odd"]}, "each once"),
     ],
 )
@@ -177,5 +177,5 @@ def test_a_tasks_pairs_of_several_variables():
         "b_odd": [0, 1],
         "a_odd": [0, 1],
     }
-    with pytest.raises(ValueError, match="n = 0 rows asked"):
+    with pytest.raises(ValueError, match="n = 0 pairs asked for"):
         PARITY.pairs(word_level(), train=30, dev=0, test=10)

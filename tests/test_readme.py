@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md")
 SHIPPED = Path(str(files("subspace_lab"))) / "assets" / "tiny_decoder"
 STEPS = 3
-LAYERS = 20  # more than any layer that the text names
+LAYERS = 17  # more than any layer that the text names
 # Languages of blocks that are not executed: what a command prints, the map of the house.
 SHOWN = ("", "text")
 # Commands that `.ci/run` executes. It reads the installing ones from the README, word for word.
@@ -45,8 +45,8 @@ ELSEWHERE = (
 )
 # Added to the commands of the README, so that each takes seconds. What stands in for a model has learned nothing.
 SMALL = {
-    "search": "--layers 1 --steps 2 --pairs 40 --test-pairs 40",
-    "search --model": "--steps 2 --pairs 8 --test-pairs 8 --no-twin --allow-failing-model",
+    "search": "--layers 1 --positions last --steps 2 --pairs 40 --test-pairs 40",
+    "search --model": "--layers 4,12 --steps 2 --pairs 8 --test-pairs 8 --no-twin --allow-failing-model",
     "finetune": "--epochs 1",
 }
 # Names in commands that stand for what has to be fetched → which function below makes what stands in for it.
@@ -91,12 +91,8 @@ def yours() -> dict[str, Any]:
     """The objects that the README's Python blocks take from their reader, by name."""
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
 
-    def split(seed: int) -> tuple[list[str], list[str], list[str], list[str]]:
-        pairs = prices(24, seed)
-        sources = [text for one in pairs["sources"] for text in one.values()]
-        return list(pairs["base"]), sources, list(pairs["answer"]), list(pairs["base_answer"])
-
-    prompts = list(prices(8)["base"])
+    pairs = prices(40)
+    prompts = list(pairs["base"][:8])
 
     def batch(texts: list[str]) -> Any:
         return tokenizer(texts, return_tensors="pt", padding=True)
@@ -104,7 +100,10 @@ def yours() -> dict[str, Any]:
     return {
         "model": deep_decoder(),
         "tokenizer": tokenizer,
-        "splits": [split(0), split(1)],
+        "base": list(pairs["base"]),
+        "source": [text for one in pairs["sources"] for text in one.values()],
+        "answer": list(pairs["answer"]),
+        "base_answer": list(pairs["base_answer"]),
         "base_inputs": batch(prompts[:4]),
         "source_inputs": batch(prompts[4:]),
         "rows": [
