@@ -189,7 +189,10 @@ def test_padding_makes_no_pair_another() -> None:
     data = Counterfactuals(batch, {"v": batch_of(torch.ones(4, 3, dtype=torch.long))}, zeros, zeros, ("a",))
     for seed in range(4):
         found = Pairs.split(data, dev=1 / 3, test=1 / 3, seed=seed)
-        assert sorted(len(split) for split in (found.train, found.dev, found.test)) == [1, 1, 2]
+        masks = [
+            split.base.inputs["attention_mask"].sum(1).tolist() for split in (found.train, found.dev, found.test)
+        ]
+        assert sorted(masks) == [[2, 2], [3], [3]]
 
 
 def test_pairs_of_a_plain_module_and_of_embeddings_are_split() -> None:
