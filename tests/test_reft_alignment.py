@@ -223,7 +223,7 @@ CASES = [
     (lambda: FixedSubspace([[1.0, 0.0]]), "The basis is of type list; needed is Tensor"),
     (lambda: Axes(4, [0.5]), "an index=0.5: a whole number is needed, found float"),
     (lambda: Axes(4, 2), "indices=2 is of type int; needed are whole numbers"),
-    (lambda: random_subspace(8, 4, 0).partition({"a": 2.0}), "the size of part 'a'=2.0: a whole number is needed, found float"),
+    (lambda: random_subspace(8, 4, 0).partition({"a": 2.0}), "the size of part 'a'=2.0: a whole number"),
     (lambda: random_subspace(8, 4, 0).partition([2, 2]), "sizes is of type list; needed is Mapping"),
     (lambda: interchange("gender"), "The subspace is of type str; needed is Subspace"),
     (lambda: Intervention(Axes(4), torch.ones(4)), "The value is of type Tensor; needed is Value."),
