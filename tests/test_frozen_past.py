@@ -6,14 +6,15 @@
 import copy
 import itertools
 
+import families
 import pytest
 import torch
-from families import DECODERS, ENCODERS, build, fresh, inputs, spots
+from families import DECODERS, ENCODERS, inputs, spots
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from subspace_lab.core.interventions import interchange, loreft
+from subspace_lab.core import interventions
 from subspace_lab.core.sites import COMPONENTS, Site
 from subspace_lab.core.subspaces import LearnedSubspace
 from subspace_lab.engine import frozen_past
@@ -42,12 +43,36 @@ PAIRS = (
 )
 
 
+# Relative to the norm of what is compared; a wrong run is wrong in the first digits. In float64 rounding changes
+# the sixteenth digit, but parts of some models (RMSNorm, softmax, rotary angles) round to float32, by 6e-8: to the
+# same number in both runs, except rarely. In float32 a thousand roundings of 6e-8 are allowed.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+# In float64 its mask is lower than the lowest number of float32, in which it takes the softmax: NaN at padding.
+FLOAT32 = ("gemma2",)
+
+
 # --- helpers ------------------------------------------------------------------------------------------------
+
+
+def build(name: str, dtype: torch.dtype | None = None) -> nn.Module:
+    return families.build(name, dtype or (torch.float32 if name in FLOAT32 else torch.float64))
+
+
+def fresh(name: str) -> nn.Module:
+    return families.fresh(name, torch.float32 if name in FLOAT32 else torch.float64)
+
+
+def loreft(*args, **options) -> nn.Module:
+    return interventions.loreft(*args, **options).double()
+
+
+def interchange(subspace) -> nn.Module:
+    return interventions.interchange(subspace).double()
 
 
 def make_batch(name: str, padding: str = "right", seed: int = 0, rows: int = 6) -> Batch:
     if name == "mlp":
-        return Batch.of(inputs(name, rows, seed=seed))
+        return Batch.of(inputs(name, rows, seed=seed).double())
     lengths = None if padding == "none" else LENGTHS[:rows]
     side = "right" if padding == "none" else padding
     more = {"decoder_lengths": (4, 5, 6, 3, 6, 5)} if name == "t5" else {}
@@ -102,10 +127,10 @@ def measured(run, rows, edits, sources=None) -> list[torch.Tensor]:
     valid = run.readout.rows(rows).valid
     if valid is not None:
         logits = logits[valid]
-    weights = torch.linspace(-1, 1, logits.numel()).view(logits.shape)
+    weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view(logits.shape)
     if not parameters:
         return [logits.detach()]
-    gradients = torch.autograd.grad((weights * logits.float()).sum(), parameters, allow_unused=True)
+    gradients = torch.autograd.grad((weights * logits.double()).sum(), parameters, allow_unused=True)
     assert all(g is not None for g in gradients)
     return [logits.detach(), *gradients]
 
@@ -117,20 +142,21 @@ def gap(found, expected) -> float:
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         a, b = a.detach(), b.detach()
-        gaps.append(float((a - b).float().norm() / b.float().norm().clamp_min(1e-12)))
+        gaps.append(float((a - b).double().norm() / b.double().norm().clamp_min(1e-12)))
     return max(gaps)
 
 
-def compare(past, plain, rows, edits, states=None, tolerance=1e-5) -> None:
+def compare(past, plain, rows, edits, states=None, tolerance=None) -> None:
     """Equal numbers, and numbers that the edits matter for."""
     sources = states_for(states or {}, edits, rows)
     expected = measured(plain, rows, edits, sources)
     found = measured(past, rows, edits, sources)
+    tolerance = tolerance or TOLERANCE[expected[0].dtype]
     assert all(g.norm() > 1e-8 for g in expected[1:]), f"{list(edits)} change nothing"
     with torch.no_grad():
         untouched = plain.logits(rows, {})
         untouched = untouched if plain.readout.valid is None else untouched[plain.readout.rows(rows).valid]
-    assert gap([untouched], expected[:1]) > 1e-5, f"{list(edits)} change no logit"
+    assert gap([untouched], expected[:1]) > 10 * tolerance, f"{list(edits)} change no logit"
     assert gap(found, expected) <= tolerance, f"{list(edits)}, rows {rows.tolist()}: {gap(found, expected):.1e}"
 
 
@@ -200,7 +226,8 @@ def test_equal_wherever_logits_are_read(positions, padding):
         edits = {site: loreft(backbone.width(site), 2, seed=3, start="paper") for site in chosen}
         expected, found = measured(plain, rows, edits), measured(past, rows, edits)
         # An edit behind everything that is read has no effect: both gradients are 0 there.
-        assert all((a - b).norm() <= 1e-5 * b.norm() + 1e-9 for a, b in zip(found, expected, strict=True))
+        tolerance = TOLERANCE[expected[0].dtype]
+        assert all((a - b).norm() <= tolerance * b.norm() + 1e-9 for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("positions", ["first", "f2", "last", "all"])
@@ -214,7 +241,7 @@ def test_equal_without_any_edit(name, positions):
     assert past.mode == MODES[name]
     plain = PlainEngine(backbone, batch, readout)
     for rows in ROWS:
-        assert gap(measured(past, rows, {}), measured(plain, rows, {})) < 1e-5
+        assert gap(measured(past, rows, {}), measured(plain, rows, {})) < TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
@@ -280,8 +307,8 @@ def test_any_rows_sites_and_reads(name, shape, sites, reads, data):
     expected = measured(PlainEngine(backbone, batch, readout), rows, edits, sources)
     for a, b in zip(found, expected, strict=True):
         # A query before a single key has no effect: its gradient is rounding, in either run.
-        rounding = 1e-6 * (1 + expected[0].norm())
-        assert a.shape == b.shape and (a - b).norm() <= 1e-5 * b.norm() + rounding
+        rounding = 1e-9 * (1 + expected[0].norm())
+        assert a.shape == b.shape and (a - b).norm() <= TOLERANCE[torch.float64] * b.norm() + rounding
 
 
 # --- answers, and where logits may be read --------------------------------------------------------------------
@@ -312,11 +339,11 @@ def test_losses_on_answers_equal_the_model_s_own(name, padding):
         part = batch.rows(rows)
         own = forward(backbone, Batch({**part.inputs, "labels": labels[rows]}, part.prompt_lengths), edits).loss
         expected = [own, *torch.autograd.grad(own, parameters)]
-        logits = past.logits(rows, edits).flatten(0, 1)
+        logits = past.logits(rows, edits).flatten(0, 1).float()  # as the model's own loss
         loss = nn.functional.cross_entropy(logits, targets[rows].flatten(), ignore_index=-100)
         found = [loss, *torch.autograd.grad(loss, parameters)]
         assert expected[1].norm() > 1e-6
-        assert gap(found, expected) < 1e-5
+        assert gap(found, expected) < TOLERANCE[torch.float32]
 
 
 def test_training_steps_are_the_plain_run_s():
@@ -339,7 +366,7 @@ def test_training_steps_are_the_plain_run_s():
             optimizer.step()
             losses.append(loss.detach())
         ends.append([torch.stack(losses), edit.subspace.basis().detach()])
-    assert gap(*ends) < 1e-4
+    assert gap(*ends) < TOLERANCE[torch.float64]
     assert ends[0][0][-3:].mean() < ends[0][0][:3].mean()
 
 
@@ -354,7 +381,7 @@ def test_logits_read_at_padding_are_the_model_s(padding):
     assert past.mode == "layers" and "padding" in past.describe()
     edits = {site: loreft(32, 3, seed=0, start="paper")}
     for rows in ROWS:
-        assert gap(measured(past, rows, edits)[:1], measured(plain, rows, edits)[:1]) < 1e-5
+        assert gap(measured(past, rows, edits)[:1], measured(plain, rows, edits)[:1]) < TOLERANCE[torch.float64]
 
 
 def test_masks_with_holes():
@@ -513,9 +540,9 @@ def test_chains_of_modules_skip_what_lies_before():
     ran: list[str] = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.ModuleDict({"chain": nn.Sequential(*(Counting(n, ran) for n in "abcd"))})
+        model = nn.ModuleDict({"chain": nn.Sequential(*(Counting(n, ran) for n in "abcd"))}).double()
     model.forward = lambda x: model["chain"](x) * 2
-    backbone, batch = Backbone(model), Batch.of(torch.randn(5, 4))
+    backbone, batch = Backbone(model), Batch.of(torch.randn(5, 4, dtype=torch.float64))
     sites = {
         Site("chain.2.output"): ["d"],
         Site("chain.1.inner.output"): ["b", "c", "d"],
@@ -563,7 +590,7 @@ def test_only_what_is_needed_is_kept():
     (group,) = past.prefix.groups
     assert group.labels == [(layer, side) for layer in (1, 2) for side in ("keys", "values")]
     assert group.tensor.shape == (4, 6, LENGTH - 3, 2, 8)
-    assert past.prefix.nbytes() == 4 * 6 * (3 * 32 + 4 * 2 * (LENGTH - 3) * 8)
+    assert past.prefix.nbytes() == 8 * 6 * (3 * 32 + 4 * 2 * (LENGTH - 3) * 8)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------
@@ -622,8 +649,8 @@ def test_a_fallback_keeps_to_the_budget():
     batch = make_batch("llama", "none")
     sites = [Site("block_output", 0, "last"), Site("block_output", 0, "-3")]
     made = FrozenPast(Backbone(model), batch, sites, Readout.at(batch, "last"), chunk=2)
-    assert made.mode == "layers" and made.prefix.nbytes() == 4 * 6 * LENGTH * 32
-    tight = FrozenPast(Backbone(model), batch, sites, Readout.at(batch, "last"), chunk=2, memory=7000)
+    assert made.mode == "layers" and made.prefix.nbytes() == 8 * 6 * LENGTH * 32
+    tight = FrozenPast(Backbone(model), batch, sites, Readout.at(batch, "last"), chunk=2, memory=14_000)
     assert tight.mode == "layers" and "recomputed" in tight.describe()
 
 
@@ -685,7 +712,7 @@ def cast(model, batch):
 
 
 def cast_and_back(model, batch):
-    model.to(torch.bfloat16).to(torch.float32)
+    model.to(torch.bfloat16).to(torch.float64)
 
 
 def tokens_edited(model, batch):
@@ -731,7 +758,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("memory", [None, 30_000])
+@pytest.mark.parametrize("memory", [None, 60_000])
 def test_a_change_after_the_pass_is_told(change, memory):
     model, batch = fresh("llama"), make_batch("llama")
     past = FrozenPast(Backbone(model), batch, SITES, Readout.at(batch, "last"), memory=memory, chunk=2)
@@ -854,7 +881,7 @@ def test_blocks_that_return_more_than_states_are_noticed():
     readout = Readout.at(batch, "last")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = TupleModel()
+        model = TupleModel().double()
     refused_or_right(model, batch, sites[1:], readout, "plain")
     refused_or_right(model, batch, sites, readout, "plain")
 

@@ -186,7 +186,7 @@ def test_hooks_on_the_head_are_obeyed():
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.is_gradient_checkpointing.:FutureWarning")  # peft's
 def test_an_adapted_head():
     """peft wraps the head: its low-rank part counts."""
     peft = pytest.importorskip("peft")

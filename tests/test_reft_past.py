@@ -138,5 +138,5 @@ def test_what_is_not_frozen_is_refused() -> None:
     model.keep_past(rows())
     with torch.no_grad():
         model.base_model.model.norm.weight.add_(1)
-    with pytest.raises(RuntimeError, match="changed after its past was kept"):
+    with pytest.raises(RuntimeError, match="changed after its past was computed"):
         model(row=torch.tensor([0]))

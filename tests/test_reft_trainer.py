@@ -20,6 +20,11 @@ from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model
 from subspace_lab.reft.data import pad
 
+# transformers 5.24 gives it a new name.
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
+
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 24
 
@@ -230,8 +235,8 @@ def test_gradient_checkpointing_at_block_outputs_changes_nothing(reentrant, tmp_
             tmp_path,
             answers(),
             max_steps=3,
-            gradient_checkpointing=checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": reentrant} if checkpointing else None,
+            **{CHECKPOINTING: checkpointing},
+            **({f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}} if checkpointing else {}),
         )
         run.train()
         found.append((numbers(model), losses(run)))
@@ -246,7 +251,7 @@ def test_gradient_checkpointing_at_block_outputs_changes_nothing(reentrant, tmp_
 
 def test_gradient_checkpointing_is_refused_where_it_would_lose_gradients(tmp_path):
     model = decoder(component="mlp_output")
-    run = trainer(model, tmp_path, answers(), gradient_checkpointing=True)
+    run = trainer(model, tmp_path, answers(), **{CHECKPOINTING: True})
     with pytest.raises(ValueError, match=r"inside them: \['mlp_output\[0\]@f1\+l1'"):
         run.train()
     model = get_reft_model(fresh("llama"), ReftConfig(rank=2, modules_to_save=("mlp",)))
@@ -384,7 +389,7 @@ def sft(model, out, data, **options):
         disable_tqdm=True,
         save_strategy="no",
         logging_steps=1,
-        gradient_checkpointing=False,
+        **{CHECKPOINTING: False},
         completion_only_loss=True,
         **losses_known,
         **options,

@@ -29,7 +29,7 @@ def empty_cache(model: nn.Module, state_blocks: Collection[int]) -> Any:
     """A cache that stores the keys of all tokens, of layers with a sliding window too.
 
     Args:
-        state_blocks: numbers of the blocks whose layer holds a state, which `FrozenStates` keeps unchanged.
+        state_blocks: numbers of the blocks that have a state; their layers are `FrozenStates`.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -54,7 +54,7 @@ def filled_cache(found: KeysAndValues, depth: int, rows: int, tokens: int, devic
     """A cache of so many earlier tokens, as if the model had just read them.
 
     Args:
-        found: keys and values; blocks without any are not run, and their layer tells its length alone.
+        found: keys and values; other blocks are not run, and only the length of their layer is asked for.
         depth: how many blocks the model has.
     """
     from transformers import DynamicCache
@@ -105,13 +105,17 @@ def put_states(filled: Any, model: nn.Module, states: BlockStates, blocks: Colle
 
 
 def caches_all_states(model: nn.Module, depth: int, state_blocks: Sequence[int]) -> bool:
-    """Whether a cache of this model holds a state of each of these blocks, and keys and values of all others."""
+    """Whether a cache of this model holds a state of each of these blocks, and keys and values of all others.
+
+    Args:
+        depth: how many blocks the model has; it may be one that was cut short, whose cache has more layers.
+    """
     from transformers import DynamicCache
     from transformers.cache_utils import CacheLayerMixin
 
-    layers = DynamicCache(config=text_config(model)).layers
+    layers = DynamicCache(config=text_config(model)).layers[:depth]
     with_state = [i for i, layer in enumerate(layers) if not isinstance(layer, CacheLayerMixin)]
-    return len(layers) == depth and with_state == list(state_blocks)
+    return with_state == list(state_blocks)
 
 
 def _filled_layer(keys: Tensor, values: Tensor) -> Any:

@@ -15,11 +15,11 @@ from subspace_lab.model.resolved_sites import ResolvedSite
 
 @dataclass(frozen=True)
 class Chain:
-    """The chain of modules in which sites lie.
+    """A chain of modules, and which of them come before each site.
 
     Attributes:
         blocks: their paths.
-        boundary: {site: how many of them lie wholly before it}.
+        boundary: {site: how many of them come before it}.
         position: {path: its place among the modules, in the order of registration}.
     """
 
@@ -41,11 +41,11 @@ class Chain:
 
     @property
     def lowest(self) -> int:
-        """How many blocks lie before every site."""
+        """How many blocks come before every site."""
         return min(self.boundary.values())
 
     def before(self, sites: Iterable[Site]) -> int:
-        """How many blocks lie before all of some sites; of no sites, as many as before the latest one."""
+        """How many blocks come before all of some sites; for no sites, as many as before the deepest one."""
         return min((self.boundary[site] for site in sites), default=max(self.boundary.values()))
 
     def reading(self, found: dict[int, Tensor], take: Callable[[Tensor], Tensor]) -> list[Hook]:

@@ -61,8 +61,8 @@ class FrozenPast:
         chunk: how many rows are run at once in the pass over the data.
 
     Raises:
-        TypeError: a model in the place of a backbone, one site in the place of several, a chunk that is no whole
-            number.
+        TypeError: a model in the place of a backbone, one site in the place of several, a chunk that is not a
+            whole number.
         ValueError: no site; a component or position that does not exist; a memory budget that cannot be read or
             cannot hold one chunk.
         IndexError: a layer that does not exist.
@@ -171,7 +171,7 @@ class FrozenPast:
             return Refusal("no chain of blocks below the sites", expected=True)
         real = self.batch.real_tokens()
         if real is not None and bool((real[:, 1:] & ~real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any()):
-            # The positions of such rows depend on the rows beside them.
+            # The positions of such rows depend on the other rows of their batch.
             return Refusal("the attention mask has holes")
         return None
 
@@ -215,7 +215,7 @@ class FrozenPast:
         return None
 
     def _fill(self, strategy: Strategy, first: Prefix, device: torch.device) -> Prefix:
-        """The prefix of the whole data set, of which the first chunk is at hand."""
+        """The prefix of the whole data set; that of the first chunk has been computed already."""
         pinned = device.type == "cpu" and self.backbone.device.type == "cuda"
         whole = first.room_for(len(self), device, pinned)
         for start in range(0, len(self), self.chunk):

@@ -13,7 +13,7 @@ from subspace_lab.model.edits import Edits, Sources
 class Engine(Protocol):
     """A data set under a model, of which some logits are wanted, with edits in force.
 
-    `PlainEngine` computes everything anew at each call, `FrozenPast` computes once what no edit changes. They
+    `PlainEngine` computes everything at each call, `FrozenPast` computes once what no edit changes. They
     give the same numbers.
     """
 
@@ -30,7 +30,7 @@ class Engine(Protocol):
             sources: {site: (rows, positions, width) states} of the sources of these rows.
 
         Raises:
-            TypeError: rows that are no whole numbers; an edit that cannot be called.
+            TypeError: rows that are not whole numbers; an edit that cannot be called.
             ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width.
         """
         ...

@@ -45,7 +45,7 @@ class Readout:
         In a batch with tokens for a decoder of its own they are positions of those.
 
         Raises:
-            TypeError: positions that are no text, tokens that are no whole numbers.
+            TypeError: positions that are not text, tokens that are not whole numbers.
             ValueError, KeyError: positions that cannot be read or name a column that the batch does not have.
         """
         if not isinstance(positions, str):
@@ -170,7 +170,7 @@ class LogitReader:
 
 
 def expect_rows(rows: Any) -> None:
-    """Refuse what is no one-dimensional tensor of whole numbers (TypeError)."""
+    """Refuse anything but a one-dimensional tensor of whole numbers (TypeError)."""
     if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
         found = f"{tuple(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
         raise TypeError(f"Rows are a tensor of indices with one axis, torch.tensor([0, 3]) say; found {found}.")

@@ -43,7 +43,7 @@ class Tokens:
 
     @classmethod
     def of(cls, batch: Batch) -> Tokens:
-        """`batch` as the model is given it, with position_ids unless they count the columns."""
+        """From a batch as it goes into the model; without position_ids, positions are the columns."""
         real = batch.real_tokens()
         assert real is not None
         real = real.cpu()

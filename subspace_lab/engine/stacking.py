@@ -1,8 +1,7 @@
-"""Several interventions of one site trained or tried in one run.
+"""Several interventions of one site, trained or evaluated in one run.
 
-The model is the same for all of them, so their batches are laid one behind the other: the blocks above the site
-run once over the stacked batch, and each intervention edits its own share of the rows. No number of one depends
-on another's.
+The model is the same for all of them, so their batches are concatenated: the blocks above the site run once over
+the whole, and each intervention edits its own share of the rows. No number of one depends on another's.
 """
 
 from __future__ import annotations
@@ -19,11 +18,17 @@ from subspace_lab.core.interventions import Source
 class Stack(nn.Module):
     """K interventions as one edit: the k-th acts on the k-th of K equal shares of the rows.
 
-    Each gives what it would give alone. ValueError if the rows do not divide into K shares.
+    Each gives what it would give alone.
+
+    Raises:
+        TypeError: one intervention in the place of several.
+        ValueError: no intervention; (from a call) rows that do not divide into K shares.
     """
 
     def __init__(self, edits: Sequence[nn.Module]) -> None:
         super().__init__()
+        if isinstance(edits, nn.Module) and not isinstance(edits, nn.ModuleList):
+            raise TypeError(f"several interventions are expected, found one: write [{type(edits).__name__}(...)].")
         if not edits:
             raise ValueError("A stack needs at least one intervention.")
         self.edits = nn.ModuleList(edits)

@@ -28,7 +28,7 @@ class Refusal:
 
     Attributes:
         reason: in words, for `describe()`.
-        expected: whether nothing better was to be expected of this model or these sites; no notice is given then.
+        expected: whether this model or these sites allow nothing better, so that no notice is needed.
         notice: the reason without figures that differ from data set to data set; the reason itself by default.
     """
 

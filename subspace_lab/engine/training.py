@@ -11,10 +11,12 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from subspace_lab.model.arguments import expect_integer, expect_number
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How something is trained; refused at construction where it contradicts itself.
+    """How something is trained.
 
     Attributes:
         steps: optimiser steps.
@@ -25,6 +27,10 @@ class TrainingConfig:
         weight_decay: of AdamW; a learned basis is scale-free, so leave it 0 for those.
         max_gradient_norm: gradients longer than this are shortened to it; None leaves them.
         seed: of the order of the rows.
+
+    Raises:
+        TypeError: text in the place of a number, a fraction in the place of a whole one.
+        ValueError: a number that makes no sense; the message says which are possible.
     """
 
     steps: int = 200
@@ -37,8 +43,12 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(f"steps={self.steps}, batch_size={self.batch_size}: both need to be at least 1.")
+        for name, least in (("steps", 1), ("batch_size", 1), ("seed", None)):
+            expect_integer(name, getattr(self, name), least)
+        for name in ("learning_rate", "warmup", "weight_decay"):
+            expect_number(name, getattr(self, name))
+        if self.max_gradient_norm is not None:
+            expect_number("max_gradient_norm", self.max_gradient_norm)
         if not 0 < self.learning_rate < math.inf or not 0 <= self.warmup < 1 or not self.weight_decay >= 0:
             raise ValueError(
                 f"learning_rate={self.learning_rate}, warmup={self.warmup}, weight_decay={self.weight_decay}: "
@@ -71,15 +81,21 @@ def train(
 
     Gradients are taken with respect to these parameters alone; nothing else's `.grad` is touched.
 
+    Args:
+        on_step: called after each step with its number and its loss.
+
     Returns:
         The loss at each step.
 
     Raises:
+        TypeError: one module in the place of several.
         ValueError: nothing to train.
         FloatingPointError: a loss that is not finite (the modules then hold the values of the step before).
     """
-    told = None if on_step is None else lambda step, losses: on_step(step, losses[0])
-    together = train_together([nn.ModuleList(modules)], lambda s: loss_of(s)[None], [config], on_step=told)
+    if isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList):
+        raise TypeError(f"several modules are expected, found one: write [{type(modules).__name__}(...)].")
+    each = None if on_step is None else lambda step, losses: on_step(step, losses[0])
+    together = train_together([nn.ModuleList(modules)], lambda s: loss_of(s)[None], [config], on_step=each)
     return together[0]
 
 
@@ -137,14 +153,14 @@ def train_together(
 
 
 def shuffled_rows(n: int, config: TrainingConfig) -> Iterator[Tensor]:
-    """Batches of row indices without end: every epoch is a fresh permutation, its last short batch kept."""
+    """Batches of row indices without end: every epoch is a new permutation, and its last batch may be shorter."""
     generator = torch.Generator().manual_seed(config.seed)
     while True:
         yield from torch.randperm(n, generator=generator).split(config.batch_size)
 
 
 def progress_bar(*, quiet: bool = False) -> Progress:
-    """The bar that long work shows, on standard error so that results can be piped."""
+    """The progress bar of long work, on standard error so that results can be piped."""
     from rich.console import Console
 
     return Progress(

@@ -1,6 +1,6 @@
 """The numerical check: a run that starts in the middle must give the plain run's logits, or it is not used.
 
-A model may break what a strategy assumes: attend both ways, leave something for a later block beside its output,
+A model may break what a strategy assumes: attend both ways, pass something to a later block outside its output,
 write into what was stored. So each strategy is tried on a few rows before it is trusted, with edits that change
 something: a model that attends both ways resumes rightly as long as nothing is edited.
 """
@@ -39,7 +39,7 @@ def disagreement(
         edits = {site: _changed}
         with torch.no_grad():
             expected = plain(rows, edits)
-            # In another order than the plain run's: what a block left beside its output would be of other rows.
+            # In another order than the plain run's: what a block stored during that would be of other rows.
             found = resumed(rows.flip(0), edits).flip(0)
         if valid is not None:
             expected, found = expected[valid.to(expected.device)], found[valid.to(found.device)]

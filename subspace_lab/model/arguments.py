@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from subspace_lab.core.sites import Site
 
 
 def expect_edits(value: Any) -> None:
-    """Refuse what is no mapping from sites to edits (TypeError)."""
+    """Refuse anything but a mapping from sites to edits (TypeError)."""
     if not isinstance(value, Mapping):
         raise TypeError(f"Edits are a mapping {{site: intervention}}, found {type(value).__name__}.")
     for site in value:
@@ -18,7 +19,7 @@ def expect_edits(value: Any) -> None:
 
 
 def expect_site(value: Any) -> None:
-    """Refuse what is no site, or one whose layer is no whole number (TypeError)."""
+    """Refuse anything but a Site, and a Site whose layer is not a whole number (TypeError)."""
     if not isinstance(value, Site):
         raise TypeError(
             f"A Site is needed, found {value!r}: write Site('block_output', 3, 'last') or "
@@ -32,7 +33,7 @@ def expect_sites(value: Any) -> list[Site]:
     """Several sites as a list.
 
     Raises:
-        TypeError: one site alone, text, or something that is no site among them.
+        TypeError: one site alone, text, or anything else than a Site among them.
     """
     if isinstance(value, Site):
         raise TypeError(f"Several sites are expected, found one: write [{value}].")
@@ -61,3 +62,9 @@ def expect_integer(name: str, value: Any, least: int | None = 1, where: str = ""
     if least is not None and number < least:
         raise ValueError(f"{prefix}{name}={number}: at least {least} is needed.")
     return number
+
+
+def expect_number(name: str, value: Any) -> None:
+    """Refuse anything but a real number: text, True (TypeError)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r}: a number is needed, found {type(value).__name__}.")

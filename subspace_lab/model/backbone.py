@@ -218,7 +218,7 @@ class Backbone:
 
 
 def expect_backbone(value: Any) -> None:
-    """Refuse what is no backbone, a bare model above all (TypeError)."""
+    """Refuse anything but a backbone, such as a model (TypeError)."""
     if not isinstance(value, Backbone):
         raise TypeError(f"A Backbone is needed, found {type(value).__name__}: write Backbone(model).")
 

@@ -1,4 +1,4 @@
-"""A batch: what the model is given, and what is known about its rows."""
+"""A batch: the inputs of a model, and what is known about its rows."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Batch:
         return replace(self, inputs=inputs)
 
     def after_cache(self, index: Tensor, valid: Tensor, stack: str = "") -> tuple[Tensor, Tensor]:
-        """Positions of the whole rows as columns of the stream, which begins behind what is in the cache."""
+        """Columns of the rows as columns of the stream, which begins after those that are in the cache."""
         cached = 0 if stack else self.cached
         return (index - cached).clamp_min(0), valid & (index >= cached)
 

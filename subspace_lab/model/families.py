@@ -41,8 +41,8 @@ PROJECTION = (  # of queries, keys or values, where each has its own
     "attention.attn.{}",  # MPNet
     "layer.0.SelfAttention.{}",  # T5
 )
-# One projection of all three, whose columns only the model type tells: [queries | keys | values], or for each head
-# [query | key | value].
+# One projection of all three, whose columns are known from the model type alone: [queries | keys | values], or for
+# each head [query | key | value].
 FUSED = {
     "gpt2": ("attn.c_attn", "contiguous"),
     "gpt_bigcode": ("attn.c_attn", "contiguous"),
@@ -72,10 +72,10 @@ MLP_PROJECTION = (
     "layer.1.DenseReluDense.wo",
 )
 MIXTURE = ("mlp", "block_sparse_moe", "feed_forward")  # of experts: no single projection
-BESIDE_IT = ("shared_mlp",)  # adds to what the mixture gives
+ADDED_TO_MIXTURE = ("shared_mlp",)  # adds to what the mixture gives
 WORDS = {"query_output": ("q", "query"), "key_output": ("k", "key"), "value_output": ("v", "value")}
 SEPARATE = {name: tuple(p.format(w) for p in PROJECTION for w in words) for name, words in WORDS.items()}
-TEXT = ("", "encoder", "decoder")  # the stacks whose sizes the configuration tells
+TEXT = ("", "encoder", "decoder")  # the stacks whose sizes are in the configuration
 REPEATED = ("albert",)  # one block is run for several layers, so that no layer is one place
 TRANSPOSED = ("longformer",)  # its projections see (positions, rows, width)
 
@@ -132,8 +132,11 @@ class Anatomy:
         return HookPoint(path, side, None if columns is None else tuple(columns), width, order, stack)
 
     def _stacks(self, lists: list[str], model: nn.Module) -> dict[str, list[str]]:
-        """{name: its blocks}: "" for a model's only stack, and for the language model beside an image's encoder;
-        "encoder" and "decoder" where both make one model; else the path."""
+        """{name: its blocks}.
+
+        The name is "" for a model's only stack, and for the language model where there is an image encoder too;
+        "encoder" and "decoder" where both make one model; else the path.
+        """
         if len(lists) == 1:
             names = [""]
         elif self.config is None or getattr(self.config, "is_encoder_decoder", False):
@@ -146,13 +149,13 @@ class Anatomy:
         return dict(zip(names, blocks, strict=True))
 
     def _language(self, lists: list[str], model: nn.Module) -> str:
-        """The list beside the embeddings of tokens."""
+        """The list that has the same parent module as the embeddings of tokens."""
         try:
             embeddings = model.get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
             return ""
-        beside = next((p.rpartition(".")[0] for p, m in self.modules.items() if m is embeddings), "-")
-        found = [path for path in lists if path.startswith(f"{beside}.")]
+        parent = next((p.rpartition(".")[0] for p, m in self.modules.items() if m is embeddings), "-")
+        found = [path for path in lists if path.startswith(f"{parent}.")]
         return found[0] if len(found) == 1 else ""
 
     def _blocks(self, stack: str, what: str) -> list[str]:
@@ -203,7 +206,7 @@ class Anatomy:
                 reads = component == "mlp_activation"
                 return down, "input" if reads else "output", None, units if reads else width
             mixture = self._first(block, MIXTURE)
-            if mixture and component == "mlp_output" and not self._first(block, BESIDE_IT):
+            if mixture and component == "mlp_output" and not self._first(block, ADDED_TO_MIXTURE):
                 return mixture, "output", None, whole
         if component in SEPARATE and self._kind() not in TRANSPOSED:
             separate = self._first(block, SEPARATE[component])
@@ -256,7 +259,7 @@ class Anatomy:
         config = self._text_config()
         heads = getattr(config, "num_attention_heads", None)
         if heads is None:
-            raise ValueError("The model's configuration does not tell its number of attention heads.")
+            raise ValueError("The model's configuration does not say how many attention heads it has.")
         if component in ("key_output", "value_output"):
             return getattr(config, "num_key_value_heads", None) or heads
         return heads

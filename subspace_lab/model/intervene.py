@@ -98,7 +98,7 @@ def generate(
 
     Args:
         backbone, batch, edits, sources: as in `forward`.
-        every_token: edit each generated token as well, where it stands.
+        every_token: edit each generated token as well.
         also: further hooks, at the steps that each of them names.
         generation: keyword arguments of the model's `generate`, which checks them. With `cache` (or
             `past_key_values`, its older name) the prompt is the whole conversation; of its positions those in the

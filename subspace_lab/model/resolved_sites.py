@@ -27,7 +27,7 @@ class ResolvedSite:
             known before a run.
         valid: (batch, positions) False where a row has no such position; None where every row has all of them.
         whole: all positions of all rows are meant, without padding: the stream is taken as it is.
-        repeated: the stream may hold several rows beside each other for each row of the batch (beams).
+        repeated: the stream may hold several rows, one after the other, for each row of the batch (beams).
     """
 
     site: Site
@@ -81,7 +81,7 @@ class ResolvedSite:
         return value.index_put((rows[..., None], index[..., None], cols), states)
 
     def _taken_whole(self, value: Tensor) -> bool:
-        """Whether the site is all of a value: told by the site, or by a value that has no positions."""
+        """Whether the site is all of a value: by its positions, or because the value has none."""
         flat, shape = value.ndim < 3, tuple(value.shape)
         if self.site.layer is not None and value.ndim != 3:
             # Llama 4's experts see all rows' tokens as one list, Gemma 3n's blocks several streams at once.

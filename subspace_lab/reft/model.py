@@ -129,6 +129,7 @@ class ReftModel(Host):
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         row: Tensor | None = None,
+        cache: Any = None,
     ) -> Any:
         """The base model's output with the active adapters in force.
 
@@ -137,6 +138,8 @@ class ReftModel(Host):
                 that is not −100 are the prompt, by which positions are counted.
             prompt_lengths: (batch,) the number of prompt tokens, instead.
             row: (batch,) which rows of the data set of `keep_past` these are; the rest is then known already.
+            cache: the key-value cache; `past_key_values` is its older name. Either is passed on under the name
+                that the base model has for it.
             others: as the base model takes them; what it does not know it refuses.
         """
         if row is not None:
@@ -153,6 +156,7 @@ class ReftModel(Host):
                 "decoder_input_ids": decoder_input_ids,
                 "decoder_attention_mask": decoder_attention_mask,
                 "past_key_values": past_key_values,
+                "cache": cache,
                 "use_cache": use_cache,
                 "output_hidden_states": output_hidden_states,
                 "return_dict": return_dict,
@@ -183,11 +187,11 @@ class ReftModel(Host):
         every_token: bool = False,
         **generation: Any,
     ) -> Any:
-        """The base model's `generate` with the prompt edited; see `core.intervene.generate`.
+        """The base model's `generate` with the prompt edited; see `model.intervene.generate`.
 
-        In a chat that goes on, with the `past_key_values` of an earlier generation, the prompt is the whole
-        conversation up to now: positions count all its real tokens, and those of them that are in the cache stay
-        as they were cached, edited in their own turn or not.
+        In a chat that goes on, with the `cache` (or, by its older name, the `past_key_values`) of an earlier
+        generation, the prompt is the whole conversation up to now: positions count all its real tokens, and those
+        of them that are in the cache stay as they were cached, edited in their own turn or not.
 
         Args:
             attention_mask: without it padding is told by the pad token, as `generate` itself does it.
