@@ -31,6 +31,7 @@ from subspace_lab.engine.frozen_past import FrozenPast
 from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
+from subspace_lab.model.cache_argument import forward_name
 from subspace_lab.model.intervene import collect
 
 ANSWERS = [17, 23]
@@ -157,9 +158,10 @@ class Case:
             model(input_ids=self.source[rows], use_cache=False)
             handle.remove()
             handle = self.blocks()[self.layer].register_forward_hook(keep("base"))
-            full = model(input_ids=self.base[rows], past_key_values=DynamicCache(), use_cache=True)
+            full, name = DynamicCache(), forward_name(model)
+            model(input_ids=self.base[rows], use_cache=True, **{name: full})
             handle.remove()
-        kept = [(k.keys[:, :, :-tail], k.values[:, :, :-tail]) for k in full.past_key_values.layers]
+        kept = [(k.keys[:, :, :-tail], k.values[:, :, :-tail]) for k in full.layers]
         head = model.get_output_embeddings().weight[ANSWERS]
         positions = torch.arange(self.last + 1 - tail, self.last + 1, device=self.device).expand(len(rows), -1)
         extra = {}
@@ -177,7 +179,7 @@ class Case:
             base, source = found["base"], found["source"]
             h = torch.cat([subspace.swap(base[:, :1], source[:, :1]), base[:, 1:]], 1)
             for block in above:
-                h = block(h, past_key_values=cache, use_cache=True, position_ids=positions, **extra)
+                h = block(h, use_cache=True, position_ids=positions, **{name: cache}, **extra)
                 h = h[0] if isinstance(h, tuple) else h
             logits = nn.functional.linear(norm(h[:, -1]), head)
             return nn.functional.cross_entropy(logits.float(), self.answer[rows])

@@ -2,6 +2,7 @@
 
 import copy
 
+import families
 import pytest
 import torch
 import transformers
@@ -10,15 +11,15 @@ from families import (
     ENCODERS,
     WIDTH,
     Spot,
-    build,
     by_hand,
     call,
     differ,
     editing,
-    fresh,
+    exact,
     heads,
     hooked,
     inputs,
+    rounding,
     spots,
     standing,
     state,
@@ -35,6 +36,15 @@ FAMILIES = ("gpt2", "llama", "qwen3", "gemma3", "neox")
 LENGTH, NEW = 11, 6  # the prompt is longer than Gemma 3's window of 8
 RAGGED = (11, 5, 9)
 BACKBONES: dict = {}
+ROUNDING = rounding(torch.float64)
+
+
+def build(name):
+    return families.build(name, exact(name))
+
+
+def fresh(name):
+    return families.fresh(name, exact(name))
 
 
 def backbone(name):
@@ -117,10 +127,10 @@ def test_cached_uncached_and_hooks_agree(name, lengths):
     tokens, logits = run(name, given, edits)
     assert tokens.shape == (3, LENGTH + NEW) and torch.equal(tokens[:, :LENGTH], given["input_ids"])
     uncached, same = run(name, given, edits, use_cache=False)
-    assert torch.equal(uncached, tokens) and differ(same, logits) < 1e-5
+    assert torch.equal(uncached, tokens) and differ(same, logits) < ROUNDING
     with hooked(model, prefill_hooks(several(name), lengths)):
         by_hooks, expected = plain(model, given)
-    assert torch.equal(by_hooks, tokens) and differ(logits, expected) < 1e-5
+    assert torch.equal(by_hooks, tokens) and differ(logits, expected) < ROUNDING
     # The control: without the edits other tokens come, and an edit that is lost after the prefill would show.
     without, others = plain(model, given)
     assert not torch.equal(without, tokens) and differ(others, logits) > 0.01
@@ -138,7 +148,7 @@ def test_rows_of_a_batch_are_generated_as_if_alone(name):
         assert bool(alone["attention_mask"].all())
         single, expected = run(name, alone, edits)
         assert torch.equal(single[0, n:], tokens[row, LENGTH:])
-        assert differ(logits[:, row], expected[:, 0]) < 1e-5
+        assert differ(logits[:, row], expected[:, 0]) < ROUNDING
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -219,7 +229,7 @@ def test_sources_in_generation(name):
     base, source, model, door = prompts(name), prompts(name, 1), build(name), backbone(name)
     site, spot = Site("block_output", 1, "last"), spots(name, 1)["block_output"]
     subspace = random_subspace(WIDTH, 20, 0)
-    basis, states = subspace.basis(), collect(door, source, [site])
+    basis, states = subspace.basis().double(), collect(door, source, [site])
     edits = {site: interchange(subspace)}
 
     def act(value):
@@ -234,7 +244,7 @@ def test_sources_in_generation(name):
         with hooked(model, {spot: act}):
             expected, logits = plain(model, base, **options)
         tokens, found = run(name, base, edits, sources=states, **options)
-        assert differ(found, logits) < 1e-5
+        assert differ(found, logits) < ROUNDING
         uncached, _ = run(name, base, edits, sources=states, use_cache=False, **options)
         assert torch.equal(tokens, expected) and torch.equal(uncached, expected)
         turned = {site: states[site].roll(1, 0)}
@@ -253,7 +263,7 @@ def test_prompt_lengths_and_columns_in_generation():
         with hooked(model, {spot: act}):
             expected, logits = plain(model, given)
         tokens, found = run("llama", batch, {Site("block_output", 1, positions): edit})
-        assert torch.equal(tokens, expected) and differ(found, logits) < 1e-5
+        assert torch.equal(tokens, expected) and differ(found, logits) < ROUNDING
         assert differ(found, plain(model, given)[1]) > 1e-3
 
 
@@ -265,8 +275,8 @@ def test_every_token_when_asked_for(name):
         expected, logits = plain(model, given)
     tokens, found = run(name, given, {site: edit}, every_token=True)
     uncached, same = run(name, given, {site: edit}, every_token=True, use_cache=False)
-    assert torch.equal(tokens, expected) and differ(found, logits) < 1e-5
-    assert torch.equal(uncached, expected) and differ(same, logits) < 1e-5
+    assert torch.equal(tokens, expected) and differ(found, logits) < ROUNDING
+    assert torch.equal(uncached, expected) and differ(same, logits) < ROUNDING
     assert differ(run(name, given, {site: edit})[1], logits) > 1e-3
     with pytest.raises(ValueError, match="no tokens to swap"):
         states = collect(backbone(name), given, [site])
@@ -293,7 +303,7 @@ def test_encoder_edits_of_t5(lengths, use_cache):
     with hooked(model, prefill_hooks(several, lengths)):
         expected, logits = plain(model, given, use_cache=use_cache)
     tokens, found = run("t5", given, edits, use_cache=use_cache)
-    assert torch.equal(tokens, expected) and differ(found, logits) < 1e-5
+    assert torch.equal(tokens, expected) and differ(found, logits) < ROUNDING
     assert differ(found, plain(model, given)[1]) > 1e-3
     assert len(calls) == 2  # the encoder runs once, cache or no cache
 
@@ -316,7 +326,7 @@ def test_encoder_and_decoder_edits_of_t5_together(use_cache):
         expected, logits = plain(model, given, use_cache=use_cache)
     edits = {**{s: e for s, (e, _) in several.items()}, site: edit}
     tokens, found = run("t5", given, edits, use_cache=use_cache)
-    assert torch.equal(tokens, expected) and differ(found, logits) < 1e-5
+    assert torch.equal(tokens, expected) and differ(found, logits) < ROUNDING
     only, others = run("t5", given, {s: e for s, e in edits.items() if s != site}, use_cache=use_cache)
     # The control, at each step: the start token is edited in all of them.
     assert only.shape == tokens.shape
@@ -333,7 +343,7 @@ def test_every_token_of_t5s_decoder():
         expected, logits = plain(model, given)
     for use_cache in (True, False):
         tokens, found = run("t5", given, both, every_token=True, use_cache=use_cache)
-        assert torch.equal(tokens, expected) and differ(found, logits) < 1e-5
+        assert torch.equal(tokens, expected) and differ(found, logits) < ROUNDING
     assert differ(run("t5", given, both)[1], logits) > 1e-3
 
 
@@ -346,12 +356,12 @@ def test_decoder_prompts_must_hold_the_start_token():
     tokens, logits = run("t5", given, {site: edit})
     with hooked(door.model, prefill_hooks({site: (edit, spot)}, (LENGTH,) * 3)):
         expected, same = plain(door.model, given)
-    assert torch.equal(tokens, expected) and differ(logits, same) < 1e-5
+    assert torch.equal(tokens, expected) and differ(logits, same) < ROUNDING
     assert differ(plain(door.model, given)[1], logits) > 1e-3
     # The token that is edited is the one that a forward pass edits.
     seen = []
     generate(door, given, {site: lambda h: seen.append(h.clone()) or h}, max_new_tokens=1)
-    torch.testing.assert_close(seen[0], collect(door, given, [site])[site], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen[0], collect(door, given, [site])[site], atol=ROUNDING, rtol=ROUNDING)
 
 
 # --- a guest, and what is refused ---------------------------------------------------------------------------
@@ -427,7 +437,7 @@ def test_padding_on_either_side_is_the_row_alone(name):
             expected = forward(backbone(name), alone, some).logits[0]
             parts = [found[0][row], found[1][row]] if name == "t5" else [found[0][row, :n], found[1][row, -n:]]
             for part in parts:
-                assert differ(part, expected) < 1e-5
+                assert differ(part, expected) < rounding(exact(name))
             assert not some or differ(call(build(name), alone)[0], expected) > 1e-3
 
 
@@ -457,6 +467,6 @@ def test_kin_of_roberta_count_from_their_padding():
     left, right = (inputs("roberta", 3, LENGTH, lengths=RAGGED, padding=side) for side in ("left", "right"))
     found, expected = (forward(Backbone(model), given, {}).logits for given in (left, right))
     for row, n in enumerate(RAGGED):
-        assert differ(found[row, -n:], expected[row, :n]) < 1e-5
+        assert differ(found[row, -n:], expected[row, :n]) < ROUNDING
     counted = {**left, "position_ids": (left["attention_mask"].cumsum(-1) - 1).clamp_min(0)}
     assert differ(model(**counted).logits[1, -5:], expected[1, :5]) > 0.01  # the control: GPT-2's way of counting

@@ -6,6 +6,7 @@ The oracle is `families.hooked`: plain torch hooks at places written down by han
 import contextlib
 import copy
 
+import families
 import pytest
 import torch
 from families import (
@@ -15,16 +16,15 @@ from families import (
     TRANSFORMERS,
     WIDTH,
     Spot,
-    build,
     by_hand,
     call,
     capture,
     differ,
     editing,
-    fresh,
+    exact,
     heads,
     hooked,
-    inputs,
+    rounding,
     spots,
     standing,
     state,
@@ -56,13 +56,26 @@ POSITIONS = ("all", "last", "1:3", "f1+l1")
 BACKBONES: dict = {}
 
 
-def backbone(name, dtype=torch.float32):
+def build(name, dtype=None):
+    return families.build(name, dtype or exact(name))
+
+
+def fresh(name, dtype=None):
+    return families.fresh(name, dtype or exact(name))
+
+
+def inputs(name, *args, dtype=None, **options):
+    return families.inputs(name, *args, dtype=dtype or exact(name), **options)
+
+
+def backbone(name, dtype=None):
+    dtype = dtype or exact(name)
     if (name, dtype) not in BACKBONES:
         BACKBONES[name, dtype] = Backbone(build(name, dtype))
     return BACKBONES[name, dtype]
 
 
-def ragged(name, seed=0, dtype=torch.float32):
+def ragged(name, seed=0, dtype=None):
     return inputs(name, 3, LENGTH, seed, lengths=RAGGED, decoder_lengths=DECODER_RAGGED, dtype=dtype)
 
 
@@ -91,7 +104,7 @@ def strong(width, rank=4, seed=0):
     return edit
 
 
-def output(name, given, edits, dtype=torch.float32, **options):
+def output(name, given, edits, dtype=None, **options):
     out = forward(backbone(name, dtype), given, edits, **options)
     return out if isinstance(out, torch.Tensor) else out.logits
 
@@ -122,7 +135,7 @@ def test_collect_sees_what_a_hook_sees(name, component):
 
 @pytest.mark.parametrize(
     ("name", "component", "dtype"),
-    [(*case, torch.float32) for case in CASES] + [(*case, torch.bfloat16) for case in CASES if case[0] in HALF],
+    [(*case, exact(case[0])) for case in CASES] + [(*case, torch.bfloat16) for case in CASES if case[0] in HALF],
 )
 @torch.no_grad()
 def test_edit_gives_what_a_hook_gives(name, component, dtype):
@@ -135,8 +148,8 @@ def test_edit_gives_what_a_hook_gives(name, component, dtype):
             expected = call(model, given)
         found = output(name, given, {site_of(name, component, positions): edit}, dtype)
         assert found.dtype == dtype
-        if dtype == torch.float32:
-            assert differ(found, expected) < 1e-6, positions
+        if dtype != torch.bfloat16:
+            assert differ(found, expected) < rounding(dtype), positions
         else:
             assert torch.equal(found, expected), positions
         # The control: the edit is felt, far above the rounding that is forgiven.
@@ -159,7 +172,7 @@ def at_rest(width):
 @pytest.mark.parametrize(("name", "component"), CASES)
 @torch.no_grad()
 def test_identity_edits_change_no_bit(name, component):
-    for dtype in (torch.float32, torch.bfloat16) if name in HALF else (torch.float32,):
+    for dtype in (exact(name), torch.bfloat16) if name in HALF else (exact(name),):
         given = ragged(name, dtype=dtype)
         plain = call(build(name, dtype), given)
         for i, edit in enumerate(at_rest(width_at(name, spots(name, 1)[component], ragged(name)))):
@@ -215,7 +228,7 @@ def test_heads_are_slices(name):
             with hooked(model, {spot: editing(by_hand(edit), rows, spot)}):
                 expected = call(model, given)
             found = output(name, given, {site: edit})
-            assert differ(found, expected) < 1e-6, (component, chosen)
+            assert differ(found, expected) < rounding(exact(name)), (component, chosen)
             assert differ(found, call(model, given)) > 1e-4
 
 
@@ -354,7 +367,7 @@ def test_nothing_of_the_model_changes(name):
     forward(door, given, {site: strong(width)})
     states = collect(door, given, [site])
     forward(door, given, {site: full_vector(width)}, sources=states)
-    for wrong, error in ((failing, Failure), (misshapen, ValueError), (lambda h: h.double(), ValueError)):
+    for wrong, error in ((failing, Failure), (misshapen, ValueError), (lambda h: h.float(), ValueError)):
         with pytest.raises(error):
             forward(door, given, {site: strong(width), later: wrong})
     with pytest.raises(ValueError):
@@ -537,7 +550,7 @@ def test_several_variables_at_one_site():
 
     def formula(h, row):
         for name, part in parts.items():
-            rows = part.basis()
+            rows = part.basis().double()
             h = h + (sources[name][row, 0] @ rows.T - h @ rows.T) @ rows
         return h
 
@@ -567,7 +580,7 @@ def test_source_may_stand_elsewhere():
     batch = Batch(base, columns={"word": torch.tensor([[4, 7], [0, 5], [0, -1]])})
     states = collect(door, source, [there])[there]
     subspace = random_subspace(WIDTH, 6, 0)
-    rows = subspace.basis()
+    rows = subspace.basis().double()
     read = capture(model, source, spots("gpt2", 0)["block_output"])
     read_at, written_at = [[0, 10], [0, 5], [0]], [[4, 7], [0, 5], [0]]
 
@@ -814,7 +827,7 @@ def test_modules_that_run_in_another_order_or_never_are_refused():
 
 @torch.no_grad()
 def test_stream_with_one_vector_a_row():
-    model = Pooled()
+    model = Pooled().double()
     door, site, given = Backbone(model), Site("pooler.output"), ragged("bert")
     states = collect(door, ragged("bert", seed=1), [site])
     assert states[site].shape == (3, WIDTH)
@@ -879,7 +892,7 @@ def test_trap_tied_intervention_edits_each_layer_with_its_own_base():
     # The same with sources: one subspace on two layers, each with the states of its own layer.
     shared, source = interchange(LearnedSubspace(WIDTH, 6, seed=0)), ragged("llama", seed=1)
     sites = [Site("block_output", layer, "last") for layer in (0, 2)]
-    basis = shared.subspace.basis()
+    basis = shared.subspace.basis().double()
     acts = {}
     for spot in places:
         read = capture(model, source, spot)
@@ -910,7 +923,7 @@ def test_trap_two_untied_rotations():
     states = {site: collect(door, given, [site])[site] for site, given in zip(sites, (first, second), strict=True)}
     acts = {}
     for site, given, at in zip(sites, (first, second), ([10], [1, 2]), strict=True):
-        spot, basis = spots("neox", site.layer)[site.component], edits[site].subspace.basis()
+        spot, basis = spots("neox", site.layer)[site.component], edits[site].subspace.basis().double()
         read = capture(model, given, spot)
 
         def act(value, read=read, at=at, basis=basis):

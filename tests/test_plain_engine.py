@@ -2,10 +2,11 @@
 
 import itertools
 
+import families
 import pytest
 import torch
 import transformers
-from families import DECODERS, ENCODERS, LAYERS, TRANSFORMERS, WIDTH, build, call, fresh, inputs
+from families import DECODERS, ENCODERS, LAYERS, TRANSFORMERS, WIDTH, call, exact, inputs
 from torch import nn
 
 from subspace_lab.core.interventions import interchange, loreft
@@ -22,6 +23,14 @@ LENGTHS = (9, 4, 7, 6)
 DECODER_LENGTHS = (5, 6, 3, 4)
 TOKENS = [7, 3, 41, 3]
 ROWS = torch.tensor([2, 0, 3, 2])
+
+
+def build(name: str) -> nn.Module:
+    return families.build(name, exact(name))
+
+
+def fresh(name: str) -> nn.Module:
+    return families.fresh(name, exact(name))
 
 
 def make_batch(name: str, padding: str = "right") -> Batch:
@@ -90,6 +99,7 @@ def test_the_loss_is_the_model_s_own(name, padding):
     with torch.no_grad():
         own = model(**own_positions(batch), labels=labels).loss
         logits = PlainEngine(Backbone(model), batch, readout).logits(torch.arange(4), {})
+    logits = logits.float()  # as the model's own loss
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     assert torch.allclose(loss, own, rtol=1e-5)
 
@@ -164,7 +174,7 @@ class Doubled(nn.Linear):
 
 def test_heads_of_another_kind_are_run_as_they_are():
     model, batch = fresh("llama"), make_batch("llama")
-    head = Doubled(WIDTH, 60, bias=False)
+    head = Doubled(WIDTH, 60, bias=False).double()
     head.load_state_dict(model.lm_head.state_dict())
     plain = whole_logits(model, batch)
     model.set_output_embeddings(head)
@@ -233,7 +243,7 @@ def test_a_bias_behind_the_head(tokens):
 
 
 def test_models_without_a_head_are_read_whole():
-    out = call(build("mlp"), given := inputs("mlp", 4))
+    out = call(build("mlp"), given := inputs("mlp", 4, dtype=torch.float64))
     batch = Batch.of(given)
     run = PlainEngine(Backbone(build("mlp")), batch, Readout.at(batch))
     assert torch.allclose(run.logits(ROWS, {}), out[ROWS])
