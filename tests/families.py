@@ -397,7 +397,8 @@ def by_hand(edit: nn.Module) -> Callable[[Tensor], Tensor]:
 def exact(name: str) -> torch.dtype:
     """The dtype in which laws are compared: float64 wherever the model allows it.
 
-    In float64 Gemma 2's mask is lower than the lowest number of float32, in which it takes the softmax: NaN at padding.
+    In float64 Gemma 2's mask is lower than the lowest number of float32, in which it takes the softmax: NaN at
+    padding.
     """
     return torch.float32 if name == "gemma2" else torch.float64
 
@@ -405,9 +406,9 @@ def exact(name: str) -> torch.dtype:
 def rounding(dtype: torch.dtype) -> float:
     """The largest relative difference of equal numbers that were computed in different ways.
 
-    In float64 rounding changes the sixteenth digit, but parts of some models (RMSNorm, softmax, rotary angles) round
-    to float32, by 6e-8: to the same number in both runs, except rarely. In float32 a thousand roundings of 6e-8 are
-    allowed. A wrong run is wrong in the first digits.
+    In float64 rounding changes the sixteenth digit, but parts of some models (RMSNorm, softmax, rotary angles)
+    round to float32, by 6e-8: to the same number in both runs, except rarely. In float32 a thousand roundings of
+    6e-8 are allowed. A wrong run is wrong in the first digits.
     """
     return {torch.float64: 1e-6, torch.float32: 1e-4}[dtype]
 
