@@ -14,6 +14,7 @@ from torch import nn
 
 from subspace_lab.core.sites import Site
 from subspace_lab.model.backbone import Backbone, Hook
+from subspace_lab.reft._label_log_probs import label_output
 
 
 class Wrapper(nn.Module):
@@ -94,6 +95,11 @@ class Wrapper(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         """Whether some block of the base model is recomputed in the backward pass."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.base_model.modules())
+
+    def __call__(self, *inputs: Any, fused_lm_head: bool = False, **named: Any) -> Any:
+        """`forward`; for TRL's trainers, which set `fused_lm_head`, the labels' log-probabilities."""
+        output = super().__call__(*inputs, **named)
+        return label_output(output.logits, named["labels"], output.loss) if fused_lm_head else output
 
     def check_checkpointing(self, edits: Iterable[Site], hooks: Iterable[Hook]) -> None:
         """ValueError where gradient checkpointing would lose the gradient of something that is trained."""

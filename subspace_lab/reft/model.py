@@ -28,7 +28,6 @@ from subspace_lab.model.backbone import Hook
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import forward, generate, setting
 from subspace_lab.reft._adapters import Adapter, Adapters, alignment_of, base_facts
-from subspace_lab.reft._label_log_probs import label_output
 from subspace_lab.reft._past import AnswersPast
 from subspace_lab.reft._wrapper import Wrapper
 from subspace_lab.reft.config import ReftConfig
@@ -160,9 +159,8 @@ class ReftModel(Wrapper):
     def alignment(self) -> Alignment:
         """What the active adapters edit, as {variable: (site, subspace)}: the way back from `get_reft_model`.
 
-        Variables have the names of the alignment that an adapter started from, or of the parts of its basis; else
-        that of their site. The facts say the method, the base model, the adapters' configurations and, where an
-        adapter started from an alignment, the facts of that.
+        Variables have the names of the alignment that an adapter started from, or of the parts of its basis, or of
+        their site. The facts say the method, the base model, the configurations, and the facts of that alignment.
 
         Raises:
             ValueError: no adapter is active.
@@ -230,11 +228,6 @@ class ReftModel(Wrapper):
             return hub.upload_folder(Path(folder), name, private=private, token=token)
 
     # --- running ----------------------------------------------------------------------------------------
-
-    def __call__(self, *inputs: Any, fused_lm_head: bool = False, **named: Any) -> Any:
-        """`forward`; for TRL's trainers, which set `fused_lm_head`, the labels' log-probabilities."""
-        output = super().__call__(*inputs, **named)
-        return label_output(output.logits, named["labels"], output.loss) if fused_lm_head else output
 
     def forward(
         self,
