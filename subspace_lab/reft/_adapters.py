@@ -109,6 +109,10 @@ class Adapter(nn.Module):
         for edit in self.by_site().values():
             edit.asks_for_gradient(asks)
 
+    def saved_at(self, path: str) -> nn.Module | None:
+        """The trained copy of the base model's module at a path, None where it has none."""
+        return self.saved[_key(path)] if _key(path) in self.saved else None
+
     def hooks(self, backbone: Backbone) -> list[Hook]:
         """The modules that replace those of the base model."""
         position = backbone.anatomy.position
