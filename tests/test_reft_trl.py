@@ -105,7 +105,9 @@ def test_a_trained_head_is_the_one_that_counts():
         logits = model(**batch).logits[:, :-1]
         found = scored(model, batch, temperature=0.8)
     mask = found.label_mask
-    expected = torch.log_softmax(logits / 0.8, -1).gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
+    expected = torch.log_softmax(logits / 0.8, -1).gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[
+        ..., 0
+    ]
     torch.testing.assert_close(found.log_probs[mask], expected[mask], atol=1e-4, rtol=1e-4)
 
 
@@ -116,7 +118,7 @@ def test_without_trls_head_it_says_so():
 
 # --- trainers with a reference ------------------------------------------------------------------------------
 
-TEXTS = ["the cat sat", "a dog ran far", "the bird sang", "one fish swam"]
+TEXTS = ["say hi now", "say yes please now", "hi : say no", "no now say"]
 
 
 @pytest.fixture
@@ -145,7 +147,7 @@ def arguments(kind, out, **options):
 
 
 def preferences():
-    return Dataset.from_list([{"prompt": t, "chosen": " a b", "rejected": " c d"} for t in TEXTS * 2])
+    return Dataset.from_list([{"prompt": t, "chosen": " hi yes", "rejected": " no now"} for t in TEXTS * 2])
 
 
 def reward(completions, **_):
@@ -162,7 +164,7 @@ def test_a_trainer_with_a_reference_model(kind, saved, tmp_path):
         settings = arguments(trl.DPOConfig, tmp_path, per_device_train_batch_size=2)
         run = trl.DPOTrainer(model, args=settings, train_dataset=preferences(), processing_class=tokenizer)
     elif kind == "KTO":
-        data = [{"prompt": t, "completion": " a b", "label": i % 2 == 0} for i, t in enumerate(TEXTS * 2)]
+        data = [{"prompt": t, "completion": " hi yes", "label": i % 2 == 0} for i, t in enumerate(TEXTS * 2)]
         settings = arguments(trl.KTOConfig, tmp_path, per_device_train_batch_size=2)
         run = trl.KTOTrainer(
             model, args=settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer
@@ -208,9 +210,11 @@ def test_the_reference_of_dpo_is_the_base_model(saved, tmp_path):
 # --- examples that hold several texts or turns --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"packing": True, "max_length": 16}, {"padding_free": True, "max_length": None}])
+@pytest.mark.parametrize(
+    "options", [{"packing": True, "max_length": 16}, {"padding_free": True, "max_length": None}]
+)
 def test_packed_texts_of_todays_trainer_are_refused(options, tmp_path):
-    data = Dataset.from_list([{"prompt": t, "completion": " a b"} for t in TEXTS * 4])
+    data = Dataset.from_list([{"prompt": t, "completion": " hi yes"} for t in TEXTS * 4])
     settings = arguments(trl.SFTConfig, tmp_path, per_device_train_batch_size=4, **options)
     run = trl.SFTTrainer(decoder(), args=settings, train_dataset=data, processing_class=make_tokenizer())
     with pytest.raises(ValueError, match="packed"):
@@ -276,10 +280,10 @@ def test_assistant_only_loss_of_a_conversation_is_refused(tmp_path):
         "{% endgeneration %}{% else %}{{ m.content }} {% endif %}{% endfor %}"
     )
     talk = [
-        {"role": "user", "content": "the cat"},
-        {"role": "assistant", "content": "a b"},
-        {"role": "user", "content": "the dog"},
-        {"role": "assistant", "content": "c d"},
+        {"role": "user", "content": "say hi"},
+        {"role": "assistant", "content": "hi yes"},
+        {"role": "user", "content": "say no"},
+        {"role": "assistant", "content": "no now"},
     ]
     settings = arguments(trl.SFTConfig, tmp_path, assistant_only_loss=True, per_device_train_batch_size=2)
     data = Dataset.from_list([{"messages": talk}] * 4)

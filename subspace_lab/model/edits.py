@@ -60,8 +60,7 @@ def edit_hooks(edits: Edits, resolved: Mapping[Site, ResolvedSite], sources: Sou
 
 
 def checked_groups(groups: Groups, batch: Batch) -> Groups:
-    """Groups of examples with edits of their own (ValueError for an example that is in two, or in none of the batch).
-    """
+    """Groups of examples with edits of their own (ValueError for an example in two groups, or not in the batch)."""
     chosen = [i for rows, _ in groups for i in rows.tolist()]
     if len(set(chosen)) < len(chosen) or any(not 0 <= i < len(batch) for i in chosen):
         raise ValueError(f"Groups of examples {sorted(chosen)} of a batch of {len(batch)}: each at most once.")

@@ -147,9 +147,7 @@ def generate(
     prompt = edit_hooks(edits, resolved, sources)
     new = [(site, edit, resolved[site]) for site, edit in edits.items()]
     for rows, some in checked_groups(groups, batch):
-        within = {
-            site: resolve_prompt(backbone, batch.rows(rows), site).among(rows, len(batch)) for site in some
-        }
+        within = {site: resolve_prompt(backbone, batch.rows(rows), site).among(rows, len(batch)) for site in some}
         edited = of_rows(some, within, rows, len(batch), new_too=True)
         prompt += edit_hooks(of_rows(some, within, rows, len(batch)), within)
         new += [(site, edit, within[site]) for site, edit in edited.items()]

@@ -59,9 +59,7 @@ class ResolvedSite:
             return replace(self, count=count)
         rows = rows.to(self.index.device)
         valid = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
-        index, there = (
-            t.new_zeros((count, t.shape[1])).index_copy(0, rows, t) for t in (self.index, valid)
-        )
+        index, there = (t.new_zeros((count, t.shape[1])).index_copy(0, rows, t) for t in (self.index, valid))
         return replace(self, count=count, index=index, valid=there, whole=False)
 
     def read(self, value: Tensor) -> Tensor:

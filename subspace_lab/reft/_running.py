@@ -6,7 +6,7 @@ Nothing here knows how adapters are made, named or saved: that is `reft/model.py
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,11 +137,11 @@ class Running(Wrapper):
         if call is not None:
             given = {k: v for k, v in given.items() if k not in ("labels", "shift_labels")}
         batch = Batch(given, lengths)
-        output = forward(
-            self.backbone, batch, edits, train_base=True, also=hooks, groups=groups or (), call=call
-        )
+        output = forward(self.backbone, batch, edits, train_base=True, also=hooks, groups=groups or (), call=call)
         if given.get("fused_lm_head") and not hasattr(output, "log_probs"):
-            raise TypeError("fused_lm_head is TRL's: its trainers, or `add_fused_lm_head(model)`, put it in first.")
+            raise TypeError(
+                "fused_lm_head is TRL's: its trainers, or `add_fused_lm_head(model)`, put it in first."
+            )
         return output
 
     def _lengths(self, given: dict[str, Any], lengths: Tensor | None, positions: Sequence[str]) -> Tensor | None:
@@ -183,7 +183,8 @@ class Running(Wrapper):
             TypeError: anything else.
             ValueError: in a call with another number of examples.
         """
-        instance(lengths, (Tensor, Sequence, int, Callable), "lengths", "numbers, a function or 'all'")
+        if not callable(lengths):
+            instance(lengths, (Tensor, Sequence, int), "lengths", "numbers, a function or 'all'")
         if isinstance(lengths, str) and lengths != "all":
             raise ValueError(f"lengths={lengths!r}; the only word is 'all'.")
         before, self._said = self._said, lengths
@@ -259,11 +260,13 @@ class Running(Wrapper):
 
     def get_input_embeddings(self) -> nn.Module:
         """The input embeddings that are used: an active adapter's, if it has a trained copy of them."""
-        return self._stand_in(self.base_model.get_input_embeddings())
+        base: Any = self.base_model
+        return self._stand_in(base.get_input_embeddings())
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The output embeddings that are used: an active adapter's, if it has a trained copy of them."""
-        return self._stand_in(self.base_model.get_output_embeddings())
+        base: Any = self.base_model
+        return self._stand_in(base.get_output_embeddings())
 
     def _stand_in(self, module: Any) -> Any:
         path = next((p for p, m in self.backbone.anatomy.modules.items() if m is module), None)

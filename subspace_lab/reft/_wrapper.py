@@ -14,14 +14,17 @@ from typing import Any, Unpack, get_args, get_origin
 
 import torch
 from torch import nn
-from transformers.utils import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs
 
 from subspace_lab.core.sites import Site
 from subspace_lab.model.backbone import Backbone, Hook
 from subspace_lab.model.cache_argument import NAMES as CACHE_NAMES
 
-
-OWN = ("prompt_lengths", "adapter_names", "row")  # what a wrapper's forward takes beside the base model's arguments
+OWN = (
+    "prompt_lengths",
+    "adapter_names",
+    "row",
+)  # what a wrapper's forward takes beside the base model's arguments
 LOOSE = (  # what language models take beside what their signature names
     "return_dict",
     "use_cache",
@@ -54,7 +57,7 @@ class Wrapper(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.__class__ = of_base(type(self), type(innermost(model)))
+        self.__class__ = of_base(type(self), type(innermost(model)))  # type: ignore[arg-type]
         self.backbone = Backbone(model)
         self.base_model = model
         self.training = model.training  # or the edits' dropout would be on while the base model's is off
@@ -232,7 +235,8 @@ class Wrapper(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` gives; RuntimeError where a number is missing or too many."""
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [k for k in result.missing_keys if not k.startswith("base_model.")]
+        # States that were saved by earlier versions have no `_extra_state`.
+        missing = [k for k in result.missing_keys if not k.startswith("base_model.") and k != "_extra_state"]
         if missing or result.unexpected_keys:
             raise RuntimeError(f"Missing {missing}, unexpected {result.unexpected_keys} in a ReFT state.")
         return type(result)([], [])
@@ -241,7 +245,9 @@ class Wrapper(nn.Module):
         """How many parameters base model and adapters have."""
         tables = [m for m in self.modules() if isinstance(m, nn.Embedding)] if exclude_embeddings else []
         left_out = {id(p) for table in tables for p in table.parameters()}
-        chosen = [p for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable)]
+        chosen = [
+            p for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable)
+        ]
         return sum(p.numel() for p in chosen)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:

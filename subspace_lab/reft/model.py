@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
@@ -30,7 +29,8 @@ from subspace_lab.reft._past import AnswersPast
 from subspace_lab.reft._running import Running
 from subspace_lab.reft._wrapper import Wrapper
 from subspace_lab.reft.config import ReftConfig
-from subspace_lab.reft.storage import read_adapter, write_adapter
+from subspace_lab.reft.storage import as_tensor, from_tensor, read_adapter, write_adapter
+
 
 class ReftModel(Running):
     """A frozen base model with ReFT adapters; make it with `get_reft_model`.
@@ -196,7 +196,8 @@ class ReftModel(Running):
             ValueError: an unknown format or key, a base model that the adapter was not made for, or numbers
                 that do not fit the configuration.
         """
-        saved = read_adapter(hub.local_folder(folder, "an adapter", revision), base_facts(self.base_model))
+        folder = hub.local_folder(folder, "an adapter", revision)
+        saved = read_adapter(folder, base_facts(self.base_model), adapter_name)
         self.add_adapter(adapter_name, saved.config)
         self.adapters.fill(adapter_name, saved, is_trainable)
 
@@ -209,8 +210,12 @@ class ReftModel(Running):
         is_trainable: bool = False,
         revision: str | None = None,
     ) -> ReftModel:
-        """The base model with a saved adapter, active; the errors are those of `load_adapter`."""
-        saved = read_adapter(hub.local_folder(folder, "an adapter", revision), base_facts(model))
+        """The base model with a saved adapter, active; the errors are those of `load_adapter`.
+
+        The folder is one of `save_pretrained`, or one that `transformers.Trainer` or a trainer of TRL wrote: a
+        checkpoint, or what `trainer.save_model` saves. Of several adapters in these the one of the name is read.
+        """
+        saved = read_adapter(hub.local_folder(folder, "an adapter", revision), base_facts(model), adapter_name)
         wrapped = cls(model, saved.config, adapter_name)
         try:
             wrapped.adapters.fill(adapter_name, saved, is_trainable)
@@ -224,6 +229,16 @@ class ReftModel(Running):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return hub.upload_folder(Path(folder), name, private=private, token=token)
+
+    def get_extra_state(self) -> Tensor:
+        """What no number says of the adapters, for `state_dict`; so files of the state alone can be read again."""
+        return as_tensor({name: self.adapter(name) for name in self.names}, base_facts(self.base_model))
+
+    def set_extra_state(self, state: Any) -> None:
+        """Refuse the numbers of adapters that are not these (ValueError): shapes alone do not tell."""
+        for name, (config, _) in from_tensor(state, "The state").items():
+            if name in self.names:
+                self.adapter(name).refuse_numbers_of(config, self.backbone)
 
     # --- running ----------------------------------------------------------------------------------------
 
