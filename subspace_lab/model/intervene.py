@@ -152,7 +152,7 @@ def generate(
         prompt += edit_hooks(of_rows(some, within, rows, len(batch)), within)
         new += [(site, edit, within[site]) for site, edit in edited.items()]
     if prompt or also:
-        check_passes(backbone.model, generation, every_token, cached)
+        check_passes(backbone.model, generation, every_token, cached, batch.cached)
     # The encoder runs once.
     encoder = {p.hook_point.path for _, _, p in new if p.hook_point.stack == "encoder"}
     hooks = [replace(hook, steps="first" if cached or hook.path in encoder else "every") for hook in prompt]

@@ -20,8 +20,13 @@ def setting(model: nn.Module, generation: Mapping[str, Any], name: str) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def check_passes(model: nn.Module, generation: Mapping[str, Any], every_token: bool, cached: bool) -> None:
+def check_passes(
+    model: nn.Module, generation: Mapping[str, Any], every_token: bool, use_cache: bool, kept: int
+) -> None:
     """Refuse settings by which the passes over the model are not the prompt's and then those of new tokens.
+
+    Args:
+        kept: how many tokens of the prompt are in a cache already.
 
     Raises:
         ValueError: an assistant that runs the model's own layers, a prompt in chunks, guidance by a second run where
@@ -40,8 +45,15 @@ def check_passes(model: nn.Module, generation: Mapping[str, Any], every_token: b
             "assistant_model is, or has parts of, the model that is edited, and its passes cannot be told from the "
             "edited model's: load it a second time, or guess with prompt_lookup_num_tokens."
         )
+    lookup = setting(model, generation, "prompt_lookup_num_tokens")
+    if kept and (assistant is not None or lookup is not None):
+        # transformers 5.24 gives other tokens then without any edit, too.
+        raise ValueError(
+            f"Assisted generation runs the whole prompt, also the {kept} tokens that are in the cache already: go on "
+            "from a cache without assistant_model and prompt_lookup_num_tokens, or give the conversation without it."
+        )
     guidance = setting(model, generation, "guidance_scale")
-    if guidance not in (None, 1, 1.0) and (every_token or not cached):
+    if guidance not in (None, 1, 1.0) and (every_token or not use_cache):
         raise ValueError(
             f"guidance_scale={guidance} runs the model a second time for every token, without the prompt: edits are "
             "made in the prompt's first pass then, so use the cache, and not every_token."
