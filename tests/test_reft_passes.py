@@ -120,7 +120,7 @@ def test_guidance_edits_the_prompt_and_not_the_run_without_it():
     found = written(model, given, guidance_scale=scale, max_new_tokens=5, min_new_tokens=0)
     assert torch.equal(found, ids[:, : found.shape[1]])
     for options in ({"every_token": True}, {"use_cache": False}):
-        with pytest.raises(ValueError, match="guidance_scale=1.5 runs the model a second time"):
+        with pytest.raises(ValueError, match=r"guidance_scale=1\.5 runs the model a second time"):
             written(model, given, guidance_scale=scale, **options)
 
 

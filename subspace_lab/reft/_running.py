@@ -6,7 +6,7 @@ Nothing here knows how adapters are made, named or saved: that is `reft/model.py
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from subspace_lab.core._checks import instance
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.model.backbone import Hook
-from subspace_lab.model.batches import Batch
+from subspace_lab.model.batches import SENSES, Batch
 from subspace_lab.model.intervene import forward, generate
 from subspace_lab.reft._adapters import Adapter
 from subspace_lab.reft._prompts import (
@@ -30,6 +30,12 @@ from subspace_lab.reft._prompts import (
 from subspace_lab.reft._wrapper import Wrapper, innermost
 from subspace_lab.reft.data import padding_mask
 
+MAIN = (
+    "input_ids",
+    "inputs_embeds",
+    *SENSES,
+)  # of which the first that is there has the examples as its first axis
+RowEdits = list[tuple[Tensor, dict[Site, Intervention]]]
 NO_ADAPTER = "__base__"  # among `adapter_names`: the base model as it is, PEFT's word
 
 
@@ -119,7 +125,7 @@ class Running(Wrapper):
         given = self.named(inputs, named)
         if adapter_names is None:
             return self._run(given, prompt_lengths, None, self.hooks())
-        groups = self._groups(adapter_names)
+        groups = self._groups(adapter_names, given)
         return self._run(given, prompt_lengths, None, [], groups)
 
     def _run(
@@ -128,7 +134,7 @@ class Running(Wrapper):
         lengths: Tensor | None,
         call: nn.Module | None,
         hooks: Sequence[Hook],
-        groups: Sequence[tuple[Tensor, dict[Site, Intervention]]] | None = None,
+        groups: RowEdits | None = None,
     ) -> Any:
         edits = self.edits() if groups is None else {}
         sites = [*edits, *(site for _, some in groups or () for site in some)]
@@ -231,7 +237,7 @@ class Running(Wrapper):
         if given["attention_mask"] is None and given["input_ids"] is not None:
             given["attention_mask"] = padding_mask(given["input_ids"], self.base_model, generation)
         batch = Batch({name: value for name, value in given.items() if value is not None})
-        groups = None if adapter_names is None else self._groups(adapter_names)
+        groups = None if adapter_names is None else self._groups(adapter_names, batch.inputs)
         return generate(
             self.backbone,
             batch,
@@ -242,10 +248,18 @@ class Running(Wrapper):
             **generation,
         )
 
-    def _groups(self, adapter_names: Sequence[str]) -> list[tuple[Tensor, dict[Site, Intervention]]]:
+    def _groups(
+        self, adapter_names: Sequence[str], given: Mapping[str, Any]
+    ) -> list[tuple[Tensor, dict[Site, Intervention]]]:
         """The edits of a batch whose examples have adapters of their own: (the examples' numbers, their edits)."""
         instance(adapter_names, (list, tuple), "adapter_names", "a list with a name for each example")
-        groups = []
+        tensors = [v for name in MAIN for v in [given.get(name)] if isinstance(v, Tensor)]
+        if not tensors or len(tensors[0]) != len(adapter_names) or (tensors[0].ndim == 3 and "input_ids" in given):
+            raise ValueError(
+                f"adapter_names: {len(adapter_names)} names for {len(tensors[0]) if tensors else 'no'} examples; one "
+                "name for each is needed (and no choices within an example)."
+            )
+        groups: RowEdits = []
         for name in dict.fromkeys(adapter_names):
             if name == NO_ADAPTER:
                 continue

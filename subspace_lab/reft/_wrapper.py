@@ -81,7 +81,7 @@ class Wrapper(nn.Module):
             return getattr(base, name)
         except AttributeError:
             raise AttributeError(
-                f"Neither {type(self).__name__} nor its base model {type(base).__name__} has an attribute {name!r}."
+                f"Neither {type(self).__qualname__} nor its base model has an attribute {name!r}."
             ) from None
 
     def get_base_model(self) -> nn.Module:
@@ -297,8 +297,9 @@ def of_base(kind: type, base: type) -> type:
     before = [p for p in theirs if p.kind is not p.VAR_KEYWORD]
     forward.__signature__ = inspect.Signature([*before, *own, *rest])  # type: ignore[attr-defined]
     forward.__doc__ = kind.forward.__doc__  # type: ignore[attr-defined]
-    names = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward}
-    return type(f"Reft{base.__name__}", (kind,), names)
+    # Pipelines and Trainer go by the class's name, people by the qualified one.
+    shown = {"__module__": kind.__module__, "__qualname__": f"{kind.__qualname__}[{base.__name__}]"}
+    return type(base.__name__, (kind,), {**shown, "__doc__": kind.__doc__, "forward": forward})
 
 
 def _further_names(base: type, parameters: Mapping[str, inspect.Parameter]) -> tuple[str, ...] | None:
