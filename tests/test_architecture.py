@@ -31,7 +31,8 @@ ROOMS = {
     "__main__": {"cli", "door", "analysis", "tasks", "das", "reft", "engine", "model", "core"},
 }
 NNSIGHT_HOME = f"{PACKAGE}.model.backbone"
-MAY_TAKE_ANY_KEYWORD = {"generate", "__call__"}
+# Running.forward holds its keywords against the base model's signature.
+MAY_TAKE_ANY_KEYWORD = {"generate", "__call__", "Running.forward"}
 LONGEST_FILE = 500  # a smell to heed: one object stays one class
 PICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 HEAVY = ("nnsight", "matplotlib", "transformers.modeling_utils", "transformers.trainer")
@@ -160,7 +161,8 @@ def swallowed_keywords(folder: Path) -> list[str]:
                 yield from hook(node.body, f"{where}.{node.name}")
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.args.kwarg:
                 private = node.name.startswith("_") and not node.name.endswith("__")
-                if not private and node.name not in MAY_TAKE_ANY_KEYWORD:
+                names = {node.name, f"{where.rpartition('.')[2]}.{node.name}"}
+                if not private and not names & MAY_TAKE_ANY_KEYWORD:
                     yield f"{where}.{node.name} takes **{node.args.kwarg.arg}: name its options"
             elif isinstance(node, ast.If | ast.Try | ast.With):
                 yield from hook([*node.body, *getattr(node, "orelse", [])], where)

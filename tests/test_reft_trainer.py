@@ -112,7 +112,7 @@ def trainer(model, folder, data, evaluation=None, *, metrics=None, collator=coll
 
 
 def numbers(model):
-    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+    return {k: v.detach().clone() for k, v in model.state_dict().items() if k != "_extra_state"}
 
 
 def equal(one, other):
@@ -141,8 +141,10 @@ def test_plain_trainer(kind, tmp_path):
     assert sum(losses(whole)[-3:]) < 0.7 * sum(losses(whole)[:3])
     assert equal(model.base_model.state_dict(), base)
     kept = load_file(tmp_path / "checkpoint-15" / "model.safetensors")
-    assert kept.keys() == model.state_dict().keys() and all(k.startswith("adapters.default.") for k in kept)
-    assert sum(v.numel() for v in kept.values()) == model.get_nb_trainable_parameters()[0]
+    assert kept.keys() == model.state_dict().keys()
+    assert all(k.startswith("adapters.default.") for k in kept if k != "_extra_state")
+    parameters = sum(v.numel() for k, v in kept.items() if k != "_extra_state")
+    assert parameters == model.get_nb_trainable_parameters()[0]
 
     again = make()
     assert not equal(numbers(again), numbers(model))
@@ -195,7 +197,7 @@ def test_the_best_model_is_loaded_at_the_end(kind, tmp_path):
     evaluated = run.evaluate()
     assert evaluated["eval_loss"] == pytest.approx(found[best], rel=1e-6)
     kept = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
-    assert equal(numbers(model), kept)
+    assert equal(model.state_dict(), kept)
     others = [s for s in found if s != best]
     assert not any(equal(kept, load_file(tmp_path / f"checkpoint-{s}" / "model.safetensors")) for s in others)
     if kind == "encoder":
@@ -387,7 +389,7 @@ def sft(model, out, data, **options):
         bf16=False,
         report_to="none",
         disable_tqdm=True,
-        save_strategy="no",
+        save_strategy=options.pop("save_strategy", "no"),
         logging_steps=1,
         **{CHECKPOINTING: False},
         completion_only_loss=True,
@@ -415,22 +417,6 @@ def test_sft_trainer_learns_what_trainer_learns(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(plain.evaluate(answers())["eval_loss"], rel=1e-3)
 
 
-def test_labels_in_the_place_of_logits():
-    """What TRL reads of a model: from the run with the edits in force, the same numbers as from its logits."""
-    model, given = decoder(start="paper"), collate(list(answers(5)))
-    with torch.no_grad():
-        plain, found = model(**given), model(**given, fused_lm_head=True)
-    wanted = given["labels"][:, 1:]
-    known = torch.distributions.Categorical(logits=plain.logits[:, :-1])
-    mask = wanted != -100
-    assert torch.equal(found.label_mask, mask) and torch.equal(found.loss, plain.loss)
-    log_probs = known.log_prob(wanted.clamp(min=0)).where(mask, 0)
-    assert torch.allclose(found.log_probs, log_probs, atol=1e-6)
-    assert torch.allclose(-found.log_probs.sum() / mask.sum(), plain.loss, atol=1e-6)
-    assert torch.allclose(found.entropy, known.entropy().where(mask, 0), atol=1e-6)
-    assert torch.equal(found.is_top1, ((plain.logits[:, :-1].argmax(-1) == wanted) & mask).float())
-
-
 def test_packed_texts_are_refused():
     model = decoder()
     ids = torch.arange(3, 11)[None]
@@ -438,7 +424,7 @@ def test_packed_texts_are_refused():
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
     with pytest.raises(ValueError, match="packed"):
         model(input_ids=ids, labels=labels, position_ids=packed)
-    model(input_ids=ids, labels=labels, position_ids=torch.arange(8)[None])
+    model(input_ids=ids, labels=labels.where(torch.arange(8) > 4, -100), position_ids=torch.arange(8)[None])
 
 
 # --- the core's own loop ------------------------------------------------------------------------------------

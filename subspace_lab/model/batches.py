@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from subspace_lab.model.cache_argument import NAMES, forward_name, given_cache, named_for, without_cache
 from subspace_lab.model.families import TEXT
 
+SENSES = ("input_features", "input_values", "pixel_values")  # what models hear and see, in the place of tokens
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -52,9 +54,9 @@ class Batch:
     def __len__(self) -> int:
         if self.positional is not None:
             return len(self.positional)
-        for name in ("input_ids", "inputs_embeds"):
+        for name, flat in (("input_ids", 2), ("inputs_embeds", 3)):
             if isinstance(self.inputs.get(name), Tensor):
-                return len(self.inputs[name])
+                return len(_one_axis(self.inputs[name], flat))
         first = next((v for v in self.inputs.values() if isinstance(v, Tensor)), None)
         if first is None:
             raise ValueError(f"A batch without any tensor has no rows: its inputs are {sorted(self.inputs)}.")
@@ -73,12 +75,15 @@ class Batch:
                     given = self.inputs[name]
                     return given.bool() if name.endswith("mask") else torch.ones_like(given, dtype=torch.bool)
             return None
-        mask = self.inputs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            return mask.bool()
-        ids = self.inputs.get("input_ids")
+        mask, ids = self.inputs.get("attention_mask"), self.inputs.get("input_ids")
+        choices = isinstance(ids, Tensor) and ids.ndim == 3
         ids = self.inputs.get("inputs_embeds") if ids is None else ids
+        if ids is None and any(isinstance(self.inputs.get(name), Tensor) for name in SENSES):
+            return None  # a mask is then one of frames or samples, of which several make one position
+        if isinstance(mask, Tensor) and (mask.ndim == 2 or choices):
+            return _one_axis(mask, 2).bool()
         if isinstance(ids, Tensor):
+            ids = _one_axis(ids, 2) if choices else ids
             shape = ids.shape[:2] if not self.cached else (ids.shape[0], self.cached + ids.shape[1])
             return torch.ones(shape, dtype=torch.bool, device=ids.device)
         return None
@@ -129,6 +134,11 @@ class Batch:
             columns={name: move(v) for name, v in self.columns.items()},
             positional=move(self.positional),
         )
+
+
+def _one_axis(values: Tensor, ndim: int) -> Tensor:
+    """Choices of examples, (batch, choices, …), as the rows that a model makes of them; rows as they are."""
+    return values.flatten(0, values.ndim - ndim) if values.ndim > ndim else values
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> Mapping[str, Any] | Sequence[Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from subspace_lab.model.resolved_sites import ResolvedSite, check_disjoint
 Edit = Callable[..., Tensor]
 """(states) → states of the same shape and dtype, or (states, source) → states: an intervention, as a rule."""
 Edits = Mapping[Site, Edit]
+Groups = Sequence[tuple[Tensor, Edits]]
+"""Edits of some examples of a batch: (the examples' numbers, {site: intervention})."""
 Sources = Mapping[Site, Source]
 
 
@@ -57,11 +59,49 @@ def edit_hooks(edits: Edits, resolved: Mapping[Site, ResolvedSite], sources: Sou
     return grouped(hooks)
 
 
-def new_token_hook(backbone: Backbone, batch: Batch, site: Site, edit: Edit, cached: bool) -> Hook:
+def checked_groups(groups: Groups, batch: Batch) -> Groups:
+    """Groups of examples with edits of their own (ValueError for an example in two groups, or not in the batch)."""
+    chosen = [i for rows, _ in groups for i in rows.tolist()]
+    if len(set(chosen)) < len(chosen) or any(not 0 <= i < len(batch) for i in chosen):
+        raise ValueError(f"Groups of examples {sorted(chosen)} of a batch of {len(batch)}: each at most once.")
+    return groups
+
+
+def of_rows(
+    edits: Edits, resolved: Mapping[Site, ResolvedSite], rows: Tensor, count: int, new_too: bool = False
+) -> dict[Site, Edit]:
+    """The edits, changing nothing in other rows where the site alone does not say which rows it is in.
+
+    Args:
+        rows: the numbers of the rows, of so many as `count`.
+        new_too: for tokens behind the prompt, of which a site says nothing.
+    """
+    return {
+        site: _OfRows(edit, rows, count) if new_too or resolved[site].index is None else edit
+        for site, edit in edits.items()
+    }
+
+
+@dataclass(frozen=True)
+class _OfRows:
+    """An edit of some rows' states, each of them there once or, one after the other, for each of its beams."""
+
+    edit: Edit
+    rows: Tensor
+    count: int
+
+    def __call__(self, states: Tensor) -> Tensor:
+        beams = len(states) // self.count
+        rows = self.rows.to(states.device)[:, None] * beams + torch.arange(beams, device=states.device)
+        return states.index_copy(0, rows.flatten(), self.edit(states[rows.flatten()]))
+
+
+def new_token_hooks(backbone: Backbone, batch: Batch, site: Site, edit: Edit, cached: bool) -> list[Hook]:
     """The edit of the tokens that a generation adds behind the batch.
 
     Args:
-        cached: whether a step runs the new token alone, as with a key-value cache, or all tokens again.
+        cached: whether a pass runs the new tokens alone, as with a key-value cache, or all tokens again. The first
+            pass runs the prompt, and in assisted generation the tokens that were guessed behind it too.
 
     Raises:
         ValueError: an interchange, whose source has no such tokens.
@@ -70,17 +110,21 @@ def new_token_hook(backbone: Backbone, batch: Batch, site: Site, edit: Edit, cac
         raise ValueError(f"{site}: the source has no tokens to swap with those that are being generated.")
     hook_point = backbone.hook_point(site)
     real = batch.real_tokens(hook_point.stack)
-    prompt = 1 if real is None else real.shape[1]  # 1: a decoder's start token
+    # 1: a decoder's start token
+    prompt = 1 if real is None else real.shape[1] - (0 if hook_point.stack else batch.cached)
     everything = ResolvedSite(site, hook_point, len(batch))
 
-    def act(value: Tensor) -> Tensor | None:
-        new = value if cached else value[:, prompt:]
-        if not new.shape[1]:
-            return None
-        edited = everything.put(new, edit(everything.read(new)))
-        return edited if cached else torch.cat([value[:, :prompt], edited], 1)
+    def act(value: Tensor) -> Tensor:
+        return everything.put(value, edit(everything.read(value)))
 
-    return Hook(hook_point.path, hook_point.side, hook_point.order, act, "later" if cached else "every")
+    def behind(value: Tensor) -> Tensor | None:
+        new = value[:, prompt:]
+        return torch.cat([value[:, :prompt], act(new)], 1) if new.shape[1] else None
+
+    place = (hook_point.path, hook_point.side, hook_point.order)
+    if not cached:
+        return [Hook(*place, behind, "every")]
+    return [Hook(*place, behind, "first"), Hook(*place, act, "later")]
 
 
 def grouped(hooks: list[Hook]) -> list[Hook]:

@@ -11,14 +11,24 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from subspace_lab.core.sites import Site
 from subspace_lab.model.arguments import expect_edits, expect_sites
 from subspace_lab.model.backbone import Backbone, Hook, expect_backbone, frozen
 from subspace_lab.model.batches import Batch, model_inputs
 from subspace_lab.model.cache_argument import generate_name, given_cache, named_for, without_cache
-from subspace_lab.model.edits import Edits, Sources, edit_hooks, grouped, new_token_hook
+from subspace_lab.model.edits import (
+    Edits,
+    Groups,
+    Sources,
+    checked_groups,
+    edit_hooks,
+    grouped,
+    new_token_hooks,
+    of_rows,
+)
+from subspace_lab.model.passes import check_passes, setting
 from subspace_lab.model.resolved_sites import ResolvedSite, resolve, resolve_prompt
 
 
@@ -30,6 +40,8 @@ def forward(
     sources: Sources | None = None,
     train_base: bool = False,
     also: Sequence[Hook] = (),
+    groups: Groups = (),
+    call: Callable[..., Any] | None = None,
 ) -> Any:
     """The model's own output with the edits in force.
 
@@ -41,6 +53,9 @@ def forward(
             {variable: states} where several variables share the site's basis.
         train_base: let gradients reach the model's own parameters too (those that ask for them).
         also: further hooks.
+        groups: further edits, each of some examples of the batch: (their numbers, {site: intervention}). No
+            example is in two of them.
+        call: what is run with these inputs, a part of the model that takes them; by default the model.
 
     Raises:
         TypeError: a model in the place of a backbone, or anything else of another kind than is said above.
@@ -51,12 +66,16 @@ def forward(
     expect_edits(edits)
     batch = Batch.of(batch)
     resolved = {site: resolve(backbone, batch, site) for site in edits}
-    hooks = [*edit_hooks(edits, resolved, sources), *also]
+    hooks = [*edit_hooks(edits, resolved, sources)]
+    for rows, some in checked_groups(groups, batch):
+        within = {site: resolve(backbone, batch.rows(rows), site).among(rows, len(batch)) for site in some}
+        hooks += edit_hooks(of_rows(some, within, rows, len(batch)), within)
     inputs = model_inputs(backbone.model, batch)
+    hooks = [*grouped(hooks), *also]
     if train_base:
-        return backbone.run(inputs, hooks)
+        return backbone.run(inputs, hooks, call=call)
     with frozen(backbone.model):
-        return backbone.run(inputs, hooks)
+        return backbone.run(inputs, hooks, call=call)
 
 
 def collect(
@@ -88,6 +107,7 @@ def generate(
     sources: Sources | None = None,
     every_token: bool = False,
     also: Sequence[Hook] = (),
+    groups: Groups = (),
     **generation: Any,
 ) -> Any:
     """The model's own `generate`, its prompt edited.
@@ -100,13 +120,19 @@ def generate(
         backbone, batch, edits, sources: as in `forward`.
         every_token: edit each generated token as well.
         also: further hooks, at the steps that each of them names.
+        groups: as in `forward`.
         generation: keyword arguments of the model's `generate`, which checks them. With `cache` (or
             `past_key_values`, its older name) the prompt is the whole conversation; of its positions those in the
             cache stay as they were cached.
 
+    Assisted generation checks several tokens in one pass, those of the prompt and those behind it told apart. It
+    needs an assistant whose passes are not the model's own.
+
     Raises:
         TypeError: a model without `generate`; otherwise as `forward`.
-        ValueError: an edit of generated tokens that needs a source; otherwise as `forward`.
+        ValueError: an edit of generated tokens that needs a source; an assistant that runs the model's own layers, a
+            prompt in chunks, or anything else by which the first pass is not that over the prompt; otherwise as
+            `forward`.
         IndexError: as `forward`.
     """
     expect_backbone(backbone)
@@ -119,27 +145,29 @@ def generate(
     cached = setting(backbone.model, generation, "use_cache") is not False
     resolved = {site: resolve_prompt(backbone, batch, site) for site in edits}
     prompt = edit_hooks(edits, resolved, sources)
+    new = [(site, edit, resolved[site]) for site, edit in edits.items()]
+    for rows, some in checked_groups(groups, batch):
+        within = {site: resolve_prompt(backbone, batch.rows(rows), site).among(rows, len(batch)) for site in some}
+        edited = of_rows(some, within, rows, len(batch), new_too=True)
+        prompt += edit_hooks(of_rows(some, within, rows, len(batch)), within)
+        new += [(site, edit, within[site]) for site, edit in edited.items()]
+    if prompt or also:
+        check_passes(backbone.model, generation, every_token, cached, batch.cached)
     # The encoder runs once.
-    encoder = {p.hook_point.path for p in resolved.values() if p.hook_point.stack == "encoder"}
+    encoder = {p.hook_point.path for _, _, p in new if p.hook_point.stack == "encoder"}
     hooks = [replace(hook, steps="first" if cached or hook.path in encoder else "every") for hook in prompt]
-    if any(p.hook_point.stack == "decoder" for p in resolved.values()):
+    if any(p.hook_point.stack == "decoder" for _, _, p in new):
         _check_start(batch, setting(backbone.model, generation, "decoder_start_token_id"))
     if every_token:
         hooks += [
-            new_token_hook(backbone, batch, site, edit, cached)
-            for site, edit in edits.items()
-            if resolved[site].hook_point.path not in encoder
+            hook
+            for site, edit, at in new
+            if at.hook_point.path not in encoder
+            for hook in new_token_hooks(backbone, batch, site, edit, cached)
         ]
     with torch.no_grad():
         inputs = {**named_for(generate_name(backbone.model), batch.inputs), **generation}
         return backbone.run(inputs, [*grouped(hooks), *also], call=run, every_step=True)
-
-
-def setting(model: nn.Module, generation: Mapping[str, Any], name: str) -> Any:
-    """A setting of `generate`: from its keywords, else from the configuration among them, else the model's own."""
-    configs = (generation.get("generation_config"), getattr(model, "generation_config", None))
-    values = (generation.get(name), *(getattr(config, name, None) for config in configs))
-    return next((value for value in values if value is not None), None)
 
 
 def _check_start(batch: Batch, start: int | None) -> None:

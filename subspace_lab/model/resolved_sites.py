@@ -53,6 +53,15 @@ class ResolvedSite:
             self, count=len(rows), index=index, valid=None if valid is None or bool(valid.all()) else valid
         )
 
+    def among(self, rows: Tensor, count: int) -> ResolvedSite:
+        """The site in a batch of so many rows, of which this one's rows are some; the others have no position."""
+        if self.index is None:
+            return replace(self, count=count)
+        rows = rows.to(self.index.device)
+        valid = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
+        index, there = (t.new_zeros((count, t.shape[1])).index_copy(0, rows, t) for t in (self.index, valid))
+        return replace(self, count=count, index=index, valid=there, whole=False)
+
     def read(self, value: Tensor) -> Tensor:
         """The states at the site, (batch, positions, width); 0 where a row has no such position."""
         if self.hook_point.columns is not None:

@@ -60,6 +60,8 @@ class Adapter(nn.Module):
             for i, site in enumerate(self.sites)
         ).to(backbone.device)
         self.saved = nn.ModuleDict()
+        together: dict[int, Any] = {}  # one memory for all copies, so that tied parameters stay tied
+        copied: list[str] = []
         for name in config.modules_to_save:
             paths = [p for p in backbone.anatomy.modules if p == name or p.endswith(f".{name}")]
             if not paths:
@@ -69,7 +71,13 @@ class Adapter(nn.Module):
                 )
             for path in paths:
                 # A copy, so that the base model stays what it was.
-                self.saved[_key(path)] = copy.deepcopy(backbone.anatomy.modules[path]).requires_grad_(True)
+                twin = copy.deepcopy(backbone.anatomy.modules[path], together)
+                self.saved[_key(path)] = twin.requires_grad_(True)
+                copied.append(path)
+        _refuse_untying(copied, backbone.anatomy.modules)
+        self._tied = _tied(self.saved)
+        self.register_state_dict_post_hook(_without_tied)
+        self.register_load_state_dict_pre_hook(_with_tied)
 
     def by_site(self) -> dict[Site, Intervention]:
         """{site: intervention}."""
@@ -108,6 +116,21 @@ class Adapter(nn.Module):
         self.saved.requires_grad_(asks)
         for edit in self.by_site().values():
             edit.asks_for_gradient(asks)
+
+    def refuse_numbers_of(self, config: ReftConfig, backbone: Backbone) -> None:
+        """Raise ValueError where another configuration's numbers would mean something else here."""
+        same = ("method", "activation", "basis", "parts", "modules_to_save")
+        there, here = ({n: getattr(c, n) for n in same} for c in (config, self.config))
+        there |= {"sites": list(map(str, adapter_sites(config, backbone)))}
+        here |= {"sites": list(map(str, self.sites))}
+        found = [f"{n} {there[n]!r}, here {here[n]!r}" for n in here if there[n] != here[n]]
+        if found:
+            raise ValueError(f"The numbers are of an adapter with another configuration: {'; '.join(found)}.")
+
+    def saved_at(self, path: str) -> nn.Module | None:
+        """The trained copy of the base model's module at a path, None where it has none."""
+        key = _key(path)
+        return self.saved[key] if key in self.saved else None  # noqa: SIM401 (a ModuleDict has no get)
 
     def hooks(self, backbone: Backbone) -> list[Hook]:
         """The modules that replace those of the base model."""
@@ -262,6 +285,47 @@ def _embedding_sample(model: nn.Module) -> list[float] | None:
     spread = 7 if len(weight) >= 7 * SAMPLE else 1
     sample = weight.detach()[(spread * i) % len(weight), (37 * i) % weight.shape[1]]
     return [round(x, 6) for x in sample.float().tolist()]
+
+
+def _refuse_untying(copied: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError where a trained copy would leave a parameter that its module shares with another one."""
+    inside = {p for p in modules if any(p == c or p.startswith(f"{c}.") for c in copied)}
+    owners: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(path)
+    for paths in owners.values():
+        left = [p for p in paths if p not in inside]
+        if left and len(left) < len(paths):
+            of_these = [p for p in paths if p in inside]
+            raise ValueError(
+                f"modules_to_save names {of_these[0]!r}, whose weights are those of {left[0]!r} too: trained alone "
+                f"they would be tied no longer. Name all of {paths}, or untie them in the base model first."
+            )
+
+
+def _tied(saved: nn.ModuleDict) -> dict[str, str]:
+    """{name of a parameter in the state: name of the one before it that is the same}."""
+    first: dict[int, str] = {}
+    twins = {}
+    for name, parameter in saved.named_parameters(prefix="saved", remove_duplicate=False):
+        if id(parameter) in first:
+            twins[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+    return twins
+
+
+def _without_tied(adapter: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A tied parameter is saved once: files of tensors refuse memory that is there twice."""
+    for name in adapter._tied:
+        state.pop(f"{prefix}{name}", None)
+
+
+def _with_tied(adapter: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, same in adapter._tied.items():
+        if f"{prefix}{same}" in state:
+            state.setdefault(f"{prefix}{name}", state[f"{prefix}{same}"])
 
 
 def _key(path: str) -> str:

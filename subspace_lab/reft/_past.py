@@ -13,7 +13,8 @@ from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.edits import Edits
-from subspace_lab.reft.data import pad, prompt_lengths_of
+from subspace_lab.reft._prompts import lengths_from_labels
+from subspace_lab.reft.data import pad
 
 
 class AnswersPast:
@@ -42,7 +43,9 @@ class AnswersPast:
         data = pad(examples, getattr(getattr(backbone.model, "config", None), "pad_token_id", None))
         labels = data.pop("labels")
         lengths = data.pop("prompt_lengths", None)
-        lengths = prompt_lengths_of(labels, data.get("attention_mask")) if lengths is None else lengths
+        if lengths is None:
+            positions = [site.positions for site in edits]
+            lengths = lengths_from_labels({**data, "labels": labels}, positions)
         readout, self.targets = Readout.before_labels(labels)
         assert readout.index is not None
         valid = None if readout.valid is None else readout.valid.to(backbone.device)

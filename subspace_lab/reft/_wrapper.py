@@ -1,20 +1,47 @@
 """A frozen base model and what is trained with it, as PyTorch, `transformers.Trainer` and PEFT's users see it.
 
-Nothing here knows what is trained: `ReftModel` adds the adapters.
+Nothing here knows what is trained: `ReftModel` adds the adapters. What a wrapper does not have itself is the base
+model's, as with PEFT: `dtype`, `get_input_embeddings`, `prepare_inputs_for_generation` and so on. Modules that are
+reached in this way are the base model's own, which run without edits.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, Unpack, get_args, get_origin
 
 import torch
 from torch import nn
+from transformers.utils.generic import TransformersKwargs
 
 from subspace_lab.core.sites import Site
 from subspace_lab.model.backbone import Backbone, Hook
-from subspace_lab.reft._label_log_probs import label_output
+from subspace_lab.model.cache_argument import NAMES as CACHE_NAMES
+
+OWN = (
+    "prompt_lengths",
+    "adapter_names",
+    "row",
+)  # what a wrapper's forward takes beside the base model's arguments
+LOOSE = (  # what language models take beside what their signature names
+    "return_dict",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "num_items_in_batch",
+    "shift_labels",
+    "fused_lm_head",
+    *CACHE_NAMES,
+)
+_RUNS = "would run the base model without edits; use `generate`, or `unload()` for the base model itself."
+UNEDITED = {
+    "generate_batch": _RUNS,
+    "init_continuous_batching": _RUNS,
+    "continuous_batching_context_manager": _RUNS,
+    "resize_token_embeddings": "replaces modules that the adapters know: resize the base model before it is wrapped.",
+}
 
 
 class Wrapper(nn.Module):
@@ -25,13 +52,41 @@ class Wrapper(nn.Module):
         model_tags: tags for the model card.
     """
 
+    # Trainer reads this before it refuses to train a quantised model: there is something beside its weights to train.
+    _hf_peft_config_loaded = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.__class__ = of_base(type(self), type(innermost(model)))  # type: ignore[arg-type]
         self.backbone = Backbone(model)
         self.base_model = model
         self.training = model.training  # or the edits' dropout would be on while the base model's is off
         self._asked = [p for p in model.parameters() if p.requires_grad]
         self.model_tags: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """What neither this class nor PyTorch's modules have: the base model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_model")
+            # A property of ours that fails must not become the base model's attribute of that name; nor is what
+            # other libraries keep in the base model itself (accelerate's `_hf_hook`, say) also the wrapper's.
+            ours = any(name in kind.__dict__ for kind in type(self).__mro__)
+            if base is None or ours or (name.startswith("_") and not hasattr(type(base), name)):
+                raise
+        if name in UNEDITED:
+            raise AttributeError(f"{name} {UNEDITED[name]}")
+        try:
+            return getattr(base, name)
+        except AttributeError:
+            raise AttributeError(
+                f"Neither {type(self).__qualname__} nor its base model has an attribute {name!r}."
+            ) from None
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, which stays wrapped; `unload` gives it back as it was."""
+        return self.base_model
 
     def unload(self) -> nn.Module:
         """The base model as it was before it was wrapped."""
@@ -62,6 +117,29 @@ class Wrapper(nn.Module):
     def is_causal(self) -> bool:
         """Whether the base model is a causal language model, whose labels show where the prompt ends."""
         return hasattr(self.base_model, "generate") and not getattr(self.config, "is_encoder_decoder", False)
+
+    def takes(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters of the base model's forward."""
+        return dict(list(inspect.signature(type(innermost(self.base_model)).forward).parameters.items())[1:])
+
+    def named(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call as the base model names them, without those that are None.
+
+        Raises:
+            TypeError: an argument that the base model does not have, or that it would take and not look at.
+        """
+        base, parameters = type(innermost(self.base_model)), self.takes()
+        places = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(inputs) > len(places):
+            raise TypeError(f"{len(inputs)} positional inputs for a model that takes {places}.")
+        twice = [n for n in places[: len(inputs)] if n in named]
+        further = _further_names(base, parameters)
+        unknown = [] if further is None else [n for n in named if n not in parameters and n not in further]
+        if twice or unknown:
+            what = f"{twice} given twice" if twice else f"no {unknown} is known"
+            raise TypeError(f"{what}: {self._get_name()} takes {[n for n in parameters if n != 'kwargs']}.")
+        given = {**dict(zip(places, inputs, strict=False)), **named}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -95,11 +173,6 @@ class Wrapper(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         """Whether some block of the base model is recomputed in the backward pass."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.base_model.modules())
-
-    def __call__(self, *inputs: Any, fused_lm_head: bool = False, **named: Any) -> Any:
-        """`forward`; for TRL's trainers, which set `fused_lm_head`, the labels' log-probabilities."""
-        output = super().__call__(*inputs, **named)
-        return label_output(output.logits, named["labels"], output.loss) if fused_lm_head else output
 
     def check_checkpointing(self, edits: Iterable[Site], hooks: Iterable[Hook]) -> None:
         """ValueError where gradient checkpointing would lose the gradient of something that is trained."""
@@ -162,10 +235,25 @@ class Wrapper(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` gives; RuntimeError where a number is missing or too many."""
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = [k for k in result.missing_keys if not k.startswith("base_model.")]
+        # States that were saved by earlier versions have no `_extra_state`.
+        missing = [k for k in result.missing_keys if not k.startswith("base_model.") and k != "_extra_state"]
         if missing or result.unexpected_keys:
             raise RuntimeError(f"Missing {missing}, unexpected {result.unexpected_keys} in a ReFT state.")
         return type(result)([], [])
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many parameters base model and adapters have."""
+        tables = [m for m in self.modules() if isinstance(m, nn.Embedding)] if exclude_embeddings else []
+        left_out = {id(p) for table in tables for p in table.parameters()}
+        chosen = [
+            p for p in self.parameters() if id(p) not in left_out and (p.requires_grad or not only_trainable)
+        ]
+        return sum(p.numel() for p in chosen)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the parameters of base model and adapters, and of their buffers."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable parameters, all parameters)."""
@@ -179,3 +267,50 @@ class Wrapper(nn.Module):
             f"trainable params: {trainable:,d} || all params: {every:,d} || "
             f"trainable%: {100 * trainable / every:.4f}"
         )
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The model inside those that PEFT or a wrapper of this package puts around it."""
+    find = getattr(model, "get_base_model", None)
+    return model if find is None else find()
+
+
+@cache
+def of_base(kind: type, base: type) -> type:
+    """The kind of wrapper for base models of one class.
+
+    `Trainer` asks the class of a model, not the model, which of its arguments are labels and whether it returns a
+    loss, and the signature of `forward` which columns of the data it takes. So for each class of base models there
+    is one of wrappers, whose `forward` has the base model's signature and our arguments.
+    """
+
+    def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+        return kind.forward(self, *inputs, **named)  # type: ignore[attr-defined]
+
+    try:
+        theirs = list(inspect.signature(base.forward).parameters.values())  # type: ignore[attr-defined]
+    except (TypeError, ValueError):  # not written in Python
+        return kind
+    own = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in OWN]
+    own = [p for p in own if p.name not in {t.name for t in theirs}]
+    rest = [p for p in theirs if p.kind is p.VAR_KEYWORD]
+    before = [p for p in theirs if p.kind is not p.VAR_KEYWORD]
+    forward.__signature__ = inspect.Signature([*before, *own, *rest])  # type: ignore[attr-defined]
+    forward.__doc__ = kind.forward.__doc__  # type: ignore[attr-defined]
+    # Pipelines and Trainer go by the class's name, people by the qualified one.
+    shown = {"__module__": kind.__module__, "__qualname__": f"{kind.__qualname__}[{base.__name__}]"}
+    return type(base.__name__, (kind,), {**shown, "__doc__": kind.__doc__, "forward": forward})
+
+
+def _further_names(base: type, parameters: Mapping[str, inspect.Parameter]) -> tuple[str, ...] | None:
+    """What a forward takes beside the parameters that it names; None where that is not said, so anything.
+
+    Models of transformers pass further keywords down to where no one looks at a misspelt one.
+    """
+    rest = next((p for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    if rest is None:
+        return CACHE_NAMES
+    annotated = get_args(rest.annotation)[0].__annotations__ if get_origin(rest.annotation) is Unpack else ()
+    if not annotated and base.__module__.partition(".")[0] != "transformers":
+        return None
+    return (*LOOSE, *TransformersKwargs.__annotations__, *annotated)

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from subspace_lab.model.intervene import setting
+from subspace_lab.model.passes import setting
 
 
 def tokenise(

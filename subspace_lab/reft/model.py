@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
@@ -25,17 +24,15 @@ from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
 from subspace_lab.model.backbone import Hook
-from subspace_lab.model.batches import Batch
-from subspace_lab.model.intervene import forward, generate, setting
 from subspace_lab.reft._adapters import Adapter, Adapters, alignment_of, base_facts
 from subspace_lab.reft._past import AnswersPast
+from subspace_lab.reft._running import Running
 from subspace_lab.reft._wrapper import Wrapper
 from subspace_lab.reft.config import ReftConfig
-from subspace_lab.reft.data import padding_mask, prompt_lengths_of, refuse_packed
-from subspace_lab.reft.storage import read_adapter, write_adapter
+from subspace_lab.reft.storage import as_tensor, from_tensor, read_adapter, write_adapter
 
 
-class ReftModel(Wrapper):
+class ReftModel(Running):
     """A frozen base model with ReFT adapters; make it with `get_reft_model`.
 
     Attributes:
@@ -198,7 +195,8 @@ class ReftModel(Wrapper):
             ValueError: an unknown format or key, a base model that the adapter was not made for, or numbers
                 that do not fit the configuration.
         """
-        saved = read_adapter(hub.local_folder(folder, "an adapter", revision), base_facts(self.base_model))
+        folder = hub.local_folder(folder, "an adapter", revision)
+        saved = read_adapter(folder, base_facts(self.base_model), adapter_name)
         self.add_adapter(adapter_name, saved.config)
         self.adapters.fill(adapter_name, saved, is_trainable)
 
@@ -211,8 +209,12 @@ class ReftModel(Wrapper):
         is_trainable: bool = False,
         revision: str | None = None,
     ) -> ReftModel:
-        """The base model with a saved adapter, active; the errors are those of `load_adapter`."""
-        saved = read_adapter(hub.local_folder(folder, "an adapter", revision), base_facts(model))
+        """The base model with a saved adapter, active; the errors are those of `load_adapter`.
+
+        The folder is one of `save_pretrained`, or one that `transformers.Trainer` or a trainer of TRL wrote: a
+        checkpoint, or what `trainer.save_model` saves. Of several adapters in these the one of the name is read.
+        """
+        saved = read_adapter(hub.local_folder(folder, "an adapter", revision), base_facts(model), adapter_name)
         wrapped = cls(model, saved.config, adapter_name)
         try:
             wrapped.adapters.fill(adapter_name, saved, is_trainable)
@@ -227,104 +229,17 @@ class ReftModel(Wrapper):
             self.save_pretrained(folder)
             return hub.upload_folder(Path(folder), name, private=private, token=token)
 
+    def get_extra_state(self) -> Tensor:
+        """What no number says of the adapters, for `state_dict`; so files of the state alone can be read again."""
+        return as_tensor({name: self.adapter(name) for name in self.names}, base_facts(self.base_model))
+
+    def set_extra_state(self, state: Any) -> None:
+        """Refuse the numbers of adapters that are not these (ValueError): shapes alone do not tell."""
+        for name, (config, _) in from_tensor(state, "The state").items():
+            if name in self.names:
+                self.adapter(name).refuse_numbers_of(config, self.backbone)
+
     # --- running ----------------------------------------------------------------------------------------
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        prompt_lengths: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        logits_to_keep: int | Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        row: Tensor | None = None,
-        cache: Any = None,
-    ) -> Any:
-        """The base model's output with the edits of the active adapters.
-
-        Args:
-            labels: as the base model takes them. In a causal language model the tokens before the first label
-                that is not −100 are the prompt, in which positions are counted.
-            prompt_lengths: (batch,) the number of prompt tokens, where there are no labels.
-            row: (batch,) the numbers of examples that `keep_past` prepared; nothing else is needed then.
-            cache: the key-value cache; `past_key_values` is its older name. Either is passed on under the name
-                that the base model has for it.
-            others: as the base model takes them; it refuses what it does not know.
-        """
-        if row is not None:
-            return self._from_past(row, num_items_in_batch)
-        given = {
-            name: value
-            for name, value in {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "labels": labels,
-                "position_ids": position_ids,
-                "token_type_ids": token_type_ids,
-                "inputs_embeds": inputs_embeds,
-                "decoder_input_ids": decoder_input_ids,
-                "decoder_attention_mask": decoder_attention_mask,
-                "past_key_values": past_key_values,
-                "cache": cache,
-                "use_cache": use_cache,
-                "output_hidden_states": output_hidden_states,
-                "return_dict": return_dict,
-                "logits_to_keep": logits_to_keep,
-                "num_items_in_batch": num_items_in_batch,
-            }.items()
-            if value is not None
-        }
-        if prompt_lengths is None and self.is_causal():
-            if labels is not None:
-                refuse_packed(position_ids, attention_mask)
-                prompt_lengths = prompt_lengths_of(labels, attention_mask)
-            elif self.training and torch.is_grad_enabled() and self.active_adapters:
-                raise ValueError(
-                    "Training needs labels or prompt_lengths, which say where the prompt ends: positions are "
-                    "counted in the prompt. Trainer takes the labels away for label smoothing and for a loss of "
-                    "your own; PromptCollator(tokenizer, prompt_lengths=True) gives the lengths."
-                )
-        self.check_checkpointing(self.edits(), self.hooks())
-        batch = Batch(given, prompt_lengths)
-        return forward(self.backbone, batch, self.edits(), train_base=True, also=self.hooks())
-
-    def generate(
-        self,
-        input_ids: Tensor | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        every_token: bool = False,
-        **generation: Any,
-    ) -> Any:
-        """The base model's `generate` with the prompt edited; see `model.intervene.generate`.
-
-        In a chat that goes on, with the `cache` (or, by its older name, the `past_key_values`) of an earlier
-        generation, the prompt is the whole conversation up to now; its tokens that are in the cache already are
-        not edited again.
-
-        Args:
-            attention_mask: without it pad tokens are taken as padding, as `generate` itself does it.
-            every_token: edit each generated token as well.
-            generation: keyword arguments of the base model's `generate`, which checks them.
-        """
-        if setting(self.base_model, generation, "prefill_chunk_size") is not None:
-            raise ValueError("prefill_chunk_size: the prompt is edited in one pass over it, not in chunks.")
-        if attention_mask is None and input_ids is not None:
-            attention_mask = padding_mask(input_ids, self.base_model, generation)
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        batch = Batch({name: value for name, value in given.items() if value is not None})
-        return generate(
-            self.backbone, batch, self.edits(), every_token=every_token, also=self.hooks(), **generation
-        )
 
     def keep_past(self, examples: Dataset, *, memory: int | str | None = None) -> Dataset:
         """Compute once what comes before the first edit of these examples (`engine/frozen_past.py`).
@@ -362,7 +277,7 @@ class ReftModel(Wrapper):
             self.base_model.eval()
         return self
 
-    def _from_past(self, row: Tensor, items: Tensor | int | None) -> CausalLMOutput:
+    def _past_loss(self, row: Tensor, items: Tensor | int | None) -> CausalLMOutput:
         if self._past is None:
             raise ValueError(
                 "A batch has the column 'row' of keep_past, which was not called on this model: call it first."

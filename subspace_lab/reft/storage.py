@@ -7,6 +7,9 @@ README.md                   a model card
 The first two belong together: the metadata of the numbers has a digest of the configuration. A save that is
 interrupted leaves the old pair, or the new numbers with the new configuration under its provisional name; both can
 be read.
+
+What `Trainer` writes is read too: model.safetensors with the state of the whole `ReftModel`, in which one entry, a
+module's extra state in PyTorch's sense, holds the configurations of all its adapters.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from subspace_lab.core.files import package_version, read_json, save_tensors, write_json, write_text
 from subspace_lab.reft._adapters import Adapter, SavedAdapter, differences
@@ -27,6 +32,8 @@ from subspace_lab.reft.config import ReftConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NEXT = f".{CONFIG}.next"
+CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")  # what Trainer writes
+EXTRA = "_extra_state"  # PyTorch's name
 FORMAT = 1
 
 CARD = """---
@@ -66,10 +73,7 @@ def write_adapter(
     _finish(folder)
     state = {k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}
     facts = adapter.config.as_dict()
-    described = {"peft_type": "REFT", "format": FORMAT, "subspace_lab": package_version(), **facts, "base": base}
-    if adapter.origin:
-        described["alignment"] = adapter.origin
-    write_json(folder / NEXT, described)
+    write_json(folder / NEXT, described(adapter, base))
     save_tensors(folder / WEIGHTS, state, {"config": digest(adapter.config)})
     os.replace(folder / NEXT, folder / CONFIG)
     card = {
@@ -83,14 +87,46 @@ def write_adapter(
     write_text(folder / "README.md", CARD.format(**card))
 
 
-def read_adapter(folder: Path, base: dict[str, Any]) -> SavedAdapter:
+def described(adapter: Adapter, base: dict[str, Any]) -> dict[str, Any]:
+    """What is written of an adapter beside its numbers."""
+    facts = {"peft_type": "REFT", "format": FORMAT, "subspace_lab": package_version(), **adapter.config.as_dict()}
+    return {**facts, "base": base, **({"alignment": adapter.origin} if adapter.origin else {})}
+
+
+def as_tensor(adapters: Mapping[str, Adapter], base: dict[str, Any]) -> Tensor:
+    """What is written of adapters, as a tensor of the bytes of JSON: all that a file of tensors can hold."""
+    text = json.dumps({name: described(adapter, base) for name, adapter in adapters.items()}, sort_keys=True)
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def from_tensor(state: Any, where: Path | str) -> dict[str, tuple[ReftConfig, dict[str, Any]]]:
+    """{adapter: (its configuration, all that was written of it)} from `as_tensor`.
+
+    Raises:
+        ValueError: anything else.
+    """
+    try:
+        found = json.loads(bytes(state.cpu().tolist()).decode())
+        raw = {str(name): dict(facts) for name, facts in found.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: its {EXTRA} is not the configurations of ReFT adapters: {error}") from error
+    return {name: (_config(facts, f"{where}, {name}"), facts) for name, facts in raw.items()}
+
+
+def read_adapter(folder: Path, base: dict[str, Any], name: str = "default") -> SavedAdapter:
     """A saved adapter, for a base model with these facts.
+
+    Args:
+        name: which one, where `Trainer` wrote a model with several; the only one is taken whatever its name.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: an unknown format or key, files that are broken or do not belong together, or a base model
             that the adapter was not made for.
     """
+    checkpoint = next((folder / c for c in CHECKPOINTS if (folder / c).exists()), None)
+    if checkpoint is not None and not (folder / WEIGHTS).exists():
+        return _from_checkpoint(checkpoint, base, name)
     if not (folder / WEIGHTS).exists() or not any((folder / c).exists() for c in (CONFIG, NEXT)):
         missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).exists()]
         raise FileNotFoundError(f"{folder} is not a whole adapter: {' and '.join(missing)} missing.")
@@ -113,7 +149,38 @@ def read_adapter(folder: Path, base: dict[str, Any]) -> SavedAdapter:
     different = differences(raw.get("base", {}), base)
     if different:
         raise ValueError(f"{folder} was made for another base model: {different}.")
+    if checkpoint is not None:
+        _refuse_two(state, _from_checkpoint(checkpoint, base, name).state, folder / WEIGHTS, checkpoint)
     return SavedAdapter(config, state, raw.get("alignment", {}))
+
+
+def _from_checkpoint(path: Path, base: dict[str, Any], name: str) -> SavedAdapter:
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    except Exception as error:  # safetensors' and torch's own kinds are many
+        raise ValueError(f"{path} is not a whole file of tensors: {str(error).splitlines()[0]}") from error
+    if EXTRA not in state:
+        raise ValueError(
+            f"{path} holds no ReFT adapter, or was written by an earlier version, which left the "
+            "configuration out: then make the model with its configuration and use `load_state_dict`."
+        )
+    found = from_tensor(state[EXTRA], path)
+    if name not in found and len(found) != 1:
+        raise ValueError(f"{path} holds the adapters {sorted(found)}; name one of them, not {name!r}.")
+    name = name if name in found else next(iter(found))
+    config, raw = found[name]
+    different = differences(raw.get("base", {}), base)
+    if different:
+        raise ValueError(f"{path} was made for another base model: {different}.")
+    prefix = f"adapters.{name}."
+    own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return SavedAdapter(config, own, raw.get("alignment", {}))
+
+
+def _refuse_two(one: Mapping[str, Tensor], other: Mapping[str, Tensor], first: Path, second: Path) -> None:
+    """Raise ValueError where a folder that was saved into in two ways holds different numbers."""
+    if one.keys() != other.keys() or not all(torch.equal(one[k], other[k].to(one[k].dtype)) for k in one):
+        raise ValueError(f"{first} and {second.name} beside it hold different adapters: remove one of the two.")
 
 
 def digest(config: ReftConfig) -> str:
@@ -140,7 +207,7 @@ def _finish(folder: Path) -> None:
         os.replace(folder / NEXT, folder / CONFIG)
 
 
-def _config(raw: Any, path: Path) -> ReftConfig:
+def _config(raw: Any, path: Path | str) -> ReftConfig:
     if not isinstance(raw, dict) or raw.get("peft_type") != "REFT" or raw.get("format") != FORMAT:
         found = raw if isinstance(raw, dict) else {}
         raise ValueError(

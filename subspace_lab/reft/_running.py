@@ -1,0 +1,288 @@
+"""Calls of a model with adapters: `forward`, `generate`, and what other libraries make of them.
+
+Nothing here knows how adapters are made, named or saved: that is `reft/model.py`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspace_lab.core.arguments import instance
+from subspace_lab.core.interventions import Intervention
+from subspace_lab.core.sites import Site
+from subspace_lab.model.backbone import Hook
+from subspace_lab.model.batches import SENSES, Batch
+from subspace_lab.model.intervene import forward, generate
+from subspace_lab.reft._adapters import Adapter
+from subspace_lab.reft._prompts import (
+    Lengths,
+    lengths_from_labels,
+    lengths_inside,
+    refuse_packed_call,
+    warn_of_whole_examples,
+)
+from subspace_lab.reft._wrapper import Wrapper, innermost
+from subspace_lab.reft.data import padding_mask
+
+MAIN = (
+    "input_ids",
+    "inputs_embeds",
+    *SENSES,
+)  # of which the first that is there has the examples as its first axis
+RowEdits = list[tuple[Tensor, dict[Site, Intervention]]]
+NO_ADAPTER = "__base__"  # among `adapter_names`: the base model as it is, PEFT's word
+
+
+class Running(Wrapper):
+    """A base model that runs with the edits of some adapters."""
+
+    active_adapters: list[str]
+    _said: Lengths | str | None = None  # prompt lengths, by the method of that name
+    _labelled: dict[str, Tensor] | None = None  # the labels of a call by TRL's forward
+    _warned: bool = False
+
+    @abstractmethod
+    def edits(self) -> dict[Site, Intervention]:
+        """{site: intervention} of the active adapters."""
+
+    @abstractmethod
+    def hooks(self) -> list[Hook]:
+        """The modules of the active adapters that replace those of the base model."""
+
+    @abstractmethod
+    def adapter(self, name: str) -> Adapter:
+        """One adapter (ValueError where there is none of that name)."""
+
+    @abstractmethod
+    def _past_loss(self, row: Tensor, items: Tensor | int | None) -> Any:
+        """The output for examples whose past is kept."""
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """`forward`, also where TRL's `add_fused_lm_head` has put another one in its place.
+
+        That one calls `base_model` for the last hidden states and multiplies them by the output embeddings itself.
+        For the length of such a call `base_model` is a function that gives these states with the edits in force, so
+        that temperature, scale, chunks and every further output are TRL's own.
+        """
+        if not named.get("fused_lm_head") or "forward" not in self.__dict__:
+            return super().__call__(*inputs, **named)
+        self._labelled = {k: named[k] for k in ("labels", "shift_labels") if named.get(k) is not None}
+        try:
+            return super().__call__(*inputs, **named)
+        finally:
+            self._labelled = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base_model" and self.__dict__.get("_labelled") is not None:
+            return self._last_states
+        return super().__getattr__(name)
+
+    def _last_states(self, *inputs: Any, **named: Any) -> Any:
+        """What the base model without its head gives, with the edits in force and the labels of the call known."""
+        labels, self._labelled = self._labelled or {}, None
+        model = innermost(self.base_model)
+        inner = getattr(model, "base_model", model)
+        path = next((p for p, m in self.backbone.anatomy.modules.items() if m is inner), "")
+        if inner is model or not path:
+            raise TypeError(f"fused_lm_head: {type(model).__name__} has no body apart from its head.")
+        hooks = [hook for hook in self.hooks() if hook.path.startswith(f"{path}.")]
+        return self._run(self.named(inputs, {**named, **labels}), named.pop("prompt_lengths", None), inner, hooks)
+
+    def forward(
+        self,
+        *inputs: Any,
+        prompt_lengths: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        row: Tensor | None = None,
+        **named: Any,
+    ) -> Any:
+        """The base model's output with the edits of the active adapters.
+
+        In a causal language model the tokens before the first label that is not −100 are the prompt, in which
+        positions are counted.
+
+        Args:
+            inputs, named: as the base model takes them; what it does not know is refused. The key-value cache may
+                be called `cache` or, by its older name, `past_key_values`.
+            prompt_lengths: (batch,) the number of prompt tokens, where labels do not tell it; see the method
+                `prompt_lengths` for calls that other libraries make.
+            adapter_names: for each example the adapter that edits it, active or not; "__base__" for none.
+            row: (batch,) the numbers of examples that `keep_past` prepared; nothing else is needed then.
+
+        Raises:
+            TypeError: an argument that the base model does not know.
+            ValueError: labels or lengths that do not tell where the prompt ends; several answers in one example,
+                whose prompts would be edited at different positions; a name that is no adapter's.
+        """
+        if row is not None:
+            return self._past_loss(row, named.get("num_items_in_batch"))
+        given = self.named(inputs, named)
+        if adapter_names is None:
+            return self._run(given, prompt_lengths, None, self.hooks())
+        groups = self._groups(adapter_names, given)
+        return self._run(given, prompt_lengths, None, [], groups)
+
+    def _run(
+        self,
+        given: dict[str, Any],
+        lengths: Tensor | None,
+        call: nn.Module | None,
+        hooks: Sequence[Hook],
+        groups: RowEdits | None = None,
+    ) -> Any:
+        edits = self.edits() if groups is None else {}
+        sites = [*edits, *(site for _, some in groups or () for site in some)]
+        lengths = self._lengths(given, lengths, [site.positions for site in sites])
+        self.check_checkpointing(sites, hooks)
+        if call is not None:
+            given = {k: v for k, v in given.items() if k not in ("labels", "shift_labels")}
+        batch = Batch(given, lengths)
+        output = forward(self.backbone, batch, edits, train_base=True, also=hooks, groups=groups or (), call=call)
+        if given.get("fused_lm_head") and not hasattr(output, "log_probs"):
+            raise TypeError(
+                "fused_lm_head is TRL's: its trainers, or `add_fused_lm_head(model)`, put it in first."
+            )
+        return output
+
+    def _lengths(self, given: dict[str, Any], lengths: Tensor | None, positions: Sequence[str]) -> Tensor | None:
+        if lengths is not None:
+            return lengths.flatten()
+        if self._said is not None and {"input_ids", "inputs_embeds"} & set(given):
+            return lengths_inside(self._said, given)
+        if not self.is_causal():
+            return None
+        if positions:
+            refuse_packed_call(given)
+        lengths = lengths_from_labels(given, positions)
+        if lengths is not None or not positions:
+            return lengths
+        if self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "Training needs labels or prompt_lengths, which say where the prompt ends: positions are "
+                "counted in the prompt. Trainer takes the labels away for label smoothing and for a loss of "
+                "your own; PromptCollator(tokenizer, prompt_lengths=True) gives the lengths."
+            )
+        if not self._warned:
+            self._warned = True
+            warn_of_whole_examples(positions)
+        return None
+
+    @contextmanager
+    def prompt_lengths(self, lengths: Lengths | str) -> Iterator[None]:
+        """Say where the prompts end, for the calls inside the block that do not say it themselves.
+
+        For what others do with the model: evaluation harnesses and trainers that call it without labels.
+        `reft.harness` has this for lm-evaluation-harness.
+
+        Args:
+            lengths: one number for every example; (batch,) numbers, for calls of one batch; a function that is given
+                the call's `input_ids` (or `inputs_embeds`) and returns such numbers; or "all", where calls hold
+                prompts alone. They win over what labels tell, and the argument of a call wins over them.
+
+        Raises:
+            TypeError: anything else.
+            ValueError: in a call with another number of examples.
+        """
+        if not callable(lengths):
+            instance(lengths, (Tensor, Sequence, int), "lengths", "numbers, a function or 'all'")
+        if isinstance(lengths, str) and lengths != "all":
+            raise ValueError(f"lengths={lengths!r}; the only word is 'all'.")
+        before, self._said = self._said, lengths
+        try:
+            yield
+        finally:
+            self._said = before
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        every_token: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        **generation: Any,
+    ) -> Any:
+        """The base model's `generate` with the prompt edited; see `model.intervene.generate`.
+
+        In a chat that goes on, with the `cache` (or, by its older name, the `past_key_values`) of an earlier
+        generation, the prompt is the whole conversation up to now; its tokens that are in the cache already are
+        not edited again.
+
+        Args:
+            inputs: the model's main input, token ids as a rule; by name `input_ids` (`input_features` and so on).
+            attention_mask: without it pad tokens are taken as padding, as `generate` itself does it.
+            every_token: edit each generated token as well.
+            adapter_names: for each example the adapter that edits it, active or not; "__base__" for none.
+            generation: keyword arguments of the base model's `generate`, which checks them.
+
+        Raises:
+            ValueError: as `model.intervene.generate`, for ways to generate in which it cannot be told which tokens
+                are the prompt; a name that is no adapter's.
+        """
+        known = self.takes()
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        given |= {k: generation.pop(k) for k in [*generation] if k in known and isinstance(generation[k], Tensor)}
+        if inputs is not None:
+            main = getattr(self.base_model, "main_input_name", "input_ids")
+            if given.get(main) is not None:
+                raise ValueError(f"inputs and {main} are the same argument; give one.")
+            given[main] = inputs
+        if given["attention_mask"] is None and given["input_ids"] is not None:
+            given["attention_mask"] = padding_mask(given["input_ids"], self.base_model, generation)
+        batch = Batch({name: value for name, value in given.items() if value is not None})
+        groups = None if adapter_names is None else self._groups(adapter_names, batch.inputs)
+        return generate(
+            self.backbone,
+            batch,
+            self.edits() if groups is None else {},
+            every_token=every_token,
+            also=self.hooks() if groups is None else (),
+            groups=groups or (),
+            **generation,
+        )
+
+    def _groups(
+        self, adapter_names: Sequence[str], given: Mapping[str, Any]
+    ) -> list[tuple[Tensor, dict[Site, Intervention]]]:
+        """The edits of a batch whose examples have adapters of their own: (the examples' numbers, their edits)."""
+        instance(adapter_names, (list, tuple), "adapter_names", "a list with a name for each example")
+        tensors = [v for name in MAIN for v in [given.get(name)] if isinstance(v, Tensor)]
+        if not tensors or len(tensors[0]) != len(adapter_names) or (tensors[0].ndim == 3 and "input_ids" in given):
+            raise ValueError(
+                f"adapter_names: {len(adapter_names)} names for {len(tensors[0]) if tensors else 'no'} examples; one "
+                "name for each is needed (and no choices within an example)."
+            )
+        groups: RowEdits = []
+        for name in dict.fromkeys(adapter_names):
+            if name == NO_ADAPTER:
+                continue
+            if len(self.adapter(name).saved):
+                raise ValueError(
+                    f"adapter_names: {name!r} has modules_to_save, which stand in for whole modules of the base "
+                    "model and so for every example; run its examples alone."
+                )
+            chosen = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=self.device)
+            groups.append((chosen, self.adapter(name).by_site()))
+        return groups
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The input embeddings that are used: an active adapter's, if it has a trained copy of them."""
+        base: Any = self.base_model
+        return self._stand_in(base.get_input_embeddings())
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The output embeddings that are used: an active adapter's, if it has a trained copy of them."""
+        base: Any = self.base_model
+        return self._stand_in(base.get_output_embeddings())
+
+    def _stand_in(self, module: Any) -> Any:
+        path = next((p for p, m in self.backbone.anatomy.modules.items() if m is module), None)
+        found = [self.adapter(name).saved_at(path) for name in self.active_adapters if path is not None]
+        return next((m for m in found if m is not None), module)
