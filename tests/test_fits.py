@@ -99,7 +99,6 @@ def test_fits_are_a_sequence() -> None:
         ({"positions": 2, "method": "RandomSubspace"}, [5, 6]),
         ({"learning_rate": 0.1}, [2, 3, 9, 10]),
         ({}, range(13)),
-        ({"seed": 9}, []),
     ],
 )
 def test_where_keeps_what_fulfils_every_condition(conditions: dict[str, Any], expected: Any) -> None:
@@ -296,19 +295,28 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
+@pytest.mark.parametrize(
+    "condition", [{"seed": 9}, {"rank": 3}, {"layer": 7}, {"positions": "nmae"}, {"learning_rate": 2}]
+)
+def test_a_condition_that_no_fit_meets_is_no_empty_result(condition: dict[str, Any]) -> None:
+    name, value = next(iter(condition.items()))
+    with pytest.raises(ValueError, match=re.escape(f"No fit with {name}={value!r}; there are [")):
+        SEVERAL.where(**condition)
+
+
 def test_the_table_has_every_place_and_method() -> None:
     lines = repr(SEVERAL).splitlines()
     (first,) = [line.split() for line in lines if line.split()[:2] == ["0", "2"]]
     (second,) = [line.split() for line in lines if line.split()[:2] == ["1", "last"]]
     assert " ".join(first[2:]) == "0.70 ± 0.14 0.50 ± 0.21 0.97 0.98 ± 0.01 –"
-    assert " ".join(second[2:]) == "0.55 ± 0.04 0.46 ± 0.01 0.43 – 0.91"
+    assert " ".join(second[2:]) == "* 0.55 ± 0.04 0.46 ± 0.01 0.43 – 0.91"
     told = words(repr(SEVERAL))
     for part in (
-        "IIA on 321 test pairs.",
-        "±: standard deviation over seeds or draws (×).",
+        "Interchange intervention accuracy (IIA) on 321 test pairs.",
+        "±: standard deviation over seeds or draws (×);",
         "Floors on these pairs: no intervention 0.29, best constant answer 0.38.",
         "the model answers 0.97 [0.94, 0.99] of the bases right",
-        "Bold: the place that the dev pairs choose.",
+        f"*: chosen on dev, {SEVERAL.best().method.label} at {SEVERAL.best().place}. On test: {SEVERAL.best().iia}.",
     ):
         assert part in told, part
     heading = words("\n".join(lines[:4]))
@@ -491,3 +499,11 @@ def test_a_heat_map_of_one_method_at_two_ranks_keeps_them_apart() -> None:
     panels = [axis for axis in iia_heatmap(fits).axes if axis.get_title(loc="left")]
     assert [len(axis.patches) for axis in panels] == [2, 2]
     assert isinstance(fits[0], Fit) and torch.isfinite(torch.tensor(fits[0].iia.value))
+
+
+def test_a_subspace_that_works_where_the_whole_state_does_nothing_is_remarked() -> None:
+    """A swap of everything that changes nothing, and a subspace that changes everything: the mark of an illusion."""
+    strange = made_fits([made_fit(method=DAS(1), test=0.95), made_fit(method=FullVector(), test=0.30)])
+    usual = made_fits([made_fit(method=DAS(1), test=0.95), made_fit(method=FullVector(), test=0.60)])
+    assert "the swap of the full vector is at its floor (0.30)" in words(repr(strange))
+    assert "Caution" not in repr(usual)

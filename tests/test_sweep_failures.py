@@ -173,7 +173,7 @@ calls = {
     "empty": lambda: DAS([]),
     "search rank": lambda: search(lab, given, SITES, rank=2.5),
     "search site": lambda: search(lab, pairs(("v", "w")), SITES[0]),
-    "search seed": lambda: search(lab, given, SITES, seed=0.5),
+    "search seed": lambda: search(lab, given, SITES, seeds=0.5),
     "search pairs": lambda: search(lab, counterfactuals(0), SITES),
 }
 told = {}

@@ -466,7 +466,7 @@ def test_facts_are_the_recipe(fits: Fits) -> None:
 
 def test_a_search_is_the_sweep_of_the_default_methods() -> None:
     options = {"config": QUICK, "min_accuracy": None, "quiet": True}
-    found = search(tiny(), pairs(), SITES[:1], rank=[2, 3], seed=[4], **options)
+    found = search(tiny(), pairs(), SITES[:1], rank=[2, 3], seeds=[4], **options)
     by_hand = sweep(tiny(), pairs(), SITES[:1], default_methods([2, 3]), seeds=[4], **options)
     assert found == by_hand
     assert found.methods == [
@@ -474,7 +474,7 @@ def test_a_search_is_the_sweep_of_the_default_methods() -> None:
     ]  # fmt: skip
     assert len(found.where(method="RandomSubspace 2")) == 5  # one draw is no control
     assert [fit.seed for fit in found.where(method=DAS)] == [4, 4]
-    one = search(tiny(), pairs(), SITES[:1], seed=3, methods=[DAS(2)], **options)
+    one = search(tiny(), pairs(), SITES[:1], seeds=[3], methods=[DAS(2)], **options)
     assert cells(one) == [(str(SITES[0]), "DAS 2", 3)]
 
 

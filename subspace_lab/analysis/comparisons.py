@@ -11,7 +11,7 @@ from subspace_lab.core.subspaces import Subspace
 from subspace_lab.das.fits import Fit, Fits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """The overlaps of several subspaces, with what chance gives.
 
@@ -29,6 +29,18 @@ class Comparison:
     width: int
     matrix: tuple[tuple[float, ...], ...]
     chance: Mapping[tuple[int, int], Chance]
+
+    def __repr__(self) -> str:
+        return f"Comparison of {len(self.labels)} subspaces of width {self.width}: {self.summary()}"
+
+    def summary(self) -> str:
+        """How many of the pairs overlap more than random subspaces do, in one sentence."""
+        pairs = [(i, j) for i in range(len(self.labels)) for j in range(i)]
+        above = sum(self.matrix[i][j] > self.chance_of(i, j).high for i, j in pairs)
+        return (
+            f"{above} of the {len(pairs)} pairs overlap more than 97.5 % of independent random subspaces do. Where the "
+            "IIA is at its floor an overlap means nothing."
+        )
 
     def chance_of(self, i: int, j: int) -> Chance:
         """What chance gives for the ranks of two of the subspaces."""

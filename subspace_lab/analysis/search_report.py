@@ -63,7 +63,6 @@ def print_search(
 
 def _remarks(fits: Fits, twin: Fits | None, comparison: Comparison) -> list[str]:
     best, n = fits.best(), len(comparison.labels)
-    above = sum(comparison.matrix[i][j] > comparison.chance_of(i, j).high for i in range(n) for j in range(i))
     remarks = []
     if twin is not None:
         floors = twin.floors["test"]
@@ -75,12 +74,6 @@ def _remarks(fits: Fits, twin: Fits | None, comparison: Comparison) -> list[str]
         remarks.append(
             "The site that dev chose is not above the floors: nothing was found, the pictures show noise."
         )
-    if len(fits.places) > 1:
-        remarks.append(f"Chosen on dev: {best.method.label} at {best.place}; on the test pairs {best.iia}.")
     if n > 1:
-        chance = comparison.chance_of(0, 1)
-        remarks.append(
-            f"Overlap of the trained subspaces: {above} of {n * (n - 1) // 2} pairs lie above the 95 % band of random "
-            f"ones (at the first ranks {chance.low:.3f} to {chance.high:.3f}, mean {chance.mean:.3f})."
-        )
+        remarks.append(f"Overlap of the trained subspaces: {comparison.summary()}")
     return [*remarks, f"Engine: {fits.facts.get('engine')}."]

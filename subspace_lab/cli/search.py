@@ -118,7 +118,7 @@ def search(
                 tokenizer, train=pairs, dev=dev_pairs, test=test_pairs, seed=seeds[0], variables=[variable]
             )
             run = partial(
-                search_sites, pairs=data, sites=sites, methods=methods, config=config, seed=seeds, memory=memory
+                search_sites, pairs=data, sites=sites, methods=methods, config=config, seeds=seeds, memory=memory
             )
         with threads(network):
             with refusing({"min_accuracy=None": "--allow-failing-model"}):

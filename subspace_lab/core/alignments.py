@@ -57,7 +57,7 @@ class Alignment:
         ValueError: no variable; facts with NaN or infinity.
 
     >>> alignment = Alignment({"gender": (Site("block_output", 3, "last"), pca(states, 1))}, {"method": "PCA"})
-    >>> forward(lab, base, alignment.edits(), sources=collect(lab, source, alignment.sites))
+    >>> forward(backbone, base, alignment.edits(), sources=collect(backbone, source, alignment.sites))
     """
 
     variables: Mapping[str, tuple[Site, Subspace]]
@@ -227,7 +227,9 @@ class Alignment:
         more = len(self.variables) - len(shown)
         first = f"Alignment({'; '.join(shown)}{f'; and {more} more' if more else ''})"
         told = [
-            str(self.facts[key]) for key in ("method", "model", "task") if isinstance(self.facts.get(key), str)
+            str(self.facts[key])
+            for key in ("method", "model", "task")
+            if isinstance(self.facts.get(key), str) and self.facts[key]
         ]
         told += [f"seed {self.facts['seed']}"] if "seed" in self.facts else []
         scores = self.facts.get("scores")

@@ -157,7 +157,7 @@ def interchange(subspace: Subspace | Mapping[str, Subspace]) -> Intervention:
 
 
 def full_vector(width: int) -> Intervention:
-    """The interchange of the whole state, the ceiling beside every subspace: h_source."""
+    """The interchange of the whole state: h_source. It exchanges all variables that the state holds, not one."""
     return interchange(Axes(width))
 
 

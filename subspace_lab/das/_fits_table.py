@@ -13,16 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 # Those of das/fits.py, which imports this file.
+Fit: TypeAlias = Any
 Fits: TypeAlias = Any
 Mean: TypeAlias = Any
 
 MOST_ROWS = 60
+NAMES = {"iia": "Interchange intervention accuracy (IIA)"}
 
 
 def table_of(
     fits: Fits, *, metric: str | None = None, title: str | None = None, more: Mapping[str, Fits] | None = None
 ) -> Table:
-    """The table that the terminal shows; the line of the place that dev chose is bold.
+    """The table that the terminal shows; the line of the place that dev chose is bold and marked by a star.
 
     Args:
         more: further columns, {heading: fits of one method at the same places}, such as those of a twin.
@@ -42,7 +44,9 @@ def table_of(
     for place in fits.places[:MOST_ROWS]:
         cells = [_cell(means, place, method, metric) for method in fits.methods]
         cells += [_mean_cell(of.get(place), metric) for of in others.values()]
-        table.add_row(*_parts(fits, place, names), *cells, style="bold" if place == chosen else None)
+        *first, last = _parts(fits, place, names)
+        mark = " *" if place == chosen else ""
+        table.add_row(*first, last + mark, *cells, style="bold" if mark else None)
     return table
 
 
@@ -75,16 +79,36 @@ def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
         return ["No fits.", *_failures(fits)]
     metric = metric or fits.metric
     floors, n = fits.floors.get("test"), fits[0].score(metric).n
-    lines = [f"{metric.upper() if metric == 'iia' else metric} on {n} test pairs. {_what_cells_hold(fits)}"]
+    lines = [f"{NAMES.get(metric, metric)} on {n} test pairs. {_what_cells_hold(fits, metric)}"]
+    chosen = _best(fits, metric)
+    if chosen is not None:
+        lines.append(
+            f"*: chosen on dev, {chosen.method.label} at {chosen.place}. On test: {chosen.score(metric)}."
+        )
     if floors is not None:
         lines.append(
             f"Floors on these pairs: no intervention {floors.no_intervention.value:.2f}, best constant answer "
             f"{floors.constant.value:.2f}. Without any intervention the model answers {floors.accuracy} of the "
             "bases right."
         )
+        lines += _suspicion(fits, chosen, floors.highest, metric)
     if len(fits.places) > MOST_ROWS:
         lines.append(f"The first {MOST_ROWS} of {len(fits.places)} places are shown; `records()` has all.")
     return lines + _failures(fits)
+
+
+def _suspicion(fits: Fits, chosen: Fit | None, floor: float, metric: str) -> list[str]:
+    """A subspace that works where the whole state does nothing acts in a way that the model does not use by itself."""
+    if chosen is None or metric != "iia" or chosen.iia.low <= floor:
+        return []
+    whole = [f.iia.value for f in fits if f.place == chosen.place and type(f.method).__name__ == "FullVector"]
+    if not whole or whole[0] > floor:
+        return []
+    return [
+        f"Caution: at {chosen.place} the swap of the full vector is at its floor ({whole[0]:.2f}), and yet a subspace "
+        "reaches more. Such a subspace may act through directions that the model itself does not use (an illusion, "
+        "Makelov et al. 2023); a place where the full vector works too is better evidence."
+    ]
 
 
 def _failures(fits: Fits) -> list[str]:
@@ -158,16 +182,23 @@ def _heading(label: str, means: Sequence[Mean]) -> str:
     return label if most == 1 else f"{label} (×{most})"
 
 
-def _what_cells_hold(fits: Fits) -> str:
-    parts = ["Brackets: the 95 % interval of a trained fit; one fit of any method has one about as wide."]
-    if any(mean.n > 1 for mean in fits.mean()):
-        parts.append("±: standard deviation over seeds or draws (×).")
-    parts.append("Bold: the place that the dev pairs choose.")
+def _what_cells_hold(fits: Fits, metric: str) -> str:
+    means = fits.mean(metric=metric)
+    parts = []
+    if any(mean.n == 1 and mean.fits[0].losses for mean in means):
+        parts.append("Brackets: the 95 % interval; the scores of methods without training have one as wide.")
+    if any(mean.n > 1 for mean in means):
+        parts.append("±: standard deviation over seeds or draws (×); the pairs add an interval of their own.")
     return " ".join(parts)
 
 
-def _chosen(fits: Fits, metric: str) -> str | None:
+def _best(fits: Fits, metric: str) -> Fit | None:
     try:
-        return fits.best(metric).place
+        return fits.best(metric)
     except ValueError:
         return None
+
+
+def _chosen(fits: Fits, metric: str) -> str | None:
+    found = _best(fits, metric)
+    return None if found is None else found.place

@@ -158,6 +158,9 @@ class Mean:
     low: float
     high: float
 
+    def __repr__(self) -> str:
+        return f"{self.method.label} at {self.place}: {self}"
+
     @property
     def n(self) -> int:
         """How many seeds."""
@@ -236,27 +239,31 @@ class Fits(Sequence[Fit]):
             layer, positions: of its site; where its variables have several sites, of any of them.
 
         Raises:
-            ValueError: a method or a site that no fit has, so that a misspelt name is no empty result.
+            ValueError: a condition that no fit meets, so that a misspelt name is no empty result.
         """
         found: list[Fit] = list(self.fits)
         if method is not None:
             found = [fit for fit in found if _is_method(fit.method, method)]
             if not found and self.fits:
                 raise ValueError(f"No fit of method {method!r}; there are {self.methods}.")
-        if site is not None:
+        if site is not None and found:
             found = [fit for fit in found if site in (fit.place, *fit.sites.values()) or str(site) == fit.place]
-            if not found and self.fits:
+            if not found:
                 raise ValueError(f"No fit at {site}; there are {self.places}.")
-        tests: list[tuple[Any, Callable[[Fit], Sequence[Any]]]] = [
-            (rank, lambda fit: [fit.rank]),
-            (seed, lambda fit: [fit.seed]),
-            (layer, lambda fit: [site.layer for site in fit.sites.values()]),
-            (None if positions is None else str(positions), lambda fit: [s.positions for s in fit.sites.values()]),
-            (learning_rate, lambda fit: [getattr(fit.method, "learning_rate", None)]),
+        positions = None if positions is None else str(positions)
+        tests: list[tuple[str, Any, Callable[[Fit], Sequence[Any]]]] = [
+            ("rank", rank, lambda fit: [fit.rank]),
+            ("seed", seed, lambda fit: [fit.seed]),
+            ("layer", layer, lambda fit: [site.layer for site in fit.sites.values()]),
+            ("positions", positions, lambda fit: [site.positions for site in fit.sites.values()]),
+            ("learning_rate", learning_rate, lambda fit: [getattr(fit.method, "learning_rate", None)]),
         ]
-        for wanted, of in tests:
-            if wanted is not None:
+        for name, wanted, of in tests:
+            if wanted is not None and found:
+                there = list(dict.fromkeys(value for fit in found for value in of(fit)))
                 found = [fit for fit in found if wanted in of(fit)]
+                if not found:
+                    raise ValueError(f"No fit with {name}={wanted!r}; there are {there}.")
         return replace(self, fits=tuple(found))
 
     @property

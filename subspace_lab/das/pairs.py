@@ -14,7 +14,7 @@ from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.batches import Batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Counterfactuals:
     """Bases, a source for each variable, and the answers before and after the interchange.
 
@@ -62,6 +62,9 @@ class Counterfactuals:
     def __len__(self) -> int:
         return len(self.base)
 
+    def __repr__(self) -> str:
+        return f"Counterfactuals({len(self)} pairs of {', '.join(self.sources)}; {len(self.answers)} answers)"
+
     @property
     def readout(self) -> Readout:
         """The answers' logits after the last token of the base."""
@@ -93,7 +96,7 @@ Stream = Callable[[int], Counterfactuals]
 """step → fresh pairs of one training step; the same step gives the same pairs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pairs:
     """Counterfactual pairs in three splits.
 
@@ -134,7 +137,8 @@ class Pairs:
         """Draw three splits from one set of pairs at random.
 
         Pairs that are equal (in their base and in all sources) come into one split. Names or entities may still
-        occur in several splits; where they can be memorised, make the splits by hand, by name.
+        occur in several splits; where they can be memorised, make the splits by hand, by name. Answers are not
+        balanced: of few pairs a split may hold one answer more often, which raises its constant floor.
 
         Args:
             dev, test: shares of the pairs.
@@ -160,6 +164,11 @@ class Pairs:
             for name in ("train", "dev", "test")
         }
         return cls(**{name: pairs.rows(rows) for name, rows in chosen.items()}, task=task)
+
+    def __repr__(self) -> str:
+        train = "fresh at every step" if callable(self.train) else len(self.train)
+        sizes = f"train: {train}, dev: {len(self.dev)}, test: {len(self.test)}"
+        return f"Pairs({self.task or 'no task'}; {sizes}; of {', '.join(self.variables)})"
 
     @property
     def variables(self) -> list[str]:

@@ -39,7 +39,7 @@ def search(
     *,
     rank: int | Sequence[int] = 1,
     methods: Sequence[Method] | None = None,
-    seed: int | Sequence[int] = 0,
+    seeds: int | Sequence[int] = 1,
     config: TrainingConfig | None = None,
     loss: Loss = cross_entropy,
     metrics: Sequence[Metric] = (iia,),
@@ -55,7 +55,7 @@ def search(
     Args:
         rank: dimensions of each variable's subspace, one number or several.
         methods: instead of `default_methods(rank)`.
-        seed: of random starts and of the order of the pairs, one or several.
+        seeds: how many, or which: of random starts and of the order of the pairs.
         others: as of `sweep`, which this calls and whose errors it raises.
     """
     if methods is None:
@@ -69,7 +69,7 @@ def search(
         pairs,
         sites,
         methods,
-        seeds=[seed] if isinstance(seed, int) else seed,
+        seeds=seeds,
         config=config,
         loss=loss,
         metrics=metrics,

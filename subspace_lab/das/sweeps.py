@@ -98,7 +98,7 @@ def sweep(
         raise ValueError(
             f"The model answers {floors['test'].accuracy} of {len(test)} bases as the causal model does, less than "
             f"{min_accuracy}: a variable of an algorithm that it does not follow is not worth a search. "
-            "Ask for it all the same with min_accuracy=None."
+            "Ask for it all the same, of a randomly initialised twin for instance, with min_accuracy=None."
         )
     dev = PreparedPairs.of(backbone, pairs.dev, assignments, memory=memory)
     floors["dev"] = _floors(dev)
@@ -163,9 +163,15 @@ class _Sweep:
                     values=lambda name: examples().flat_values(name, assignment[name]),
                 )
                 try:
-                    cells.append(_Cell(method, seed, method.learner(problem)))
+                    learner = method.learner(problem)
+                    if not isinstance(learner, Learner):
+                        raise TypeError(f"`learner` should return a Learner, found {type(learner).__name__}.")
+                    cells.append(_Cell(method, seed, learner))
                 except ValueError as error:
                     failures.append(Failure(method.label, place, seed, " ".join(str(error).split())))
+                except Exception as error:
+                    error.add_note(f"in {method.label} at {place}, seed {seed}")
+                    raise
         failed = self._train(assignment, [cell for cell in cells if cell.learner.parameter_groups()], on_step)
         failures += [Failure(cell.method.label, place, cell.seed, why) for cell, why in failed]
         lost = [cell for cell, _ in failed]

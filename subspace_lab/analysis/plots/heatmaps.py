@@ -107,7 +107,7 @@ def iia_heatmap(
         (size[0] + 1.9, size[1] + 1.05 + 0.4 * down),
         f"{fits.facts.get('task') or 'Search'}: where is {' and '.join(fits.variables)}?",
         f"{best.score(metric).n} test pairs. Small: the 95 % interval of one fit, or ± the standard deviation over "
-        f"seeds or draws (×). {_floors(fits, twin)}",
+        f"seeds or draws (×). Framed: chosen on the dev pairs. {_floors(fits, twin)}",
         f"{_IIA_CAUTION}{beside}.",
     )
     axes = figure.subplots(down, across, sharey=True, squeeze=False)
@@ -115,6 +115,10 @@ def iia_heatmap(
     scale = Normalize(lowest, 1)
     for axis, (name, means) in zip(axes.flat, panels.items(), strict=False):
         _draw_grid(axis, grid, means, scale, legible, metric)
+        if name == best.method.label:
+            row, column = grid.cell(best.site)
+            xs, ys = (-0.5, 0.5, 0.5, -0.5, -0.5), (-0.5, -0.5, 0.5, 0.5, -0.5)
+            axis.plot([column + x for x in xs], [row + y for y in ys], color=ACCENT, linewidth=2, clip_on=False)
         most = max(mean.n for mean in means)
         axis.set_title(name if most == 1 else f"{name} (×{most})", fontsize=9, color=INK, loc="left")
     for axis in axes[:, 0]:
@@ -153,7 +157,7 @@ def overlap_heatmap(comparison: Comparison, path: str | Path | None = None) -> F
         (across * size + 1.9, down * size + 1.1),
         f"Overlap of the subspaces found{f', {compared}' if compared else ''}",
         f"Independent random (Haar) subspaces of a stream of width {comparison.width}: {bands} (marked on the "
-        "colour bar). Cells in the band are pale and say “chance”; one random pair of twenty falls outside.",
+        "colour bar). Cells in the band or below it are pale; one random pair of twenty falls outside the band.",
         _OVERLAP_CAUTION,
     )
     axes = figure.subplots(down, across, squeeze=False).flatten()
@@ -207,12 +211,13 @@ def _draw_triangle(
     for row, i in enumerate(members[1:]):
         for column, j in enumerate(members[: row + 1]):
             value, chance = comparison.matrix[i][j], comparison.within_chance(i, j)
-            colour = (0.945, 0.945, 0.945, 1.0) if chance else COLOURS(scale(value))
+            pale = chance or value < comparison.chance_of(i, j).mean
+            colour = (0.945, 0.945, 0.945, 1.0) if pale else COLOURS(scale(value))
             _cell(axis, column, row, colour)
             if legible:
-                _write(axis, column, row - 0.08 * chance, f"{value:.2f}", GREY if chance else _ink(colour), 9)
-            if legible and chance:
-                _write(axis, column, row + 0.24, "chance", GREY, 6.5)
+                _write(axis, column, row - 0.08 * pale, f"{value:.2f}", GREY if pale else _ink(colour), 9)
+            if legible and pale:
+                _write(axis, column, row + 0.24, "chance" if chance else "below", GREY, 6.5)
 
 
 def _panels(labels: Sequence[str]) -> tuple[str, dict[str, tuple[list[int], list[str]]]]:

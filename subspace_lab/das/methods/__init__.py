@@ -1,7 +1,21 @@
 """Methods that find the subspaces of causal variables, a file each. Baselines and controls are methods too.
 
 To add one: a frozen dataclass that derives from `Method`, in a file of its own here or in your own code. A sweep runs
-the methods in the list that it is given; nothing has to be registered.
+the methods in its list; nothing has to be registered. This one takes the direction of a logistic probe's weights:
+
+    @dataclass(frozen=True)
+    class Probe(Method):
+        steps: int = 100
+
+        def seeds(self, asked):
+            return [0]  # nothing is random: once is enough
+
+        def learner(self, problem):
+            found = {}
+            for name, site in problem.sites.items():
+                weights = fit_probe(problem.states(name), problem.values(name), self.steps)  # (1, width)
+                found[name] = (site, FixedSubspace(weights / weights.norm()))
+            return Learner(found)
 """
 
 from subspace_lab.das.methods.das import DAS
