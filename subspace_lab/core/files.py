@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,9 +46,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file with text as its metadata."""
+    """Write a safetensors file with text as its metadata (OSError where that fails, as with other files)."""
     with whole_file(path) as provisional:
-        save_file(dict(tensors), provisional, metadata={"format": "pt", **(metadata or {})})
+        try:
+            save_file(dict(tensors), provisional, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # a full disk, for example
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -42,11 +42,11 @@ class Examples:
     def split(self, held_out: int, seed: int) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
         """(examples to train on, examples held out), drawn at random; each part in the order of the file.
 
-        Examples that are the same stay on one side, so that none is held out that is trained on; where they make it
-        impossible to hold out exactly so many, fewer are held out.
+        Examples that are the same stay on one side, so that none is held out that is trained on. Where that leaves no
+        way to hold out exactly so many it is fewer, but for a first group of the same ones.
 
         Raises:
-            ValueError: so many that are the same that none can be held out.
+            ValueError: all examples are the same.
         """
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         same: dict[Hashable, list[int]] = {}
@@ -57,10 +57,12 @@ class Examples:
             group = same[_same(self.examples[i])]
             if i not in out and len(out) + len(group) <= held_out:
                 out.update(group)
+        if held_out and not out and len(same) > 1:
+            out.update(min(same.values(), key=len))
         if held_out and not out:
             raise ValueError(
-                f"Of {len(self)} examples only {len(same)} differ, each too often in the file for {held_out} to be held "
-                "out without training on the same ones. Remove those that are repeated, or hold out more, or none."
+                f"All {len(self)} examples are the same: none can be held out that is not trained on as well. "
+                "Hold out none, or add others."
             )
         parts = [[one for i, one in enumerate(self.examples) if (i in out) == side] for side in (False, True)]
         return parts[0], parts[1]
