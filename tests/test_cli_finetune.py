@@ -516,7 +516,7 @@ def test_a_prompt_that_fills_the_model_and_a_broken_checkpoint(tmp_path):
     result = finetuned("--model", model, "--data", texts, *TINY, "--out", tmp_path / "out")
     check_refused(result, ["holds no weights", "layer.1"], tmp_path, {"model", "texts.jsonl"})
     model = local_model(tmp_path / "model", transformers.LlamaForCausalLM)
-    rows = written(tmp_path / "texts.jsonl", [{"prompt": "say " * 30, "answer": "hi"}] * 2)
+    rows = written(tmp_path / "texts.jsonl", [{"prompt": "say " * n, "answer": "hi"} for n in (30, 31)])
     result = finetuned("--model", model, "--data", rows, *TINY, "--out", tmp_path / "out")
     check_refused(result, ["Example 0", "max_length=24"], tmp_path, {"model", "texts.jsonl"})
 

@@ -113,6 +113,12 @@ def check_dtype(dtype: str | None) -> str:
     return dtype or "auto"
 
 
+def check_numbers(positions: str) -> None:
+    """ValueError for positions of more digits than any prompt has tokens."""
+    if found := re.search(r"\d{10,}", positions):
+        raise ValueError(f"--positions {positions}: no prompt has {found[0]} tokens; write numbers of at most 9 digits.")
+
+
 def layer_numbers(text: str, depth: int) -> list[int]:
     """The layers that 'all', '0,2' or '1-3' names in a model of this depth."""
     if text == "all":

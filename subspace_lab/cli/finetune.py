@@ -14,6 +14,7 @@ from subspace_lab.cli.common import (
     INTERRUPTED,
     check_device,
     check_dtype,
+    check_numbers,
     interruptible,
     layer_numbers,
     refusing,
@@ -108,6 +109,9 @@ def finetune(
         from subspace_lab.reft.model import get_reft_model
 
         folder = stack.enter_context(taken_folder(out, say))
+        check_numbers(positions)
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"--seed {seed}: possible are whole numbers from 0 to 2**32 - 1.")
         config = ReftConfig(method=method, rank=rank, positions=positions, component=component, seed=seed)
         if min(samples, max_new_tokens - 1) < 0:
             raise ValueError(f"--samples {samples}, --max-new-tokens {max_new_tokens}: needed are ≥ 0 and ≥ 1.")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,11 +51,11 @@ class Source:
 
     @property
     def gguf(self) -> bool:
-        return self.where.lower().endswith(GGUF) and Path(self.where).is_file()
+        return self.where.lower().endswith(GGUF) and os.path.isfile(self.where)
 
     @property
     def local(self) -> bool:
-        return self.gguf or Path(self.where).is_dir()
+        return self.gguf or os.path.isdir(self.where)  # unlike Path's, for a name of any length
 
     def arguments(self) -> dict[str, Any]:
         """As `from_pretrained` takes them; a folder is read without asking the Hub."""
@@ -216,7 +218,9 @@ def _loading(source: Source) -> Iterator[None]:
     logging.disable_progress_bar()  # of the loading of weights; ours follow
     logging.set_verbosity_error()  # of weights that are missing, which are told by an error
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd sizes, which are errors a moment later
+            yield
     except Exception as error:  # the files are somebody's, and anything can be wrong with them
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -242,10 +246,11 @@ def _check_place(source: Source) -> None:
     if source.gguf:
         if importlib.util.find_spec("gguf") is None:
             raise ValueError(f"--model {where}: to read it install the extra: pip install 'subspace-lab[gguf]'.")
-    elif Path(where).is_file():
+    elif os.path.isfile(where):
         raise ValueError(f"--model {where}: this is a file; possible are a folder, a {GGUF} file, a name on the Hub.")
     elif not source.local and (len(where) > 96 or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", where)):
-        raise ValueError(f"--model {where}: there is no such folder, and no model on the Hub has such a name.")
+        shown = where if len(where) <= 96 else f"{where[:96]}…"
+        raise ValueError(f"--model {shown}: there is no such folder, and no model on the Hub has such a name.")
     elif source.local and not (Path(where) / "config.json").is_file():
         raise ValueError(
             f"--model {where}: this folder holds no model; one has a config.json, weights, a tokenizer."

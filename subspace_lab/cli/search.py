@@ -15,6 +15,7 @@ from subspace_lab.cli.common import (
     INTERRUPTED,
     check_device,
     check_dtype,
+    check_numbers,
     interruptible,
     layer_numbers,
     refusing,
@@ -36,6 +37,7 @@ else:  # names in annotations have to exist at run time as well, and importing t
 # Where the answer is made and, for contrast, tokens before it; a task that is not named here gives all its spans.
 POSITIONS = {"price_tagging": "amount,unit,query,last"}
 MIN_ACCURACY = 0.9
+MOST_PAIRS = 1_000_000
 
 
 def search(
@@ -112,10 +114,13 @@ def search(
             from subspace_lab.model.backbone import Backbone
 
             folder = stack.enter_context(taken_folder(out, say))
+            if (most := max(pairs, dev_pairs, test_pairs)) > MOST_PAIRS:
+                raise ValueError(f"{most} pairs are more than a task is sampled for: possible are {MOST_PAIRS:,}.")
             config = TrainingConfig(steps=steps, learning_rate=learning_rate)
             ranks, seeds = _integers("--rank", rank), _integers("--seed", seed)
             methods = _methods(method, ranks)
             chosen, variable = _task(task, variable)
+            check_numbers(positions or "")
             specs = _positions(positions or POSITIONS.get(task), _spans(chosen))
             device, dtype = check_device(device), check_dtype(dtype)
             source = Source(model, trust_remote_code)

@@ -165,6 +165,9 @@ def _no_number(name: str) -> Any:
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Found]:
+    if text.lstrip().startswith("["):  # a list under this name
+        yield from _json(path, text)
+        return
     decoder = _decoder()
     # Not splitlines(): a text may hold other characters that Python takes for the end of a line.
     for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):
