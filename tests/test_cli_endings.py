@@ -1,4 +1,4 @@
-"""The terminal: two runs into one folder, a full disk, and interrupts at the worst moments. What is finished is kept."""
+"""The terminal: two runs into one folder, a full disk, interrupts at the worst moments. What is finished is kept."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def interrupt(kind=signal.SIGINT):
 
 @pytest.mark.parametrize("command", ["search", "finetune"])
 def test_of_two_runs_into_one_folder_one_is_refused(command, rows, tmp_path):
-    options = ["search", *TINY, *SITES] if command == "search" else ["finetune", "--data", str(rows), *TINY_ADAPTER]
+    options = (
+        ["search", *TINY, *SITES] if command == "search" else ["finetune", "--data", str(rows), *TINY_ADAPTER]
+    )
     out = tmp_path / "out"
     run = [sys.executable, "-m", "subspace_lab", *options, "--out", str(out)]
-    started = [
-        subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=offline(HF_HUB_OFFLINE="1"))
-        for _ in range(2)
-    ]  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(run, env=offline(HF_HUB_OFFLINE="1"), **pipes) for _ in range(2)]
     told = [one.communicate(timeout=300)[1] for one in started]
     codes = [one.returncode for one in started]
     assert sorted(codes) == [0, 2], told
@@ -85,7 +85,10 @@ def test_a_search_on_a_full_disk_tells_its_table_and_saves_the_rest(name, tmp_pa
     assert result.exit_code == 2 and f"could not be saved: {lost} (No space left on device)" in result.stderr
     assert "Chosen on dev" in result.stdout and "on 40 test pairs" in " ".join(result.stdout.split())
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"twin", lost}
-    assert f"saved are {', '.join(n for n in ('model', 'iia.png', 'overlap.png', 'results.json') if n != lost)}" in result.stderr
+    assert (
+        f"saved are {', '.join(n for n in ('model', 'iia.png', 'overlap.png', 'results.json') if n != lost)}"
+        in result.stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md", "loss.png"])
@@ -113,7 +116,9 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_any_work(command, row
     (tmp_path / "out").mkdir()
     monkeypatch.setattr("subspace_lab.core._locks.os.open", refuse)
     run = search if command == "search" else finetuned
-    result = run("--model", "/not/even/looked/at", *([] if run is search else ["--data", rows]), "--out", tmp_path / "out")
+    result = run(
+        "--model", "/not/even/looked/at", *([] if run is search else ["--data", rows]), "--out", tmp_path / "out"
+    )
     assert result.exit_code == 2 and "cannot be written to: Read-only file system" in result.stderr
 
 
@@ -134,7 +139,9 @@ def test_an_interrupted_search_saves_the_sites_that_are_finished(kind, tmp_path,
     options = ["--layers", "1-2", *TINY[2:], *SITES]
     result = search(*options, "--out", tmp_path / "out")
     assert result.exit_code == 130, (result.stderr, result.exception)
-    assert "2 of 4 sites were searched" in result.stderr and "2 of 4 sites were searched" in " ".join(result.stdout.split())
+    assert "2 of 4 sites were searched" in result.stderr and "2 of 4 sites were searched" in " ".join(
+        result.stdout.split()
+    )
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"twin"}
     kept = Fits.load(tmp_path / "out" / "model")
     assert kept.places == ["block_output[1]@amount", "block_output[1]@last"]

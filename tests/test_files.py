@@ -7,12 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from subspace_lab.core import files
 from subspace_lab.core._locks import LOCK
 from subspace_lab.core.files import taken_folder, write_text
 from subspace_lab.core.texts import printable
@@ -59,9 +57,9 @@ def test_folders_in_which_nothing_comes_to_stand_are_gone(tmp_path):
 def test_one_of_two_processes_gets_the_folder(tmp_path):
     folder = tmp_path / "out"
     other = holder(folder)
-    with pytest.raises(BlockingIOError, match=f"{folder} is being written to by process {other.pid} on .*, since"):
-        with taken_folder(folder):
-            pass
+    told = f"{folder} is being written to by process {other.pid} on .*, since"
+    with pytest.raises(BlockingIOError, match=told), taken_folder(folder):
+        pass
     assert {one.name for one in folder.iterdir()} == {LOCK, f".results.json.{other.pid}"}
     other.communicate()
     assert [one.name for one in folder.iterdir()] == ["results.json"]
@@ -134,11 +132,12 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(place, tmp_path, mon
         place, tmp_path / "out"
     )
     if place == "read-only":  # tests may run as root, whom no permission stops
+
         def refuse(path, *_):
             raise PermissionError(13, "Permission denied", str(path))
 
         monkeypatch.setattr("subspace_lab.core._locks.os.open", refuse)
-    with pytest.raises(OSError, match="cannot be written to: .*Name another folder"), taken_folder(folder):
+    with pytest.raises(OSError, match=r"cannot be written to: .*Name another folder"), taken_folder(folder):
         pass
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 

@@ -220,7 +220,7 @@ def _remarks(saves: Saves, settings: Mapping[str, Any], done: Finetuned) -> list
         remarks.append(f"{rows['shortened']} rows were longer than the model takes and lost their end.")
     if rows.get("repeated"):
         remarks.append(
-            f"{rows['repeated']} rows are the same as one before them; the same ones are all trained on or all held out."
+            f"{rows['repeated']} rows are the same as one before them; all of the same are trained on, or held out."
         )
     if done.classes is not None:
         shown = ", ".join(repr(one) for one in done.classes[:8])

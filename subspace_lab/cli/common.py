@@ -33,7 +33,15 @@ def refusing(spelled: Mapping[str, str] | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, LookupError, OSError, ArithmeticError, MemoryError, NotImplementedError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        OSError,
+        ArithmeticError,
+        MemoryError,
+        NotImplementedError,
+    ) as error:
         # The text of a KeyError is the repr of its message.
         line = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         for inside, here in (spelled or {}).items():
@@ -116,7 +124,7 @@ def check_dtype(dtype: str | None) -> str:
 def check_numbers(positions: str) -> None:
     """ValueError for positions of more digits than any prompt has tokens."""
     if found := re.search(r"\d{10,}", positions):
-        raise ValueError(f"--positions {positions}: no prompt has {found[0]} tokens; write numbers of at most 9 digits.")
+        raise ValueError(f"--positions {positions}: no prompt has {found[0]} tokens; possible are 9 digits.")
 
 
 def layer_numbers(text: str, depth: int) -> list[int]:

@@ -46,7 +46,9 @@ def finetune(
     ],
     model: Annotated[
         str | None,
-        typer.Option(help="A folder, a .gguf file or a name on the Hub.", show_default="a small decoder that comes along"),
+        typer.Option(
+            help="A folder, a .gguf file, a name on the Hub.", show_default="a small decoder that comes along"
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="A wrong name is answered with those that exist.")] = "LoReFT",
     positions: Annotated[
@@ -276,7 +278,7 @@ def _check_vocabulary(job: TrainingJob, network: Any) -> None:
     known = network.get_input_embeddings().weight.shape[0]
     if highest >= known:
         raise ValueError(
-            f"The tokenizer makes the token {highest} of these rows, and the model has {known} tokens (0 to {known - 1}): "
+            f"The tokenizer makes the token {highest} of these rows, and the model has {known} tokens: "
             "they do not belong together."
         )
 

@@ -94,9 +94,10 @@ def load_causal(source: Source, device: str, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     with _loading(source):
-        network, told = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **_weights(source, dtype), output_loading_info=True, ignore_mismatched_sizes=True
         )
+    network, told = loaded
     _check_whole(source, network, told, told["missing_keys"])
     return _ready(source, network, device)
 
@@ -154,7 +155,8 @@ def _plain(network: Any) -> Any:
         plain = type(network)._from_config(config, dtype=network.dtype)
     plain.load_state_dict(network.state_dict())
     plain.tie_weights()
-    plain.generation_config = network.generation_config
+    if hasattr(network, "generation_config"):  # a classifier has none
+        plain.generation_config = network.generation_config
     return plain
 
 
@@ -186,7 +188,9 @@ def _unbuilt(network: Any, keys: Iterable[str]) -> list[str]:
     have = {name for name, _ in network.named_modules()}
     beside = {name.rpartition(".")[0] for name in have if name.rpartition(".")[2].isdecimal()}
     found = (match[1] for key in keys if (match := re.match(r"(.+?\.\d+)\.", key)))
-    return sorted({path for path in found if path.rpartition(".")[0] in beside and path not in have}, key=_by_number)
+    return sorted(
+        {path for path in found if path.rpartition(".")[0] in beside and path not in have}, key=_by_number
+    )
 
 
 def _modules(keys: Iterable[str]) -> list[str]:
@@ -247,7 +251,9 @@ def _check_place(source: Source) -> None:
         if importlib.util.find_spec("gguf") is None:
             raise ValueError(f"--model {where}: to read it install the extra: pip install 'subspace-lab[gguf]'.")
     elif os.path.isfile(where):
-        raise ValueError(f"--model {where}: this is a file; possible are a folder, a {GGUF} file, a name on the Hub.")
+        raise ValueError(
+            f"--model {where}: this is a file; possible are a folder, a {GGUF} file, a name on the Hub."
+        )
     elif not source.local and (len(where) > 96 or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", where)):
         shown = where if len(where) <= 96 else f"{where[:96]}…"
         raise ValueError(f"--model {shown}: there is no such folder, and no model on the Hub has such a name.")

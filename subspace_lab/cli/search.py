@@ -43,7 +43,9 @@ MOST_PAIRS = 1_000_000
 def search(
     model: Annotated[
         str | None,
-        typer.Option(help="A folder, a .gguf file or a name on the Hub.", show_default="a small decoder that comes along"),
+        typer.Option(
+            help="A folder, a .gguf file, a name on the Hub.", show_default="a small decoder that comes along"
+        ),
     ] = None,
     task: Annotated[str, typer.Option(help="A wrong name is answered with those that exist.")] = "price_tagging",
     variable: Annotated[
@@ -99,8 +101,8 @@ def search(
     Every site, a layer and a position, is searched on its own by several methods: a trained subspace (DAS) beside the
     difference of means, principal components, random subspaces and the swap of the full vector. Scored is the share
     of held-out pairs that the model answers as the causal model does once the subspace is exchanged (IIA). Sites are
-    chosen on dev pairs and reported on test pairs. The same search runs on a randomly initialised twin. Ctrl-C saves the
-    sites that are finished.
+    chosen on dev pairs and reported on test pairs. The same search runs on a randomly initialised twin.
+    Ctrl-C saves the sites that are finished.
 
     Writes into --out: results.json (settings, model, twin, comparison), the fits with their subspaces (model, twin),
     iia.png and overlap.png.
@@ -165,8 +167,8 @@ def search(
             with refusing():
                 saves.finish()
         if interrupted:
-            say(f"Interrupted: {found.facts.get('interrupted', 'the model was searched, its twin was not to the end')}; "
-                f"what was finished is saved in {folder}.")
+            what = found.facts.get("interrupted", "the model was searched, its twin not to the end")
+            say(f"Interrupted: {what}; what was finished is saved in {folder}.")
         if interrupted or came:
             raise typer.Exit(INTERRUPTED)
 

@@ -42,9 +42,10 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         left = _holder(handle)
         if left:
             cleared = _clear(folder, left)
+            removed = f", its {cleared} unfinished files removed" if cleared else ""
             say(
-                f"{folder} was left by process {left.get('pid')}, which ended without finishing "
-                f"({left.get('since')}); it is taken over{f', its {cleared} unfinished files removed' if cleared else ''}."
+                f"{folder} was left by process {left.get('pid')}, which began {left.get('since')} and ended without "
+                f"finishing; it is taken over{removed}."
             )
         os.truncate(handle, 0)
         os.pwrite(handle, json.dumps(_me()).encode(), 0)

@@ -23,6 +23,7 @@ from subspace_lab.core._locks import LOCK, locked
 
 PROVISIONAL = re.compile(r"\..+\.\d+")
 
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Give a provisional path to write to, and rename it to `path` when the block ends without an error.
@@ -109,7 +110,9 @@ def taken_folder(path: str | Path, say: Callable[[str], None] = lambda _: None) 
         except (FileExistsError, BlockingIOError):
             raise
         except OSError as error:
-            raise OSError(f"{folder} cannot be written to: {error.strerror or error}. Name another folder.") from None
+            raise OSError(
+                f"{folder} cannot be written to: {error.strerror or error}. Name another folder."
+            ) from None
         _check_empty(folder)
         yield folder
 
@@ -126,8 +129,8 @@ def _check_empty(folder: Path) -> None:
         return
     if all(PROVISIONAL.fullmatch(name) for name in names):
         raise FileExistsError(
-            f"{folder} holds unfinished files of a process that was killed ({', '.join(names[:3])}): remove them, or name a "
-            "new folder."
+            f"{folder} holds unfinished files of a process that was killed ({', '.join(names[:3])}): remove them, or "
+            "name a new folder."
         )
     raise FileExistsError(
         f"{folder} exists and is not empty: it may hold other results. Name a new folder, or remove it."

@@ -144,7 +144,9 @@ def sweep(
                 if not fits:
                     raise
                 facts["interrupted"] = f"{i} of {len(assignments)} sites were searched"
-                raise SweepInterrupted(Fits(tuple(fits), floors, tuple(failures), facts), len(assignments)) from None
+                raise SweepInterrupted(
+                    Fits(tuple(fits), floors, tuple(failures), facts), len(assignments)
+                ) from None
             fits += _with_evidence(found, floors["test"], facts)
             failures += failed
             bar.update(task, completed=(i + 1) * config.steps)

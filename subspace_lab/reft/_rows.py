@@ -111,7 +111,9 @@ def _csv(path: Path, text: str) -> Iterator[Found]:
             except StopIteration:
                 return
             except csv.Error as error:
-                why = str(error) if "unexpected end" not in str(error) else "a quote that is opened is never closed"
+                why = (
+                    str(error) if "unexpected end" not in str(error) else "a quote that is opened is never closed"
+                )
                 raise ValueError(f"{path}, line {line} cannot be read as CSV: {why}.") from None
             if not cells:
                 continue  # a blank line
@@ -121,8 +123,8 @@ def _csv(path: Path, text: str) -> Iterator[Found]:
                 continue
             if len(cells) != len(header):
                 raise ValueError(
-                    f"{path}, line {line} has {len(cells)} cells, the header {len(header)} ({', '.join(header)}): a text "
-                    'that holds a comma stands in quotes, as in "one, two".'
+                    f"{path}, line {line} has {len(cells)} cells, the header {len(header)} ({', '.join(header)}): a "
+                    'text that holds a comma stands in quotes, as in "one, two".'
                 )
             yield Found(f"{path}, line {line}", dict(zip(header, cells, strict=True)))
 
@@ -196,13 +198,21 @@ def _json(path: Path, text: str) -> Iterator[Found]:
         except ValueError as error:
             raise ValueError(f"{where}: {error}.") from None
         row = _row(value, where)
-        if not listed and any(isinstance(one, dict | list) for one in row.values.values()) and "messages" not in value:
-            raise ValueError(f"{where} has the keys {sorted(value)}; needed is a list of objects {{column: value}}.")
+        if (
+            not listed
+            and any(isinstance(one, dict | list) for one in row.values.values())
+            and "messages" not in value
+        ):
+            raise ValueError(
+                f"{where} has the keys {sorted(value)}; needed is a list of objects {{column: value}}."
+            )
         yield row
         at = _after_space(text, end)
         if listed:
             if text[at : at + 1] not in (",", "]"):
-                raise ValueError(f"{path}, line {_line(text, at)} is not JSON: needed is ',' or ']' behind an object.")
+                raise ValueError(
+                    f"{path}, line {_line(text, at)} is not JSON: needed is ',' or ']' behind an object."
+                )
             if text[at] == ",":
                 at = _after_space(text, at + 1)
                 if text[at : at + 1] == "]":
@@ -245,7 +255,9 @@ def _parquet(path: Path) -> list[Found]:
             raise ValueError(f"{path} cannot be read: {why}") from None
     for name, kind in ((field.name, str(field.type)) for field in found.data.table.schema):
         # A double may have been a 4 in a table with gaps: its text is not in the file. A label has none but its value.
-        if name in ("prompt", "answer", "text") and not re.match(r"(large_)?string|u?int\d+$|dictionary|null", kind):
+        if name in ("prompt", "answer", "text") and not re.match(
+            r"(large_)?string|u?int\d+$|dictionary|null", kind
+        ):
             raise ValueError(
                 f"{path}: the column {name!r} holds {kind}, which can be written as text in several ways; "
                 "save it as text."

@@ -58,7 +58,8 @@ class Examples:
             if i not in out and len(out) + len(group) <= held_out:
                 out.update(group)
         if held_out and not out and len(same) > 1:
-            out.update(min(same.values(), key=len))
+            least = min(len(group) for group in same.values())
+            out.update(next(group for i in order if len(group := same[_same(self.examples[i])]) == least))
         if held_out and not out:
             raise ValueError(
                 f"All {len(self)} examples are the same: none can be held out that is not trained on as well. "
@@ -92,9 +93,7 @@ def read_examples(path: str | Path) -> Examples:
     if len(shapes) != 1:
         which = "none of these" if not shapes else "more than one of these"
         raise ValueError(f"{path}: needed are the columns {ASKED}; found were {which} among {sorted(columns)}.")
-    places = [
-        one.where if "example" in one.where else f"{one.where} (example {i})" for i, one in enumerate(found)
-    ]
+    places = [one.where if "example" in one.where else f"{one.where} (example {i})" for i, one in enumerate(found)]
     examples = [
         {name: _value(one.values.get(name), name, where) for name in shapes[0]}
         for one, where in zip(found, places, strict=True)
@@ -177,8 +176,8 @@ def _check_labels(labels: Sequence[str], places: Sequence[str]) -> None:
     if numbers and len(numbers) < len(first):
         other = next(label for label in first if label not in numbers)
         raise ValueError(
-            f"{first[other]} is labelled {_shown(other)}, {first[numbers[0]]} {numbers[0]!r}: a whole number and another "
-            "text would be classes of their own. Write all labels in one way."
+            f"{first[other]} is labelled {_shown(other)}, {first[numbers[0]]} {numbers[0]!r}: a whole number and "
+            "another text would be classes of their own. Write all labels in one way."
         )
     spelled: dict[Any, str] = {}
     for label, where in first.items():
