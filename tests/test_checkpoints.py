@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import subspace_lab
 from subspace_lab.core import files
 from subspace_lab.core.checkpoints import load_edits, load_subspaces, save_edits, save_subspaces
-from subspace_lab.core.files import output_folder, read_json, write_json
+from subspace_lab.core.files import read_json, write_json
 from subspace_lab.core.interventions import (
     Intervention,
     consreft,
@@ -529,14 +529,3 @@ def test_subspaces_come_back_as_values(tmp_path: Path) -> None:
     assert not torch.equal(back["left"].basis(), whole.basis()[:2])
     with safe_open(tmp_path / "found", "pt") as file:
         assert file.metadata()["site"] == "block_output[3]@last"
-
-
-def test_results_are_never_mixed(tmp_path: Path) -> None:
-    folder = output_folder(tmp_path / "a" / "b")
-    assert folder.is_dir() and output_folder(folder) == folder  # empty: nothing to mix with
-    (folder / "old").touch()
-    with pytest.raises(FileExistsError, match=f"{folder} exists and is not empty"):
-        output_folder(folder)
-    with pytest.raises(FileExistsError):
-        output_folder(folder / "old")
-    assert [p.name for p in folder.iterdir()] == ["old"]

@@ -111,7 +111,7 @@ def test_results_tell_the_run(done, stories):
     assert set(results) == {"settings", "parameters", "rows", "losses", "held_out", "classes", "samples"}
     steps = 15 * -(-(len(STYLE) - 8) // 6)
     assert results["settings"]["steps"] == len(results["losses"]) == steps
-    assert results["rows"] == {"training": len(STYLE) - 8, "held_out": 8, "shortened": 0}
+    assert results["rows"] == {"training": len(STYLE) - 8, "held_out": 8, "shortened": 0, "repeated": 0}
     expected = {"model": str(stories), "method": "LoReFT", "positions": "f3+l3", "rank": 4, "layers": "all"}
     assert {name: results["settings"][name] for name in expected} == expected
     assert (
@@ -333,7 +333,7 @@ def test_an_interrupt_saves_what_was_trained(rows, tmp_path, monkeypatch):
 POLITE = [bool(i % 4) for i in range(32)]
 TEXTS = [
     {
-        "text": " ".join([word, *["say", "hi", "now"][: i % 4], word]),
+        "text": " ".join([word, *[["say", "hi", "no", "yes"][i // 4**place % 4] for place in range(3)], word]),
         "label": "polite" if polite else "blunt",
     }
     for i, polite in enumerate(POLITE)
@@ -446,7 +446,10 @@ BAD_FILES = {
     "empty prompt": (PAIR + '{"prompt": " ", "answer": "hi"}\n', ["example 1", "'prompt'"]),
     "no answer": (PAIR + '{"prompt": "say"}\n', ["example 1", "None", "'answer'"]),
     "no conversation": ('{"messages": []}\n', ["example 0", "conversation"]),
-    "user last": ('{"messages": [{"role": "user", "content": "hi"}]}\n' * 2, ["Example 0", "assistant"]),
+    "user last": (
+        "".join(f'{{"messages": [{{"role": "user", "content": "{text}"}}]}}\n' for text in ("hi", "no")),
+        ["Example 0", "assistant"],
+    ),
     "one class": ('{"text": "a", "label": "x"}\n{"text": "b", "label": "x"}\n', ["'x'", "two classes"]),
     "no label": ('{"text": "a", "label": "x"}\n{"text": "b"}\n', ["example 1", "'label'"]),
     "half a label": ('{"text": "a", "label": 0.5}\n{"text": "b", "label": 1}\n', ["0.5", "whole number"]),
@@ -513,7 +516,7 @@ def test_a_prompt_that_fills_the_model_and_a_broken_checkpoint(tmp_path):
     result = finetuned("--model", model, "--data", texts, *TINY, "--out", tmp_path / "out")
     check_refused(result, ["holds no weights", "layer.1"], tmp_path, {"model", "texts.jsonl"})
     model = local_model(tmp_path / "model", transformers.LlamaForCausalLM)
-    rows = written(tmp_path / "texts.jsonl", [{"prompt": "say " * 30, "answer": "hi"}] * 2)
+    rows = written(tmp_path / "texts.jsonl", [{"prompt": "say " * n, "answer": "hi"} for n in (30, 31)])
     result = finetuned("--model", model, "--data", rows, *TINY, "--out", tmp_path / "out")
     check_refused(result, ["Example 0", "max_length=24"], tmp_path, {"model", "texts.jsonl"})
 

@@ -216,3 +216,17 @@ def test_untied_by_position_has_one_intervention_each():
     config = ReftConfig(rank=1, layers=(0, 5), positions="f3+l2", tied="position")
     model = get_reft_model(roberta(768, 12, 12), config)
     assert model.get_nb_trainable_parameters()[0] == 2 * 5 * (2 * 768 + 1)
+
+
+def test_an_intervention_for_each_of_ten_million_positions_is_refused_before_they_are_made():
+    with pytest.raises(ValueError, match=r"each of 10000001 positions.*possible are 4096"):
+        ReftConfig(positions="f10000000+l1", tied="position")
+    with pytest.raises(ValueError, match="10000001 positions"):
+        ReftConfig.from_dict({"positions": "f10000000+l1", "tied": "position"})
+    assert ReftConfig(positions="f10000000+l1").groups() == ("f10000000+l1",)
+
+
+@pytest.mark.parametrize("seed", ["1", 1.0, None, True, [1]])
+def test_a_seed_that_is_no_whole_number_is_refused_from_a_file_too(seed):
+    with pytest.raises(ValueError, match=r"seed=.*whole number|parameter .seed."):
+        ReftConfig.from_dict({"seed": seed})

@@ -1,5 +1,7 @@
 """Prompts and answers as rows of ids: chat templates, tokenizers that join words, padding, what is refused."""
 
+import json
+
 import pytest
 import tokenizers
 import torch
@@ -8,6 +10,7 @@ from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from subspace_lab.reft import PromptCollator, ReftConfig, get_reft_model, tokenise
+from subspace_lab.reft.datafiles import read_examples
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", ":", "say", "hi", "no", "yes", "now", "please"]
 TEMPLATE = (
@@ -132,3 +135,24 @@ def test_a_tokenizer_without_pad_token_needs_none():
     counts = (together["labels"] != -100).sum(1)
     expected = sum(a.loss * n for a, n in zip(alone, counts, strict=True)) / counts.sum()
     torch.testing.assert_close(loss, expected)
+
+
+def test_examples_that_are_the_same_stay_on_one_side(tmp_path):
+    """Whatever the seed and the number; without any the split is that of a permutation."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"say {i % 7}", "answer": f" hi  {i % 7}" if i % 2 else f"hi {i % 7}"} for i in range(21)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = read_examples(path)
+    assert examples.repeated == 14
+    for seed in range(5):
+        for n in (1, 3, 5, 9):
+            kept, held = examples.split(n, seed)
+            sides = [
+                {" ".join(f"{one['prompt']} {one['answer']}".split()) for one in part} for part in (kept, held)
+            ]
+            assert not sides[0] & sides[1] and len(kept) + len(held) == 21
+            assert len(held) == max(3, n // 3 * 3)
+    path.write_text("".join(json.dumps({"prompt": f"{i}", "answer": "b"}) + "\n" for i in range(21)))
+    kept, held = read_examples(path).split(5, 3)
+    order = torch.randperm(21, generator=torch.Generator().manual_seed(3)).tolist()
+    assert [one["prompt"] for one in held] == [str(i) for i in sorted(order[:5])] and len(kept) == 16

@@ -23,12 +23,14 @@ from rich.table import Table
 from rich.text import Text
 
 from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, console, new_figure, save_figure
+from subspace_lab.analysis.saves import Saves
 from subspace_lab.core.files import write_json
+from subspace_lab.core.texts import printable
 from subspace_lab.das.estimates import Estimate, proportion
 from subspace_lab.reft.jobs import Measured
-from subspace_lab.reft.storage import CONFIG, WEIGHTS
+from subspace_lab.reft.model import ReftModel
+from subspace_lab.reft.storage import CONFIG, NEXT, WEIGHTS
 
-FILES = (CONFIG, WEIGHTS, "results.json", "loss.png")
 LINE_COLOUR, PALE = "#2b557e", "#8fb3bd"
 WINDOWS = 12  # the smoothed curve is a mean over a twelfth of the steps
 SPREAD = 30  # a loss that falls by more than this is drawn on a logarithmic scale
@@ -43,7 +45,8 @@ class Finetuned:
         losses: of the training rows, at each step that was made.
         before, after: the held-out rows under the base model, and with the adapter.
         trained, parameters: how many parameters are trained, and how many there are in all.
-        rows: {"training": …, "held_out": …, "shortened": …}, how many.
+        rows: {"training": …, "held_out": …, "shortened": …, "repeated": …}, how many; repeated are those that are the
+            same as one before them.
         samples: (prompt, the row's own answer), one for each of the measured texts.
         classes: of labelled texts; None where rows have answers.
         constant: what the most frequent class of the training rows scores on those held out.
@@ -86,10 +89,20 @@ class Finetuned:
         }
 
 
-def save_finetuned(folder: Path, settings: Mapping[str, Any], done: Finetuned) -> None:
-    """Write the picture and the numbers, each aside and renamed; `results.json` comes last."""
-    loss_curve(done, folder / "loss.png", title=_title(settings), steps=settings["steps"])
-    write_json(folder / "results.json", {"settings": dict(settings), **done.as_dict()})
+def save_adapter(folder: Path, reft: ReftModel) -> Saves:
+    """Write the adapter, all its files or none, into a folder that was empty."""
+    saves = Saves(folder)
+    saves.save((CONFIG, WEIGHTS, "README.md"), lambda: reft.save_pretrained(folder))
+    if saves.errors:
+        (folder / NEXT).unlink(missing_ok=True)
+    return saves
+
+
+def save_finetuned(saves: Saves, settings: Mapping[str, Any], done: Finetuned) -> None:
+    """Write the picture and the numbers, beside the adapter; `results.json` comes last."""
+    picture, numbers = saves.folder / "loss.png", saves.folder / "results.json"
+    saves.save("loss.png", lambda: loss_curve(done, picture, title=_title(settings), steps=settings["steps"]))
+    saves.save("results.json", lambda: write_json(numbers, {"settings": dict(settings), **done.as_dict()}))
 
 
 def loss_curve(done: Finetuned, path: str | Path, *, title: str, steps: int) -> Figure:
@@ -151,16 +164,16 @@ def loss_curve(done: Finetuned, path: str | Path, *, title: str, steps: int) -> 
     return figure
 
 
-def print_finetuned(folder: Path, settings: Mapping[str, Any], done: Finetuned) -> None:
+def print_finetuned(saves: Saves, settings: Mapping[str, Any], done: Finetuned) -> None:
     """The samples, or the accuracy, on standard output, and under them what has to be known to read them."""
     terminal = console()
-    terminal.print(_title(settings), style="bold", markup=False)
+    terminal.print(printable(_title(settings)), style="bold", markup=False)
     if told := done.accuracies():
         terminal.print(_accuracies(*told, done.constant))
     elif done.samples:
         terminal.print(_samples(done))
-    for line in _remarks(folder, settings, done):
-        terminal.print(line, markup=False)
+    for line in _remarks(saves, settings, done):
+        terminal.print(printable(line), markup=False)
 
 
 def _title(settings: Mapping[str, Any]) -> str:
@@ -189,7 +202,7 @@ def _accuracies(before: Estimate, after: Estimate, constant: float | None) -> Ta
     return table
 
 
-def _remarks(folder: Path, settings: Mapping[str, Any], done: Finetuned) -> list[str]:
+def _remarks(saves: Saves, settings: Mapping[str, Any], done: Finetuned) -> list[str]:
     n, rows, share = len(done.losses), done.rows, 100 * done.trained / done.parameters
     ended = "" if n == settings["steps"] else f" Interrupted: {n} of {settings['steps']} steps were made."
     remarks = [f"{done.trained:,} parameters are trained, {share:.2g} % of all {done.parameters:,}.{ended}"]
@@ -205,22 +218,28 @@ def _remarks(folder: Path, settings: Mapping[str, Any], done: Finetuned) -> list
         )
     if rows["shortened"]:
         remarks.append(f"{rows['shortened']} rows were longer than the model takes and lost their end.")
+    if rows.get("repeated"):
+        remarks.append(
+            f"{rows['repeated']} rows are the same as one before them; all of the same are trained on, or held out."
+        )
+    if done.classes is not None:
+        shown = ", ".join(repr(one) for one in done.classes[:8])
+        remarks.append(f"{len(done.classes)} classes: {shown}{' and more' if len(done.classes) > 8 else ''}.")
     told = done.accuracies()
     if told and done.constant is not None and told[1].low <= done.constant:
         remarks.append("It is not above the constant answer: what was learned does not show on held-out texts.")
     kind, options = ("CausalLM", "") if done.classes is None else ("SequenceClassification", ", num_labels=")
     options += "" if done.classes is None else str(len(done.classes))
     base = f"AutoModelFor{kind}.from_pretrained(model{options})"
-    return [
-        *remarks,
-        f"Written to {folder}: {', '.join(FILES)}.",
-        f"Read again by ReftModel.from_pretrained({base}, {str(folder)!r}).",
-    ]
+    remarks.append(saves.line())
+    if WEIGHTS in saves.written:
+        remarks.append(f"Read again by ReftModel.from_pretrained({base}, {str(saves.folder)!r}).")
+    return remarks
 
 
 def _shortened(text: str, *, start: bool = False) -> str:
     """A text in one line; of a long prompt its end, of what follows its beginning."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     if len(line) <= SHOWN:
         return line
     return f"…{line[1 - SHOWN :]}" if start else f"{line[: SHOWN - 1]}…"

@@ -12,58 +12,68 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from subspace_lab.analysis.comparisons import Comparison, compare
+from subspace_lab.analysis.comparisons import Comparison
 from subspace_lab.analysis.plots.canvas import console
 from subspace_lab.analysis.plots.heatmaps import iia_heatmap, overlap_heatmap
+from subspace_lab.analysis.saves import Saves
 from subspace_lab.core.files import write_json
+from subspace_lab.core.texts import printable
 from subspace_lab.das.fits import Fits, notes_of, table_of
 
-FILES = ("results.json", "model", "iia.png", "overlap.png")
 
+def save_search(
+    folder: Path, settings: Mapping[str, Any], fits: Fits, twin: Fits | None, comparison: Comparison
+) -> Saves:
+    """Write all files of a search.
 
-def save_search(folder: Path, settings: Mapping[str, Any], fits: Fits, twin: Fits | None) -> Comparison:
-    """Write all files of a search, and compare the subspaces of its sites.
-
-    `results.json` comes last, so where it is the others are.
+    `results.json` comes last. A file that cannot be written costs only itself: see `Saves`.
 
     Args:
         folder: an existing one.
         settings: how the search was made, as JSON.
         fits, twin: of the model, and of its randomly initialised twin if that was searched.
+        comparison: of the fits' subspaces.
     """
-    comparison = compare(fits)
-    fits.save(folder / "model")
+    saves = Saves(folder)
+    saves.save("model", lambda: fits.save(folder / "model"))
     if twin is not None:
-        twin.save(folder / "twin")
-    iia_heatmap(fits, twin, folder / "iia.png")
-    overlap_heatmap(comparison, folder / "overlap.png")
+        saves.save("twin", lambda: twin.save(folder / "twin"))
+    saves.save("iia.png", lambda: iia_heatmap(fits, _whole(twin, fits), folder / "iia.png"))
+    saves.save("overlap.png", lambda: overlap_heatmap(comparison, folder / "overlap.png"))
     results = {
         "settings": dict(settings),
         "model": fits.as_dict(),
         "twin": None if twin is None else twin.as_dict(),
         "comparison": comparison.as_dict(),
     }
-    write_json(folder / "results.json", results)
-    return comparison
+    saves.save("results.json", lambda: write_json(folder / "results.json", results))
+    return saves
 
 
 def print_search(
-    folder: Path, settings: Mapping[str, Any], fits: Fits, twin: Fits | None, comparison: Comparison
+    settings: Mapping[str, Any], fits: Fits, twin: Fits | None, comparison: Comparison, saves: Saves
 ) -> None:
     """The table on standard output, and under it what has to be known to read it."""
     terminal = console()
-    title = f"{settings['task']}: {settings['variable']} in {settings['component']}"
-    more = {} if twin is None else {f"twin: {fits.best().method.label}": twin.where(method=fits.best().method)}
+    title = printable(f"{settings['task']}: {settings['variable']} in {settings['component']}")
+    best, whole = fits.best().method, _whole(twin, fits)
+    more = {} if whole is None else {f"twin: {best.label}": whole.where(method=best)}
     terminal.print(table_of(fits, title=title, more=more))
-    for line in [*notes_of(fits), *_remarks(fits, twin, comparison)]:
-        terminal.print(line, markup=False)
-    files = [*FILES, *(["twin"] if twin is not None else [])]
-    terminal.print(f"Written to {folder}: {', '.join(files)}.", markup=False)
+    for line in [*notes_of(fits), *_remarks(fits, twin, comparison), saves.line()]:
+        terminal.print(printable(line), markup=False)
+
+
+def _whole(twin: Fits | None, fits: Fits) -> Fits | None:
+    """The twin, if it was searched wherever the model was: an interrupt may have ended it before."""
+    return twin if twin is not None and twin.places == fits.places else None
 
 
 def _remarks(fits: Fits, twin: Fits | None, comparison: Comparison) -> list[str]:
     best, n = fits.best(), len(comparison.labels)
     remarks = []
+    for who, found in (("model", fits), ("twin", twin)):
+        if found is not None and "interrupted" in found.facts:
+            remarks.append(f"Interrupted: of the {who} {found.facts['interrupted']}.")
     if twin is not None:
         floors = twin.floors["test"]
         remarks.append(

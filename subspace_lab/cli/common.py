@@ -1,30 +1,27 @@
-"""What the commands share: loading a model, saying what cannot be done, leaving nothing behind."""
+"""What the commands share: saying what cannot be done, ending early, the options that they have in common."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from importlib.resources import files
-from pathlib import Path
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 
-SHIPPED = "tiny_decoder"
 SMALL = 10_000_000  # parameters of a model that one thread runs fastest
 DTYPES = ("float32", "bfloat16", "float16")
-# RoBERTa and models like it count positions from the padding token's index on, and have as many fewer.
-FROM_PADDING = (
-    "roberta",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "camembert",
-    "roberta-prelayernorm",
-    "mpnet",
-    "longformer",
-)
+INTERRUPTED = 130  # the exit code of what Ctrl-C ended, as shells expect it
+
+
+def say(text: object) -> None:
+    """One line on standard error."""
+    from subspace_lab.core.texts import printable
+
+    typer.echo(f"subspace-lab: {printable(' '.join(str(text).split()))}", err=True)
 
 
 @contextmanager
@@ -36,27 +33,54 @@ def refusing(spelled: Mapping[str, str] | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, IndexError, KeyError, OSError, FloatingPointError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        OSError,
+        ArithmeticError,
+        MemoryError,
+        NotImplementedError,
+    ) as error:
         # The text of a KeyError is the repr of its message.
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        line = " ".join(str(text).split())
+        line = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         for inside, here in (spelled or {}).items():
             line = line.replace(inside, here)
-        typer.echo(f"subspace-lab: {line}", err=True)
+        say(line or type(error).__name__)
         raise typer.Exit(2) from None
 
 
 @contextmanager
-def nothing_left_behind(out: Path) -> Iterator[None]:
-    """Remove the folders that were made on the way to `out` if nothing comes to stand in them."""
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+def interruptible() -> Iterator[None]:
+    """Within the block SIGTERM is what Ctrl-C is; an interrupt that nothing else answers ends with 130."""
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if ours else None
     try:
         yield
-    except BaseException:
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
+    except KeyboardInterrupt:
+        say("Interrupted: nothing was saved.")
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def undisturbed() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM wait for the end of the block; those that came are in the list that it gives."""
+    came: list[int] = []
+
+    def later(number: int, _: Any) -> None:
+        came.append(number)
+        typer.echo("subspace-lab: interrupted while saving: it ends once all is saved.", err=True)
+
+    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {kind: signal.signal(kind, later) for kind in kinds}
+    try:
+        yield came
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 @contextmanager
@@ -83,9 +107,10 @@ def check_device(device: str | None) -> str:
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # every kind of device is missing in its own way; meta has no numbers to give
+        why = "it holds no numbers" if device.startswith("meta") else str(error).strip().partition("\n")[0]
+        raise ValueError(f"--device {device}: {why}") from None
     return device
 
 
@@ -96,97 +121,10 @@ def check_dtype(dtype: str | None) -> str:
     return dtype or "auto"
 
 
-def load_tokenizer(name: str | None) -> Any:
-    """The tokenizer of a model; a folder is read without asking the Hub."""
-    from transformers import AutoTokenizer
-
-    with _loading(name) as (where, local):
-        return AutoTokenizer.from_pretrained(where, local_files_only=local)
-
-
-def longest_text(name: str | None, tokenizer: Any) -> int | None:
-    """How many tokens a model takes, as its tokenizer and its configuration say; None where neither does."""
-    from transformers import AutoConfig
-
-    with _loading(name) as (where, local):
-        config = AutoConfig.from_pretrained(where, local_files_only=local).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and config.model_type in FROM_PADDING:
-        positions -= config.pad_token_id + 1
-    said = (tokenizer.model_max_length, positions)
-    # A tokenizer that does not know says 10³⁰.
-    return min((n for n in said if isinstance(n, int) and 0 < n < 10**9), default=None)
-
-
-def load_causal(name: str | None, device: str, dtype: str) -> Any:
-    """A causal language model."""
-    from transformers import AutoModelForCausalLM
-
-    with _loading(name) as (where, local):
-        network: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=local)
-        return network.to(device).eval()
-
-
-def load_classifier(
-    name: str | None, device: str, dtype: str, classes: Sequence[str], seed: int
-) -> tuple[Any, list[str]]:
-    """A classifier of texts into these classes, and the paths of its modules that the checkpoint did not hold.
-
-    Those are drawn at random, always the same ones for one seed.
-    """
-    import torch
-    from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # of a head without weights, which is told to the caller instead
-    try:
-        with _loading(name) as (where, local), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network, told = AutoModelForSequenceClassification.from_pretrained(
-                where,
-                dtype=dtype,
-                local_files_only=local,
-                id2label=dict(enumerate(classes)),
-                label2id={label: i for i, label in enumerate(classes)},
-                problem_type="single_label_classification",
-                output_loading_info=True,
-            )
-    finally:
-        logging.set_verbosity(verbosity)
-    fresh = dict.fromkeys(key.rpartition(".")[0] for key in sorted(told["missing_keys"]))
-    return network.to(device).eval(), list(fresh)
-
-
-@contextmanager
-def _loading(name: str | None) -> Iterator[tuple[str, bool]]:
-    """Where a model is and whether that is a folder; what cannot be loaded is said as a ValueError."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from transformers.utils import logging
-
-    where = str(files("subspace_lab") / "assets" / SHIPPED) if name is None else name
-    local = Path(where).is_dir()
-    if not local and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", where):
-        raise ValueError(f"--model {where}: there is no such folder, and no model on the Hub has such a name.")
-    if local and not (Path(where) / "config.json").is_file():
-        raise ValueError(
-            f"--model {where}: this folder holds no model; one has a config.json, weights, a tokenizer."
-        )
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of the loading of weights; ours follow
-    try:
-        yield where, local
-    except (OSError, ValueError, RuntimeError) as error:
-        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if local:
-            raise ValueError(f"--model {where}: what this folder holds could not be loaded. {why}") from None
-        offline = " (offline: HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else ""
-        raise ValueError(
-            f"--model {where}: there is no such folder, and from the Hub it could not be loaded{offline}. {why}"
-        ) from None
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+def check_numbers(positions: str) -> None:
+    """ValueError for positions of more digits than any prompt has tokens."""
+    if found := re.search(r"\d{10,}", positions):
+        raise ValueError(f"--positions {positions}: no prompt has {found[0]} tokens; possible are 9 digits.")
 
 
 def layer_numbers(text: str, depth: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,18 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from subspace_lab.cli.common import (
-    SHIPPED,
+    INTERRUPTED,
     check_device,
     check_dtype,
+    check_numbers,
+    interruptible,
     layer_numbers,
-    load_causal,
-    load_classifier,
-    load_tokenizer,
-    longest_text,
-    nothing_left_behind,
     refusing,
+    say,
     threads,
+    undisturbed,
 )
+from subspace_lab.cli.loading import SHIPPED, Source, load_causal, load_classifier, load_tokenizer, longest_text
 
 if TYPE_CHECKING:
     from subspace_lab.engine.training import TrainingConfig
@@ -45,7 +46,9 @@ def finetune(
     ],
     model: Annotated[
         str | None,
-        typer.Option(help="A folder or a name on the Hub.", show_default="a small decoder that comes along"),
+        typer.Option(
+            help="A folder, a .gguf file, a name on the Hub.", show_default="a small decoder that comes along"
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="A wrong name is answered with those that exist.")] = "LoReFT",
     positions: Annotated[
@@ -85,6 +88,9 @@ def finetune(
     dtype: Annotated[
         str | None, typer.Option(help="Of the model: float32, bfloat16, float16.", show_default="the checkpoint's")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
 ) -> None:
     """Teach a frozen model to answer, or to classify, by edits of its hidden states (ReFT).
 
@@ -96,28 +102,33 @@ def finetune(
     (settings, losses, held-out scores, samples) and loss.png.
     """
     settings: dict[str, Any] = {**locals(), "data": str(data), "out": str(out)}
-    with nothing_left_behind(out), refusing():
-        from subspace_lab.core.files import output_folder
+    with interruptible(), refusing(), ExitStack() as stack:
+        from subspace_lab.core.files import taken_folder
         from subspace_lab.model.identity import versions
         from subspace_lab.reft.config import ReftConfig
         from subspace_lab.reft.datafiles import read_examples
         from subspace_lab.reft.jobs import pad_token
         from subspace_lab.reft.model import get_reft_model
 
-        folder = output_folder(out)
+        folder = stack.enter_context(taken_folder(out, say))
+        check_numbers(positions)
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"--seed {seed}: possible are whole numbers from 0 to 2**32 - 1.")
         config = ReftConfig(method=method, rank=rank, positions=positions, component=component, seed=seed)
         if min(samples, max_new_tokens - 1) < 0:
             raise ValueError(f"--samples {samples}, --max-new-tokens {max_new_tokens}: needed are ≥ 0 and ≥ 1.")
         rows = read_examples(data)
-        n_out = _held_out(held_out, len(rows))
-        training = _training(epochs, steps, len(rows) - n_out, batch_size, learning_rate, seed)
+        split = rows.split(_held_out(held_out, len(rows)), seed)
+        training = _training(epochs, steps, len(split[0]), batch_size, learning_rate, seed)
         device, dtype = check_device(device), check_dtype(dtype)
         _check_memory(memory, device, rows)
-        tokenizer = load_tokenizer(model)
+        source = Source(model, trust_remote_code)
+        tokenizer = load_tokenizer(source)
         generating = {"samples": samples, "max_new_tokens": max_new_tokens, "end": end}
-        job = _job(rows, rows.split(n_out, seed), tokenizer, longest_text(model, tokenizer), generating)
+        job = _job(rows, split, tokenizer, longest_text(source, tokenizer), generating)
         job.check_positions(config)
-        network, saved = _network(model, device, dtype, rows, seed, pad_token(tokenizer))
+        network, saved = _network(source, device, dtype, rows, seed, pad_token(tokenizer))
+        _check_vocabulary(job, network)
         config = replace(config, layers=_layers(layers, network, component), modules_to_save=saved)
         reft = get_reft_model(network, config)
         settings |= {
@@ -143,7 +154,7 @@ def _run(
     memory: str | None,
 ) -> None:
     """Measure, train, save, measure again, report."""
-    from subspace_lab.analysis.finetune_report import Finetuned, print_finetuned, save_finetuned
+    from subspace_lab.analysis.finetune_report import Finetuned, print_finetuned, save_adapter, save_finetuned
 
     with reft.disable_adapter():
         before = job.measure(reft, training.batch_size)
@@ -153,31 +164,41 @@ def _run(
     except KeyboardInterrupt:
         if not losses:
             raise
-        typer.echo(
-            f"Interrupted after {len(losses)} of {training.steps} steps: what they trained is saved.", err=True
-        )
+        say(f"Interrupted after {len(losses)} of {training.steps} steps: what they trained is saved.")
     except FloatingPointError as error:
         raise FloatingPointError(f"{error} Try a lower --learning-rate than {training.learning_rate}.") from None
     # At once: whatever ends the process from here on, the adapter is there.
-    reft.save_pretrained(folder)
+    with undisturbed() as came:
+        saves = save_adapter(folder, reft)
     try:
+        if came:
+            raise KeyboardInterrupt
         after = job.measure(reft, training.batch_size)
     except FloatingPointError as error:
         raise FloatingPointError(f"{error} The adapter lies in {folder}.") from None
+    except KeyboardInterrupt:
+        saves.finish()
+        say(f"Interrupted before the adapter was measured: it lies in {folder}, without results.json.")
+        raise typer.Exit(INTERRUPTED) from None
     trained, parameters = reft.get_nb_trainable_parameters()
+    counts = {"training": len(job.training), "held_out": len(job.held_out)}
     done = Finetuned(
         tuple(losses),
         before,
         after,
         trained,
         parameters,
-        {"training": len(job.training), "held_out": len(job.held_out), "shortened": job.shortened},
+        {**counts, "shortened": job.shortened, "repeated": rows.repeated},
         job.samples(),
         rows.classes,
         job.constant,
     )
-    save_finetuned(folder, settings, done)
-    print_finetuned(folder, settings, done)
+    with undisturbed() as came:
+        save_finetuned(saves, settings, done)
+        print_finetuned(saves, settings, done)
+        saves.finish()
+    if came:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _held_out(text: str, n: int) -> int:
@@ -236,19 +257,30 @@ def _job(
 
 
 def _network(
-    model: str | None, device: str, dtype: str, rows: Examples, seed: int, pad: int
+    source: Source, device: str, dtype: str, rows: Examples, seed: int, pad: int
 ) -> tuple[Any, tuple[str, ...]]:
     """The model, and which of its modules are trained and saved along."""
     if rows.classes is None:
-        return load_causal(model, device, dtype), ()
+        return load_causal(source, device, dtype), ()
     from subspace_lab.reft.classification_job import heads
 
-    network, fresh = load_classifier(model, device, dtype, rows.classes, seed)
+    network, fresh = load_classifier(source, device, dtype, rows.classes, seed)
     # A head on a decoder looks for the last token that is no padding, and refuses batches where none is named.
     text_config = network.config.get_text_config()
     if text_config.pad_token_id is None:
         text_config.pad_token_id = pad
     return network, heads(network, fresh)
+
+
+def _check_vocabulary(job: TrainingJob, network: Any) -> None:
+    """ValueError where a tokenizer makes ids that the model has no embedding of."""
+    highest = max(max(row["input_ids"]) for row in [*job.training, *job.held_out])
+    known = network.get_input_embeddings().weight.shape[0]
+    if highest >= known:
+        raise ValueError(
+            f"The tokenizer makes the token {highest} of these rows, and the model has {known} tokens: "
+            "they do not belong together."
+        )
 
 
 def _layers(text: str, network: Any, component: str) -> str | list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,34 +12,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from subspace_lab.cli.common import (
-    SHIPPED,
+    INTERRUPTED,
     check_device,
     check_dtype,
+    check_numbers,
+    interruptible,
     layer_numbers,
-    load_causal,
-    load_tokenizer,
-    nothing_left_behind,
     refusing,
+    say,
     threads,
+    undisturbed,
 )
+from subspace_lab.cli.loading import SHIPPED, Source, load_causal, load_tokenizer
 
 if TYPE_CHECKING:
     from subspace_lab.core.sites import Site
     from subspace_lab.das.counterfactuals import Task
+    from subspace_lab.das.fits import Fits
     from subspace_lab.das.methods import Method
     from subspace_lab.model.backbone import Backbone
 else:  # names in annotations have to exist at run time as well, and importing these takes seconds
-    Backbone = Method = Site = Task = Any
+    Backbone = Fits = Method = Site = Task = Any
 
 # Where the answer is made and, for contrast, tokens before it; a task that is not named here gives all its spans.
 POSITIONS = {"price_tagging": "amount,unit,query,last"}
 MIN_ACCURACY = 0.9
+MOST_PAIRS = 1_000_000
 
 
 def search(
     model: Annotated[
         str | None,
-        typer.Option(help="A folder or a name on the Hub.", show_default="a small decoder that comes along"),
+        typer.Option(
+            help="A folder, a .gguf file, a name on the Hub.", show_default="a small decoder that comes along"
+        ),
     ] = None,
     task: Annotated[str, typer.Option(help="A wrong name is answered with those that exist.")] = "price_tagging",
     variable: Annotated[
@@ -85,6 +92,9 @@ def search(
     dtype: Annotated[
         str | None, typer.Option(help="Of the model: float32, bfloat16, float16.", show_default="the checkpoint's")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
 ) -> None:
     """Search a model for the subspaces in which a causal variable is swapped.
 
@@ -92,26 +102,31 @@ def search(
     difference of means, principal components, random subspaces and the swap of the full vector. Scored is the share
     of held-out pairs that the model answers as the causal model does once the subspace is exchanged (IIA). Sites are
     chosen on dev pairs and reported on test pairs. The same search runs on a randomly initialised twin.
+    Ctrl-C saves the sites that are finished.
 
     Writes into --out: results.json (settings, model, twin, comparison), the fits with their subspaces (model, twin),
     iia.png and overlap.png.
     """
     settings = {**locals(), "out": str(out)}
-    with nothing_left_behind(out):
+    with interruptible(), ExitStack() as stack:
         with refusing():
-            from subspace_lab.core.files import output_folder
+            from subspace_lab.core.files import taken_folder
             from subspace_lab.das.search import search as search_sites
             from subspace_lab.engine.training import TrainingConfig
             from subspace_lab.model.backbone import Backbone
 
-            folder = output_folder(out)
+            folder = stack.enter_context(taken_folder(out, say))
+            if (most := max(pairs, dev_pairs, test_pairs)) > MOST_PAIRS:
+                raise ValueError(f"{most} pairs are more than a task is sampled for: possible are {MOST_PAIRS:,}.")
             config = TrainingConfig(steps=steps, learning_rate=learning_rate)
             ranks, seeds = _integers("--rank", rank), _integers("--seed", seed)
             methods = _methods(method, ranks)
             chosen, variable = _task(task, variable)
+            check_numbers(positions or "")
             specs = _positions(positions or POSITIONS.get(task), _spans(chosen))
             device, dtype = check_device(device), check_dtype(dtype)
-            tokenizer, network = load_tokenizer(model), load_causal(model, device, dtype)
+            source = Source(model, trust_remote_code)
+            tokenizer, network = load_tokenizer(source), load_causal(source, device, dtype)
             backbone = Backbone(network)
             sites = _sites(backbone, component, layers, specs, max(ranks))
             data = chosen.pairs(
@@ -120,15 +135,19 @@ def search(
             run = partial(
                 search_sites, pairs=data, sites=sites, methods=methods, config=config, seeds=seeds, memory=memory
             )
+        interrupted, control = False, None
         with threads(network):
             with refusing({"min_accuracy=None": "--allow-failing-model"}):
                 bar = None if allow_failing_model else MIN_ACCURACY
-                found = run(backbone, min_accuracy=bar, label="model")
-            control = None
-            if twin:
+                found, interrupted = _finished(partial(run, backbone, min_accuracy=bar, label="model"))
+            if found is None:
+                raise KeyboardInterrupt
+            if twin and not interrupted:
                 from subspace_lab.analysis.twins import reinitialised
 
-                control = run(Backbone(reinitialised(network, seeds[0])), min_accuracy=None, label="twin ")
+                control, interrupted = _finished(
+                    lambda: run(Backbone(reinitialised(network, seeds[0])), min_accuracy=None, label="twin ")
+                )
         settings |= {
             "model": model or SHIPPED,
             "variable": variable,
@@ -138,10 +157,32 @@ def search(
             "batch_size": config.batch_size,
             "method": ",".join(dict.fromkeys(type(one).__name__ for one in methods)),
         }
+        from subspace_lab.analysis.comparisons import compare
         from subspace_lab.analysis.search_report import print_search, save_search
 
-        comparison = save_search(folder, settings, found, control)
-        print_search(folder, settings, found, control, comparison)
+        with undisturbed() as came:
+            comparison = compare(found)
+            saves = save_search(folder, settings, found, control, comparison)
+            print_search(settings, found, control, comparison, saves)
+            with refusing():
+                saves.finish()
+        if interrupted:
+            what = found.facts.get("interrupted", "the model was searched, its twin not to the end")
+            say(f"Interrupted: {what}; what was finished is saved in {folder}.")
+        if interrupted or came:
+            raise typer.Exit(INTERRUPTED)
+
+
+def _finished(run: Callable[[], Fits]) -> tuple[Fits | None, bool]:
+    """(what a search found, whether it was interrupted): then the sites that were finished, None without any."""
+    from subspace_lab.das.sweeps import SweepInterrupted
+
+    try:
+        return run(), False
+    except SweepInterrupted as stopped:
+        return stopped.fits, True
+    except KeyboardInterrupt:
+        return None, True
 
 
 def _integers(option: str, text: str) -> list[int]:

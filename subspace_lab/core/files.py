@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from subspace_lab.core._locks import LOCK, locked
+
+PROVISIONAL = re.compile(r"\..+\.\d+")
 
 
 @contextmanager
@@ -41,9 +47,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file with text as its metadata."""
+    """Write a safetensors file with text as its metadata (OSError where that fails, as with other files)."""
     with whole_file(path) as provisional:
-        save_file(dict(tensors), provisional, metadata={"format": "pt", **(metadata or {})})
+        try:
+            save_file(dict(tensors), provisional, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # a full disk, for example
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -73,16 +82,56 @@ def package_version() -> str:
         return "unknown"
 
 
-def output_folder(path: str | Path) -> Path:
-    """A folder for results, made if it does not exist.
+@contextmanager
+def taken_folder(path: str | Path, say: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
+    """A new or empty folder for results, which no other process can take while the block runs.
+
+    That something can be written there is tried at once, before any work. A folder that was made for it is removed
+    again, with those on the way to it, if nothing comes to stand in it.
+
+    Args:
+        say: called with a sentence where the folder was left by a process that was killed.
 
     Raises:
         FileExistsError: it holds something already; results are never mixed or overwritten.
+        BlockingIOError: another process is writing there.
+        OSError: nothing can be written there; the message says where and why.
     """
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    made: list[Path] = []
+    with ExitStack() as stack:
+        stack.callback(lambda: _remove_empty(made))
+        try:
+            made += [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
+            if folder.exists() and not folder.is_dir():
+                raise FileExistsError(f"{folder} is a file, and not empty: name a new folder.")
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder, say))
+        except (FileExistsError, BlockingIOError):
+            raise
+        except OSError as error:
+            raise OSError(
+                f"{folder} cannot be written to: {error.strerror or error}. Name another folder."
+            ) from None
+        _check_empty(folder)
+        yield folder
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for one in folders:
+        with suppress(OSError):
+            one.rmdir()
+
+
+def _check_empty(folder: Path) -> None:
+    names = sorted(one.name for one in folder.iterdir() if one.name != LOCK)
+    if not names:
+        return
+    if all(PROVISIONAL.fullmatch(name) for name in names):
         raise FileExistsError(
-            f"{folder} exists and is not empty: it may hold other results. Name a new folder, or remove it."
+            f"{folder} holds unfinished files of a process that was killed ({', '.join(names[:3])}): remove them, or "
+            "name a new folder."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    raise FileExistsError(
+        f"{folder} exists and is not empty: it may hold other results. Name a new folder, or remove it."
+    )

@@ -21,7 +21,7 @@ from subspace_lab.das.methods import (
 from subspace_lab.das.objectives import Outcome, cross_entropy, iia, log_odds, logit_difference, logit_margin
 from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.das.search import default_methods, search
-from subspace_lab.das.sweeps import sweep
+from subspace_lab.das.sweeps import SweepInterrupted, sweep
 
 __all__ = [
     "DAS",
@@ -42,6 +42,7 @@ __all__ = [
     "Problem",
     "Prompt",
     "RandomSubspace",
+    "SweepInterrupted",
     "Task",
     "counterfactual_dataset",
     "cross_entropy",

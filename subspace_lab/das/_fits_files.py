@@ -19,7 +19,7 @@ from torch import Tensor
 
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.checkpoints import Parts, Plan, check_format, read_tensors, write_described
-from subspace_lab.core.files import output_folder, read_json, write_json
+from subspace_lab.core.files import read_json, taken_folder, write_json
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
 from subspace_lab.das import methods as known
@@ -97,9 +97,13 @@ def write_fits(fits: Fits, folder: Path) -> None:
     except (TypeError, ValueError) as error:
         raise TypeError(f"These fits hold something that JSON does not: {error}. Nothing was written.") from error
     plan.tensors |= tensors
-    folder = output_folder(folder)
-    write_described(folder / NUMBERS, ENTRY, {"format": FORMAT, "digest": digest, "parts": plan.parts}, plan)
-    write_json(folder / RECORDS, described)
+    with taken_folder(folder) as folder:
+        write_described(folder / NUMBERS, ENTRY, {"format": FORMAT, "digest": digest, "parts": plan.parts}, plan)
+        try:
+            write_json(folder / RECORDS, described)
+        except BaseException:
+            (folder / NUMBERS).unlink(missing_ok=True)
+            raise
 
 
 def read_fits(folder: Path, methods: Sequence[type[Method]]) -> dict[str, Any]:

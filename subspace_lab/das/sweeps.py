@@ -34,6 +34,18 @@ POOL = 1000  # training pairs, at least, that methods without training see where
 TRAINING_SCORED = 400  # training pairs, at most, on which fits are scored
 
 
+class SweepInterrupted(KeyboardInterrupt):
+    """Ctrl-C in a sweep some of whose places were finished.
+
+    Attributes:
+        fits: those of the finished places.
+    """
+
+    def __init__(self, fits: Fits, places: int) -> None:
+        super().__init__(f"Interrupted: {len(fits.places)} of {places} sites were searched.")
+        self.fits = fits
+
+
 def sweep(
     backbone: Backbone,
     pairs: Pairs,
@@ -69,6 +81,7 @@ def sweep(
         TypeError: an argument of another kind.
         ValueError: nothing to search, a rank above a site's width, the same method twice, or a model that fails the
             task. All this before anything is trained.
+        SweepInterrupted: a KeyboardInterrupt that has the fits of the sites which were finished before it.
     """
     config = config or TrainingConfig()
     check_types(backbone, pairs, sites, methods, seeds, config, loss, metrics)
@@ -125,7 +138,15 @@ def sweep(
         task = bar.add_task(label, total=len(assignments) * config.steps)
         for i, assignment in enumerate(assignments):
             bar.update(task, description=f"{label} {place_of(assignment)}")
-            found, failed = job.at(assignment, lambda: bar.advance(task))
+            try:
+                found, failed = job.at(assignment, lambda: bar.advance(task))
+            except KeyboardInterrupt:
+                if not fits:
+                    raise
+                facts["interrupted"] = f"{i} of {len(assignments)} sites were searched"
+                raise SweepInterrupted(
+                    Fits(tuple(fits), floors, tuple(failures), facts), len(assignments)
+                ) from None
             fits += _with_evidence(found, floors["test"], facts)
             failures += failed
             bar.update(task, completed=(i + 1) * config.steps)

@@ -23,6 +23,8 @@ METHODS = ("LoReFT", "NoReFT", "DiReFT", "ConsReFT", "LobiReFT", "RED")
 MAPPED = ("LoReFT", "NoReFT", "DiReFT")  # the methods with z = σ(W h + b), which have a start and an activation
 ORTHONORMAL = ("LoReFT", "ConsReFT", "LobiReFT")  # those that edit in a subspace
 
+MOST_GROUPS = 4096  # interventions of one layer
+
 _END = re.compile(r"([fl])(\d+)")
 
 
@@ -148,6 +150,11 @@ class ReftConfig:
         partner = {side: "".join(f"({o}{n})" for o, n in ends.items() if o != side) for side in ends}
         if self.tied == "group":
             return tuple(f"{side}{n}{partner[side]}" for side, n in ends.items() if n)
+        if sum(ends.values()) > MOST_GROUPS:
+            raise ValueError(
+                f"tied='position' gives each of {sum(ends.values())} positions an intervention; possible are "
+                f"{MOST_GROUPS} a layer. Tied by 'group' or 'all' they share one."
+            )
         return tuple(f"{side}{n}[{i}]{partner[side]}" for side, n in ends.items() for i in range(n))
 
     def intervention(self, width: int, seed: int, subspace: Subspace | None = None) -> Intervention:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+from subspace_lab.reft._rows import FORMATS, Number, plain, read_rows
+
 SHAPES = (("messages",), ("prompt", "answer"), ("text", "label"))
 ASKED = "'prompt' and 'answer', or 'messages', or 'text' and 'label'"
+WHOLE = re.compile(r"-?\d+")
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,37 @@ class Examples:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def repeated(self) -> int:
+        """How many examples are the same as one before them: same texts, whatever their spaces."""
+        return len(self) - len(set(map(_same, self.examples)))
+
     def split(self, held_out: int, seed: int) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-        """(examples to train on, examples held out), drawn at random; each part in the order of the file."""
+        """(examples to train on, examples held out), drawn at random; each part in the order of the file.
+
+        Examples that are the same stay on one side, so that none is held out that is trained on. Where that leaves no
+        way to hold out exactly so many it is fewer, but for a first group of the same ones.
+
+        Raises:
+            ValueError: all examples are the same.
+        """
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        out = set(order[:held_out])
+        same: dict[Hashable, list[int]] = {}
+        for i, one in enumerate(self.examples):
+            same.setdefault(_same(one), []).append(i)
+        out: set[int] = set()
+        for i in order:
+            group = same[_same(self.examples[i])]
+            if i not in out and len(out) + len(group) <= held_out:
+                out.update(group)
+        if held_out and not out and len(same) > 1:
+            least = min(len(group) for group in same.values())
+            out.update(next(group for i in order if len(group := same[_same(self.examples[i])]) == least))
+        if held_out and not out:
+            raise ValueError(
+                f"All {len(self)} examples are the same: none can be held out that is not trained on as well. "
+                "Hold out none, or add others."
+            )
         parts = [[one for i, one in enumerate(self.examples) if (i in out) == side] for side in (False, True)]
         return parts[0], parts[1]
 
@@ -46,27 +73,34 @@ def read_examples(path: str | Path) -> Examples:
     """The examples of a .jsonl, .json, .csv or .parquet file.
 
     The columns decide what is learned: `prompt` and `answer`, `messages` (a conversation whose last message is
-    the answer), or `text` and `label`. Labels are text or whole numbers; their sorted set is the classes. A
-    CSV file holds text only: a number in it is read as text.
+    the answer), or `text` and `label`. Labels are text or whole numbers; their sorted set is the classes. What is
+    trained is the file's own text: of a CSV file its cells, of JSON also a number as it is written there.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another format, a file that cannot be read or has no examples, columns that are missing or of
-            two kinds, an example without one of its values, or labels of a single class.
+        ValueError: another format, a file that cannot be read or has no examples, columns that are missing, named
+            twice or of two kinds, an example without one of its values, or labels of a single class or of two kinds.
+            The message names file and line.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    if path.suffix not in READERS:
-        raise ValueError(f"{path}: a data file ends in one of {', '.join(READERS)}.")
-    found, columns = _read(path)
-    shapes = [shape for shape in SHAPES if set(shape) <= set(columns)]
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: a data file ends in one of {', '.join(FORMATS)}.")
+    found = read_rows(path)
+    columns = {name for one in found for name in one.values}
+    shapes = [shape for shape in SHAPES if set(shape) <= columns]
     if len(shapes) != 1:
         which = "none of these" if not shapes else "more than one of these"
         raise ValueError(f"{path}: needed are the columns {ASKED}; found were {which} among {sorted(columns)}.")
-    examples = [{name: _value(one[name], name, i, path) for name in shapes[0]} for i, one in enumerate(found)]
+    places = [one.where if "example" in one.where else f"{one.where} (example {i})" for i, one in enumerate(found)]
+    examples = [
+        {name: _value(one.values.get(name), name, where) for name in shapes[0]}
+        for one, where in zip(found, places, strict=True)
+    ]
     if shapes[0] != ("text", "label"):
         return Examples(tuple(examples))
+    _check_labels([one["label"] for one in examples], places)
     classes = _classes([one["label"] for one in examples])
     if len(classes) < 2:
         raise ValueError(
@@ -76,89 +110,89 @@ def read_examples(path: str | Path) -> Examples:
     return Examples(tuple({**one, "label": number[one["label"]]} for one in examples), classes)
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """(examples, columns) of a file, read by `datasets` without leaving its cache on disk."""
-    import datasets
-
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty.")
-    options: dict[str, Any] = {}
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            header = next(csv.reader(file), [])
-        text = datasets.Features({name: datasets.Value("string") for name in header})
-        # Else an answer "007" is 7, and one "None" is none.
-        options = {"features": text, "keep_default_na": False, "encoding": "utf-8-sig"}
-    with tempfile.TemporaryDirectory() as cache, _silent():
-        try:
-            found = datasets.load_dataset(
-                READERS[path.suffix],
-                data_files=str(path.resolve()),
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-                **options,
-            )
-            examples, columns = list(found), list(found.column_names)
-        except Exception as error:  # each format fails in its own way
-            raise ValueError(f"{path} cannot be read: {_why(path, error)}") from None
-    if not examples:
-        raise ValueError(f"{path} has no examples.")
-    return examples, columns
+def _same(example: Mapping[str, Any]) -> Hashable:
+    """What makes an example the same as another: its texts, whatever their spaces and label."""
+    if "messages" in example:
+        return json.dumps(example["messages"], sort_keys=True, default=str)
+    return tuple(" ".join(example[name].split()) for name in ("prompt", "answer", "text") if name in example)
 
 
-def _why(path: Path, error: Exception) -> str:
-    """What is wrong with a file, with the number of the line where each line is an example."""
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    example = json.loads(line) if line.strip() else {}
-                except json.JSONDecodeError as broken:
-                    return f"line {number} is not JSON: {broken}"
-                if not isinstance(example, dict):
-                    return f"line {number} is not an object {{column: value}}."
-    return " ".join(str(error.__cause__ or error or "it has no examples.").split())
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """No progress bars and logs of `datasets` within the block: its errors are raised, and said once."""
-    import datasets
-
-    verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if not bars:
-            datasets.enable_progress_bars()
-
-
-def _value(value: Any, name: str, i: int, path: Path) -> Any:
+def _value(value: Any, name: str, where: str) -> Any:
     """One value of an example: text, or the messages of a conversation."""
     if name == "messages":
-        if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-            raise ValueError(f"{path}: example {i} has no conversation in 'messages'.")
-        if not all(isinstance(one, Mapping) and one.get("role") for one in value):
-            raise ValueError(f"{path}: example {i} has a message without a role.")
-        # `datasets` gives every message the keys of all.
-        return [{k: v for k, v in message.items() if v is not None} for message in value]
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if name == "label" and whole:
-        return str(value if isinstance(value, bool) else int(value))
-    if name != "label" and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)  # an answer that is a number
+        return _messages(value, where)
+    if name == "label" and isinstance(value, bool):
+        return str(value)
+    if isinstance(value, Number):
+        # A table with gaps holds whole numbers as 1.0.
+        whole = re.fullmatch(r"(-?\d+)(?:\.0*)?", value.text)
+        if name == "label" and whole:
+            return "0" if whole[1] == "-0" else whole[1]
+        value = value.text if name != "label" else float(value.text)
     if not isinstance(value, str) or not value.strip():
         wanted = "text or a whole number" if name == "label" else "text"
-        raise ValueError(f"{path}: example {i} has {value!r} in {name!r}; needed is {wanted}.")
+        raise ValueError(f"{where} has {_shown(value)} in {name!r}; needed is {wanted}.")
+    return _text(value, where)
+
+
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise ValueError(f"{where} has no conversation in 'messages'; needed is a list of messages.")
+    found = []
+    for one in value:
+        if not isinstance(one, Mapping) or not isinstance(one.get("role"), str) or not one["role"]:
+            raise ValueError(f"{where} has a message without a role.")
+        # A table gives every message the keys of all.
+        message = {k: v for k, v in one.items() if v is not None}
+        content = message.get("content")
+        if isinstance(content, Number):
+            message["content"] = content.text
+        elif isinstance(content, bool) or (content is None and len(message) < 2):
+            raise ValueError(f"{where} has {_shown(content)} as the content of a message; needed is text.")
+        found.append(_text(plain(message, where), where))
+    return found
+
+
+def _text(value: Any, where: str) -> Any:
+    """The value, if all its text can be written in UTF-8 (ValueError for half of a surrogate pair)."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds {error.object[error.start]!a}, half of a character: no text.") from None
     return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _check_labels(labels: Sequence[str], places: Sequence[str]) -> None:
+    """ValueError for labels of two kinds, or that differ only in how they are written."""
+    first: dict[str, str] = {}
+    for label, where in zip(labels, places, strict=True):
+        first.setdefault(label, where)
+    numbers = [label for label in first if WHOLE.fullmatch(label)]
+    if numbers and len(numbers) < len(first):
+        other = next(label for label in first if label not in numbers)
+        raise ValueError(
+            f"{first[other]} is labelled {_shown(other)}, {first[numbers[0]]} {numbers[0]!r}: a whole number and "
+            "another text would be classes of their own. Write all labels in one way."
+        )
+    spelled: dict[Any, str] = {}
+    for label, where in first.items():
+        meant: Any = int(label) if numbers and len(label) < 1000 else " ".join(label.split())
+        if meant in spelled:
+            one = spelled[meant]
+            raise ValueError(
+                f"{where} is labelled {label!r}, {first[one]} {one!r}: two ways to write one label would be classes of "
+                "their own."
+            )
+        spelled[meant] = label
 
 
 def _classes(labels: Sequence[str]) -> tuple[str, ...]:
     """The set of labels, numbers in their order."""
     found = set(labels)
-    numbers = all(label.lstrip("-").isdecimal() for label in found)
+    numbers = all(WHOLE.fullmatch(label) and len(label) < 1000 for label in found)
     return tuple(sorted(found, key=lambda label: (int(label), label)) if numbers else sorted(found))

@@ -1,0 +1,54 @@
+"""Saving several files so that one that fails costs only itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Saves:
+    """What was saved into a folder that was empty before, and what could not be.
+
+    Attributes:
+        folder: where.
+        written: the names of what stands there, whole.
+        errors: by name, of what does not; nothing half of it stands there either.
+    """
+
+    folder: Path
+    written: list[str] = field(default_factory=list)
+    errors: dict[str, Exception] = field(default_factory=dict)
+
+    def save(self, names: str | Sequence[str], write: Callable[[], Any]) -> None:
+        """Write these files or folders, all of them or none; what is raised is kept for later."""
+        names = [names] if isinstance(names, str) else list(names)
+        try:
+            write()
+        except Exception as error:  # whatever it is, what comes after it is still worth saving
+            for name in names:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                with suppress(OSError):
+                    (self.folder / name).unlink(missing_ok=True)
+            self.errors |= dict.fromkeys(names, error)
+        else:
+            self.written += names
+
+    def finish(self) -> None:
+        """Raise what was kept: OSError that names what was saved and what was not; any other error as it was."""
+        for error in self.errors.values():
+            if not isinstance(error, OSError):
+                raise error
+        if self.errors:
+            why = next(iter(self.errors.values()))
+            reason = why.strerror or str(why) if isinstance(why, OSError) else str(why)
+            saved = f"saved are {', '.join(self.written)}" if self.written else "nothing is saved"
+            raise OSError(f"In {self.folder} could not be saved: {', '.join(self.errors)} ({reason}); {saved}.")
+
+    def line(self) -> str:
+        """Where what was written lies."""
+        return f"Written to {self.folder}: {', '.join(self.written)}." if self.written else "Nothing was written."

@@ -1,0 +1,289 @@
+"""The rows of a data file as the file spells them: each value is the file's own text, or is refused with its line.
+
+CSV and JSON are read by the standard library. A reader that guesses the types of whole columns (pandas, pyarrow) turns
+a 4 beside a 2.5 into 4.0, twenty digits into 1.23e+19, a date into a time stamp, and shifts the cells of a row that
+holds one comma more than the header.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+BEGINNINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "", b"\x1f\x8b": ""}
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of a JSON file, as it is written there."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """One row of a file.
+
+    Attributes:
+        where: it stands in the file, for messages.
+        values: by column; text, numbers, and what JSON makes of the rest.
+    """
+
+    where: str
+    values: Mapping[str, Any]
+
+
+def read_rows(path: Path) -> list[Found]:
+    """Every row of a file.
+
+    Raises:
+        ValueError: a file that cannot be read, with its line; one without rows.
+    """
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty.")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        found = _parquet(path)
+    else:
+        reader = {".csv": _csv, ".jsonl": _json_lines, ".json": _json}[suffix]
+        try:
+            found = list(reader(path, _text(path)))
+        except RecursionError:
+            raise ValueError(f"{path} cannot be read: values nested too deep.") from None
+    if not found:
+        raise ValueError(f"{path} has no examples.")
+    return found
+
+
+def plain(value: Any, where: str) -> Any:
+    """A value of a message, its numbers as Python's (ValueError for one that Python cannot hold)."""
+    if isinstance(value, Mapping):
+        return {name: plain(one, where) for name, one in value.items()}
+    if isinstance(value, list):
+        return [plain(one, where) for one in value]
+    if not isinstance(value, Number):
+        return value
+    whole = value.text.lstrip("-").isdecimal()
+    number = (int(value.text) if len(value.text) < 1000 else None) if whole else float(value.text)
+    if number is None or abs(number) == float("inf"):
+        raise ValueError(f"{where}: the number {value.text[:20]}… is too large.")
+    return number
+
+
+def _text(path: Path) -> str:
+    """What a text file holds; a mark of the byte order at its beginning is no part of it."""
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, byte = raw.count(b"\n", 0, error.start) + 1, raw[error.start]
+        kind = next((kind for mark, kind in BEGINNINGS.items() if raw.startswith(mark)), "ISO-8859-1")
+        cure = f"convert it: iconv -f {kind} -t UTF-8 {path.name} > utf8{path.suffix}"
+        guess = {
+            "": "it is a compressed file or one of a spreadsheet program; unpack it, or export it as CSV in UTF-8",
+            "UTF-16": f"it is UTF-16; {cure}",
+        }.get(kind, f"perhaps it is Latin-1 (Windows: CP1252); {cure}")
+        raise ValueError(f"{path}, line {line}: the byte 0x{byte:02x} is no UTF-8: {guess}.") from None
+
+
+# --- CSV ----------------------------------------------------------------------------------------------------
+
+
+def _csv(path: Path, text: str) -> Iterator[Found]:
+    with _long_cells():
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header: list[str] = []
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                why = (
+                    str(error) if "unexpected end" not in str(error) else "a quote that is opened is never closed"
+                )
+                raise ValueError(f"{path}, line {line} cannot be read as CSV: {why}.") from None
+            if not cells:
+                continue  # a blank line
+            if not header:
+                header = cells
+                _check_names(header, f"{path}, line {line}")
+                continue
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{path}, line {line} has {len(cells)} cells, the header {len(header)} ({', '.join(header)}): a "
+                    'text that holds a comma stands in quotes, as in "one, two".'
+                )
+            yield Found(f"{path}, line {line}", dict(zip(header, cells, strict=True)))
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Cells of any length; the library's limit is one of the whole process, and is put back."""
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _check_names(names: list[str], where: str) -> None:
+    """ValueError for a column that is named twice."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{where} names {twice[0]!r} twice among {names}: which of them is meant?")
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------
+
+
+def _decoder() -> json.JSONDecoder:
+    return json.JSONDecoder(
+        object_pairs_hook=_object, parse_int=Number, parse_float=Number, parse_constant=_no_number
+    )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object names {twice!r} twice")
+    return dict(pairs)
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON; write it as text, or leave the row out")
+
+
+def _json_lines(path: Path, text: str) -> Iterator[Found]:
+    if text.lstrip().startswith("["):  # a list under this name
+        yield from _json(path, text)
+        return
+    decoder = _decoder()
+    # Not splitlines(): a text may hold other characters that Python takes for the end of a line.
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                value = decoder.decode(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where} is not JSON: {error.msg} (character {error.pos}).") from None
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}.") from None
+            yield _row(value, where)
+
+
+def _json(path: Path, text: str) -> Iterator[Found]:
+    """A list of objects, or objects one after another."""
+    decoder, at = _decoder(), _after_space(text, 0)
+    listed = text[at : at + 1] == "["
+    at = _after_space(text, at + 1) if listed else at
+    while at < len(text) and not (listed and text[at] == "]"):
+        where = f"{path}, line {_line(text, at)}"
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {_line(text, error.pos)} is not JSON: {error.msg}.") from None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}.") from None
+        row = _row(value, where)
+        if (
+            not listed
+            and any(isinstance(one, dict | list) for one in row.values.values())
+            and "messages" not in value
+        ):
+            raise ValueError(
+                f"{where} has the keys {sorted(value)}; needed is a list of objects {{column: value}}."
+            )
+        yield row
+        at = _after_space(text, end)
+        if listed:
+            if text[at : at + 1] not in (",", "]"):
+                raise ValueError(
+                    f"{path}, line {_line(text, at)} is not JSON: needed is ',' or ']' behind an object."
+                )
+            if text[at] == ",":
+                at = _after_space(text, at + 1)
+                if text[at : at + 1] == "]":
+                    raise ValueError(f"{path}, line {_line(text, at)} is not JSON: a ',' before the ']'.")
+    if listed and (at >= len(text) or _after_space(text, at + 1) < len(text)):
+        what = "the list is not closed" if at >= len(text) else "something stands behind the list"
+        raise ValueError(f"{path}, line {_line(text, at)} is not JSON: {what}.")
+
+
+def _row(value: Any, where: str) -> Found:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not an object {{column: value}}.")
+    return Found(where, value)
+
+
+def _after_space(text: str, at: int) -> int:
+    match = SPACE.match(text, at)
+    return at if match is None else match.end()
+
+
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
+# --- Parquet ------------------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path) -> list[Found]:
+    """Rows of a table whose types are in the file; read by `datasets` without leaving its cache on disk."""
+    import datasets
+
+    with tempfile.TemporaryDirectory() as cache, _silent():
+        try:
+            found = datasets.load_dataset(
+                "parquet", data_files=str(path.resolve()), split="train", cache_dir=cache, keep_in_memory=True
+            )
+            rows = list(found)
+        except Exception as error:  # it fails in its own ways
+            why = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"{path} cannot be read: {why}") from None
+    for name, kind in ((field.name, str(field.type)) for field in found.data.table.schema):
+        # A double may have been a 4 in a table with gaps: its text is not in the file. A label has none but its value.
+        if name in ("prompt", "answer", "text") and not re.match(
+            r"(large_)?string|u?int\d+$|dictionary|null", kind
+        ):
+            raise ValueError(
+                f"{path}: the column {name!r} holds {kind}, which can be written as text in several ways; "
+                "save it as text."
+            )
+    return [Found(f"{path}, example {i}", _numbered(row)) for i, row in enumerate(rows)]
+
+
+def _numbered(row: Mapping[str, Any]) -> dict[str, Any]:
+    def number(value: Any) -> Any:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return Number(repr(value)) if is_number else value
+
+    return {name: number(value) for name, value in row.items()}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """No progress bars and logs of `datasets` within the block: its errors are raised, and said once."""
+    import datasets
+
+    verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not bars:
+            datasets.enable_progress_bars()
