@@ -90,7 +90,7 @@ def test_what_is_read_is_the_same_function(library, name):
                 compared += 1
     assert compared == len(model.edits())
     # All parameters are float32, and nothing of size d × d is among them.
-    state = model.state_dict()
+    state = model.adapters.state_dict()
     assert all(v.dtype == torch.float32 for v in state.values())
     assert not any(tuple(v.shape) == (make_foreign.WIDTH,) * 2 for v in state.values())
     assert not any(p.requires_grad for p in model.parameters())

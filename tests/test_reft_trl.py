@@ -11,7 +11,7 @@ from test_reft_trainer import CHECKPOINTING, answers, apart, collate, decoder, n
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import forward
-from subspace_lab.reft import ReftConfig, get_reft_model
+from subspace_lab.reft import PromptCollator, ReftConfig, get_reft_model
 
 fused = pytest.importorskip("trl.trainer.utils")
 if not hasattr(fused, "add_fused_lm_head"):
@@ -271,6 +271,15 @@ def test_several_answers_are_refused_where_the_past_is_kept():
     data = Dataset.from_list([{k: v[0].tolist() for k, v in turns((4, 6), (10, 14)).items()}])
     with pytest.raises(ValueError, match="has 2 answers"):
         decoder("l1").keep_past(data)
+
+
+def test_several_answers_are_refused_where_a_collator_counts_prompts():
+    rows = [{k: v[0].tolist() for k, v in turns((4, 6), (10, 14)).items()}]
+    PromptCollator(make_tokenizer())(rows)
+    collator = PromptCollator(make_tokenizer(), prompt_lengths=True)
+    with pytest.raises(ValueError, match="Row 0 has several answers"):
+        collator(rows)
+    assert collator([{**rows[0], "prompt_lengths": 4}])["prompt_lengths"].tolist() == [4]
 
 
 def test_assistant_only_loss_of_a_conversation_is_refused(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from subspace_lab.core.positions import names, select
-from subspace_lab.reft.data import prompt_lengths_of, refuse_packed
+from subspace_lab.reft.data import beginnings, prompt_lengths_of, refuse_packed
 
 Lengths = Tensor | Sequence[int] | int | Callable[[Tensor], Any]
 FAR = 4096  # tokens: longer than what any positions name one by one
@@ -49,10 +49,9 @@ def refuse_turns(labels: Tensor, attention_mask: Tensor | None, lengths: Tensor,
     `generate` edits one prompt, which is the whole conversation up to the answer that it writes. An example with one
     answer is trained in the same way; with several answers each of them would need a run of its own.
     """
-    answered = labels != -100
-    begins = answered & ~torch.nn.functional.pad(answered[:, :-1], (1, 0))
+    begins = beginnings(labels)
     several = (begins.sum(1) > 1).nonzero().flatten().tolist()
-    real = torch.ones_like(answered) if attention_mask is None else attention_mask.bool()
+    real = torch.ones_like(begins) if attention_mask is None else attention_mask.bool()
     for i in several:
         last = int(begins[i].nonzero()[-1])
         ends = [int(lengths[i]), int(real[i, :last].sum())]

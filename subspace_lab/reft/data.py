@@ -128,11 +128,19 @@ class PromptCollator:
     prompt_lengths: bool = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if not examples:
+            raise ValueError("No examples to make a batch of.")
         if "input_ids" not in examples[0]:
             examples = list(tokenise(examples, self.tokenizer, end=self.end, max_length=self.max_length))
         batch = pad(examples, self.tokenizer.pad_token_id)
         if self.prompt_lengths and "prompt_lengths" not in batch:
             batch["prompt_lengths"] = prompt_lengths_of(batch["labels"], batch.get("attention_mask"))
+            several = (beginnings(batch["labels"]).sum(1) > 1).nonzero()
+            if len(several):
+                raise ValueError(
+                    f"Row {int(several[0])} has several answers, and prompt_lengths would name the first one's prompt: "
+                    "make an example of each answer, or put prompt_lengths into the data."
+                )
         return batch
 
 
@@ -161,6 +169,12 @@ def prompt_lengths_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
             "to −100, or give prompt_lengths."
         )
     return lengths
+
+
+def beginnings(labels: Tensor) -> Tensor:
+    """(batch, sequence) True where an answer begins: at the first of labels that are not −100."""
+    answered = labels != -100
+    return answered & ~torch.nn.functional.pad(answered[:, :-1], (1, 0))
 
 
 def refuse_packed(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
