@@ -28,14 +28,14 @@ class Case:
 
     Attributes:
         name: of the case.
-        line: of issue 9's list, to whose kind it belongs.
+        kind: a number or letter for the kind of input it is.
         make: writes what it needs into a folder, and gives the arguments of the command.
         refused: texts that the one line of the refusal holds, in any case of letters; None where the input is fine.
         right: told the folder of the results, whether they are right; for inputs that are fine.
     """
 
     name: str
-    line: int
+    kind: int
     make: Callable[[Path], list[str]]
     refused: tuple[str, ...] | None = None
     right: Callable[[Path], bool] | None = None

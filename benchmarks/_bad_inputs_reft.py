@@ -38,13 +38,13 @@ class Case:
 
     Attributes:
         name: of the case.
-        line: of issue 9's list, to whose kind it belongs.
+        kind: a number or letter for the kind of input it is.
         run: is given a scratch folder; its result is true where the input is fine and came to what is known.
         refused: (type, text in the message) of the exception that it must raise; None where the input is fine.
     """
 
     name: str
-    line: str
+    kind: str
     run: Callable[[Path], Any]
     refused: tuple[type[Exception], str] | None = None
 

@@ -16,7 +16,7 @@ _spec.loader.exec_module(bad_inputs)
 
 @pytest.mark.parametrize("case", bad_inputs.CASES, ids=lambda case: case.name)
 def test_it_comes_to_what_stands_beside_it(case, tmp_path):
-    if case.line == "6b":
+    if case.kind == "6b":
         utils = pytest.importorskip("trl.trainer.utils")
         if not hasattr(utils, "add_fused_lm_head"):
             pytest.skip("before TRL 1.9")
@@ -32,4 +32,4 @@ def test_the_list_is_long_enough_and_its_names_differ():
     names = [case.name for case in bad_inputs.CASES]
     assert len(names) >= 60 and len(set(names)) == len(names)
     for line in ("6b", "7", "8", "9", "10", "11", "12"):
-        assert sum(case.line == line for case in bad_inputs.CASES) >= 5
+        assert sum(case.kind == line for case in bad_inputs.CASES) >= 5
