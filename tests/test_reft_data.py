@@ -156,3 +156,23 @@ def test_examples_that_are_the_same_stay_on_one_side(tmp_path):
     kept, held = read_examples(path).split(5, 3)
     order = torch.randperm(21, generator=torch.Generator().manual_seed(3)).tolist()
     assert [one["prompt"] for one in held] == [str(i) for i in sorted(order[:5])] and len(kept) == 16
+
+
+def test_the_loop_says_what_it_needs():
+    """Examples that are not tokenised, and a model that is not wrapped (tried without the tests' own type checks)."""
+    import subprocess
+    import sys
+
+    program = (
+        "from torch import nn\nfrom subspace_lab import ReftConfig, finetune, get_reft_model\n"
+        "from transformers import GPT2Config, GPT2LMHeadModel\n"
+        "model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8))\n"
+        "rows = [{'prompt': 'a', 'answer': 'b'}]\n"
+        "for one in (model, get_reft_model(model, ReftConfig(rank=1))):\n"
+        "    try: finetune(one, rows, quiet=True)\n"
+        "    except (TypeError, ValueError) as error: print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    first, second = done.stdout.strip().splitlines()
+    assert first.startswith("TypeError model is of type GPT2LMHeadModel") and "get_reft_model" in first
+    assert second.startswith("ValueError The examples have ['answer', 'prompt']") and "tokenise" in second

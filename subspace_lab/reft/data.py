@@ -29,7 +29,8 @@ def tokenise(
     assistant's, is the answer.
 
     Args:
-        prompt, answer, messages: the names of the columns.
+        prompt, answer, messages: the names of the columns. The answer follows the prompt as it is written: where a
+            space belongs between the two, one of them has it ({"prompt": "It is", "answer": " blue"}).
         end: put the end-of-text token behind each answer, so that the model learns to stop.
         max_length: longer examples lose the end of their answer.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from subspace_lab.core.arguments import instance
 from subspace_lab.engine.training import TrainingConfig, progress_bar, shuffled_rows, train
 from subspace_lab.reft._past import AnswersPast
 from subspace_lab.reft.model import ReftModel
@@ -33,9 +34,16 @@ def finetune(
         The loss at each step.
 
     Raises:
-        ValueError: examples without prompt or answer, or an adapter with `modules_to_save` (use Trainer for it).
+        TypeError: a model that is not a `ReftModel`.
+        ValueError: examples that are not tokenised; examples without prompt or answer, or an adapter with `modules_to_save` (use Trainer for it).
     """
     config = config or TrainingConfig()
+    instance(model, ReftModel, "model", "get_reft_model(model, config) makes one")
+    examples = list(examples)
+    if examples and "input_ids" not in examples[0]:
+        raise ValueError(
+            f"The examples have {sorted(examples[0])} and no input_ids: make them with tokenise(examples, tokenizer)."
+        )
     edits = model.edits()
     if not edits:
         raise ValueError("No active adapter: nothing would be trained.")
