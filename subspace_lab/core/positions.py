@@ -159,9 +159,9 @@ def _single(term: str, positions: str, steps: Tensor, lengths: Tensor, columns: 
         at = columns[term].to(lengths.device).reshape(len(lengths), -1)
     else:
         raise KeyError(
-            f"Positions {positions!r} name the column {term!r}; the columns are {sorted(columns)}. Named positions come "
-            "with the batch, as Batch(inputs, columns={name: positions}) or by spans= of from_texts; always possible are "
-            "all, first, last, f3, l2, 7, -2 and 2:5."
+            f"Positions {positions!r} name the column {term!r}; the columns are {sorted(columns)}. Named positions "
+            "come with the batch, as Batch(inputs, columns={name: positions}) or by spans= of from_texts; always "
+            "possible are all, first, last, f3, l2, 7, -2 and 2:5."
         )
     n = lengths[:, None]
     # In a named column −1 fills up rows with fewer positions; elsewhere negative numbers count from the end.

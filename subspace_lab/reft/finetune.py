@@ -35,7 +35,8 @@ def finetune(
 
     Raises:
         TypeError: a model that is not a `ReftModel`.
-        ValueError: examples that are not tokenised; examples without prompt or answer, or an adapter with `modules_to_save` (use Trainer for it).
+        ValueError: examples that are not tokenised or lack a prompt or an answer; an adapter with
+            `modules_to_save` (use Trainer for it).
     """
     config = config or TrainingConfig()
     instance(model, ReftModel, "model", "get_reft_model(model, config) makes one")
