@@ -108,7 +108,7 @@ def test_output_is_the_table_and_progress_goes_aside(done):
     folder, result, _ = done
     told, fits = " ".join(result.stdout.split()), Fits.load(folder / "model")
     best = fits.best()
-    chosen = f"Chosen on dev: {best.method.label} at {best.place}; on the test pairs {best.iia}."
+    chosen = f"*: chosen on dev, {best.method.label} at {best.place}. On test: {best.iia}."
     for part in ("amount", "last", "twin", chosen, "no intervention", "on 40 test pairs", "Written to"):
         assert part in told, part
     for mean in fits.mean():
@@ -230,10 +230,10 @@ BAD = {
     ),
     "no method": (["--method", ""], ["--method", "RandomSubspace"]),
     "method twice": (["--method", "PCA,pca"], ["twice", "PCA 8"]),
-    "dev pairs": (["--dev-pairs", "0"], ["0 rows", "1 or more"]),
+    "dev pairs": (["--dev-pairs", "0"], ["0 pairs", "1 or more"]),
     "steps": (["--steps", "0"], ["steps=0", "at least 1"]),
     "rate": (["--learning-rate", "0"], ["learning_rate=0", "> 0"]),
-    "pairs": (["--pairs", "0"], ["0 rows", "1 or more"]),
+    "pairs": (["--pairs", "0"], ["0 pairs", "1 or more"]),
     "folder": (["--model", "/no/such/folder"], ["/no/such/folder", "no such folder"]),
     "name": (["--model", "no-such-model-anywhere"], ["no-such-model-anywhere", "no such folder", "offline"]),
     "tokenizer": (["--task", "story_gender"], ["▁She", "not one token"]),

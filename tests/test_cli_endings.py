@@ -83,7 +83,7 @@ def test_a_search_on_a_full_disk_tells_its_table_and_saves_the_rest(name, tmp_pa
     result = search(*TINY, *SITES, "--no-twin", "--out", tmp_path / "out")
     lost = "model" if name in ("subspaces.safetensors", "fits.json") else name
     assert result.exit_code == 2 and f"could not be saved: {lost} (No space left on device)" in result.stderr
-    assert "Chosen on dev" in result.stdout and "on 40 test pairs" in " ".join(result.stdout.split())
+    assert "chosen on dev" in result.stdout and "on 40 test pairs" in " ".join(result.stdout.split())
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"twin", lost}
     assert (
         f"saved are {', '.join(n for n in ('model', 'iia.png', 'overlap.png', 'results.json') if n != lost)}"
