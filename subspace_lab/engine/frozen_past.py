@@ -41,6 +41,7 @@ from subspace_lab.model.backbone import Backbone, expect_backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.edits import Edits, Sources, edit_hooks
 from subspace_lab.model.resolved_sites import resolve
+from subspace_lab.model.sources import Unmatched
 
 STRATEGIES: tuple[type[Strategy], ...] = (ByTokens, ByLayers)
 
@@ -112,7 +113,9 @@ class FrozenPast:
         because = f" ({self.reason})" if self.reason else ""
         return f"frozen past by {self.mode}: {stored}{because}"
 
-    def logits(self, rows: Tensor, edits: Edits, sources: Sources | None = None) -> Tensor:
+    def logits(
+        self, rows: Tensor, edits: Edits, sources: Sources | None = None, unmatched: Unmatched = "refuse"
+    ) -> Tensor:
         """(rows, reads, answers) logits with the edits in force; see `Engine.logits`.
 
         Raises:
@@ -127,7 +130,7 @@ class FrozenPast:
                 f"{unknown} were not named when this FrozenPast was made; it serves {list(self.sites)}."
             )
         if self._strategy is None:
-            return self.plain.logits(rows, edits, sources)
+            return self.plain.logits(rows, edits, sources, unmatched)
         if self._fingerprint.changed():
             raise RuntimeError(
                 "The model or the data set was changed after its past was computed (weights, modules, train mode, "
@@ -138,8 +141,8 @@ class FrozenPast:
                 f"edits at {list(edits)} together run the whole model at each step, which is slower: no states "
                 "are stored for where they begin. Name them as a tuple among the sites of FrozenPast."
             )
-            return self.plain.logits(rows, edits, sources)
-        return self._resume(self._strategy, rows, edits, sources, self.readout)
+            return self.plain.logits(rows, edits, sources, unmatched)
+        return self._resume(self._strategy, rows, edits, self.readout, sources, unmatched)
 
     # --- which strategy ---------------------------------------------------------------------------------------
 
@@ -234,7 +237,7 @@ class FrozenPast:
         plain = PlainEngine(self.backbone, self.batch, readout)
 
         def resumed(rows: Tensor, edits: Edits) -> Tensor:
-            return self._resume(strategy, rows, edits, None, readout)
+            return self._resume(strategy, rows, edits, readout)
 
         sites = [by_depth[0], by_depth[-1], *more_sites]
         return disagreement(resumed, plain.logits, rows, sites, readout.rows(rows).valid, writes=strategy.writes)
@@ -242,14 +245,20 @@ class FrozenPast:
     # --- resuming ---------------------------------------------------------------------------------------------
 
     def _resume(
-        self, strategy: Strategy, rows: Tensor, edits: Edits, sources: Sources | None, readout: Readout
+        self,
+        strategy: Strategy,
+        rows: Tensor,
+        edits: Edits,
+        readout: Readout,
+        sources: Sources | None = None,
+        unmatched: Unmatched = "refuse",
     ) -> Tensor:
         rows = rows.cpu()
         prefix, at = (
             (strategy.compute(rows), torch.arange(len(rows))) if self.prefix is None else (self.prefix, rows)
         )
         run = strategy.resume(rows, tuple(edits), readout, prefix, at)
-        hooks = edit_hooks(edits, run.resolved, sources)
+        hooks = edit_hooks(edits, run.resolved, sources, unmatched)
         hooks = self._data.chain.resuming(run.boundary, run.states, hooks)
         return self.plain.reader.run(run.inputs, hooks, run.readout, self._weights)
 

@@ -20,6 +20,7 @@ from subspace_lab.model.batches import Batch, model_inputs
 from subspace_lab.model.cache_argument import generate_name, given_cache, named_for, without_cache
 from subspace_lab.model.edits import Edits, Sources, edit_hooks, grouped, new_token_hook
 from subspace_lab.model.resolved_sites import ResolvedSite, resolve, resolve_prompt
+from subspace_lab.model.sources import MISSING, Unmatched
 
 
 def forward(
@@ -28,6 +29,7 @@ def forward(
     edits: Edits,
     *,
     sources: Sources | None = None,
+    unmatched: Unmatched = "refuse",
     train_base: bool = False,
     also: Sequence[Hook] = (),
 ) -> Any:
@@ -39,19 +41,22 @@ def forward(
         edits: {site: intervention}; any callable (states) → states serves as an intervention.
         sources: {site: (batch, positions, width) states, as `collect` gives them} for interchange interventions;
             {variable: states} where several variables share the site's basis.
+        unmatched: what becomes of positions that a row has and its source has not, or the other way round: "refuse"
+            raises, "keep_base" leaves them as they are in the base. f- and l-terms are matched from their own end.
         train_base: let gradients reach the model's own parameters too (those that ask for them).
         also: further hooks.
 
     Raises:
         TypeError: a model in the place of a backbone, or anything else of another kind than is said above.
-        ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width.
+        ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width, a row with another
+            number of positions than its source.
         IndexError: a layer or a position that does not exist.
     """
     expect_backbone(backbone)
     expect_edits(edits)
     batch = Batch.of(batch)
     resolved = {site: resolve(backbone, batch, site) for site in edits}
-    hooks = [*edit_hooks(edits, resolved, sources), *also]
+    hooks = [*edit_hooks(edits, resolved, sources, unmatched), *also]
     inputs = model_inputs(backbone.model, batch)
     if train_base:
         return backbone.run(inputs, hooks)
@@ -64,7 +69,8 @@ def collect(
 ) -> dict[Site, Tensor]:
     """The states at the sites in a plain run: {site: (batch, positions, width)}, without gradient.
 
-    A stream without positions gives (batch, width). The run ends after the last site.
+    Rows with fewer positions than others are filled up at the end with NaN: a mean over these entries is NaN too. A
+    stream without positions gives (batch, width). The run ends after the last site.
 
     Raises:
         TypeError: a model in the place of a backbone, one site in the place of several.
@@ -86,6 +92,7 @@ def generate(
     edits: Edits,
     *,
     sources: Sources | None = None,
+    unmatched: Unmatched = "refuse",
     every_token: bool = False,
     also: Sequence[Hook] = (),
     **generation: Any,
@@ -97,7 +104,7 @@ def generate(
     so is the edit; both give the same tokens. Beams, sampling and streamers are `generate`'s own.
 
     Args:
-        backbone, batch, edits, sources: as in `forward`.
+        backbone, batch, edits, sources, unmatched: as in `forward`.
         every_token: edit each generated token as well.
         also: further hooks, at the steps that each of them names.
         generation: keyword arguments of the model's `generate`, which checks them. With `cache` (or
@@ -118,7 +125,7 @@ def generate(
     generation = without_cache(generation)
     cached = setting(backbone.model, generation, "use_cache") is not False
     resolved = {site: resolve_prompt(backbone, batch, site) for site in edits}
-    prompt = edit_hooks(edits, resolved, sources)
+    prompt = edit_hooks(edits, resolved, sources, unmatched)
     # The encoder runs once.
     encoder = {p.hook_point.path for p in resolved.values() if p.hook_point.stack == "encoder"}
     hooks = [replace(hook, steps="first" if cached or hook.path in encoder else "every") for hook in prompt]
@@ -154,6 +161,6 @@ def _check_start(batch: Batch, start: int | None) -> None:
 
 def _reader(resolved: ResolvedSite, found: dict[Site, Tensor]) -> Callable[[Tensor], None]:
     def read(value: Tensor) -> None:
-        found[resolved.site] = resolved.read(value).detach().clone()
+        found[resolved.site] = resolved.read(value, MISSING).detach().clone()
 
     return read

@@ -25,7 +25,9 @@ class ResolvedSite:
         count: the number of rows of the batch.
         index: (batch, positions) columns of the stream; None where the stream has no positions or they are not
             known before a run.
-        valid: (batch, positions) False where a row has no such position; None where every row has all of them.
+        valid: (batch, positions) False where there is nothing to read or write; None where there is everywhere.
+        present: (batch, positions) False where a row has no such position; None where every row has all of them.
+            A row may have a position that is not valid: one in a cache, or one that is not run.
         whole: all positions of all rows are meant, without padding: the stream is taken as it is.
         repeated: the stream may hold several rows, one after the other, for each row of the batch (beams).
     """
@@ -35,6 +37,7 @@ class ResolvedSite:
     count: int
     index: Tensor | None = None
     valid: Tensor | None = None
+    present: Tensor | None = None
     whole: bool = False
     repeated: bool = False
 
@@ -48,13 +51,12 @@ class ResolvedSite:
         """The site in some rows of the batch."""
         if self.index is None:
             return replace(self, count=len(rows))
-        index, valid = (None if t is None else t[rows.to(t.device)] for t in (self.index, self.valid))
-        return replace(
-            self, count=len(rows), index=index, valid=None if valid is None or bool(valid.all()) else valid
-        )
+        index = self.index[rows.to(self.index.device)]
+        valid, present = (None if t is None else _some(t[rows.to(t.device)]) for t in (self.valid, self.present))
+        return replace(self, count=len(rows), index=index, valid=valid, present=present)
 
-    def read(self, value: Tensor) -> Tensor:
-        """The states at the site, (batch, positions, width); 0 where a row has no such position."""
+    def read(self, value: Tensor, missing: float = 0.0) -> Tensor:
+        """The states at the site, (batch, positions, width); `missing` where a row has no such position."""
         if self.hook_point.columns is not None:
             value = value[..., torch.tensor(self.hook_point.columns, device=value.device)]
         if self._taken_whole(value):
@@ -62,7 +64,11 @@ class ResolvedSite:
         index, valid = self._on(value)
         rows = torch.arange(len(value), device=value.device)[:, None]
         states = value[rows, index]
-        return states if valid is None else states.masked_fill(~valid[..., None], 0)
+        if valid is None:
+            return states
+        if not states.is_floating_point():
+            missing = 0
+        return states.masked_fill(~valid[..., None], missing)
 
     def put(self, value: Tensor, states: Tensor) -> Tensor:
         """The whole value with `states` at the site; the rest as it was."""
@@ -139,9 +145,15 @@ def resolve_prompt(backbone: Backbone, batch: Batch, site: Site) -> ResolvedSite
 
 def _among(real: Tensor, batch: Batch, site: Site, hook_point: HookPoint) -> ResolvedSite:
     lengths = batch.prompt_lengths if hook_point.stack != "decoder" else None
-    index, valid = batch.after_cache(*locate(site.positions, real, lengths, batch.columns), hook_point.stack)
+    index, present = locate(site.positions, real, lengths, batch.columns)
+    index, valid = batch.after_cache(index, present, hook_point.stack)
     whole = site.positions == "all" and lengths is None and bool(real.all())
-    return ResolvedSite(site, hook_point, len(batch), index, None if bool(valid.all()) else valid, whole)
+    return ResolvedSite(site, hook_point, len(batch), index, _some(valid), _some(present), whole)
+
+
+def _some(mask: Tensor) -> Tensor | None:
+    """A mask that hides something; None for one that hides nothing."""
+    return None if bool(mask.all()) else mask
 
 
 def check_disjoint(resolved: Sequence[ResolvedSite]) -> None:
