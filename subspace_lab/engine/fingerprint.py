@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from subspace_lab.model.batches import Batch
+from subspace_lab.model.offloading import in_host_memory, is_offloaded, running_device
 
 _RANDOM = re.compile(r"drop|jitter|noise")
 _ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters")  # of peft: which weights are in force
@@ -35,11 +36,12 @@ class Fingerprint:
 
     def __init__(self, model: nn.Module | None, data: Callable[[], Sequence[Tensor]]) -> None:
         self._data = data
+        self._kept = [] if model is None else in_host_memory(model)
         self._modules = [] if model is None else list(model.modules())
         self._tables = [t for m in self._modules for t in (m._parameters, m._buffers, m._modules) if t]
         self._settings = [(vars(m), name) for m in self._modules for name in vars(m) if _is_setting(m, name)]
-        device = None if model is None else next((p.device.type for p in model.parameters()), None)
-        self._autocast = device or "cpu"
+        self._offloaded = model is not None and is_offloaded(model)
+        self._autocast = "cpu" if model is None else running_device(model).type
         self._objects = self._found()
         self._modes, self._values = [m.training for m in self._modules], self._settings_now()
         self._numbers = self._precision()
@@ -72,7 +74,11 @@ class Fingerprint:
         )
 
     def _found(self) -> list[Any]:
-        return [*(value for table in self._tables for value in table.values()), *self._data()]
+        held = [value for table in self._tables for value in table.values()]
+        if self._offloaded:  # such parameters are other objects after each run; what they are filled from stays
+            held = [None if isinstance(value, Tensor) and value.is_meta else value for value in held]
+            held += self._kept
+        return [*held, *self._data()]
 
     def _settings_now(self) -> list[Any]:
         values = [variables.get(name) for variables, name in self._settings]

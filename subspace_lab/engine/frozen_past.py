@@ -40,6 +40,7 @@ from subspace_lab.model.arguments import expect_edits, expect_integer, expect_si
 from subspace_lab.model.backbone import Backbone, expect_backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.edits import Edits, Sources, edit_hooks
+from subspace_lab.model.offloading import is_offloaded
 from subspace_lab.model.resolved_sites import resolve
 from subspace_lab.model.sources import Unmatched
 
@@ -91,7 +92,9 @@ class FrozenPast:
         with torch.inference_mode(False):  # what is stored must serve training, wherever it is made
             self.plain = PlainEngine(backbone, batch, readout)
             self.sites = {site: resolve(backbone, batch, site) for site in named}
-            self._weights = nn.ParameterList(backbone.model.parameters())
+            # Offloaded parameters are other objects in each run, and have to be looked for.
+            offloaded = is_offloaded(backbone.model)
+            self._weights = None if offloaded else nn.ParameterList(backbone.model.parameters())
             self._data = FrozenData.of(backbone, batch, readout, self.sites, together)
             self.reason = self._choose(budget)
 
