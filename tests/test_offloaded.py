@@ -178,7 +178,8 @@ def double(_, __, out):
 
 
 def replaced(head):
-    head.forward = lambda x, own=type(head).forward: 2 * own(head, x)
+    own = type(head).forward
+    head.forward = lambda x: 2 * own(head, x)
 
 
 def wrapped_as_accelerate_does(head):

@@ -89,12 +89,12 @@ class Head:
 
     Attributes:
         path: of the module.
-        linear: whether the logits of some tokens are the product with these tokens' weights alone, as long as
+        narrow: whether the logits of some tokens are the product with these tokens' weights alone, as long as
             nothing replaces or wraps the module.
     """
 
     path: str
-    linear: bool
+    narrow: bool
 
     @classmethod
     def of(cls, backbone: Backbone) -> Head | None:
@@ -136,7 +136,7 @@ def head_hook(backbone: Backbone, readout: Readout, head: Head | None = None) ->
         return nn.functional.linear(positions(hidden), module.weight[tokens], bias)
 
     # Looked at in each run: hooks come and go.
-    if readout.tokens is not None and head.linear and backbone.is_plain(head.path):
+    if readout.tokens is not None and head.narrow and backbone.is_plain(head.path):
         return Hook(head.path, "replace", BEHIND_BLOCKS, answers)
     return Hook(head.path, "input", BEHIND_BLOCKS, positions)
 

@@ -284,7 +284,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     # Offloaded parameters are other objects after each run.
     places = [
-        (m._parameters, name)
+        (m, name)
         for m in (model.modules() if any(p.is_meta for p in trainable) else ())
         for name, p in m._parameters.items()
         if p is not None and p.is_meta and p.requires_grad
@@ -294,5 +294,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for p in (*trainable, *(parameters[name] for parameters, name in places)):
+        for p in trainable:
             p.requires_grad_(True)
+        for module, name in places:
+            getattr(module, name).requires_grad_(True)
