@@ -20,6 +20,7 @@ from torch import Tensor
 
 from subspace_lab.core.sites import Site
 from subspace_lab.engine.caches import caches_all_states, filled_cache, keys_and_values_in
+from subspace_lab.engine.longest import depends_on_longest, reaches
 from subspace_lab.engine.prefix import Prefix, gather_tokens, grouped
 from subspace_lab.engine.readouts import BEHIND_BLOCKS, LOSS_INPUTS, Readout
 from subspace_lab.engine.recurrent import RecurrentStates, without_attention
@@ -96,6 +97,12 @@ class ByTokens(Strategy):
         positions = inputs.get("position_ids")
         if positions is not None and "attention_mask" not in inputs and bool((positions.diff(dim=1) != 1).any()):
             return Refusal("positions that begin anew: several texts in a row")
+        # Resumed runs reach as far as logits are read, plain ones as far as the batch.
+        number = (real.long().cumsum(1) - 1).gather(1, readout.index.to(real.device)).cpu()
+        read = number if readout.valid is None else number.masked_fill(~readout.valid.cpu(), 0)
+        longest = depends_on_longest(backbone.model, torch.cat([reaches(data.batch), read.amax(1) + 1]))
+        if longest is not None:
+            return Refusal(longest)
         at_padding = ~real.gather(1, readout.index.to(real.device))
         if readout.valid is not None:
             at_padding &= readout.valid.to(real.device)

@@ -30,6 +30,7 @@ from subspace_lab.engine.budget import budgets, placement
 from subspace_lab.engine.by_layers import ByLayers
 from subspace_lab.engine.by_tokens import ByTokens
 from subspace_lab.engine.fingerprint import Fingerprint, tensors_of, why_not_frozen
+from subspace_lab.engine.longest import depends_on_longest, reaches
 from subspace_lab.engine.notices import say_once
 from subspace_lab.engine.plain import PlainEngine
 from subspace_lab.engine.prefix import Prefix
@@ -134,10 +135,10 @@ class FrozenPast:
             )
         if self._strategy is None:
             return self.plain.logits(rows, edits, sources, unmatched)
-        if self._fingerprint.changed():
+        changed = self._fingerprint.changed()
+        if changed:
             raise RuntimeError(
-                "The model or the data set was changed after its past was computed (weights, modules, train mode, "
-                "dtype, device, autocast or inputs); make a new FrozenPast."
+                f"The model or the data set was changed after its past was computed ({changed}); make a new FrozenPast."
             )
         if not self._strategy.serves(tuple(edits)):
             say_once(
@@ -179,7 +180,8 @@ class FrozenPast:
         if real is not None and bool((real[:, 1:] & ~real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any()):
             # The positions of such rows depend on the other rows of their batch.
             return Refusal("the attention mask has holes")
-        return None
+        longest = depends_on_longest(self.backbone.model, reaches(self._data.batch))
+        return None if longest is None else Refusal(longest)
 
     # --- the pass over the data -------------------------------------------------------------------------------
 
@@ -205,8 +207,10 @@ class FrozenPast:
             )
             self.prefix = prefix
             wrong = self._disagreement(strategy)
-            if wrong is None and fingerprint.changed():
-                wrong = "running the model changes it"
+            fingerprint.settle()
+            changed = fingerprint.changed()
+            if wrong is None and changed:
+                wrong = f"running the model changes it: {changed}"
         except Exception as failure:
             wrong = _one_line(failure)
         if wrong is not None:
@@ -243,7 +247,13 @@ class FrozenPast:
             return self._resume(strategy, rows, edits, readout)
 
         sites = [by_depth[0], by_depth[-1], *more_sites]
-        return disagreement(resumed, plain.logits, rows, sites, readout.rows(rows).valid, writes=strategy.writes)
+        # The shortest row alone as well: what depends on the longest row of a batch is different there.
+        for some in [rows] if len(rows) == 1 else [rows, lengths.argmin()[None]]:
+            valid = readout.rows(some).valid
+            wrong = disagreement(resumed, plain.logits, some, sites, valid, writes=strategy.writes)
+            if wrong is not None:
+                return wrong if len(some) > 1 else f"{wrong}, of the shortest row alone"
+        return None
 
     # --- resuming ---------------------------------------------------------------------------------------------
 
