@@ -837,7 +837,7 @@ def test_what_changes_no_state_is_no_change():
     assert torch.equal(past.logits(torch.arange(2), {}), expected)
 
 
-class Counting(nn.Module):
+class Noting(nn.Module):
     """Notes of the model's own, which its states do not depend on."""
 
     def __init__(self) -> None:
@@ -850,7 +850,7 @@ class Counting(nn.Module):
 
 
 def test_attributes_that_a_run_sets_are_left_alone():
-    model = nn.Sequential(nn.Linear(4, 4), Counting(), nn.Linear(4, 3)).eval()
+    model = nn.Sequential(nn.Linear(4, 4), Noting(), nn.Linear(4, 3)).eval()
     past = FrozenPast(Backbone(model), Batch.of(torch.randn(5, 4)), [Site("2.input")], Readout())
     assert past.mode == "layers"
     past.logits(torch.arange(3), {})

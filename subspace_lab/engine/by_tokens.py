@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from subspace_lab.core.sites import Site
-from subspace_lab.engine.caches import caches_all_states, filled_cache, keys_and_values_in
+from subspace_lab.engine.caches import caches_all_states, filled_cache, keys_and_values_in, unserved_blocks
 from subspace_lab.engine.longest import depends_on_longest, reaches
 from subspace_lab.engine.prefix import Prefix, gather_tokens, grouped
 from subspace_lab.engine.readouts import BEHIND_BLOCKS, LOSS_INPUTS, Readout
@@ -81,6 +81,9 @@ class ByTokens(Strategy):
             return Refusal("sites are named by path", expected=True)
         if forward_name(backbone.model) is None:
             return Refusal("the model's forward has no argument for a cache", expected=True)
+        unserved = unserved_blocks(backbone.model, len(data.chain.blocks))
+        if unserved is not None:
+            return Refusal(unserved, expected=True)
         blocks, depth = without_attention(backbone, data.chain.blocks), len(data.chain.blocks)
         if max(blocks, default=-1) >= data.chain.lowest and not caches_all_states(backbone.model, depth, blocks):
             return Refusal(

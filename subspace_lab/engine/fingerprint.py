@@ -149,8 +149,9 @@ class Fingerprint:
     def _hooks_now(self) -> list[tuple[int, ...]]:
         """The numbers of all forward hooks, in order, but for those of transformers, which read and do not write."""
         return [
-            tuple(number for number, hook in table.items() if not _reads_alone(hook))
-            for table in filter(None, self._hook_tables)
+            (place, *(number for number, hook in table.items() if not _reads_alone(hook)))
+            for place, table in enumerate(self._hook_tables)
+            if table and not all(map(_reads_alone, table.values()))
         ]
 
     def _found(self) -> list[Any]:
