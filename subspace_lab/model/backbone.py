@@ -65,6 +65,7 @@ class Backbone:
         self.model = model
         self.anatomy = Anatomy(model)
         self._hook_points: dict[Site, HookPoint] = {}
+        self._lengths: dict[tuple[Any, ...], int] = {}
         # {class of module: how many values follow the states in its output, None where the output is no tuple}
         self._further: dict[type, int | None] = {}
         with warnings.catch_warnings():
@@ -121,6 +122,31 @@ class Backbone:
             expect_site(site)
             self._hook_points[site] = self.anatomy.hook_point(site)
         return self._hook_points[site]
+
+    def stream_length(self, hook_point: HookPoint, inputs: Mapping[str, Any] | Sequence[Any]) -> int:
+        """How many positions a stream without tokens (of patches, say) has, found by a run of these inputs.
+
+        Raises:
+            ValueError: a stream that has no positions.
+        """
+        given = inputs.values() if isinstance(inputs, Mapping) else inputs
+        key = (hook_point.path, hook_point.side, *(tuple(t.shape[1:]) for t in given if isinstance(t, Tensor)))
+        if key not in self._lengths:
+            shapes: list[tuple[int, ...]] = []
+            look = Hook(
+                hook_point.path, hook_point.side, hook_point.order, lambda t: shapes.append(tuple(t.shape))
+            )
+            with torch.no_grad():
+                self.run(inputs, [look], stop=True)
+            if len(shapes[0]) != 3:
+                raise ValueError(f"{hook_point.path}: the stream there, {shapes[0]}, has no position axis.")
+            self._lengths[key] = shapes[0][1]
+        return self._lengths[key]
+
+    def has_class_token(self) -> bool:
+        """Whether the first position of the model's images stands for the whole image."""
+        names = ("cls_token", "class_token", "class_embedding")
+        return any(name in names for m in self.model.modules() for name in m._parameters)
 
     def width(self, site: Site) -> int:
         """The width of the stream at a site (ValueError where only a run could tell)."""

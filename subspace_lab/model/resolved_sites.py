@@ -11,7 +11,7 @@ from torch import Tensor
 from subspace_lab.core.positions import locate
 from subspace_lab.core.sites import Site
 from subspace_lab.model.backbone import Backbone
-from subspace_lab.model.batches import Batch
+from subspace_lab.model.batches import Batch, model_inputs
 from subspace_lab.model.families import HookPoint
 
 
@@ -115,17 +115,29 @@ def resolve(backbone: Backbone, batch: Batch, site: Site) -> ResolvedSite:
 
     Raises:
         ValueError: a component that the model does not have; positions in a stream without tokens.
+        KeyError: a named position that the batch does not have (`cls` is one of images whose model has such a token).
         IndexError: a layer or a position that does not exist.
     """
     hook_point = backbone.hook_point(site)
     real = batch.real_tokens(hook_point.stack)
     if real is None:
+        if site.positions != "all" and site.layer is not None and hook_point.stack != "decoder":
+            return _of_patches(backbone, batch, site, hook_point)
         if site.positions != "all":
             raise ValueError(
                 f"{site}: positions need tokens; this batch has {sorted(batch.inputs)} and no position axis."
             )
         return ResolvedSite(site, hook_point, len(batch))
     return _among(real, batch, site, hook_point)
+
+
+def _of_patches(backbone: Backbone, batch: Batch, site: Site, hook_point: HookPoint) -> ResolvedSite:
+    """Positions of a stream without tokens of text: all rows have as many, which a run of one row tells."""
+    length = backbone.stream_length(hook_point, model_inputs(backbone.model, batch.rows(slice(0, 1))))
+    columns = {"cls": torch.zeros(len(batch), dtype=torch.long)} if backbone.has_class_token() else {}
+    real = torch.ones(len(batch), length, dtype=torch.bool)
+    index, _ = locate(site.positions, real, None, columns)
+    return ResolvedSite(site, hook_point, len(batch), index)
 
 
 def resolve_prompt(backbone: Backbone, batch: Batch, site: Site) -> ResolvedSite:
