@@ -727,7 +727,55 @@ def tokens_replaced(model, batch):
     batch.inputs["input_ids"] = batch.inputs["input_ids"].clone()
 
 
+def hook_added(model, batch):
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def hook_added_before(model, batch):
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def forward_replaced(model, batch):
+    model.model.layers[0].mlp.forward = lambda x: 2 * x
+
+
+def class_replaced(model, batch):
+    class Other(type(model.model.layers[0].mlp)):
+        pass
+
+    model.model.layers[0].mlp.__class__ = Other
+
+
+def scale_of_attention_set(model, batch):
+    model.model.layers[0].self_attn.scaling *= 2
+
+
+def scale_of_rotation_set(model, batch):
+    model.model.rotary_emb.attention_scaling = 1.5
+
+
+def epsilon_set(model, batch):
+    model.model.layers[0].input_layernorm.variance_epsilon = 0.1
+
+
+def activation_replaced(model, batch):
+    model.model.layers[0].mlp.act_fn = nn.Tanh()
+
+
+def configuration_set(model, batch):
+    model.config.initializer_range = 0.5
+
+
 CHANGES = [
+    hook_added,
+    hook_added_before,
+    forward_replaced,
+    class_replaced,
+    scale_of_attention_set,
+    scale_of_rotation_set,
+    epsilon_set,
+    activation_replaced,
+    configuration_set,
     weight_added,
     one_weight_set,
     optimizer_step,
@@ -761,6 +809,55 @@ def test_a_change_after_the_pass_is_told(change, memory):
     change(model, batch)
     with pytest.raises(RuntimeError, match="changed after its past was computed"):
         past.logits(torch.arange(2), edits)
+
+
+def test_a_method_of_a_class_replaced_after_the_pass(monkeypatch):
+    model, batch = fresh("llama"), make_batch("llama")
+    past = FrozenPast(Backbone(model), batch, SITES, Readout.at(batch, "last"))
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: x)
+    with pytest.raises(RuntimeError, match=r"computed \(a forward was replaced\)"):
+        past.logits(torch.arange(2), {})
+
+
+def test_what_changes_no_state_is_no_change():
+    model, batch = fresh("llama"), make_batch("llama")
+    past = FrozenPast(Backbone(model), batch, SITES, Readout.at(batch, "last"))
+    expected = past.logits(torch.arange(2), {})
+    name = (
+        "activation_checkpointing"
+        if hasattr(model, "activation_checkpointing_enable")
+        else "gradient_checkpointing"
+    )
+    getattr(model, f"{name}_enable")()
+    getattr(model, f"{name}_disable")()
+    model.config.use_cache = False
+    model(**inputs("llama", 2, 5), output_hidden_states=True, output_attentions=True)  # leaves hooks that read
+    model.generate(**inputs("llama", 2, 5), max_new_tokens=2)
+    model.model.note = 3
+    assert torch.equal(past.logits(torch.arange(2), {}), expected)
+
+
+class Noting(nn.Module):
+    """Notes of the model's own, which its states do not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls, self.last = nn.Linear(4, 4), 0, 0
+
+    def forward(self, x):
+        self.calls, self.last = self.calls + 1, len(x)
+        return self.linear(x)
+
+
+def test_attributes_that_a_run_sets_are_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4), Noting(), nn.Linear(4, 3)).eval()
+    past = FrozenPast(Backbone(model), Batch.of(torch.randn(5, 4)), [Site("2.input")], Readout())
+    assert past.mode == "layers"
+    past.logits(torch.arange(3), {})
+    past.logits(torch.arange(2), {})
+    model[1].linear.in_features = 7
+    with pytest.raises(RuntimeError, match="attributes of modules were set: in_features"):
+        past.logits(torch.arange(3), {})
 
 
 def test_buffers_count_as_weights():

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from subspace_lab.model.offloading import is_offloaded, running_device
+
 
 def reinitialised(model: nn.Module, seed: int) -> nn.Module:
     """A randomly initialised twin: the same class and configuration, weights as if training had never begun.
@@ -19,7 +21,9 @@ def reinitialised(model: nn.Module, seed: int) -> nn.Module:
     its submodules, children first, as their construction does. Either draws on the CPU from a generator of its
     own: one seed gives one twin on every device, and the caller's random state stays where it was.
 
-    Tied weights, dtypes, devices, train mode and gradient flags are those of `model`, which is not touched.
+    Tied weights, dtypes, devices, train mode and gradient flags are those of `model`, which is not touched. The
+    twin of a model whose weights accelerate offloads is in host memory, and offloaded from there if `model` runs
+    elsewhere.
 
     Args:
         model: any module; weights are drawn for all of it.
@@ -30,6 +34,12 @@ def reinitialised(model: nn.Module, seed: int) -> nn.Module:
             were changed by hand), or plain submodules with parameters and no `reset_parameters`.
     """
     from_config = getattr(type(model), "_from_config", None)
+    offloaded = is_offloaded(model)
+    if offloaded and from_config is None:
+        raise ValueError(
+            f"The weights of this {type(model).__name__} are offloaded, and a copy of it has none to draw anew: make "
+            "the twin first, and offload both."
+        )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # Not torch.manual_seed: that would seed the accelerators too, which are not forked.
         torch.default_generator.manual_seed(seed)
@@ -39,10 +49,15 @@ def reinitialised(model: nn.Module, seed: int) -> nn.Module:
         mine, theirs = _tensors(twin), _tensors(model)
         for name, tensor in mine.items():
             # In place of the data, not of the parameter: what is tied stays tied.
-            tensor.data = tensor.data.to(theirs[name].device, theirs[name].dtype)
+            device = torch.device("cpu") if offloaded else theirs[name].device
+            tensor.data = tensor.data.to(device, theirs[name].dtype)
             tensor.requires_grad_(theirs[name].requires_grad)
     for module, of_model in zip(twin.modules(), model.modules(), strict=True):
         module.training = of_model.training
+    if offloaded and running_device(model).type != "cpu":
+        from accelerate import cpu_offload
+
+        cpu_offload(twin, running_device(model))
     return twin
 
 
@@ -91,7 +106,7 @@ def _check_same_shape(model: nn.Module, twin: nn.Module) -> None:
             f"The configuration of {type(model).__name__} does not describe it: a model built from it differs at "
             f"{names[:6]}{' and more' if len(names) > 6 else ''}."
         )
-    if _ties(model) != _ties(twin):
+    if not is_offloaded(model) and _ties(model) != _ties(twin):  # offloading cuts the ties
         raise ValueError(
             f"{type(model).__name__} shares weights in another way than a model built from its configuration: "
             f"{_ties(model)} against {_ties(twin)}."

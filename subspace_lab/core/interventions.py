@@ -263,9 +263,13 @@ def zero_ablation(subspace: Subspace) -> Intervention:
 
 
 def mean_ablation(subspace: Subspace, states: Float[Tensor, "*batch width"]) -> Intervention:
-    """The coordinates become their mean over all of `states` (…, width): h + Rᵀ(R mean − R h)."""
+    """The coordinates become their mean over all of `states` (…, width): h + Rᵀ(R mean − R h).
+
+    Entries that are all NaN are left out: so `collect` marks where a row has fewer positions than others.
+    """
     with torch.no_grad():
-        mean = subspace.read(states).reshape(-1, subspace.rank).mean(0)
+        states = states.reshape(-1, states.shape[-1])
+        mean = subspace.read(states[~states.isnan().all(-1)]).mean(0)
     return set_to(subspace, mean)
 
 

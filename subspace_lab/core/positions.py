@@ -149,6 +149,67 @@ def locate(
     return order.gather(1, front), chosen.gather(1, front)
 
 
+def match(
+    positions: str, base: Int[Tensor, " batch"], source: Int[Tensor, " batch"], slots: int
+) -> Int[Tensor, "batch position"]:
+    """For each position of a base, which of its source's positions stands for it; −1 where none does.
+
+    Terms that count from the start of a prompt (all, f3, 2:5, a name) are matched from their first position on,
+    those that count from its end (l3, -2:) from their last, and f3+l2 each from its own end.
+
+    Args:
+        positions: in canonical form.
+        base, source: how many positions each row has.
+        slots: how many positions a row of the base has at the most.
+
+    Raises:
+        ValueError: positions of which the counts do not tell which term each belongs to, where the counts differ.
+    """
+    slot = torch.arange(slots, device=base.device)[None]
+    b, s = base[:, None], source[:, None]
+    shifted, here = slot + s - b, slot < b
+    from_start = torch.where(here & (slot < s), slot, -1)
+    from_end = torch.where(here & (shifted >= 0), shifted, -1)
+    terms = positions.split("+")
+    sides = {_side(term, alone=len(terms) == 1) for term in terms}
+    if sides == {"f"} or bool((base == source).all()):
+        return from_start
+    if sides == {"l"}:
+        return from_end
+    ends = [end for term in terms if (end := _END.fullmatch(term)) and end[3] is None]
+    if len(ends) < len(terms):
+        raise ValueError(
+            f"Positions {positions!r} of rows that have different numbers of them: which of one row is which of "
+            "another cannot be told. Use a site for each term, or f3+l2."
+        )
+    most = {side: max(int(end[2]) for end in ends if end[1] == side) for side in "fl"}
+
+    def front(count: Tensor) -> Tensor:  # a prompt of so few tokens is shared between the ends
+        return torch.maximum((count // 2).clamp_max(most["f"]), count - most["l"])
+
+    in_front = slot < front(b)
+    matched = torch.where(in_front, slot < front(s), b - 1 - slot < s - front(s))
+    return torch.where(here & matched, torch.where(in_front, slot, shifted), -1)
+
+
+def _side(term: str, *, alone: bool) -> str:
+    """The end of the prompt that a term counts from, "f" or "l"; "" where that says too little."""
+    if end := _END.fullmatch(term):
+        return end[1]
+    if term in ("all", "first"):
+        return "f"
+    if term == "last":
+        return "l"
+    if part := _SLICE.fullmatch(term):
+        sides = {"l" if text.startswith("-") else "f" for text in (part[1] or "0", part[2]) if text}
+        if len(sides) == 1:
+            return sides.pop()
+        return "f" if alone and not (part[1] or "").startswith("-") else ""
+    if _is_int(term):
+        return "l" if term.startswith("-") else "f"
+    return "f" if alone else ""
+
+
 def _single(term: str, positions: str, steps: Tensor, lengths: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
     """A term that names one position a row (or a column of several)."""
     if term in ("first", "last") or _is_int(term):

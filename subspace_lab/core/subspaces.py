@@ -367,7 +367,7 @@ class Part(Subspace):
 def pca(states: Float[Tensor, "example width"], rank: int) -> FixedSubspace:
     """The span of the `rank` largest principal components of the states (centred, not standardised)."""
     check_rank(rank, states.shape[-1])
-    states = wide(states, torch.zeros(()))
+    states = _numbers(states)
     if rank > min(len(states) - 1, states.shape[-1]):
         raise ValueError(
             f"{rank} principal components asked of {len(states)} states: at most {len(states) - 1} exist."
@@ -385,12 +385,24 @@ def difference_of_means(states: Float[Tensor, "example width"], labels: Tensor) 
     classes = labels.unique()
     if len(classes) < 2:
         raise ValueError(f"The labels have {len(classes)} class; a difference of means needs two or more.")
-    states = wide(states, torch.zeros(()))
+    states = _numbers(states)
     means = torch.stack([states[labels == c].mean(0) for c in classes])
     gaps = means[1:] - means[0]
     if torch.linalg.matrix_rank(gaps) < len(gaps):
         raise ValueError(f"The means of the {len(classes)} classes do not span {len(gaps)} dimensions.")
     return FixedSubspace(thin_qr(gaps.T)[0].T)
+
+
+def _numbers(states: Tensor) -> Tensor:
+    """States as numbers to compute with (ValueError where some are none)."""
+    states = wide(states, torch.zeros(()))
+    wrong = int((~states.isfinite().all(-1)).sum())
+    if wrong:
+        raise ValueError(
+            f"{wrong} of {len(states)} states hold NaN or infinite numbers; `collect` marks with NaN where a row "
+            "has fewer positions than others: leave these entries out."
+        )
+    return states
 
 
 def random_subspace(width: int, rank: int, seed: int) -> FixedSubspace:

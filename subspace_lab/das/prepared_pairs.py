@@ -22,6 +22,8 @@ from subspace_lab.engine.stacking import Stack, rows_of
 from subspace_lab.engine.training import TrainingConfig, shuffled_rows, train_together
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.intervene import collect
+from subspace_lab.model.resolved_sites import resolve
+from subspace_lab.model.sources import Unmatched, all_rows, expect_unmatched, fitted
 
 CHUNK = 64  # pairs a run
 SMALL_BATCH = 2**16  # numbers
@@ -36,13 +38,15 @@ class PreparedPairs:
 
     Attributes:
         engine: over the bases.
-        states: {variable: {site: (pairs, positions, width) states of its sources}}.
+        states: {variable: {site: (pairs, positions, width) states of its sources}}, NaN where a source has fewer.
         data: the pairs.
+        unmatched: what becomes of positions that a base or its source lacks, as in `forward`.
     """
 
     engine: Engine
     states: dict[str, dict[Site, Tensor]]
     data: Counterfactuals
+    unmatched: Unmatched = "refuse"
 
     @classmethod
     def of(
@@ -53,6 +57,7 @@ class PreparedPairs:
         *,
         memory: int | str | None = None,
         frozen: bool = True,
+        unmatched: Unmatched = "refuse",
     ) -> PreparedPairs:
         """One pass over the bases and one over each variable's sources, for all sites.
 
@@ -60,7 +65,12 @@ class PreparedPairs:
             assignments: where variables will be exchanged, each on its own.
             memory: budget of the frozen past.
             frozen: compute once what comes before the edits; without, every run is a plain one.
+            unmatched: "refuse" pairs whose base and source have different numbers of positions, or "keep_base" there.
+
+        Raises:
+            ValueError: a pair whose base and source differ in that way; the message names it.
         """
+        expect_unmatched(unmatched)
         data = data.to(backbone.device)
         together = [tuple(dict.fromkeys(one.values())) for one in assignments]
         engine: Engine = (
@@ -72,8 +82,11 @@ class PreparedPairs:
         for name, source in data.sources.items():
             own = list(dict.fromkeys(one[name] for one in assignments if name in one))
             parts = [collect(backbone, source.rows(r), own) for r in torch.arange(len(data)).split(_chunk(data))]
-            states[name] = {site: _one([p[site] for p in parts], site) for site in own}
-        return cls(engine, states, data)
+            states[name] = {site: all_rows([p[site] for p in parts]) for site in own}
+            for site in own:
+                # Once for all pairs, so that the message names the pair and not a row of some batch.
+                fitted(resolve(backbone, data.base, site), states[name][site], unmatched, f" for {name!r}")
+        return cls(engine, states, data, unmatched)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -97,7 +110,8 @@ class PreparedPairs:
         with torch.no_grad():
             for some in pairs.split(max(1, _chunk(self.data) // len(edits))):
                 again = some.repeat(len(edits))
-                logits = one_read(self.engine.logits(again, stacked, self.sources(assignment, again)))
+                sources = self.sources(assignment, again)
+                logits = one_read(self.engine.logits(again, stacked, sources, self.unmatched))
                 parts.append(rearrange(logits.cpu(), "(edit pair) answer -> edit pair answer", edit=len(edits)))
         answer, base = self.data.answer.cpu()[pairs], self.data.base_answer.cpu()[pairs]
         return [Outcome(logits, self.unedited[pairs], answer, base) for logits in torch.cat(parts, 1)]
@@ -120,6 +134,7 @@ def fit(
     configs: Sequence[TrainingConfig],
     loss: Loss,
     on_step: Callable[[int, list[float]], None] | None = None,
+    unmatched: Unmatched = "refuse",
 ) -> list[list[float]]:
     """Train learners at one place, all in one run over a stacked batch, each as if it were alone.
 
@@ -127,6 +142,7 @@ def fit(
         draws: for each learner the pairs of its steps; all from one engine, equally many a step.
         configs: for each its training; their numbers of steps agree.
         loss: of the answers' logits and the expected answers, by pair; the learner's penalty is added to its mean.
+        unmatched: what becomes of positions that a base or its source lacks.
 
     Returns:
         For each the loss at each step.
@@ -145,7 +161,7 @@ def fit(
             learner.advance(step / steps)
         drawn = [draw(step) for draw in draws]
         engine, pairs = drawn[0][0], torch.cat([d[1] for d in drawn])
-        logits = one_read(engine.logits(pairs, stacked, _joined([d[2] for d in drawn])))
+        logits = one_read(engine.logits(pairs, stacked, _joined([d[2] for d in drawn]), unmatched))
         answers = torch.cat([d[3] for d in drawn]).to(logits.device)
         losses = reduce(loss(logits, answers), "(learner pair) -> learner", "mean", learner=len(learners))
         penalties = [learner.penalty() for learner in learners]
@@ -174,13 +190,16 @@ def from_pool(pairs: PreparedPairs, assignment: Assignment, config: TrainingConf
     return draw
 
 
-def from_stream(backbone: Backbone, stream: Stream, assignment: Assignment) -> Draw:
+def from_stream(
+    backbone: Backbone, stream: Stream, assignment: Assignment, unmatched: Unmatched = "refuse"
+) -> Draw:
     """Fresh pairs at every step; those of a step are made once, however many ask for them."""
     latest: list[tuple[int, PreparedPairs]] = []
 
     def draw(step: int) -> tuple[Engine, Tensor, dict[Site, Any], Tensor]:
         if not latest or latest[0][0] != step:
-            latest[:] = [(step, PreparedPairs.of(backbone, stream(step), [assignment], frozen=False))]
+            made = PreparedPairs.of(backbone, stream(step), [assignment], frozen=False, unmatched=unmatched)
+            latest[:] = [(step, made)]
         pairs = latest[0][1]
         every = torch.arange(len(pairs))
         return pairs.engine, every, pairs.sources(assignment, every), pairs.data.answer.cpu()
@@ -217,11 +236,3 @@ def _joined(sources: list[dict[Site, Any]]) -> dict[Site, Any]:
             else {name: torch.cat([part[name] for part in parts]) for name in first}
         )
     return joined
-
-
-def _one(parts: list[Tensor], site: Site) -> Tensor:
-    if len({p.shape[1:] for p in parts}) > 1:
-        raise ValueError(
-            f"{site}: the sources have different numbers of positions; an interchange needs as many in each pair."
-        )
-    return torch.cat(parts)

@@ -19,6 +19,7 @@ from subspace_lab.das.pairs import Pairs
 from subspace_lab.das.sweeps import sweep
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.sources import Unmatched
 
 
 def default_methods(rank: int | Sequence[int] = 1, *, shared_site: bool = False) -> list[Method]:
@@ -45,6 +46,7 @@ def search(
     metrics: Sequence[Metric] = (iia,),
     min_accuracy: float | None = 0.9,
     memory: int | str | None = None,
+    unmatched: Unmatched = "refuse",
     quiet: bool = False,
     label: str = "search",
 ) -> Fits:
@@ -75,6 +77,7 @@ def search(
         metrics=metrics,
         min_accuracy=min_accuracy,
         memory=memory,
+        unmatched=unmatched,
         quiet=quiet,
         label=label,
     )

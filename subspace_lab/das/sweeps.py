@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from subspace_lab.engine.training import TrainingConfig, progress_bar
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.identity import model_facts, versions
 from subspace_lab.model.intervene import collect
+from subspace_lab.model.sources import Unmatched, all_rows, missing_entries
 
 STACKED = 1024  # at most so many examples in one training step of several fits
 POOL = 1000  # training pairs, at least, that methods without training see where pairs are drawn afresh
@@ -58,6 +59,7 @@ def sweep(
     metrics: Sequence[Metric] = (iia,),
     min_accuracy: float | None = 0.9,
     memory: int | str | None = None,
+    unmatched: Unmatched = "refuse",
     quiet: bool = False,
     label: str = "sweep",
 ) -> Fits:
@@ -75,12 +77,15 @@ def sweep(
         metrics: functions of an `Outcome`; the first is the one that tables show.
         min_accuracy: a model that answers the test split's bases worse than this is refused; None allows any.
         memory: budget of the frozen past, as in `FrozenPast`.
+        unmatched: what becomes of positions that a base has and its source has not, or the other way round: "refuse"
+            raises, "keep_base" leaves them as they are in the base.
         quiet: show no progress bar.
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: nothing to search, a rank above a site's width, the same method twice, or a model that fails the
-            task. All this before anything is trained.
+        ValueError: nothing to search, a rank above a site's width, the same method twice, a pair whose base and
+            source have different numbers of positions, or a model that fails the task. All this before anything is
+            trained.
         SweepInterrupted: a KeyboardInterrupt that has the fits of the sites which were finished before it.
     """
     config = config or TrainingConfig()
@@ -105,7 +110,8 @@ def sweep(
     for assignment in assignments:
         for method in variants:
             method.check(assignment, widths)
-    test = PreparedPairs.of(backbone, pairs.test, assignments, memory=memory)
+    prepared = partial(PreparedPairs.of, backbone, assignments=assignments, memory=memory, unmatched=unmatched)
+    test = prepared(data=pairs.test)
     floors = {"test": _floors(test)}
     if min_accuracy is not None and floors["test"].accuracy.value < min_accuracy:
         raise ValueError(
@@ -113,11 +119,21 @@ def sweep(
             f"{min_accuracy}: a variable of an algorithm that it does not follow is not worth a search. "
             "Ask for it all the same, of a randomly initialised twin for instance, with min_accuracy=None."
         )
-    dev = PreparedPairs.of(backbone, pairs.dev, assignments, memory=memory)
+    dev = prepared(data=pairs.dev)
     floors["dev"] = _floors(dev)
-    train = None if callable(pairs.train) else PreparedPairs.of(backbone, pairs.train, assignments, memory=memory)
+    train = None if callable(pairs.train) else prepared(data=pairs.train)
     job = _Sweep(
-        backbone, pairs, variants, asked, config, loss, metrics, widths, {"dev": dev, "test": test}, train
+        backbone,
+        pairs,
+        variants,
+        asked,
+        config,
+        loss,
+        metrics,
+        widths,
+        {"dev": dev, "test": test},
+        train,
+        unmatched,
     )
     facts = {
         "task": pairs.task,
@@ -130,6 +146,7 @@ def sweep(
         "metrics": named["metrics"],
         "seeds": asked,
         "engine": test.engine.describe(),
+        "unmatched": unmatched,
         "versions": versions(),
     }
     fits: list[Fit] = []
@@ -167,6 +184,7 @@ class _Sweep:
     widths: Mapping[Site, int]
     held_out: dict[str, PreparedPairs]
     train: PreparedPairs | None
+    unmatched: Unmatched = "refuse"
 
     def at(self, assignment: Assignment, on_step: Callable[[], Any]) -> tuple[list[Fit], list[Failure]]:
         """Every fit at one place, and the searches that gave none."""
@@ -230,11 +248,11 @@ class _Sweep:
         if self.train is None:
             assert callable(self.pairs.train)
             # One for all, so that the pairs of a step are made once.
-            draws = [from_stream(self.backbone, self.pairs.train, assignment)] * len(cells)
+            draws = [from_stream(self.backbone, self.pairs.train, assignment, self.unmatched)] * len(cells)
         else:
             draws = [from_pool(self.train, assignment, config) for config in configs]
         learners = [cell.learner for cell in cells]
-        losses = fit(learners, draws, configs, self.loss, lambda *_: on_step())
+        losses = fit(learners, draws, configs, self.loss, lambda *_: on_step(), self.unmatched)
         for cell, own in zip(cells, losses, strict=True):
             cell.losses = tuple(own)
 
@@ -280,9 +298,11 @@ class _Sweep:
         parts: list[PreparedPairs] = []
         while sum(len(part) for part in parts) < POOL:
             data = self.pairs.train(len(parts))
-            parts.append(PreparedPairs.of(self.backbone, data, [assignment], frozen=False))
+            parts.append(
+                PreparedPairs.of(self.backbone, data, [assignment], frozen=False, unmatched=self.unmatched)
+            )
         states = {
-            name: {site: torch.cat([part.states[name][site] for part in parts])}
+            name: {site: all_rows([part.states[name][site] for part in parts])}
             for name, site in assignment.items()
         }
         values = {name: torch.cat([_values(part.data)[name] for part in parts]) for name in assignment}
@@ -307,14 +327,22 @@ class _Examples:
     values: Mapping[str, Tensor]
 
     def flat_states(self, name: str, site: Site) -> Tensor:
-        """(examples, width): every position of a site is an example."""
-        states = self.states[name][site]
-        return states.reshape(-1, states.shape[-1])
+        """(examples, width): every position that a row has is an example."""
+        states, there = self._of(name, site)
+        return states if there is None else states[there]
 
     def flat_values(self, name: str, site: Site) -> Tensor:
         """(examples,): the variable's value at each of them."""
-        states, values = self.states[name][site], self.values[name].to(self.states[name][site].device)
-        return values.repeat_interleave(states[0, ..., 0].numel())
+        states, there = self._of(name, site)
+        values = self.values[name].to(states.device)
+        values = values.repeat_interleave(len(states) // len(values))
+        return values if there is None else values[there]
+
+    def _of(self, name: str, site: Site) -> tuple[Tensor, Tensor | None]:
+        """All entries, and which of them are positions; None where all are."""
+        states = self.states[name][site].flatten(0, -2)
+        missing = missing_entries(states) if self.states[name][site].ndim == 3 else None
+        return states, None if missing is None else ~missing
 
 
 def _numbers(learner: Learner) -> nn.ModuleList:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from subspace_lab.core.sites import Site
-from subspace_lab.engine.caches import caches_all_states, filled_cache, keys_and_values_in
+from subspace_lab.engine.caches import caches_all_states, filled_cache, keys_and_values_in, unserved_blocks
+from subspace_lab.engine.longest import depends_on_longest, reaches
 from subspace_lab.engine.prefix import Prefix, gather_tokens, grouped
 from subspace_lab.engine.readouts import BEHIND_BLOCKS, LOSS_INPUTS, Readout
 from subspace_lab.engine.recurrent import RecurrentStates, without_attention
@@ -80,6 +81,9 @@ class ByTokens(Strategy):
             return Refusal("sites are named by path", expected=True)
         if forward_name(backbone.model) is None:
             return Refusal("the model's forward has no argument for a cache", expected=True)
+        unserved = unserved_blocks(backbone.model, len(data.chain.blocks))
+        if unserved is not None:
+            return Refusal(unserved, expected=True)
         blocks, depth = without_attention(backbone, data.chain.blocks), len(data.chain.blocks)
         if max(blocks, default=-1) >= data.chain.lowest and not caches_all_states(backbone.model, depth, blocks):
             return Refusal(
@@ -96,6 +100,12 @@ class ByTokens(Strategy):
         positions = inputs.get("position_ids")
         if positions is not None and "attention_mask" not in inputs and bool((positions.diff(dim=1) != 1).any()):
             return Refusal("positions that begin anew: several texts in a row")
+        # Resumed runs reach as far as logits are read, plain ones as far as the batch.
+        number = (real.long().cumsum(1) - 1).gather(1, readout.index.to(real.device)).cpu()
+        read = number if readout.valid is None else number.masked_fill(~readout.valid.cpu(), 0)
+        longest = depends_on_longest(backbone.model, torch.cat([reaches(data.batch), read.amax(1) + 1]))
+        if longest is not None:
+            return Refusal(longest)
         at_padding = ~real.gather(1, readout.index.to(real.device))
         if readout.valid is not None:
             at_padding &= readout.valid.to(real.device)

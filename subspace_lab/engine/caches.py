@@ -104,6 +104,20 @@ def put_states(filled: Any, model: nn.Module, states: BlockStates, blocks: Colle
     return filled
 
 
+def unserved_blocks(model: nn.Module, depth: int) -> str | None:
+    """Which blocks of a model have a layer in its cache that is read neither as keys nor as a state; in words."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+
+    layers = DynamicCache(config=text_config(model)).layers[:depth]
+    kinds = [(isinstance(layer, CacheLayerMixin), isinstance(layer, LinearAttentionLayer)) for layer in layers]
+    both = [i for i, kind in enumerate(kinds) if all(kind)]
+    neither = [i for i, kind in enumerate(kinds) if not any(kind)]
+    if both:
+        return f"blocks {both} have attention and a state side by side, in one layer of the cache"
+    return f"blocks {neither} have neither attention nor a state, and no layer of the cache" if neither else None
+
+
 def caches_all_states(model: nn.Module, depth: int, state_blocks: Sequence[int]) -> bool:
     """Whether a cache of this model holds a state of each of these blocks, and keys and values of all others.
 

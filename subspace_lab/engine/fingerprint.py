@@ -1,9 +1,10 @@
 """Whether a model and a data set are still what they were when something was computed from them.
 
 Comparing every number would cost as much as the run that was saved, so several cheap signs are compared instead:
-which objects the modules hold, torch's counters of in-place writes, addresses, train modes, and a sample of the
-numbers themselves. The sample is for writes that torch does not count, through `.data` or numpy: one that changes
-most of a tensor is seen, one that changes a single number may not be.
+which objects the modules hold, torch's counters of in-place writes, addresses, hooks, plain attributes (an epsilon,
+a scale, a replaced `forward`), and a sample of the numbers themselves. The sample is for writes that torch does not
+count, through `.data` or numpy: one that changes most of a tensor is seen, one that changes a single number may not
+be.
 """
 
 from __future__ import annotations
@@ -11,42 +12,70 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from operator import is_
+from functools import partial
+from operator import is_, itemgetter
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from subspace_lab.model.batches import Batch
+from subspace_lab.model.offloading import in_host_memory, is_offloaded, running_device
 
 _RANDOM = re.compile(r"drop|jitter|noise")
 _ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters")  # of peft: which weights are in force
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-WEIGHTS_SAMPLED, DATA_SAMPLED = 64, 4096
+WEIGHTS_SAMPLED, DATA_SAMPLED, COMPARED = 64, 4096, 4096
+_FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial)
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, *_FUNCTIONS)
+# Of what a state does not depend on: how gradients are computed, and torch's own notes.
+_NO_MATTER = (
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_is_full_backward_hook",
+    "_is_hf_initialized",
+)
 
 
 class Fingerprint:
-    """Remembers how a model and some tensors are; `changed()` says whether they are different now.
+    """Remembers how a model and some tensors are; `changed()` says what is different now.
 
     Args:
-        model: its modules, parameters, buffers, train modes, dropout rates and active adapters; None for none.
+        model: its modules, parameters, buffers, forward hooks, train modes and plain attributes, the numbers of its
+            configuration and its active adapters; None for none.
         data: called at each comparison for the tensors of the data, so that replaced ones are seen.
     """
 
     def __init__(self, model: nn.Module | None, data: Callable[[], Sequence[Tensor]]) -> None:
         self._data = data
+        self._kept = [] if model is None else in_host_memory(model)
         self._modules = [] if model is None else list(model.modules())
         self._tables = [t for m in self._modules for t in (m._parameters, m._buffers, m._modules) if t]
         self._settings = [(vars(m), name) for m in self._modules for name in vars(m) if _is_setting(m, name)]
-        device = None if model is None else next((p.device.type for p in model.parameters()), None)
-        self._autocast = device or "cpu"
+        self._offloaded = model is not None and is_offloaded(model)
+        self._autocast = "cpu" if model is None else running_device(model).type
         self._objects = self._found()
-        self._modes, self._values = [m.training for m in self._modules], self._settings_now()
+        self._values = self._settings_now()
         self._numbers = self._precision()
+        self._hook_tables = [t for m in self._modules for t in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = self._hooks_now()
+        self._without_forward = [vars(m) for m in self._modules if "forward" not in vars(m)]
+        self._kinds = {id(kind): (kind, _forward(kind)) for kind in map(type, self._modules)}
+        self._classes = [type(m) for m in self._modules]
+        config = getattr(model, "config", None)
+        configs = {id(c): c for m in self._modules if (c := getattr(m, "config", None)) is not None}
+        watched = [(vars(m), _plain_names(m)) for m in self._modules]
+        watched += [(vars(c), _numbers_in(c)) for c in (config, *configs.values()) if hasattr(c, "__dict__")]
+        self._watch(watched)
         unique = {id(t): t for t in self._objects if isinstance(t, Tensor)}
         self._counted = [t for t in unique.values() if not t.is_inference()]
         self._placed = [t for t in unique.values() if type(t) in (Tensor, nn.Parameter) and not t.is_meta]
         self._versions = [t._version for t in self._counted]
+        buffers = {id(b) for m in self._modules for b in m._buffers.values()}
+        self._copies = {
+            i: t.clone() for i, t in enumerate(self._counted) if id(t) in buffers and t.numel() <= COMPARED
+        }
         self._addresses = [t.data_ptr() for t in self._placed]
         # The samples are views: as long as they live, no new tensor can take an old one's address.
         of_data = {id(t) for t in data()}
@@ -57,22 +86,80 @@ class Fingerprint:
                 groups[sample.dtype, sample.device].append(sample)
         self._samples = [(views, torch.cat(views)) for views in groups.values()]
 
-    def changed(self) -> bool:
-        """Whether anything is different from what it was at construction."""
+    def changed(self) -> str | None:
+        """What is different from how it was at construction, in words; None where nothing is."""
         found = self._found()
-        return (
-            len(found) != len(self._objects)
-            or not all(map(is_, found, self._objects))
-            or [m.training for m in self._modules] != self._modes
-            or [t._version for t in self._counted] != self._versions
-            or [t.data_ptr() for t in self._placed] != self._addresses
-            or self._settings_now() != self._values
-            or self._precision() != self._numbers
-            or not all(torch.equal(torch.cat(views), sample) for views, sample in self._samples)
-        )
+        if len(found) != len(self._objects) or not all(map(is_, found, self._objects)):
+            return "weights, modules or inputs were replaced"
+        if self._written():
+            return "weights or inputs were written"
+        if [t.data_ptr() for t in self._placed] != self._addresses:
+            return "weights or inputs were moved"
+        if self._settings_now() != self._values or self._precision() != self._numbers:
+            return "dropout, adapters or autocast were switched"
+        if self._hooks_now() != self._hooks:
+            return "forward hooks were added or removed"
+        if (
+            any("forward" in attributes for attributes in self._without_forward)
+            or not all(map(is_, map(type, self._modules), self._classes))
+            or any(_forward(kind) is not was for kind, was in self._kinds.values())
+        ):
+            return "a forward was replaced"
+        if self._plain_now() != self._plain:
+            return f"attributes of modules were set: {', '.join(self._different()) or 'some'}"
+        if not all(torch.equal(torch.cat(views), sample) for views, sample in self._samples):
+            return "weights or inputs were written"
+        return None
+
+    def settle(self) -> None:
+        """Forget the plain attributes that are different now: a run of the model itself sets them."""
+        changing = self._different()
+        self._watch([(attributes, [n for n in names if n not in changing]) for attributes, names in self._watched])
+
+    def _watch(self, watched: list[tuple[dict[str, Any], list[str]]]) -> None:
+        self._watched = [(attributes, names) for attributes, names in watched if names]
+        self._getters = [(itemgetter(*names), attributes) for attributes, names in self._watched]
+        self._plain = self._plain_now()
+
+    def _plain_now(self) -> list[Any]:
+        try:
+            return [get(attributes) for get, attributes in self._getters]
+        except KeyError:  # one was deleted
+            return []
+
+    def _different(self) -> list[str]:
+        """The names of the attributes that are different now."""
+        names = []
+        for (attributes, own), was in zip(self._watched, self._plain, strict=True):
+            values = (was,) if len(own) == 1 else was
+            names += [n for n, v in zip(own, values, strict=True) if n not in attributes or attributes[n] != v]
+        return list(dict.fromkeys(names))
+
+    def _written(self) -> bool:
+        """Whether a tensor was written; a small buffer may be, with the numbers that it had."""
+        versions = [t._version for t in self._counted]
+        if versions == self._versions:
+            return False
+        changed = [i for i, (now, was) in enumerate(zip(versions, self._versions, strict=True)) if now != was]
+        if any(i not in self._copies or not torch.equal(self._counted[i], self._copies[i]) for i in changed):
+            return True
+        self._versions = versions
+        return False
+
+    def _hooks_now(self) -> list[tuple[int, ...]]:
+        """The numbers of all forward hooks, in order, but for those of transformers, which read and do not write."""
+        return [
+            (place, *(number for number, hook in table.items() if not _reads_alone(hook)))
+            for place, table in enumerate(self._hook_tables)
+            if table and not all(map(_reads_alone, table.values()))
+        ]
 
     def _found(self) -> list[Any]:
-        return [*(value for table in self._tables for value in table.values()), *self._data()]
+        held = [value for table in self._tables for value in table.values()]
+        if self._offloaded:  # such parameters are other objects after each run; what they are filled from stays
+            held = [None if isinstance(value, Tensor) and value.is_meta else value for value in held]
+            held += self._kept
+        return [*held, *self._data()]
 
     def _settings_now(self) -> list[Any]:
         values = [variables.get(name) for variables, name in self._settings]
@@ -81,6 +168,28 @@ class Fingerprint:
     def _precision(self) -> tuple[bool, torch.dtype | None]:
         on = torch.is_autocast_enabled(self._autocast)
         return on, torch.get_autocast_dtype(self._autocast) if on else None
+
+
+def _plain_names(module: nn.Module) -> list[str]:
+    """The attributes of a module that are numbers, words or functions, its train mode and its `forward` among them."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if name == "forward" or (type(value) in _PLAIN and name not in _NO_MATTER)
+    ]
+
+
+def _numbers_in(config: Any) -> list[str]:
+    """The settings of a configuration that a forward pass may compute with."""
+    return [name for name, value in vars(config).items() if type(value) is float]
+
+
+def _forward(kind: type) -> Any:
+    return getattr(kind, "forward", None)
+
+
+def _reads_alone(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def tensors_of(batch: Batch, *more: Tensor | None) -> list[Tensor]:

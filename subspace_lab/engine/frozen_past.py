@@ -30,6 +30,7 @@ from subspace_lab.engine.budget import budgets, placement
 from subspace_lab.engine.by_layers import ByLayers
 from subspace_lab.engine.by_tokens import ByTokens
 from subspace_lab.engine.fingerprint import Fingerprint, tensors_of, why_not_frozen
+from subspace_lab.engine.longest import depends_on_longest, reaches
 from subspace_lab.engine.notices import say_once
 from subspace_lab.engine.plain import PlainEngine
 from subspace_lab.engine.prefix import Prefix
@@ -40,7 +41,9 @@ from subspace_lab.model.arguments import expect_edits, expect_integer, expect_si
 from subspace_lab.model.backbone import Backbone, expect_backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.edits import Edits, Sources, edit_hooks
+from subspace_lab.model.offloading import is_offloaded
 from subspace_lab.model.resolved_sites import resolve
+from subspace_lab.model.sources import Unmatched
 
 STRATEGIES: tuple[type[Strategy], ...] = (ByTokens, ByLayers)
 
@@ -90,7 +93,9 @@ class FrozenPast:
         with torch.inference_mode(False):  # what is stored must serve training, wherever it is made
             self.plain = PlainEngine(backbone, batch, readout)
             self.sites = {site: resolve(backbone, batch, site) for site in named}
-            self._weights = nn.ParameterList(backbone.model.parameters())
+            # Offloaded parameters are other objects in each run, and have to be looked for.
+            offloaded = is_offloaded(backbone.model)
+            self._weights = None if offloaded else nn.ParameterList(backbone.model.parameters())
             self._data = FrozenData.of(backbone, batch, readout, self.sites, together)
             self.reason = self._choose(budget)
 
@@ -112,7 +117,9 @@ class FrozenPast:
         because = f" ({self.reason})" if self.reason else ""
         return f"frozen past by {self.mode}: {stored}{because}"
 
-    def logits(self, rows: Tensor, edits: Edits, sources: Sources | None = None) -> Tensor:
+    def logits(
+        self, rows: Tensor, edits: Edits, sources: Sources | None = None, unmatched: Unmatched = "refuse"
+    ) -> Tensor:
         """(rows, reads, answers) logits with the edits in force; see `Engine.logits`.
 
         Raises:
@@ -127,19 +134,19 @@ class FrozenPast:
                 f"{unknown} were not named when this FrozenPast was made; it serves {list(self.sites)}."
             )
         if self._strategy is None:
-            return self.plain.logits(rows, edits, sources)
-        if self._fingerprint.changed():
+            return self.plain.logits(rows, edits, sources, unmatched)
+        changed = self._fingerprint.changed()
+        if changed:
             raise RuntimeError(
-                "The model or the data set was changed after its past was computed (weights, modules, train mode, "
-                "dtype, device, autocast or inputs); make a new FrozenPast."
+                f"The model or the data set was changed after its past was computed ({changed}); make a new FrozenPast."
             )
         if not self._strategy.serves(tuple(edits)):
             say_once(
                 f"edits at {list(edits)} together run the whole model at each step, which is slower: no states "
                 "are stored for where they begin. Name them as a tuple among the sites of FrozenPast."
             )
-            return self.plain.logits(rows, edits, sources)
-        return self._resume(self._strategy, rows, edits, sources, self.readout)
+            return self.plain.logits(rows, edits, sources, unmatched)
+        return self._resume(self._strategy, rows, edits, self.readout, sources, unmatched)
 
     # --- which strategy ---------------------------------------------------------------------------------------
 
@@ -173,7 +180,8 @@ class FrozenPast:
         if real is not None and bool((real[:, 1:] & ~real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any()):
             # The positions of such rows depend on the other rows of their batch.
             return Refusal("the attention mask has holes")
-        return None
+        longest = depends_on_longest(self.backbone.model, reaches(self._data.batch))
+        return None if longest is None else Refusal(longest)
 
     # --- the pass over the data -------------------------------------------------------------------------------
 
@@ -199,8 +207,10 @@ class FrozenPast:
             )
             self.prefix = prefix
             wrong = self._disagreement(strategy)
-            if wrong is None and fingerprint.changed():
-                wrong = "running the model changes it"
+            fingerprint.settle()
+            changed = fingerprint.changed()
+            if wrong is None and changed:
+                wrong = f"running the model changes it: {changed}"
         except Exception as failure:
             wrong = _one_line(failure)
         if wrong is not None:
@@ -234,22 +244,34 @@ class FrozenPast:
         plain = PlainEngine(self.backbone, self.batch, readout)
 
         def resumed(rows: Tensor, edits: Edits) -> Tensor:
-            return self._resume(strategy, rows, edits, None, readout)
+            return self._resume(strategy, rows, edits, readout)
 
         sites = [by_depth[0], by_depth[-1], *more_sites]
-        return disagreement(resumed, plain.logits, rows, sites, readout.rows(rows).valid, writes=strategy.writes)
+        # The shortest row alone as well: what depends on the longest row of a batch is different there.
+        for some in [rows] if len(rows) == 1 else [rows, lengths.argmin()[None]]:
+            valid = readout.rows(some).valid
+            wrong = disagreement(resumed, plain.logits, some, sites, valid, writes=strategy.writes)
+            if wrong is not None:
+                return wrong if len(some) > 1 else f"{wrong}, of the shortest row alone"
+        return None
 
     # --- resuming ---------------------------------------------------------------------------------------------
 
     def _resume(
-        self, strategy: Strategy, rows: Tensor, edits: Edits, sources: Sources | None, readout: Readout
+        self,
+        strategy: Strategy,
+        rows: Tensor,
+        edits: Edits,
+        readout: Readout,
+        sources: Sources | None = None,
+        unmatched: Unmatched = "refuse",
     ) -> Tensor:
         rows = rows.cpu()
         prefix, at = (
             (strategy.compute(rows), torch.arange(len(rows))) if self.prefix is None else (self.prefix, rows)
         )
         run = strategy.resume(rows, tuple(edits), readout, prefix, at)
-        hooks = edit_hooks(edits, run.resolved, sources)
+        hooks = edit_hooks(edits, run.resolved, sources, unmatched)
         hooks = self._data.chain.resuming(run.boundary, run.states, hooks)
         return self.plain.reader.run(run.inputs, hooks, run.readout, self._weights)
 

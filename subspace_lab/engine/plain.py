@@ -16,6 +16,7 @@ from subspace_lab.model.batches import Batch, model_inputs
 from subspace_lab.model.cache_argument import given_cache
 from subspace_lab.model.edits import Edits, Sources, edit_hooks
 from subspace_lab.model.resolved_sites import ResolvedSite, resolve
+from subspace_lab.model.sources import Unmatched
 
 
 class PlainEngine:
@@ -47,12 +48,14 @@ class PlainEngine:
         """One line about what is computed."""
         return "plain run: every layer and position, every step"
 
-    def logits(self, rows: Tensor, edits: Edits, sources: Sources | None = None) -> Tensor:
+    def logits(
+        self, rows: Tensor, edits: Edits, sources: Sources | None = None, unmatched: Unmatched = "refuse"
+    ) -> Tensor:
         """As `Engine.logits`."""
         expect_rows(rows)
         expect_edits(edits)
         part = self.batch.rows(rows)
-        hooks = edit_hooks(edits, self._resolved_in(edits, rows), sources)
+        hooks = edit_hooks(edits, self._resolved_in(edits, rows), sources, unmatched)
         return self.reader.run(model_inputs(self.backbone.model, part), hooks, self.readout.rows(rows))
 
     def _resolved_in(self, sites: Iterable[Site], rows: Tensor) -> dict[Site, ResolvedSite]:

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from subspace_lab.model.edits import Edits, Sources
+from subspace_lab.model.sources import Unmatched
 
 
 @runtime_checkable
@@ -21,13 +22,16 @@ class Engine(Protocol):
         """How many rows the data set has."""
         ...
 
-    def logits(self, rows: Tensor, edits: Edits, sources: Sources | None = None) -> Tensor:
+    def logits(
+        self, rows: Tensor, edits: Edits, sources: Sources | None = None, unmatched: Unmatched = "refuse"
+    ) -> Tensor:
         """(rows, reads, answers) logits, or the model's own output where the readout has no positions.
 
         Args:
             rows: (rows,) indices of the data set, in any order and number.
             edits: {site: intervention}.
             sources: {site: (rows, positions, width) states} of the sources of these rows.
+            unmatched: what becomes of positions that a row or its source lacks, as in `forward`.
 
         Raises:
             TypeError: rows that are not whole numbers; an edit that cannot be called.

@@ -89,7 +89,8 @@ class Head:
 
     Attributes:
         path: of the module.
-        narrow: whether the logits of some tokens are the product with these tokens' weights alone.
+        narrow: whether the logits of some tokens are the product with these tokens' weights alone, as long as
+            nothing replaces or wraps the module.
     """
 
     path: str
@@ -103,7 +104,7 @@ class Head:
             return None
         head = backbone.anatomy.modules[path]
         # `type(...) is` on purpose: a subclass (quantised, adapted) may multiply in another way.
-        if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        if type(head) is not nn.Linear:
             return cls(path, False)
         # A bias that is added behind the head has the size of the vocabulary.
         added = (t for t in (*backbone.model.parameters(), *backbone.model.buffers()) if t is not head.bias)
@@ -113,7 +114,8 @@ class Head:
 def head_hook(backbone: Backbone, readout: Readout, head: Head | None = None) -> Hook | None:
     """Make the head compute the wanted logits alone; None where the model or the readout has none to choose.
 
-    A plain linear head is multiplied with the answers' weights only; any other kind sees fewer positions.
+    A plain linear head is multiplied with the answers' weights only; any other kind is called and sees fewer
+    positions.
     """
     if readout.index is None:
         return None
@@ -133,7 +135,8 @@ def head_hook(backbone: Backbone, readout: Readout, head: Head | None = None) ->
         bias = None if module.bias is None else module.bias[tokens]
         return nn.functional.linear(positions(hidden), module.weight[tokens], bias)
 
-    if readout.tokens is not None and head.narrow:
+    # Looked at in each run: hooks come and go.
+    if readout.tokens is not None and head.narrow and backbone.is_plain(head.path):
         return Hook(head.path, "replace", BEHIND_BLOCKS, answers)
     return Hook(head.path, "input", BEHIND_BLOCKS, positions)
 

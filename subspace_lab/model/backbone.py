@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from subspace_lab.core.sites import Site
 from subspace_lab.model.arguments import expect_site
 from subspace_lab.model.families import Anatomy, HookPoint
+from subspace_lab.model.offloading import running_device
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Backbone:
         self.model = model
         self.anatomy = Anatomy(model)
         self._hook_points: dict[Site, HookPoint] = {}
+        self._lengths: dict[tuple[Any, ...], int] = {}
         # {class of module: how many values follow the states in its output, None where the output is no tuple}
         self._further: dict[type, int | None] = {}
         with warnings.catch_warnings():
@@ -87,8 +89,27 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        first = next(self.model.parameters(), None)
-        return torch.device("cpu") if first is None else first.device
+        """Where the model takes its inputs (ValueError for a model without weights, on "meta")."""
+        return running_device(self.model)
+
+    def is_plain(self, path: str) -> bool:
+        """Whether a module computes what its class says, with weights that it holds.
+
+        Not so where something replaced its `forward`, wraps it, hooks into it, or keeps its weights elsewhere.
+        """
+        module: Any = self.anatomy.modules[path]
+        own = vars(module)
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        if any(hooks) or module._backward_pre_hooks or "_hf_hook" in own or "_old_forward" in own:
+            return False
+        forward, state = own.get("forward"), own.get("__nnsight__")
+        if forward is not None and not (
+            type(forward).__module__.startswith("nnsight.")
+            and getattr(state, "body", None) is type(module).forward
+        ):
+            return False
+        weights = (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+        return all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in weights)
 
     def hook_point(self, site: Site) -> HookPoint:
         """Where a site is read and written.
@@ -101,6 +122,31 @@ class Backbone:
             expect_site(site)
             self._hook_points[site] = self.anatomy.hook_point(site)
         return self._hook_points[site]
+
+    def stream_length(self, hook_point: HookPoint, inputs: Mapping[str, Any] | Sequence[Any]) -> int:
+        """How many positions a stream without tokens (of patches, say) has, found by a run of these inputs.
+
+        Raises:
+            ValueError: a stream that has no positions.
+        """
+        given = inputs.values() if isinstance(inputs, Mapping) else inputs
+        key = (hook_point.path, hook_point.side, *(tuple(t.shape[1:]) for t in given if isinstance(t, Tensor)))
+        if key not in self._lengths:
+            shapes: list[tuple[int, ...]] = []
+            look = Hook(
+                hook_point.path, hook_point.side, hook_point.order, lambda t: shapes.append(tuple(t.shape))
+            )
+            with torch.no_grad():
+                self.run(inputs, [look], stop=True)
+            if len(shapes[0]) != 3:
+                raise ValueError(f"{hook_point.path}: the stream there, {shapes[0]}, has no position axis.")
+            self._lengths[key] = shapes[0][1]
+        return self._lengths[key]
+
+    def has_class_token(self) -> bool:
+        """Whether the first position of the model's images stands for the whole image."""
+        names = ("cls_token", "class_token", "class_embedding")
+        return any(name in names for m in self.model.modules() for name in m._parameters)
 
     def width(self, site: Site) -> int:
         """The width of the stream at a site (ValueError where only a run could tell)."""
@@ -131,14 +177,21 @@ class Backbone:
             ValueError: modules that the model does not run, or not in the order in which they are registered.
         """
         order = sorted(hooks, key=lambda v: v.order)
+        device = running_device(self.model)  # and refuse a model without weights, whose numbers have no meaning
         run = self.model if call is None else call
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         if not order:
             return run(*args, **kwargs)
         self._check_checkpointing(order)
         result: list[Any] = []
+        if device != _first_device(self.model):
+            # nnsight would take the inputs to the first parameter, which is on "meta" between runs: hide them.
+            hidden = ([_on(device, a) for a in args], {name: _on(device, a) for name, a in kwargs.items()})
+            args, kwargs = (_Hidden(hidden),), {}
 
         def remembering(*args: Any, **kwargs: Any) -> Any:
+            if args and isinstance(args[0], _Hidden):
+                args, kwargs = args[0].arguments
             result.append(run(*args, **kwargs))
             return result[0]
 
@@ -217,6 +270,22 @@ class Backbone:
             envoy.output = whole
 
 
+@dataclass(frozen=True)
+class _Hidden:
+    """Arguments that nnsight is not to look into."""
+
+    arguments: tuple[Any, Any]
+
+
+def _first_device(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 def expect_backbone(value: Any) -> None:
     """Refuse anything but a backbone, such as a model (TypeError)."""
     if not isinstance(value, Backbone):
@@ -239,6 +308,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
     is spent on what only gradients of weights would need.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
+    # Offloaded parameters are other objects after each run.
+    places = [
+        (m, name)
+        for m in (model.modules() if any(p.is_meta for p in trainable) else ())
+        for name, p in m._parameters.items()
+        if p is not None and p.is_meta and p.requires_grad
+    ]
     for p in trainable:
         p.requires_grad_(False)
     try:
@@ -246,3 +322,5 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for p in trainable:
             p.requires_grad_(True)
+        for module, name in places:
+            getattr(module, name).requires_grad_(True)

@@ -14,6 +14,7 @@ from subspace_lab.core.values import Source
 from subspace_lab.model.backbone import Backbone, Hook
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.resolved_sites import ResolvedSite, check_disjoint
+from subspace_lab.model.sources import Unmatched, expect_unmatched, filled, fitted, has_missing
 
 Edit = Callable[..., Tensor]
 """(states) → states of the same shape and dtype, or (states, source) → states: an intervention, as a rule."""
@@ -23,18 +24,26 @@ Groups = Sequence[tuple[Tensor, Edits]]
 Sources = Mapping[Site, Source]
 
 
-def edit_hooks(edits: Edits, resolved: Mapping[Site, ResolvedSite], sources: Sources | None = None) -> list[Hook]:
+def edit_hooks(
+    edits: Edits,
+    resolved: Mapping[Site, ResolvedSite],
+    sources: Sources | None = None,
+    unmatched: Unmatched = "refuse",
+) -> list[Hook]:
     """The edits as hooks, one for each stream that is edited.
 
     Args:
         edits: {site: intervention}.
         resolved: {site: where it is in the rows that are run}, of the edits' sites and perhaps of others.
         sources: {site: states of these rows} for interchange interventions.
+        unmatched: "refuse" a source that has more or fewer positions than its base, or "keep_base" there.
 
     Raises:
         TypeError: an edit that cannot be called.
-        ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width.
+        ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width, a row with another
+            number of positions than its source.
     """
+    expect_unmatched(unmatched)
     sources = dict(sources or {})
     unknown = [s for s in sources if s not in edits]
     if unknown:
@@ -53,9 +62,11 @@ def edit_hooks(edits: Edits, resolved: Mapping[Site, ResolvedSite], sources: Sou
                 )
         elif not callable(edit):
             raise TypeError(f"{site}: an edit is an intervention or a function of states, not {edit!r}.")
-        source = sources.get(site)
-        _check_source(resolved[site], source)
-        hooks.append(_edit_hook(resolved[site], edit, source, site in sources))
+        source = fitted(resolved[site], sources.get(site), unmatched)
+        # Of positions that all rows have and that were matched nothing is missing.
+        ragged = resolved[site].present is not None or unmatched != "refuse"
+        fill = ragged and has_missing(source)
+        hooks.append(_edit_hook(resolved[site], edit, source, site in sources, fill))
     return grouped(hooks)
 
 
@@ -146,10 +157,14 @@ def _one_after_the_other(group: list[Hook]) -> Hook:
     return replace(group[0], order=min(hook.order for hook in group), act=act)
 
 
-def _edit_hook(resolved: ResolvedSite, edit: Edit, source: Source, with_source: bool) -> Hook:
+def _edit_hook(resolved: ResolvedSite, edit: Edit, source: Source, with_source: bool, fill: bool) -> Hook:
     def act(value: Tensor) -> Tensor:
         states = resolved.read(value)
-        new = edit(states, _repeated(source, len(states))) if with_source else edit(states)
+        if with_source:
+            own = _repeated(source, len(states))
+            new = edit(states, filled(own, states) if fill else own)
+        else:
+            new = edit(states)
         if new.shape != states.shape or new.dtype != states.dtype:
             raise ValueError(
                 f"{resolved.site}: the edit of states {tuple(states.shape)} {states.dtype} gave "
@@ -167,22 +182,3 @@ def _repeated(source: Source, rows: int) -> Source:
     if source is None or len(source) == rows:
         return source
     return source.repeat_interleave(rows // len(source), 0)
-
-
-def _check_source(resolved: ResolvedSite, source: Source) -> None:
-    width, positions = resolved.hook_point.width, resolved.positions
-    for states in source.values() if isinstance(source, Mapping) else [source]:
-        if states is None:
-            continue
-        if len(states) != resolved.count:
-            raise ValueError(
-                f"{resolved.site}: {len(states)} source states for {resolved.count} base rows; each row of the "
-                "base needs its own source."
-            )
-        if width is not None and states.shape[-1] != width:
-            raise ValueError(f"{resolved.site} has width {width}; its source has {states.shape[-1]}.")
-        if positions is not None and (states.ndim != 3 or states.shape[1] != positions):
-            raise ValueError(
-                f"{resolved.site}: a source of shape {tuple(states.shape)} (batch, positions, width); "
-                f"the base has {positions} positions a row."
-            )

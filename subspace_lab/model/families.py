@@ -5,6 +5,7 @@ Knows modules and names only; reading and writing the values is `model/backbone.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ OUTPUT_PROJECTION = (
     "attn.Wo",  # ModernBERT
     "attention.dense",  # GPT-NeoX
     "attention.output.dense",  # BERT, RoBERTa, DeBERTa
+    "attention.o_proj",  # ViT, DeiT, BEiT, DINOv2, DINOv3
     "attention.out_lin",  # DistilBERT
     "attention.attn.o",  # MPNet
     "layer.0.SelfAttention.o",  # T5
@@ -35,6 +37,8 @@ PROJECTION = (  # of queries, keys or values, where each has its own
     "attn.{}_proj",  # GPT-J
     "attn.attention.{}_proj",  # GPT-Neo
     "temporal_block.{}_proj",  # RecurrentGemma
+    "attention.{}_proj",  # ViT, DeiT, BEiT, DINOv2, DINOv3
+    "attention.attention.{}",  # the same in older releases
     "attention.self.{}",  # BERT, RoBERTa
     "attention.self.{}_proj",  # DeBERTa-v2 and v3
     "attention.{}_lin",  # DistilBERT
@@ -77,6 +81,16 @@ WORDS = {"query_output": ("q", "query"), "key_output": ("k", "key"), "value_outp
 SEPARATE = {name: tuple(p.format(w) for p in PROJECTION for w in words) for name, words in WORDS.items()}
 TEXT = ("", "encoder", "decoder")  # the stacks whose sizes are in the configuration
 REPEATED = ("albert",)  # one block is run for several layers, so that no layer is one place
+# What a layer's attention says of itself, by the components that it is about.
+HEAD_SIZE = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
+HEAD_SIZES = {
+    "query_output": ("qk_head_dim", *HEAD_SIZE),
+    "key_output": ("qk_head_dim", *HEAD_SIZE),
+    "value_output": ("v_head_dim", *HEAD_SIZE),
+    "head_output": ("v_head_dim", *HEAD_SIZE),
+}
+HEAD_COUNT = ("num_heads", "num_attention_heads", "n_heads", "num_head", "n_head")
+KEY_COUNT = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 TRANSPOSED = ("longformer",)  # its projections see (positions, rows, width)
 
 
@@ -102,6 +116,7 @@ class Anatomy:
         self.modules = dict(model.named_modules())
         self.position = {path: i for i, path in enumerate(self.modules)}
         self.config = getattr(model, "config", None)
+        self._named: dict[str, str] = {}
         self.stacks = {} if self._kind() in REPEATED else self._stacks(_lists(self.modules), model)
 
     def depth(self, stack: str = "") -> int:
@@ -117,15 +132,16 @@ class Anatomy:
         if site.layer is None:
             return self._by_path(site)
         stack, _, component = site.component.rpartition(".")
+        stack = self._named.get(stack, stack)  # the path of a stack that has a name
         blocks = self._blocks(stack, str(site))
         if not -len(blocks) <= site.layer < len(blocks):
             raise IndexError(f"{site}: layer {site.layer} of a model with layers 0 to {len(blocks) - 1}.")
         block = blocks[site.layer % len(blocks)]
         path, side, columns, width = self._part(block, component, site)
-        if stack not in TEXT and (columns is not None or site.heads is not None):
+        if stack not in TEXT and columns is not None:
             raise ValueError(f"{site}: the configuration of this stack is not looked at; name whole projections.")
         if site.heads is not None:
-            columns, width = self._heads(site, component, block, columns, width)
+            columns, width = self._heads(site, component, stack, path, columns, width)
         order = (self.position[block], COMPONENTS.index(component))
         if component == "block_output":  # after every site by path inside the block
             order = (self._end(block), len(COMPONENTS) + 1)
@@ -145,18 +161,28 @@ class Anatomy:
         else:
             text = self._language(lists, model)
             names = ["" if path == text else path for path in lists]
+        self._named = dict(zip(lists, names, strict=True))
         blocks = ([f"{path}.{i}" for i in range(len(self.modules[path]))] for path in lists)
         return dict(zip(names, blocks, strict=True))
 
     def _language(self, lists: list[str], model: nn.Module) -> str:
-        """The list that has the same parent module as the embeddings of tokens."""
+        """The list that has the same parent module as the embeddings of tokens, or the nearest above it."""
         try:
             embeddings = model.get_input_embeddings()  # type: ignore[operator]
-        except (AttributeError, NotImplementedError):
-            return ""
-        parent = next((p.rpartition(".")[0] for p, m in self.modules.items() if m is embeddings), "-")
-        found = [path for path in lists if path.startswith(f"{parent}.")]
-        return found[0] if len(found) == 1 else ""
+            parents = [p.rpartition(".")[0] for p, m in self.modules.items() if m is embeddings]
+        except (AttributeError, NotImplementedError):  # CLIP does not say which of its embeddings is of text
+            parents = [
+                path.rpartition(".")[0]
+                for path, module in self.modules.items()
+                if isinstance(module, nn.Embedding) and re.search("token|word", path.rpartition(".")[2])
+            ]
+        parent = parents[0] if len(parents) == 1 else ""
+        while parent:  # CLIP's embeddings are a module beside its encoder
+            found = [path for path in lists if path.startswith(f"{parent}.")]
+            if found:
+                return found[0] if len(found) == 1 else ""
+            parent = parent.rpartition(".")[0]
+        return ""
 
     def _blocks(self, stack: str, what: str) -> list[str]:
         if not self.stacks:
@@ -192,7 +218,8 @@ class Anatomy:
     ) -> tuple[str, str, range | list[int] | None, int | None]:
         projection = self._first(block, OUTPUT_PROJECTION)
         inner, hidden = self._sizes_or_none(projection)
-        whole = hidden or (self._hidden_size() if site.component.rpartition(".")[0] in TEXT else None)
+        stack = site.component.rpartition(".")[0]
+        whole = hidden or (self._hidden_size() if self._named.get(stack, stack) in TEXT else None)
         if component in ("block_input", "block_output"):
             return block, component.removeprefix("block_"), None, whole
         if component == "attention_output" and projection:
@@ -212,10 +239,15 @@ class Anatomy:
             separate = self._first(block, SEPARATE[component])
             width = self._sizes_or_none(separate)[1]
             if separate and component == "query_output" and inner and width == 2 * inner:
-                return separate, "output", self._part_of_heads(inner, 0, 2), inner  # Qwen3-Next: [query | gate]
+                return (
+                    separate,
+                    "output",
+                    self._part_of_heads(projection, inner, 0, 2),
+                    inner,
+                )  # Qwen3-Next: [query | gate]
             if separate:
                 return separate, "output", None, width
-            fused = self._fused(block, component, inner)
+            fused = self._fused(block, component, projection, inner)
             if fused:
                 return fused
         parts = sorted(p.removeprefix(f"{block}.") for p in self.modules if p.startswith(f"{block}."))
@@ -225,41 +257,75 @@ class Anatomy:
         )
 
     def _fused(
-        self, block: str, component: str, inner: int | None
+        self, block: str, component: str, projection: str | None, inner: int | None
     ) -> tuple[str, str, range | list[int], int] | None:
         which = list(SEPARATE).index(component)
         name, order = FUSED.get(self._kind(), ("", ""))
         path = self._first(block, (name,))
-        if not path or not inner:
+        if not path or not inner or not projection:
             return None
         # GPT-BigCode's is by head too unless it is multi-query.
         if order == "by head" or not getattr(self.config, "multi_query", True):
-            return path, "output", self._part_of_heads(inner, which, 3), inner
+            return path, "output", self._part_of_heads(projection, inner, which, 3), inner
         keys = (self._sizes_or_none(path)[1] - inner) // 2
         start, width = (0, inner) if which == 0 else (inner + (which - 1) * keys, keys)
         return path, "output", range(start, start + width), width
 
-    def _part_of_heads(self, inner: int, which: int, parts: int) -> list[int]:
+    def _part_of_heads(self, projection: str | None, inner: int, which: int, parts: int) -> list[int]:
         """The columns of one of so many equal parts of each head."""
-        head = inner // self._head_count("head_output")
+        assert projection is not None
+        head = self._head_size("head_output", "", projection, inner)
         return [parts * start + which * head + i for start in range(0, inner, head) for i in range(head)]
 
     def _heads(
-        self, site: Site, component: str, block: str, columns: Any, width: int | None
+        self, site: Site, component: str, stack: str, path: str, columns: Any, width: int | None
     ) -> tuple[list[int], int]:
-        count = self._head_count(component)
-        assert site.heads is not None and width is not None
+        assert site.heads is not None
+        if width is None:
+            raise ValueError(f"{site}: how wide this projection is does not show in it; name the whole of it.")
+        size = self._head_size(component, stack, path, width)
+        count = width // size
         if max(site.heads) >= count:
             raise ValueError(f"{site}: heads {site.heads} of {count}; possible are 0 to {count - 1}.")
-        size = width // count
         chosen = [size * head + i for head in site.heads for i in range(size)]
         return (chosen if columns is None else [columns[i] for i in chosen]), len(chosen)
+
+    def _head_size(self, component: str, stack: str, path: str, width: int) -> int:
+        """How wide a head is: as the layer itself says, for layers may differ; else by the configuration's count."""
+        own = self._attention(path)
+        keys = component in ("key_output", "value_output")
+        size = _first_whole(own, HEAD_SIZES[component])
+        if size is None:
+            count = _first_whole(own, KEY_COUNT if keys else HEAD_COUNT)
+            count = count or (self._head_count(component) if stack in TEXT else None)
+            if count is None:
+                raise ValueError(f"{path}: neither the layer nor its configuration says how many heads it has.")
+            size = width // count if width % count == 0 else 0
+        if not size or width % size:
+            raise ValueError(f"{path}: heads of width {size} do not fill a projection of width {width}.")
+        return size
+
+    def _attention(self, path: str) -> dict[str, Any]:
+        """The attributes of the attention that a projection belongs to, as far as they tell of heads."""
+        known = {*HEAD_COUNT, *KEY_COUNT, *(name for names in HEAD_SIZES.values() for name in names)}
+        above = path.rpartition(".")[0]
+        while above and not isinstance(self.modules[above], nn.ModuleList):
+            near = [above, *(p for p in self.modules if p.startswith(f"{above}."))]
+            for found in (vars(self.modules[p]) for p in near):
+                if known & found.keys():
+                    return found
+            above = above.rpartition(".")[0]
+        return {}
 
     def _head_count(self, component: str) -> int:
         config = self._text_config()
         heads = getattr(config, "num_attention_heads", None)
         if heads is None:
             raise ValueError("The model's configuration does not say how many attention heads it has.")
+        if not isinstance(heads, int):
+            raise ValueError(
+                f"The layers have different numbers of heads, {heads}, and do not say which is whose."
+            )
         if component in ("key_output", "value_output"):
             return getattr(config, "num_key_value_heads", None) or heads
         return heads
@@ -301,6 +367,12 @@ def attends(module: nn.Module) -> bool:
 
 def _is_block(module: nn.Module) -> bool:
     return attends(module) or any(k.__name__ == "GradientCheckpointingLayer" for k in type(module).__mro__)
+
+
+def _first_whole(attributes: dict[str, Any], names: tuple[str, ...]) -> int | None:
+    """The first of these attributes that is a whole number above 0."""
+    found = (attributes.get(name) for name in names)
+    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
 
 def _sizes(module: Any) -> tuple[int, int] | None:

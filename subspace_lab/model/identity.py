@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from subspace_lab.model.offloading import named_weights
+
 SAMPLED = 64  # numbers of each tensor
 LIBRARIES = ("subspace-lab", "torch", "transformers", "nnsight")
 
@@ -19,7 +21,7 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
     The digest is of a sample of each parameter's numbers: training changes it, rounding to another dtype too.
     """
     digest, dtypes, count = hashlib.sha256(), dict[str, int](), 0
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_weights(model):
         count += parameter.numel()
         kind = str(parameter.dtype).removeprefix("torch.")
         dtypes[kind] = dtypes.get(kind, 0) + parameter.numel()

@@ -30,6 +30,7 @@ from subspace_lab.model.edits import (
 )
 from subspace_lab.model.passes import check_passes, setting
 from subspace_lab.model.resolved_sites import ResolvedSite, resolve, resolve_prompt
+from subspace_lab.model.sources import MISSING, Unmatched
 
 
 def forward(
@@ -38,6 +39,7 @@ def forward(
     edits: Edits,
     *,
     sources: Sources | None = None,
+    unmatched: Unmatched = "refuse",
     train_base: bool = False,
     also: Sequence[Hook] = (),
     groups: Groups = (),
@@ -51,6 +53,8 @@ def forward(
         edits: {site: intervention}; any callable (states) → states serves as an intervention.
         sources: {site: (batch, positions, width) states, as `collect` gives them} for interchange interventions;
             {variable: states} where several variables share the site's basis.
+        unmatched: what becomes of positions that a row has and its source has not, or the other way round: "refuse"
+            raises, "keep_base" leaves them as they are in the base. f- and l-terms are matched from their own end.
         train_base: let gradients reach the model's own parameters too (those that ask for them).
         also: further hooks.
         groups: further edits, each of some examples of the batch: (their numbers, {site: intervention}). No
@@ -59,14 +63,15 @@ def forward(
 
     Raises:
         TypeError: a model in the place of a backbone, or anything else of another kind than is said above.
-        ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width.
+        ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width, a row with another
+            number of positions than its source.
         IndexError: a layer or a position that does not exist.
     """
     expect_backbone(backbone)
     expect_edits(edits)
     batch = Batch.of(batch)
     resolved = {site: resolve(backbone, batch, site) for site in edits}
-    hooks = [*edit_hooks(edits, resolved, sources)]
+    hooks = [*edit_hooks(edits, resolved, sources, unmatched)]
     for rows, some in checked_groups(groups, batch):
         within = {site: resolve(backbone, batch.rows(rows), site).among(rows, len(batch)) for site in some}
         hooks += edit_hooks(of_rows(some, within, rows, len(batch)), within)
@@ -83,7 +88,8 @@ def collect(
 ) -> dict[Site, Tensor]:
     """The states at the sites in a plain run: {site: (batch, positions, width)}, without gradient.
 
-    A stream without positions gives (batch, width). The run ends after the last site.
+    Rows with fewer positions than others are filled up at the end with NaN: a mean over these entries is NaN too. A
+    stream without positions gives (batch, width). The run ends after the last site.
 
     Raises:
         TypeError: a model in the place of a backbone, one site in the place of several.
@@ -105,6 +111,7 @@ def generate(
     edits: Edits,
     *,
     sources: Sources | None = None,
+    unmatched: Unmatched = "refuse",
     every_token: bool = False,
     also: Sequence[Hook] = (),
     groups: Groups = (),
@@ -117,7 +124,7 @@ def generate(
     so is the edit; both give the same tokens. Beams, sampling and streamers are `generate`'s own.
 
     Args:
-        backbone, batch, edits, sources: as in `forward`.
+        backbone, batch, edits, sources, unmatched: as in `forward`.
         every_token: edit each generated token as well.
         also: further hooks, at the steps that each of them names.
         groups: as in `forward`.
@@ -144,7 +151,7 @@ def generate(
     generation = without_cache(generation)
     cached = setting(backbone.model, generation, "use_cache") is not False
     resolved = {site: resolve_prompt(backbone, batch, site) for site in edits}
-    prompt = edit_hooks(edits, resolved, sources)
+    prompt = edit_hooks(edits, resolved, sources, unmatched)
     new = [(site, edit, resolved[site]) for site, edit in edits.items()]
     for rows, some in checked_groups(groups, batch):
         within = {site: resolve_prompt(backbone, batch.rows(rows), site).among(rows, len(batch)) for site in some}
@@ -182,6 +189,6 @@ def _check_start(batch: Batch, start: int | None) -> None:
 
 def _reader(resolved: ResolvedSite, found: dict[Site, Tensor]) -> Callable[[Tensor], None]:
     def read(value: Tensor) -> None:
-        found[resolved.site] = resolved.read(value).detach().clone()
+        found[resolved.site] = resolved.read(value, MISSING).detach().clone()
 
     return read

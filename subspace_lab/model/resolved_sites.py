@@ -11,7 +11,7 @@ from torch import Tensor
 from subspace_lab.core.positions import locate
 from subspace_lab.core.sites import Site
 from subspace_lab.model.backbone import Backbone
-from subspace_lab.model.batches import Batch
+from subspace_lab.model.batches import Batch, model_inputs
 from subspace_lab.model.families import HookPoint
 
 
@@ -25,7 +25,9 @@ class ResolvedSite:
         count: the number of rows of the batch.
         index: (batch, positions) columns of the stream; None where the stream has no positions or they are not
             known before a run.
-        valid: (batch, positions) False where a row has no such position; None where every row has all of them.
+        valid: (batch, positions) False where there is nothing to read or write; None where there is everywhere.
+        present: (batch, positions) False where a row has no such position; None where every row has all of them.
+            A row may have a position that is not valid: one in a cache, or one that is not run.
         whole: all positions of all rows are meant, without padding: the stream is taken as it is.
         repeated: the stream may hold several rows, one after the other, for each row of the batch (beams).
     """
@@ -35,6 +37,7 @@ class ResolvedSite:
     count: int
     index: Tensor | None = None
     valid: Tensor | None = None
+    present: Tensor | None = None
     whole: bool = False
     repeated: bool = False
 
@@ -48,22 +51,22 @@ class ResolvedSite:
         """The site in some rows of the batch."""
         if self.index is None:
             return replace(self, count=len(rows))
-        index, valid = (None if t is None else t[rows.to(t.device)] for t in (self.index, self.valid))
-        return replace(
-            self, count=len(rows), index=index, valid=None if valid is None or bool(valid.all()) else valid
-        )
+        index = self.index[rows.to(self.index.device)]
+        valid, present = (None if t is None else _some(t[rows.to(t.device)]) for t in (self.valid, self.present))
+        return replace(self, count=len(rows), index=index, valid=valid, present=present)
 
     def among(self, rows: Tensor, count: int) -> ResolvedSite:
         """The site in a batch of so many rows, of which this one's rows are some; the others have no position."""
         if self.index is None:
             return replace(self, count=count)
         rows = rows.to(self.index.device)
-        valid = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
-        index, there = (t.new_zeros((count, t.shape[1])).index_copy(0, rows, t) for t in (self.index, valid))
-        return replace(self, count=count, index=index, valid=there, whole=False)
+        every = torch.ones_like(self.index, dtype=torch.bool)
+        own = (self.index, *(every if t is None else t for t in (self.valid, self.present)))
+        index, valid, present = (t.new_zeros((count, t.shape[1])).index_copy(0, rows, t) for t in own)
+        return replace(self, count=count, index=index, valid=valid, present=present, whole=False)
 
-    def read(self, value: Tensor) -> Tensor:
-        """The states at the site, (batch, positions, width); 0 where a row has no such position."""
+    def read(self, value: Tensor, missing: float = 0.0) -> Tensor:
+        """The states at the site, (batch, positions, width); `missing` where a row has no such position."""
         if self.hook_point.columns is not None:
             value = value[..., torch.tensor(self.hook_point.columns, device=value.device)]
         if self._taken_whole(value):
@@ -71,7 +74,11 @@ class ResolvedSite:
         index, valid = self._on(value)
         rows = torch.arange(len(value), device=value.device)[:, None]
         states = value[rows, index]
-        return states if valid is None else states.masked_fill(~valid[..., None], 0)
+        if valid is None:
+            return states
+        if not states.is_floating_point():
+            missing = 0
+        return states.masked_fill(~valid[..., None], missing)
 
     def put(self, value: Tensor, states: Tensor) -> Tensor:
         """The whole value with `states` at the site; the rest as it was."""
@@ -118,17 +125,29 @@ def resolve(backbone: Backbone, batch: Batch, site: Site) -> ResolvedSite:
 
     Raises:
         ValueError: a component that the model does not have; positions in a stream without tokens.
+        KeyError: a named position that the batch does not have (`cls` is one of images whose model has such a token).
         IndexError: a layer or a position that does not exist.
     """
     hook_point = backbone.hook_point(site)
     real = batch.real_tokens(hook_point.stack)
     if real is None:
+        if site.positions != "all" and site.layer is not None and hook_point.stack != "decoder":
+            return _of_patches(backbone, batch, site, hook_point)
         if site.positions != "all":
             raise ValueError(
                 f"{site}: positions need tokens; this batch has {sorted(batch.inputs)} and no position axis."
             )
         return ResolvedSite(site, hook_point, len(batch))
     return _among(real, batch, site, hook_point)
+
+
+def _of_patches(backbone: Backbone, batch: Batch, site: Site, hook_point: HookPoint) -> ResolvedSite:
+    """Positions of a stream without tokens of text: all rows have as many, which a run of one row tells."""
+    length = backbone.stream_length(hook_point, model_inputs(backbone.model, batch.rows(slice(0, 1))))
+    columns = {"cls": torch.zeros(len(batch), dtype=torch.long)} if backbone.has_class_token() else {}
+    real = torch.ones(len(batch), length, dtype=torch.bool)
+    index, _ = locate(site.positions, real, None, columns)
+    return ResolvedSite(site, hook_point, len(batch), index)
 
 
 def resolve_prompt(backbone: Backbone, batch: Batch, site: Site) -> ResolvedSite:
@@ -148,9 +167,15 @@ def resolve_prompt(backbone: Backbone, batch: Batch, site: Site) -> ResolvedSite
 
 def _among(real: Tensor, batch: Batch, site: Site, hook_point: HookPoint) -> ResolvedSite:
     lengths = batch.prompt_lengths if hook_point.stack != "decoder" else None
-    index, valid = batch.after_cache(*locate(site.positions, real, lengths, batch.columns), hook_point.stack)
+    index, present = locate(site.positions, real, lengths, batch.columns)
+    index, valid = batch.after_cache(index, present, hook_point.stack)
     whole = site.positions == "all" and lengths is None and bool(real.all())
-    return ResolvedSite(site, hook_point, len(batch), index, None if bool(valid.all()) else valid, whole)
+    return ResolvedSite(site, hook_point, len(batch), index, _some(valid), _some(present), whole)
+
+
+def _some(mask: Tensor) -> Tensor | None:
+    """A mask that hides something; None for one that hides nothing."""
+    return None if bool(mask.all()) else mask
 
 
 def check_disjoint(resolved: Sequence[ResolvedSite]) -> None:
