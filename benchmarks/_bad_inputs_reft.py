@@ -623,8 +623,7 @@ CASES = (
     Case(
         "a prefix of images",
         "12",
-        lambda _: logits(adapted("f1", vit()), pixel_values=torch.randn(1, 3, 8, 8)),
-        (V, "positions"),
+        lambda _: bool(logits(adapted("f1", vit()), pixel_values=torch.randn(1, 3, 8, 8)).isfinite().all()),
     ),
     Case("spans", "12", lambda _: spans()),
     Case("choices", "12", lambda _: choices()),
@@ -635,12 +634,6 @@ CASES = (
         "sounds with a mask of frames",
         "12",
         lambda _: sounds("all", attention_mask=torch.ones(2, 20, dtype=torch.long)),
-    ),
-    Case(
-        "a prefix of sounds",
-        "12",
-        lambda _: sounds("f2", attention_mask=torch.ones(2, 20, dtype=torch.long)),
-        (V, "positions need tokens"),
     ),
     Case("a word written down", "12", lambda _: sounds("l1", "decoder.block_output")),
     Case("a misspelt argument", "12", lambda _: adapted()(IDS, noise_level=3), (T, "no ['noise_level'] is known")),

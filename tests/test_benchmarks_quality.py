@@ -53,6 +53,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # peft's call of its prefix
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_what_each_method_trains(name):
     from quality_minilm import METHODS

@@ -122,6 +122,14 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_any_work(command, row
     assert result.exit_code == 2 and "cannot be written to: Read-only file system" in result.stderr
 
 
+@pytest.fixture(autouse=True)
+def interrupts_arrive():
+    """Where the tests run in the background a shell may have Ctrl-C ignored; here it is what it is at a terminal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # --- interrupts ---------------------------------------------------------------------------------------------
 
 
