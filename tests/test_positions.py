@@ -116,7 +116,12 @@ def expected(terms, real, prompts, named):
 def test_locate_agrees_with_the_oracle(batch, terms):
     real, prompts, columns, named = batch
     text = "+".join(term[0] for term in terms)
-    assert normalise(text) == text
+    try:
+        assert normalise(text) == text
+    except ValueError as refusal:
+        assert "select nothing in any prompt" in str(refusal)
+        assert not any(expected(terms, real, prompts, named))
+        return
     try:
         rows = expected(terms, real, prompts, named)
     except Outside:

@@ -592,7 +592,7 @@ SKEW = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0]])
         (lambda: random_orthonormal(4, 9), r"rank 9"),
         (lambda: LearnedSubspace(3, 2, start=SKEW), r"not orthonormal: \|R Rᵀ − I\| is 0\.5"),
         (lambda: LearnedSubspace(3, 2, start=2 * torch.eye(2, 3)), r"not orthonormal"),
-        (lambda: LearnedSubspace(3, 2, start=torch.full((2, 3), torch.nan)), r"not orthonormal"),
+        (lambda: LearnedSubspace(3, 2, start=torch.full((2, 3), torch.nan)), r"6 of 6 numbers are NaN"),
         (lambda: LearnedSubspace(3, 2, start=torch.eye(3, 2)), r"shape \(3, 2\) for a subspace .* \(2, 3\)"),
         (lambda: LearnedSubspace(3, 2, start=torch.eye(1, 3)), r"shape \(1, 3\)"),
         (lambda: FreeDirections(3, 2, start=torch.eye(3, 2)), r"shape \(3, 2\) .* \(2, 3\)"),

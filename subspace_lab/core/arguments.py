@@ -27,6 +27,25 @@ def instance(value: Any, kind: type | tuple[type, ...], name: str, hint: str = "
         )
 
 
+def finite(value: Any, name: str) -> None:
+    """ValueError for a tensor of whole numbers, or with NaN or an infinite number in it."""
+    if value.is_meta:
+        return
+    if not value.is_floating_point():
+        raise ValueError(
+            f"{name} holds {str(value.dtype).removeprefix('torch.')} numbers; needed are floating ones."
+        )
+    wrong = int((~value.isfinite()).sum())
+    if wrong:
+        raise ValueError(f"{name}: {wrong} of {value.numel()} numbers are NaN or infinite.")
+
+
+def no_zero_vector(value: Any, axis: int, name: str) -> None:
+    """ValueError where a vector along an axis is all zero: it spans nothing."""
+    if not value.is_meta and value.ndim == 2 and not bool((value != 0).any(axis).all()):
+        raise ValueError(f"{name} has a vector that is all zero, which spans nothing.")
+
+
 def by_site(value: Any, name: str, kind: type, site: type) -> None:
     """TypeError unless `value` is a mapping {site: kind}."""
     if not isinstance(value, Mapping):

@@ -24,6 +24,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from subspace_lab.core.arguments import finite, no_zero_vector
+
 
 class FullPrecision(nn.Module):
     """A module whose parameters stay float32 (or float64) when it is cast to a half precision.
@@ -47,10 +49,12 @@ class Kind(FullPrecision):
     Attributes:
         made_of: the entries of the description that are themselves kinds (or mappings {name: kind}).
         renamed: {name in older files: name of the parameter or buffer now}.
+        vectors_along: {name of a tensor of basis vectors: the axis along which each of them is}.
     """
 
     made_of: ClassVar[tuple[str, ...]] = ()
     renamed: ClassVar[Mapping[str, str]] = {}
+    vectors_along: ClassVar[Mapping[str, int]] = {}
 
     def description(self) -> dict[str, Any]:
         """What rebuilds the module besides its own tensors: the constructor's arguments, as JSON or as kinds."""
@@ -65,4 +69,16 @@ class Kind(FullPrecision):
         for old, new in self.renamed.items():
             if f"{prefix}{old}" in state_dict:
                 state_dict[f"{prefix}{new}"] = state_dict.pop(f"{prefix}{old}")
+        self._check_numbers(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _check_numbers(self, state_dict: Any, prefix: str) -> None:
+        """ValueError for numbers that no edit can have: NaN, infinite or whole ones, basis vectors of zeros."""
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name, mine in own.items():
+            given = state_dict.get(f"{prefix}{name}")
+            if isinstance(given, Tensor) and mine.is_floating_point():
+                finite(given, f"{prefix}{name}")
+                axis = self.vectors_along.get(name.partition(".")[0])
+                if axis is not None:
+                    no_zero_vector(given, axis, f"{prefix}{name}")

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from subspace_lab.core.arguments import whole_number
+from subspace_lab.core.arguments import finite, whole_number
 
 Orthonormalise = Literal["qr", "polar"]
 
@@ -62,6 +62,7 @@ def check_orthonormal(basis: Tensor, shape: tuple[int, int]) -> None:
     """ValueError unless `basis` has this (rank, width) and R Rᵀ = I to 1e-4."""
     if tuple(basis.shape) != shape:
         raise ValueError(f"A basis of shape {tuple(basis.shape)} for a subspace of (rank, width) {shape}.")
+    finite(basis, "A basis")
     exact = basis.detach().double()
     error = (exact @ exact.T - torch.eye(len(exact), dtype=exact.dtype, device=exact.device)).abs().max()
     if not error < 1e-4:

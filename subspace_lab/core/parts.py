@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, combinations
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,8 @@ class PartedSubspace(Orthonormalised):
         start: an orthonormal start instead, the parts' vectors one below the other.
         moving: the parts that train, all by default; the others' vectors stay.
     """
+
+    vectors_along: ClassVar[Mapping[str, int]] = {"raw": 0}
 
     def __init__(
         self,

@@ -54,7 +54,19 @@ def normalise(positions: str | int | slice | Sequence[int]) -> str:
             raise ValueError(
                 f"positions={positions!r}: {term!r} is not understood; {NEEDED}, or several joined by '+'."
             )
+    if all(_is_empty(term) for term in text.split("+")):
+        raise ValueError(f"positions={positions!r} select nothing in any prompt.")
     return text
+
+
+def expect_some(positions: str, present: Bool[Tensor, "batch position"], lengths: Tensor) -> None:
+    """IndexError where slices select nothing in any row of a batch; f3[2], say, may have no place in short prompts."""
+    if bool(present.any()) or not all(_SLICE.fullmatch(term) or _is_empty(term) for term in positions.split("+")):
+        return
+    raise IndexError(
+        f"Positions {positions!r} select nothing in any of the {len(lengths)} rows, whose prompts have "
+        f"{int(lengths.min())} to {int(lengths.max())} tokens."
+    )
 
 
 def names(positions: str) -> tuple[str, ...]:
@@ -251,6 +263,17 @@ def _count(end: re.Match[str], side: str) -> int:
     if end[1] == side:
         return int(end[2])
     return int(end[5]) if end[4] == side else 0
+
+
+def _is_empty(term: str) -> bool:
+    """Whether a term selects nothing whatever the prompt: f0, 5:2, -2:-4."""
+    if end := _END.fullmatch(term):
+        return int(end[2]) == 0
+    if (part := _SLICE.fullmatch(term)) and part[2]:
+        start, stop = part[1] or "0", part[2]
+        same_end = start.startswith("-") == stop.startswith("-")
+        return int(stop) == 0 or (same_end and int(start) >= int(stop))
+    return False
 
 
 def _is_end(term: str) -> bool:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from subspace_lab.core.arguments import instance, whole_number
+from subspace_lab.core.arguments import finite, instance, no_zero_vector, whole_number
 from subspace_lab.core.kinds import Kind
 from subspace_lab.core.orthonormal import (
     CachedFactor,
@@ -176,6 +176,8 @@ class LearnedSubspace(Orthonormalised):
         orthonormalise: "qr" or "polar".
     """
 
+    vectors_along: ClassVar[Mapping[str, int]] = {"raw": 0}
+
     def __init__(
         self,
         width: int,
@@ -197,6 +199,8 @@ class LearnedSubspace(Orthonormalised):
         return self._factor([self.raw], lambda: self.raw).T
 
     def set_basis(self, basis: Float[Tensor, "rank width"]) -> None:
+        finite(basis, "A basis")
+        no_zero_vector(basis, 1, "A basis")
         with torch.no_grad():
             self.raw.copy_(basis.T)
 
@@ -214,6 +218,8 @@ class FreeDirections(Subspace):
     `write` is still h + Dᵀ(z − D h), but read(write(h, z)) is z only while the directions are orthonormal.
     """
 
+    vectors_along: ClassVar[Mapping[str, int]] = {"directions": 1}
+
     def __init__(
         self,
         width: int,
@@ -228,6 +234,8 @@ class FreeDirections(Subspace):
             start = random_orthonormal(width, rank, seed)
         if tuple(start.shape) != (rank, width):
             raise ValueError(f"A start of shape {tuple(start.shape)} for directions of shape {(rank, width)}.")
+        finite(start, "A start")
+        no_zero_vector(start, 1, "A start")
         self.width, self.rank = int(width), int(rank)
         self.directions = nn.Parameter(wide(start.detach(), torch.zeros(())).clone())
 
@@ -243,6 +251,8 @@ class FreeDirections(Subspace):
         return FixedSubspace(basis.T)
 
     def set_basis(self, basis: Float[Tensor, "rank width"]) -> None:
+        finite(basis, "Directions")
+        no_zero_vector(basis, 1, "Directions")
         with torch.no_grad():
             self.directions.copy_(basis)
 
@@ -259,6 +269,7 @@ class FixedSubspace(Subspace):
 
     vectors: Tensor
     renamed: ClassVar[Mapping[str, str]] = {"rows": "vectors"}
+    vectors_along: ClassVar[Mapping[str, int]] = {"vectors": 1}
 
     def __init__(self, basis: Float[Tensor, "rank width"]) -> None:
         super().__init__()

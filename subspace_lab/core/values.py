@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from subspace_lab.core.arguments import whole_number
+from subspace_lab.core.arguments import finite, whole_number
 from subspace_lab.core.kinds import Kind
 from subspace_lab.core.orthonormal import wide
 from subspace_lab.core.parts import spans
@@ -194,6 +194,7 @@ class Constant(Value):
     def __init__(self, z: Float[Tensor, "*batch rank"], learned: bool) -> None:
         super().__init__()
         z = wide(z.detach(), torch.zeros(())).clone()
+        finite(z, "Coordinates")
         if learned:
             self.z = nn.Parameter(z)
         else:

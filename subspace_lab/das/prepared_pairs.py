@@ -118,10 +118,21 @@ class PreparedPairs:
 
     @cached_property
     def unedited(self) -> Tensor:
-        """(pairs, answers): the logits that the model gives to the bases without any intervention."""
+        """(pairs, answers): the logits that the model gives to the bases without any intervention.
+
+        Raises:
+            ValueError: logits that are NaN.
+        """
         parts = torch.arange(len(self)).split(_chunk(self.data))
         with torch.no_grad():
-            return torch.cat([one_read(self.engine.logits(some, {})).cpu() for some in parts])
+            logits = torch.cat([one_read(self.engine.logits(some, {})).cpu() for some in parts])
+        wrong = int(logits.isnan().any(-1).sum())
+        if wrong:
+            raise ValueError(
+                f"The model gives NaN in the place of logits for {wrong} of {len(self)} bases, without any "
+                "intervention: no answer can be read from them. Is its dtype too narrow, or are its weights broken?"
+            )
+        return logits
 
 
 Draw = Callable[[int], tuple[Engine, Tensor, dict[Site, Any], Tensor]]

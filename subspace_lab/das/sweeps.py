@@ -215,7 +215,8 @@ class _Sweep:
         failures += [Failure(cell.method.label, place, cell.seed, why) for cell, why in failed]
         lost = [cell for cell, _ in failed]
         cells = [cell for cell in cells if cell not in lost]
-        return self._scored(assignment, cells), failures
+        fits, unscored = self._scored(assignment, cells)
+        return fits, failures + [Failure(cell.method.label, place, cell.seed, why) for cell, why in unscored]
 
     def _train(
         self, assignment: Assignment, cells: list[_Cell], on_step: Callable[[], Any]
@@ -256,9 +257,11 @@ class _Sweep:
         for cell, own in zip(cells, losses, strict=True):
             cell.losses = tuple(own)
 
-    def _scored(self, assignment: Assignment, cells: list[_Cell]) -> list[Fit]:
+    def _scored(self, assignment: Assignment, cells: list[_Cell]) -> tuple[list[Fit], list[tuple[_Cell, str]]]:
+        """The fits of cells, and those whose edits give logits that are NaN, which are no answers, and why."""
         if not cells:
-            return []
+            return [], []
+        failed: dict[int, str] = {}
         scores: list[dict[str, dict[str, Estimate]]] = [{} for _ in cells]
         by_pair: dict[str, list[dict[str, Tensor]]] = {}
         splits: dict[str, tuple[PreparedPairs, Tensor | None]] = {
@@ -272,11 +275,18 @@ class _Sweep:
             if not chosen:
                 continue
             outcomes = prepared.outcomes(assignment, [cells[i].learner.edits for i in chosen], some)
+            for i, outcome in zip(chosen, outcomes, strict=True):
+                wrong = int(outcome.logits.isnan().any(-1).sum())
+                if wrong:
+                    failed.setdefault(
+                        i,
+                        f"The logits are NaN for {wrong} of {len(outcome.logits)} {split} pairs; no answer is read.",
+                    )
             values = [{_name(metric): metric(outcome) for metric in self.metrics} for outcome in outcomes]
             by_pair[split] = values
             for i, found in zip(chosen, values, strict=True):
                 scores[i][split] = {name: estimate(each) for name, each in found.items()}
-        return [
+        fits = [
             Fit(
                 method=cell.method,
                 alignment=cell.learner.alignment(),
@@ -288,7 +298,9 @@ class _Sweep:
                 pair_scores=by_pair["test"][i],
             )
             for i, cell in enumerate(cells)
+            if i not in failed
         ]
+        return fits, [(cells[i], why) for i, why in failed.items()]
 
     def _examples(self, assignment: Assignment) -> _Examples:
         """The training pairs' states at one place, for methods that are fitted without training."""

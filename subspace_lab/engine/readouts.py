@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspace_lab.core.positions import locate
+from subspace_lab.core.positions import expect_some, locate, normalise
 from subspace_lab.model.backbone import Backbone, Hook, frozen
 from subspace_lab.model.batches import Batch
 
@@ -55,7 +55,9 @@ class Readout:
         real = batch.real_tokens("decoder" if decoder else "")
         if real is None:
             return cls(tokens=answers)
-        index, valid = locate(positions, real, None if decoder else batch.prompt_lengths, batch.columns)
+        lengths = None if decoder else batch.prompt_lengths
+        index, valid = locate(normalise(positions), real, lengths, batch.columns)
+        expect_some(positions, valid, real.sum(1) if lengths is None else lengths)
         return cls(index, None if bool(valid.all()) else valid, answers)
 
     @classmethod

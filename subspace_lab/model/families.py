@@ -313,7 +313,7 @@ class Anatomy:
             near = [above, *(p for p in self.modules if p.startswith(f"{above}."))]
             for found in (vars(self.modules[p]) for p in near):
                 if known & found.keys():
-                    return found
+                    return dict(found)
             above = above.rpartition(".")[0]
         return {}
 

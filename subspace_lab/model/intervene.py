@@ -30,7 +30,7 @@ from subspace_lab.model.edits import (
 )
 from subspace_lab.model.passes import check_passes, setting
 from subspace_lab.model.resolved_sites import ResolvedSite, resolve, resolve_prompt
-from subspace_lab.model.sources import MISSING, Unmatched
+from subspace_lab.model.sources import MISSING, Unmatched, expect_numbers
 
 
 def forward(
@@ -94,6 +94,7 @@ def collect(
     Raises:
         TypeError: a model in the place of a backbone, one site in the place of several.
         ValueError, IndexError: sites that the model or the batch does not have.
+        ValueError: states that are NaN where a row has a position.
     """
     expect_backbone(backbone)
     batch = Batch.of(batch)
@@ -102,6 +103,8 @@ def collect(
     hooks = [Hook(p.hook_point.path, p.hook_point.side, p.hook_point.order, _reader(p, found)) for p in resolved]
     with torch.no_grad():
         backbone.run(model_inputs(backbone.model, batch), grouped(hooks), stop=True)
+    for place in resolved:
+        expect_numbers(place, found[place.site])
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from subspace_lab.core.positions import locate
+from subspace_lab.core.positions import expect_some, locate
 from subspace_lab.core.sites import Site
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch, model_inputs
@@ -146,7 +146,8 @@ def _of_patches(backbone: Backbone, batch: Batch, site: Site, hook_point: HookPo
     length = backbone.stream_length(hook_point, model_inputs(backbone.model, batch.rows(slice(0, 1))))
     columns = {"cls": torch.zeros(len(batch), dtype=torch.long)} if backbone.has_class_token() else {}
     real = torch.ones(len(batch), length, dtype=torch.bool)
-    index, _ = locate(site.positions, real, None, columns)
+    index, present = locate(site.positions, real, None, columns)
+    expect_some(site.positions, present, real.sum(1))
     return ResolvedSite(site, hook_point, len(batch), index)
 
 
@@ -168,6 +169,8 @@ def resolve_prompt(backbone: Backbone, batch: Batch, site: Site) -> ResolvedSite
 def _among(real: Tensor, batch: Batch, site: Site, hook_point: HookPoint) -> ResolvedSite:
     lengths = batch.prompt_lengths if hook_point.stack != "decoder" else None
     index, present = locate(site.positions, real, lengths, batch.columns)
+    if len(batch):
+        expect_some(site.positions, present, real.sum(1) if lengths is None else lengths)
     index, valid = batch.after_cache(index, present, hook_point.stack)
     whole = site.positions == "all" and lengths is None and bool(real.all())
     return ResolvedSite(site, hook_point, len(batch), index, _some(valid), _some(present), whole)

@@ -36,6 +36,20 @@ def missing_entries(states: Tensor) -> Tensor | None:
     return found if bool(found.any()) else None
 
 
+def expect_numbers(resolved: ResolvedSite, states: Tensor) -> None:
+    """ValueError where a whole state is NaN though the row has that position: it would pass for a missing one."""
+    missing = missing_entries(states)
+    if missing is None:
+        return
+    wrong = missing if resolved.valid is None or missing.ndim < 2 else missing & resolved.valid.to(missing.device)
+    rows = wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong
+    if bool(rows.any()):
+        raise ValueError(
+            f"{resolved.site}: the model's states are NaN in {int(rows.sum())} of {len(states)} rows, row "
+            f"{int(rows.nonzero()[0])} the first: its weights hold NaN, or its numbers grow beyond their dtype."
+        )
+
+
 def all_rows(parts: list[Tensor]) -> Tensor:
     """States of several sets of rows as one tensor, filled up to the longest."""
     longest = max((p.shape[1] for p in parts if p.ndim == 3), default=0)

@@ -23,6 +23,13 @@ class Numbers:
     bias: Tensor
 
 
+def expect_fractions(state: Mapping[str, Tensor]) -> None:
+    """ValueError for matrices or vectors of whole numbers, which no adapter was trained to."""
+    wrong = sorted(name for name, t in state.items() if t.ndim and not t.is_floating_point())
+    if wrong:
+        raise ValueError(f"{wrong} hold whole numbers; needed are floating ones.")
+
+
 def orthogonal(state: Mapping[str, Tensor], prefix: str) -> Tensor:
     """The matrix of torch's `parametrizations.orthogonal`: Householder reflectors below a diagonal of signs."""
     raw, base = state[f"{prefix}.original"].float(), state.get(f"{prefix}.0.base")

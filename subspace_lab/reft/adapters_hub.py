@@ -15,7 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from subspace_lab.core.files import read_json
-from subspace_lab.reft._other_libraries import Numbers, configured, filled, orthogonal, plain_tensors
+from subspace_lab.reft._other_libraries import (
+    Numbers,
+    configured,
+    expect_fractions,
+    filled,
+    orthogonal,
+    plain_tensors,
+)
 from subspace_lab.reft.model import ReftModel
 
 ACTIVATIONS = {None: "linear", "linear": "linear", "relu": "relu", "gelu": "gelu", "tanh": "tanh"} | {
@@ -86,6 +93,7 @@ def from_adapters(
 
 
 def _numbers(state: Mapping[str, Tensor]) -> Numbers:
+    expect_fractions(state)
     given = state.get("projection.weight")
     basis = orthogonal(state, "projection.parametrizations.weight") if given is None else given
     return Numbers(basis.float(), state["learned_source.weight"].float(), state["learned_source.bias"].float())

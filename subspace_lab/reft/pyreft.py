@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from subspace_lab.core.files import read_json, whole_file, write_json
 from subspace_lab.core.interventions import Intervention
-from subspace_lab.reft._other_libraries import Numbers, configured, filled, orthogonal, plain_tensors
+from subspace_lab.reft._other_libraries import (
+    Numbers,
+    configured,
+    expect_fractions,
+    filled,
+    orthogonal,
+    plain_tensors,
+)
 from subspace_lab.reft.model import ReftModel
 
 # pyreft's classes; its DireftIntervention keeps R orthonormal, which no name of the paper's has, and its
@@ -159,6 +166,7 @@ def _site(key: str) -> tuple[int, str, int]:
 
 
 def _numbers(state: Mapping[str, Tensor], kind: str, activation: str) -> Numbers:
+    expect_fractions(state)
     if kind in ("NoreftIntervention", "NodireftIntervention"):
         bias, shift = state["learned_source.bias"].float(), state.get("proj_layer.bias")
         if shift is not None and kind == "NoreftIntervention":  # the other one never uses it
