@@ -28,7 +28,7 @@ from subspace_lab.engine.frozen_past import FrozenPast
 from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.batches import Batch
 from subspace_lab.reft import ReftConfig, get_reft_model
-from subspace_lab.reft.model import prompt_lengths_of
+from subspace_lab.reft.data import prompt_lengths_of
 
 RANK, VOCABULARY = 8, 4000
 # name: width, MLP units, heads, layers
