@@ -152,7 +152,9 @@ def test_it_runs_in_a_model_and_reads_what_collect_gives() -> None:
     read = alignment.read(base)
     assert {name: tuple(z.shape) for name, z in read.items()} == {"a": (3, 1, 1), "b": (3, 1, 2), "c": (3, 9, 2)}
     torch.testing.assert_close(read["b"], base[LOW] @ whole[1:].T)
-    torch.testing.assert_close(read["c"], base[Site("block_output", 2)][..., [3, 1]], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        read["c"], base[Site("block_output", 2)][..., [3, 1]], rtol=0, atol=0, equal_nan=True
+    )
     sources = {LOW: {"a": other[LOW], "b": base[LOW]}, Site("block_output", 2): other[Site("block_output", 2)]}
     with torch.no_grad():
         plain = lab.model(**batch).logits
