@@ -14,6 +14,7 @@ from torch import Tensor
 from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.model.batches import Batch
 
+COLUMNS = ("base", "base_spans", "sources", "source_spans", "base_answer", "answer")
 DIFFERENCE = "difference"  # a span: what differs between a base and its source
 OPENING = "([{=/$#@"  # after these marks no space is written
 
@@ -36,8 +37,17 @@ def encode(
         add_special_tokens: as of the tokenizer.
 
     Raises:
-        ValueError: an answer that is no token, or not among `answers`; a tokenizer without offsets.
+        ValueError: rows of another format; an answer that is no token, or not among `answers`; a tokenizer without
+            offsets.
     """
+    columns = set(getattr(dataset, "column_names", None) or [])
+    if missing := [name for name in COLUMNS if name not in columns]:
+        raise ValueError(
+            f"A counterfactual data set has the columns {', '.join(COLUMNS)}; this one lacks {', '.join(missing)} and "
+            f"has {', '.join(sorted(columns)) or 'none'}. Pairs of plain texts are encoded by `from_texts`."
+        )
+    if not len(dataset):
+        raise ValueError("A counterfactual data set without rows.")
     answers = list(answers)
     number = {answer: i for i, answer in enumerate(answers)}
     variables = list(dataset[0]["sources"])

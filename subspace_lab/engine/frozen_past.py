@@ -201,9 +201,10 @@ class FrozenPast:
             )
         try:
             prefix = None if device is None else self._fill(strategy, first, device)
+            # Not of self: what is stored would live in a cycle, until somebody collects garbage.
+            batch, readout = self.batch, self.readout
             fingerprint = Fingerprint(
-                self.backbone.model,
-                lambda: tensors_of(self.batch, self.readout.index, self.readout.valid, self.readout.tokens),
+                self.backbone.model, lambda: tensors_of(batch, readout.index, readout.valid, readout.tokens)
             )
             self.prefix = prefix
             wrong = self._disagreement(strategy)

@@ -65,7 +65,8 @@ class PlainEngine:
         there; and once, as long as the data set stays the same.
         """
         if self._fingerprint is None or self._fingerprint.changed():
-            self._fingerprint, self._resolved = Fingerprint(None, lambda: tensors_of(self.batch)), {}
+            batch = self.batch  # not self, which would be in a cycle
+            self._fingerprint, self._resolved = Fingerprint(None, lambda: tensors_of(batch)), {}
         with torch.inference_mode(False):  # used again by later steps, which may need gradients
             for site in sites:
                 if site not in self._resolved:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -178,7 +178,8 @@ class Backbone:
         """
         order = sorted(hooks, key=lambda v: v.order)
         device = running_device(self.model)  # and refuse a model without weights, whose numbers have no meaning
-        run = self.model if call is None else call
+        # What `torch.compile` wraps is run itself, see `_as_written`.
+        run = getattr(self.model, "_orig_mod", self.model) if call is None and order else call or self.model
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         if not order:
             return run(*args, **kwargs)
@@ -192,13 +193,21 @@ class Backbone:
         def remembering(*args: Any, **kwargs: Any) -> Any:
             if args and isinstance(args[0], _Hidden):
                 args, kwargs = args[0].arguments
-            result.append(run(*args, **kwargs))
-            return result[0]
+            try:
+                result.append(run(*args, **kwargs))
+                return result[0]
+            except EarlyStopException as stopped:
+                # It holds every frame of the model, and so states, keys and values, in a cycle: another takes its
+                # place, which is raised out here.
+                stopped.__traceback__ = stopped.__context__ = None
+                vars(stopped).clear()
+            del args, kwargs
+            raise EarlyStopException()
 
-        from nnsight.intervention.interleaver import OutOfOrderError
+        from nnsight.intervention.interleaver import EarlyStopException, OutOfOrderError
 
         try:
-            with self._lock, self._net.trace(*args, fn=remembering, **kwargs) as tracer:
+            with self._lock, self._as_written(), self._net.trace(*args, fn=remembering, **kwargs) as tracer:
                 self._call_hooks(order, tracer, stop, every_step)
         except OutOfOrderError as error:
             places = [f"{hook.path}.{hook.side}" for hook in order]
@@ -207,6 +216,12 @@ class Backbone:
                 f"them: {error}. Use them in separate runs, or name others."
             ) from error
         return result[0] if result else None
+
+    def _as_written(self) -> AbstractContextManager[Any]:
+        """A compiled model runs as it is written: compiling around hooks takes a minute, and ends as nothing faster."""
+        compiled = any(m._compiled_call_impl is not None for m in self.anatomy.modules.values())
+        stance = getattr(torch.compiler, "set_stance", None)
+        return stance("force_eager") if compiled and stance is not None else nullcontext()
 
     def _check_checkpointing(self, hooks: Sequence[Hook]) -> None:
         """Refuse what would get no gradient in silence: in a block that is run again, hooks do not act again."""
