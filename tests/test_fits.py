@@ -296,7 +296,7 @@ def words(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "condition", [{"seed": 9}, {"rank": 3}, {"layer": 7}, {"positions": "nmae"}, {"learning_rate": 2}]
+    "condition", [{"seed": 9}, {"rank": 5}, {"layer": 7}, {"positions": "nmae"}, {"learning_rate": 2}]
 )
 def test_a_condition_that_no_fit_meets_is_no_empty_result(condition: dict[str, Any]) -> None:
     name, value = next(iter(condition.items()))
