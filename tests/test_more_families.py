@@ -546,7 +546,7 @@ def test_positions_and_heads_of_pictures(seeing):
     count = next(iter(whole.values())).shape[1]
     with pytest.raises(IndexError, match=f"has {count} tokens"):
         collect(backbone, given, [Site(f"{PICTURES}.block_output", 0, count)])
-    with pytest.raises(ValueError, match="heads .* of .*; possible are 0 to"):
+    with pytest.raises(ValueError, match=r"heads .* of .*; possible are 0 to"):
         backbone.hook_point(Site(f"{PICTURES}.head_output", 0, heads=99))
     with pytest.raises(ValueError, match=f"no stack 'eyes'; the model has .*{PICTURES}"):
         backbone.hook_point(Site("eyes.block_output", 0))
