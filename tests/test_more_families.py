@@ -539,12 +539,15 @@ def test_resuming_behind_a_picture(seeing):
             compare(one, other, torch.tensor([2, 0]), edits)
 
 
-def test_what_is_not_known_of_pictures_is_refused(seeing):
+def test_positions_and_heads_of_pictures(seeing):
     backbone, given = seeing
-    with pytest.raises(ValueError, match="positions need tokens"):
-        collect(backbone, given, [Site(f"{PICTURES}.block_output", 0, "last")])
-    with pytest.raises(ValueError, match="configuration of this stack"):
-        backbone.hook_point(Site(f"{PICTURES}.head_output", 0, heads=1))
+    # One more than the patches that there are; heads are found, since the layer says how many it has.
+    whole = collect(backbone, given, [Site(f"{PICTURES}.block_output", 0)])
+    count = next(iter(whole.values())).shape[1]
+    with pytest.raises(IndexError, match=f"has {count} tokens"):
+        collect(backbone, given, [Site(f"{PICTURES}.block_output", 0, count)])
+    with pytest.raises(ValueError, match=r"heads .* of .*; possible are 0 to"):
+        backbone.hook_point(Site(f"{PICTURES}.head_output", 0, heads=99))
     with pytest.raises(ValueError, match=f"no stack 'eyes'; the model has .*{PICTURES}"):
         backbone.hook_point(Site("eyes.block_output", 0))
 

@@ -155,11 +155,12 @@ class Fingerprint:
         ]
 
     def _found(self) -> list[Any]:
-        held = [value for table in self._tables for value in table.values()]
-        if self._offloaded:  # such parameters are other objects after each run; what they are filled from stays
-            held = [None if isinstance(value, Tensor) and value.is_meta else value for value in held]
-            held += self._kept
-        return [*held, *self._data()]
+        if not self._offloaded:
+            return [*(value for table in self._tables for value in table.values()), *self._data()]
+        # Such parameters are other objects after each run; what they are filled from stays.
+        held = (value for table in self._tables for value in table.values())
+        held = (None if isinstance(value, Tensor) and value.is_meta else value for value in held)
+        return [*held, *self._kept, *self._data()]
 
     def _settings_now(self) -> list[Any]:
         values = [variables.get(name) for variables, name in self._settings]

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from subspace_lab.core.sites import Site
 from subspace_lab.engine.budget import budgets, placement
@@ -95,7 +95,7 @@ class FrozenPast:
             self.sites = {site: resolve(backbone, batch, site) for site in named}
             # Offloaded parameters are other objects in each run, and have to be looked for.
             offloaded = is_offloaded(backbone.model)
-            self._weights = None if offloaded else nn.ParameterList(backbone.model.parameters())
+            self._weights = None if offloaded else list(backbone.model.parameters())
             self._data = FrozenData.of(backbone, batch, readout, self.sites, together)
             self.reason = self._choose(budget)
 

@@ -155,7 +155,7 @@ class LogitReader:
         inputs: Mapping[str, Any] | Sequence[Any],
         hooks: list[Hook],
         readout: Readout,
-        parameters: nn.Module | None = None,
+        parameters: Sequence[nn.Parameter] | None = None,
     ) -> Tensor:
         """(rows, reads, answers) logits, with gradients to the hooks' parameters and none to the model's.
 
@@ -163,7 +163,7 @@ class LogitReader:
             inputs: of the model, by name or by position.
             hooks: the edits, and what else shall happen inside.
             readout: of the rows that are run.
-            parameters: a module of the model's parameters alone, which is quicker to go through than the model.
+            parameters: the model's parameters, which are quicker to go through than the model.
         """
         edited = self._head is not None and any(hook.path == self._head.path for hook in hooks)
         head = None if self._head is None or edited else head_hook(self._backbone, readout, self._head)

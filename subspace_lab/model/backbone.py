@@ -177,7 +177,9 @@ class Backbone:
             ValueError: modules that the model does not run, or not in the order in which they are registered.
         """
         order = sorted(hooks, key=lambda v: v.order)
-        device = running_device(self.model)  # and refuse a model without weights, whose numbers have no meaning
+        first = next(self.model.parameters(), None)
+        # A model without weights is refused, for its numbers have no meaning.
+        device = running_device(self.model) if first is not None and first.is_meta else None
         # What `torch.compile` wraps is run itself, see `_as_written`.
         run = getattr(self.model, "_orig_mod", self.model) if call is None and order else call or self.model
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
@@ -185,7 +187,7 @@ class Backbone:
             return run(*args, **kwargs)
         self._check_checkpointing(order)
         result: list[Any] = []
-        if device != _first_device(self.model):
+        if device is not None:
             # nnsight would take the inputs to the first parameter, which is on "meta" between runs: hide them.
             hidden = ([_on(device, a) for a in args], {name: _on(device, a) for name, a in kwargs.items()})
             args, kwargs = (_Hidden(hidden),), {}
@@ -292,11 +294,6 @@ class _Hidden:
     arguments: tuple[Any, Any]
 
 
-def _first_device(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
-
-
 def _on(device: torch.device, value: Any) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
@@ -316,17 +313,20 @@ def _first(value: Any) -> Tensor:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module | Sequence[nn.Parameter]) -> Iterator[None]:
     """The model's parameters as constants within the block, their flags as they were after it.
 
     A graph built inside has no path to the parameters: gradients reach the edits and nothing else, and no memory
     is spent on what only gradients of weights would need.
+
+    Args:
+        model: or its parameters alone, which are quicker to go through (of a model that is not offloaded).
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in (model.parameters() if isinstance(model, nn.Module) else model) if p.requires_grad]
     # Offloaded parameters are other objects after each run.
     places = [
         (m, name)
-        for m in (model.modules() if any(p.is_meta for p in trainable) else ())
+        for m in (model.modules() if isinstance(model, nn.Module) and any(p.is_meta for p in trainable) else ())
         for name, p in m._parameters.items()
         if p is not None and p.is_meta and p.requires_grad
     ]
