@@ -28,7 +28,7 @@ def test_presets_are_named_as_in_the_literature():
         ({"layers": ()}, r"layers=\(\)"),
         ({"layers": (1, 1)}, "distinct"),
         ({"positions": "f3+oops!"}, "oops"),
-        ({"positions": "f0+l0"}, "no position"),
+        ({"positions": "f0+l0"}, "nothing in any prompt"),
         ({"tied": "position", "positions": "all"}, "'all'"),
         ({"tied": "group", "positions": "f1+2:5"}, "f1\\+2:5"),
         ({"component": "nowhere"}, "nowhere"),

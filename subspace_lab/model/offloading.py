@@ -25,6 +25,12 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(getattr(hook, "offload", False) for module in model.modules() for hook in align_hooks(module))
 
 
+def is_unloaded(model: nn.Module) -> bool:
+    """Whether the weights are on "meta" and nothing brings them: such a model has sizes, and cannot be run."""
+    first = next(model.parameters(), None)
+    return first is not None and first.is_meta and not is_offloaded(model)
+
+
 def running_device(model: nn.Module) -> torch.device:
     """Where the model takes its inputs (the CPU for a model without parameters).
 

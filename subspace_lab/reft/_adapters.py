@@ -19,6 +19,7 @@ from subspace_lab.core.parts import spans
 from subspace_lab.core.sites import COMPONENTS, Site
 from subspace_lab.core.subspaces import Subspace
 from subspace_lab.model.backbone import Backbone, Hook
+from subspace_lab.model.offloading import is_unloaded
 from subspace_lab.reft._alignment_start import Start, started
 from subspace_lab.reft.config import ReftConfig
 
@@ -58,7 +59,7 @@ class Adapter(nn.Module):
         self.edits = nn.ModuleList(
             config.intervention(backbone.width(site), config.seed * 100_003 + i, found.get(site))
             for i, site in enumerate(self.sites)
-        ).to(backbone.device)
+        ).to("meta" if is_unloaded(backbone.model) else backbone.device)
         self.saved = nn.ModuleDict()
         together: dict[int, Any] = {}  # one memory for all copies, so that tied parameters stay tied
         copied: list[str] = []
