@@ -817,6 +817,25 @@ def heads_of_layers(_: Path) -> bool:
     return sizes == [8, 4] and one.width(Site("key_output", 1, heads=(0, 3))) == 8
 
 
+def last_of_own_heads(_: Path) -> bool:
+    model = llama()
+    model.model.layers[1].self_attn.head_dim = 4
+    return Backbone(model).width(Site("head_output", 1, heads=3)) == 4
+
+
+def head_is_columns(_: Path) -> bool:
+    found, given = [], rows(5)
+    hook = (
+        lab()
+        .model.model.layers[1]
+        .self_attn.q_proj.register_forward_hook(lambda _, inputs, output: found.append(output.detach().clone()))
+    )
+    lab().model(**given.inputs)
+    hook.remove()
+    state = collect(lab(), given, [Site("query_output", 1, heads=1)])
+    return near(next(iter(state.values())), found[0][..., 8:])
+
+
 FAMILIES = [
     Case(
         "dynamic rotations on both sides",
@@ -835,7 +854,18 @@ FAMILIES = [
     ),
     Case("longrope, short rows", "17", rotated("longrope", (3, 7), "by keys and values")),
     Case("longrope, long rows", "17", rotated("longrope", (12, 10), "by keys and values")),
+    Case("longrope, rows of one length", "17", rotated("longrope", (5, 5), "by keys and values")),
+    Case("longrope, three long rows", "17", rotated("longrope", (12, 10, 9), "by keys and values")),
+    Case("longrope, three short rows", "17", rotated("longrope", (3, 4, 7), "by keys and values")),
     Case("heads of a layer's own size", "16", heads_of_layers),
+    Case("the last of a layer's own heads", "16", last_of_own_heads),
+    Case("a head and the columns that it is", "16", head_is_columns),
+    Case(
+        "heads of which one is not there",
+        "16",
+        lambda _: lab().hook_point(Site("query_output", 1, heads=(0, 9))),
+        (ValueError, "possible are 0 to 1"),
+    ),
     Case(
         "a head that a layer has not",
         "16",

@@ -2,8 +2,9 @@
 
     python benchmarks/robustness.py [--quick] [--json PATH] [--show]
 
-The cases are data: `_bad_inputs_cli.py` (the two commands), `_bad_inputs_reft.py` and `_bad_inputs_engine.py` (Python).
-Beside each stands what it must come to: a refusal whose text is named, or a right value. Counted are
+The cases are data: `_bad_inputs_cli.py` (the two commands), and `_bad_inputs_reft.py`, `_bad_inputs_engine.py` and
+`_bad_inputs_work.py` (Python). Beside each stands what it must come to: a refusal whose text is named, or a right
+value. Counted are
 
     tried            cases
     refused          ended in the refusal that is expected, in one line where a command was called
@@ -79,9 +80,11 @@ def lists() -> Iterator[tuple[str, list[Any], Callable[[Any, Path], tuple[str, s
     import _bad_inputs_cli
     import _bad_inputs_engine
     import _bad_inputs_reft
+    import _bad_inputs_work
 
     yield "commands", list(_bad_inputs_cli.cases()), of_command
     yield "reft", list(_bad_inputs_reft.CASES), of_call
+    yield "faults and texts", list(_bad_inputs_work.CASES), of_call
     yield "core, model, engine, das", list(_bad_inputs_engine.CASES), of_call
 
 
