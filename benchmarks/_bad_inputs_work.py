@@ -67,9 +67,12 @@ def killed(folder: Path, work: Callable[[Path], Any] = lambda _: None) -> Path:
     out = folder / "out"
     child = os.fork()
     if not child:
-        with taken_folder(out):
-            work(out)
-            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            with taken_folder(out):
+                work(out)
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
     return out
 
