@@ -24,7 +24,7 @@ from torch import nn
 from subspace_lab.core.sites import Site
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import forward, generate
-from subspace_lab.reft import PromptCollator, ReftConfig, ReftModel, get_reft_model
+from subspace_lab.reft import PromptCollator, ReftConfig, ReftModel, from_pyreft, get_reft_model, to_pyreft
 from subspace_lab.reft.harness import with_prompts
 
 IDS = torch.tensor([[7, 21, 22, 23, 9, 21, 22, 40, 7, 21], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
@@ -319,6 +319,28 @@ def by_trainer(folder: Path, where: str) -> bool:
     run.save_model(str(folder / "final"))
     read = ReftModel.from_pretrained(llama(), folder / where).eval()
     return close(logits(read, input_ids=IDS), logits(model.eval(), input_ids=IDS))
+
+
+def expanded(path: Path) -> None:
+    """One number of the file for each tensor, repeated to petabytes."""
+    state = torch.load(path, weights_only=True)
+    torch.save(
+        {k: v if k == "_extra_state" else torch.zeros(1).expand(10**9, 10**6) for k, v in state.items()}, path
+    )
+
+
+def expanded_pyreft(folder: Path) -> Any:
+    to_pyreft(adapted(), folder)
+    expanded(next(folder.glob("*.bin")))
+    return from_pyreft(llama(), folder, "l1")
+
+
+def expanded_checkpoint(folder: Path) -> Any:
+    model = adapted()
+    own = {k: v for k, v in model.state_dict().items() if k.startswith("adapters.") or k == "_extra_state"}
+    torch.save(own, folder / "pytorch_model.bin")
+    expanded(folder / "pytorch_model.bin")
+    return ReftModel.from_pretrained(llama(), folder)
 
 
 def raw(value: Any) -> Any:
@@ -682,4 +704,6 @@ CASES = (
         lambda _: get_reft_model(adapted(), ReftConfig()),
         (T, "has ReFT adapters already"),
     ),
+    Case("petabytes in a file of pyreft", "14", expanded_pyreft, (V, "does not hold enough numbers")),
+    Case("petabytes in a checkpoint", "14", expanded_checkpoint, (V, "does not hold enough numbers")),
 )

@@ -55,6 +55,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             raise OSError(f"{path} could not be written: {error}") from error
 
 
+def expect_stored(path: Path, tensors: Mapping[str, Any]) -> None:
+    """ValueError where a tensor has more numbers than the file stores for it.
+
+    `torch.save` writes an expanded tensor (a stride of 0) as the few numbers that it repeats, so that a small file can
+    ask for any amount of memory as soon as something copies it.
+    """
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path}: {name!r} has the shape {tuple(value.shape)}, for which the file does not hold enough numbers."
+            )
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file (ValueError for NaN and infinity, which JSON does not have)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

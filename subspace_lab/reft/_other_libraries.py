@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from subspace_lab.core.files import expect_stored
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.reft.config import ORTHONORMAL, ReftConfig
 from subspace_lab.reft.model import ReftModel
@@ -139,4 +140,5 @@ def plain_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a file of plain tensors: {str(error).splitlines()[0]}") from error
     if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
         raise ValueError(f"{path} holds {type(found).__name__}, not tensors by name.")
+    expect_stored(path, found)
     return dict(found)

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from subspace_lab.core.files import package_version, read_json, save_tensors, write_json, write_text
+from subspace_lab.core.files import expect_stored, package_version, read_json, save_tensors, write_json, write_text
 from subspace_lab.reft._adapters import Adapter, SavedAdapter, differences
 from subspace_lab.reft.config import ReftConfig
 
@@ -159,6 +159,7 @@ def _from_checkpoint(path: Path, base: dict[str, Any], name: str) -> SavedAdapte
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     except Exception as error:  # safetensors' and torch's own kinds are many
         raise ValueError(f"{path} is not a whole file of tensors: {str(error).splitlines()[0]}") from error
+    expect_stored(path, state)
     if EXTRA not in state:
         raise ValueError(
             f"{path} holds no ReFT adapter, or was written by an earlier version, which left the "
