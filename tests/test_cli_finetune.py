@@ -525,3 +525,15 @@ def test_results_are_never_mixed(rows, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     result = finetuned("--data", rows, "--model", "/not/even/looked/at", "--out", tmp_path)
     check_refused(result, ["not empty"], tmp_path, {"rows.jsonl", "notes.txt"})
+
+
+def test_a_class_whose_logit_is_no_number_is_no_answer(monkeypatch):
+    from subspace_lab.reft import classification_job
+
+    model = get_reft_model(AutoModelForCausalLM.from_pretrained(SHIPPED), ReftConfig(rank=1))
+    logits = torch.tensor([[float("nan"), 0.0], [1.0, float("nan")], [1.0, 0.0]])
+    monkeypatch.setattr(classification_job, "over", lambda *_: (0.5, [logits]))
+    job = ClassificationJob.__new__(ClassificationJob)
+    job.held_out, job._pad = [{"input_ids": [1], "labels": 0}] * 3, 0
+    measured = job.measure(model, 3)
+    assert measured.right.tolist() == [False, False, True]

@@ -105,7 +105,9 @@ class ClassificationJob(TrainingJob):
             loss, logits = over(model, self.held_out, batch_size, self._collate)
         if loss is None:
             return Measured(None)
-        right = torch.cat(logits).argmax(-1) == torch.tensor([row["labels"] for row in self.held_out])
+        found = torch.cat(logits)
+        labels = torch.tensor([row["labels"] for row in self.held_out])
+        right = (found.argmax(-1) == labels) & ~found.isnan().any(-1)  # argmax takes NaN for the largest
         return Measured(loss, right)
 
     def _collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
