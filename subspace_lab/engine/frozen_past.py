@@ -248,8 +248,9 @@ class FrozenPast:
             return self._resume(strategy, rows, edits, readout)
 
         sites = [by_depth[0], by_depth[-1], *more_sites]
-        # The shortest row alone as well: what depends on the longest row of a batch is different there.
-        for some in [rows] if len(rows) == 1 else [rows, lengths.argmin()[None]]:
+        # Of rows of different lengths the shortest alone as well: what depends on a batch's longest row differs there.
+        alone = [lengths.argmin()[None]] if lengths.min() < lengths.max() else []
+        for some in [rows, *alone]:
             valid = readout.rows(some).valid
             wrong = disagreement(resumed, plain.logits, some, sites, valid, writes=strategy.writes)
             if wrong is not None:
