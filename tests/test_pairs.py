@@ -282,3 +282,22 @@ def test_a_fingerprint_is_of_the_data_alone() -> None:
     assert stream.fingerprint() == pairs(train=lambda step: counterfactuals(9)).fingerprint() != one.fingerprint()
     plain = Pairs(small(), small(), small())
     assert Pairs(small(), small(), small(base=Batch.of(torch.ones(4, 2)))).fingerprint() != plain.fingerprint()
+
+
+def test_labels_follow_their_pairs_and_are_part_of_the_fingerprint() -> None:
+    one = small(labels={"entity": ("a", "b", "a", "c")})
+    assert one.rows(torch.tensor([3, 0])).labels == {"entity": ("c", "a")}
+    plain, labelled = Pairs(small(), small(), small()), Pairs(one, small(), small())
+    assert plain.fingerprint() != labelled.fingerprint()
+
+
+def test_kinds_are_the_labels_or_whether_the_answer_changes() -> None:
+    data = small(answer=torch.tensor([0, 1, 0, 1]))
+    assert set(data.kinds) <= {"changes", "stays"}
+    assert [kind == "changes" for kind in data.kinds] == (data.answer != data.base_answer).tolist()
+    assert replace(data, labels={"kind": ("x", "y", "x", "y")}).kinds == ("x", "y", "x", "y")
+
+
+def test_labels_of_another_number_of_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 labels 'entity' for 4 pairs"):
+        small(labels={"entity": ("a", "b")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +27,8 @@ class Counterfactuals:
         tokens: (answers,) their token ids; None where the model's output is over the answers already.
         values: {variable: (pairs,) which value the variable has in its source, as a number}. Methods that compare
             the means of these values use it; where it is missing they use the expected answers instead.
+        labels: {name: for each pair a text}, what is known of the pairs beside their answers: "entity" and
+            "template" are the clusters of intervals and can be held out, "kind" (of pair) splits the scores.
     """
 
     base: Batch
@@ -35,6 +38,7 @@ class Counterfactuals:
     answers: tuple[str, ...]
     tokens: Tensor | None = None
     values: Mapping[str, Tensor] = field(default_factory=dict)
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -58,6 +62,9 @@ class Counterfactuals:
                     f"Values of shape {tuple(values.shape)} for {name!r}; needed is one for each of the "
                     f"{len(self.base)} pairs, of the variables {list(self.sources)}."
                 )
+        for name, labels in self.labels.items():
+            if len(labels) != len(self.base):
+                raise ValueError(f"{len(labels)} labels {name!r} for {len(self.base)} pairs: each pair needs one.")
 
     def __len__(self) -> int:
         return len(self.base)
@@ -66,12 +73,21 @@ class Counterfactuals:
         return f"Counterfactuals({len(self)} pairs of {', '.join(self.sources)}; {len(self.answers)} answers)"
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each pair: its label "kind", or else "changes" and "stays" by whether the answer changes."""
+        if "kind" in self.labels:
+            return self.labels["kind"]
+        changed = (self.answer != self.base_answer).tolist()
+        return tuple("changes" if one else "stays" for one in changed)
+
+    @property
     def readout(self) -> Readout:
         """The answers' logits after the last token of the base."""
         return Readout.at(self.base, "last", self.tokens)
 
     def rows(self, rows: Tensor) -> Counterfactuals:
         """Some of the pairs."""
+        picked = torch.arange(len(self))[rows.cpu()].tolist() if self.labels else []
         return replace(
             self,
             base=self.base.rows(rows),
@@ -79,6 +95,7 @@ class Counterfactuals:
             base_answer=self.base_answer[rows],
             answer=self.answer[rows],
             values={name: v[rows] for name, v in self.values.items()},
+            labels={name: tuple(of[i] for i in picked) for name, of in self.labels.items()},
         )
 
     def to(self, device: torch.device | str) -> Counterfactuals:
@@ -182,6 +199,8 @@ class Pairs:
             for what, tensor in _tensors(split).items():
                 digest.update(str((what, tensor.dtype, tuple(tensor.shape))).encode())
                 digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            if split.labels:
+                digest.update(json.dumps({k: list(v) for k, v in split.labels.items()}, sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
     def _fixed(self) -> Iterator[tuple[str, Any]]:
