@@ -17,7 +17,7 @@ from test_cli_finetune import TINY as TINY_ADAPTER
 
 from subspace_lab.core import files
 from subspace_lab.core._locks import LOCK
-from subspace_lab.das import sweeps
+from subspace_lab.das import _places, sweeps
 from subspace_lab.das.fits import Fits
 from subspace_lab.reft import ReftModel, jobs
 
@@ -135,7 +135,7 @@ def interrupts_arrive():
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_search_saves_the_sites_that_are_finished(kind, tmp_path, monkeypatch):
-    at, calls = sweeps._Sweep.at, []
+    at, calls = _places.Places.at, []
 
     def stopping(self, assignment, on_step):
         calls.append(1)
@@ -143,7 +143,7 @@ def test_an_interrupted_search_saves_the_sites_that_are_finished(kind, tmp_path,
             interrupt(kind)
         return at(self, assignment, on_step)
 
-    monkeypatch.setattr(sweeps._Sweep, "at", stopping)
+    monkeypatch.setattr(_places.Places, "at", stopping)
     options = ["--layers", "1-2", *TINY[2:], *SITES]
     result = search(*options, "--out", tmp_path / "out")
     assert result.exit_code == 130, (result.stderr, result.exception)
@@ -153,7 +153,7 @@ def test_an_interrupted_search_saves_the_sites_that_are_finished(kind, tmp_path,
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"twin"}
     kept = Fits.load(tmp_path / "out" / "model")
     assert kept.places == ["block_output[1]@amount", "block_output[1]@last"]
-    monkeypatch.setattr(sweeps._Sweep, "at", at)
+    monkeypatch.setattr(_places.Places, "at", at)
     assert search(*options, "--no-twin", "--out", tmp_path / "whole").exit_code == 0
     whole = Fits.load(tmp_path / "whole" / "model")
     for fit in kept:
@@ -162,13 +162,13 @@ def test_an_interrupted_search_saves_the_sites_that_are_finished(kind, tmp_path,
 
 
 def test_a_search_interrupted_before_its_first_site_saves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps._Sweep, "at", lambda *_: interrupt())
+    monkeypatch.setattr(_places.Places, "at", lambda *_: interrupt())
     result = search(*TINY, *SITES, "--out", tmp_path / "out")
     assert result.exit_code == 130 and "nothing was saved" in result.stderr and not any(tmp_path.iterdir())
 
 
 def test_a_twin_that_was_interrupted_costs_only_itself(tmp_path, monkeypatch):
-    at, calls = sweeps._Sweep.at, []
+    at, calls = _places.Places.at, []
 
     def stopping(self, assignment, on_step):
         calls.append(1)
@@ -176,7 +176,7 @@ def test_a_twin_that_was_interrupted_costs_only_itself(tmp_path, monkeypatch):
             interrupt()
         return at(self, assignment, on_step)
 
-    monkeypatch.setattr(sweeps._Sweep, "at", stopping)
+    monkeypatch.setattr(_places.Places, "at", stopping)
     result = search(*TINY, *SITES, "--out", tmp_path / "out")
     assert result.exit_code == 130 and "Interrupted: of the twin 1 of 2 sites" in " ".join(result.stdout.split())
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES

@@ -27,6 +27,7 @@ from subspace_lab.core.interventions import interchange
 from subspace_lab.core.orthonormal import random_orthonormal
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, random_subspace
+from subspace_lab.das._places import cell_seed
 from subspace_lab.das.methods import (
     DAS,
     PCA,
@@ -41,7 +42,6 @@ from subspace_lab.das.methods.method import ParameterGroup, check_setting
 from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.das.prepared_pairs import PreparedPairs, from_pool
 from subspace_lab.das.prepared_pairs import fit as train_learners
-from subspace_lab.das.sweeps import cell_seed
 from subspace_lab.engine.training import TrainingConfig
 
 SITE, OTHER = SITES

@@ -16,7 +16,7 @@ from tiny_sweeps import PAIRS, QUICK, SITES, counterfactuals, pairs, swept, uned
 
 import subspace_lab
 from subspace_lab.core.sites import Site
-from subspace_lab.das import sweeps
+from subspace_lab.das import _places
 from subspace_lab.das.methods import DAS, PCA, FullVector, Method, RandomSubspace
 from subspace_lab.das.objectives import iia
 
@@ -119,8 +119,8 @@ def test_what_cannot_be_searched_is_refused_before_the_work(
     def worked(*_: Any) -> None:
         raise AssertionError("a fit was begun")
 
-    monkeypatch.setattr(sweeps, "fit", worked)
-    monkeypatch.setattr(sweeps._Sweep, "at", worked)
+    monkeypatch.setattr(_places, "fit", worked)
+    monkeypatch.setattr(_places.Places, "at", worked)
     options = {"methods": [DAS(4)], **changes}
     with pytest.raises(ValueError, match=message):
         swept(**options)

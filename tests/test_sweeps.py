@@ -33,14 +33,15 @@ from subspace_lab.core.interventions import interchange
 from subspace_lab.core.orthonormal import random_orthonormal
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
-from subspace_lab.das import sweeps
+from subspace_lab.das import _places
+from subspace_lab.das._places import cell_seed
 from subspace_lab.das.estimates import bootstrap_mean, estimate, proportion
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, Method, RandomSubspace
 from subspace_lab.das.objectives import iia, log_odds, logit_difference, logit_margin
 from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.das.search import default_methods, search
-from subspace_lab.das.sweeps import cell_seed, sweep
+from subspace_lab.das.sweeps import sweep
 from subspace_lab.engine.plain import PlainEngine
 from subspace_lab.engine.training import TrainingConfig, train
 
@@ -255,9 +256,11 @@ def test_more_fits_than_a_step_holds_are_trained_in_groups(monkeypatch: pytest.M
     methods = [DAS(2, learning_rate=[0.01, 0.02, 0.05])]
     together = swept(methods, SITES[:1], seeds=2)
     sizes = []
-    monkeypatch.setattr(sweeps, "STACKED", 4 * QUICK.batch_size)
-    fit = sweeps.fit
-    monkeypatch.setattr(sweeps, "fit", lambda learners, *rest: sizes.append(len(learners)) or fit(learners, *rest))
+    monkeypatch.setattr(_places, "STACKED", 4 * QUICK.batch_size)
+    fit = _places.fit
+    monkeypatch.setattr(
+        _places, "fit", lambda learners, *rest: sizes.append(len(learners)) or fit(learners, *rest)
+    )
     grouped = swept(methods, SITES[:1], seeds=2)
     assert sizes == [4, 2] and cells(grouped) == cells(together)
     for one, other in zip(grouped, together, strict=True):
@@ -300,7 +303,7 @@ def test_a_stream_is_asked_once_a_step_and_has_no_training_score() -> None:
 
 
 def test_methods_without_training_see_enough_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps, "POOL", 150)
+    monkeypatch.setattr(_places, "POOL", 150)
     asked: list[int] = []
 
     def stream(step: int) -> Counterfactuals:
@@ -320,7 +323,7 @@ def test_methods_without_training_see_enough_of_a_stream(monkeypatch: pytest.Mon
 
 
 def test_training_is_scored_on_some_of_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps, "TRAINING_SCORED", 40)
+    monkeypatch.setattr(_places, "TRAINING_SCORED", 40)
     found = swept(PCA(3), SITES[:1])[0]
     first = pairs().train.rows(torch.arange(40))
     assert found.score("iia", "train") == proportion(swapped(found, first).argmax(-1) == first.answer)

@@ -6,33 +6,28 @@ batch, each as if it were alone.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.sites import Site
 from subspace_lab.das._arguments import assignments_of, check_types
-from subspace_lab.das.estimates import Estimate, estimate, proportion
+from subspace_lab.das._places import Places, name_of
+from subspace_lab.das.estimates import proportion
 from subspace_lab.das.fits import Failure, Fit, Fits, Floors, place_of
-from subspace_lab.das.methods.method import Learner, Method, Problem
+from subspace_lab.das.methods.method import Method
 from subspace_lab.das.objectives import Loss, Metric, cross_entropy, iia
 from subspace_lab.das.pairs import Counterfactuals, Pairs
-from subspace_lab.das.prepared_pairs import Assignment, Draw, PreparedPairs, fit, from_pool, from_stream
+from subspace_lab.das.prepared_pairs import PreparedPairs
 from subspace_lab.engine.training import TrainingConfig, progress_bar
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.identity import model_facts, versions
 from subspace_lab.model.intervene import collect
-from subspace_lab.model.sources import Unmatched, all_rows, missing_entries
-
-STACKED = 1024  # at most so many examples in one training step of several fits
-POOL = 1000  # training pairs, at least, that methods without training see where pairs are drawn afresh
-TRAINING_SCORED = 400  # training pairs, at most, on which fits are scored
+from subspace_lab.model.sources import Unmatched
 
 
 class SweepInterrupted(KeyboardInterrupt):
@@ -100,7 +95,7 @@ def sweep(
         )
     named: dict[str, list[Any]] = {
         "methods": [method.label for method in variants],
-        "metrics": [_name(metric) for metric in metrics],
+        "metrics": [name_of(metric) for metric in metrics],
         "seeds": asked,
     }
     for what, names in named.items():
@@ -122,7 +117,7 @@ def sweep(
     dev = prepared(data=pairs.dev)
     floors["dev"] = _floors(dev)
     train = None if callable(pairs.train) else prepared(data=pairs.train)
-    job = _Sweep(
+    job = Places(
         backbone,
         pairs,
         variants,
@@ -142,7 +137,7 @@ def sweep(
         "data": pairs.fingerprint(),
         "pairs": {"train": None if train is None else len(train), "dev": len(dev), "test": len(test)},
         "training": {k: v for k, v in asdict(config).items() if k != "seed"},
-        "loss": _name(loss),
+        "loss": name_of(loss),
         "metrics": named["metrics"],
         "seeds": asked,
         "engine": test.engine.describe(),
@@ -168,208 +163,6 @@ def sweep(
             failures += failed
             bar.update(task, completed=(i + 1) * config.steps)
     return Fits(tuple(fits), floors, tuple(failures), facts)
-
-
-@dataclass
-class _Sweep:
-    """What all places of a sweep have in common."""
-
-    backbone: Backbone
-    pairs: Pairs
-    methods: list[Method]
-    seeds: list[int]
-    config: TrainingConfig
-    loss: Loss
-    metrics: Sequence[Metric]
-    widths: Mapping[Site, int]
-    held_out: dict[str, PreparedPairs]
-    train: PreparedPairs | None
-    unmatched: Unmatched = "refuse"
-
-    def at(self, assignment: Assignment, on_step: Callable[[], Any]) -> tuple[list[Fit], list[Failure]]:
-        """Every fit at one place, and the searches that gave none."""
-        cells: list[_Cell] = []
-        failures: list[Failure] = []
-        place, examples = place_of(assignment), cache(lambda: self._examples(assignment))
-        for method in self.methods:
-            for seed in method.seeds(self.seeds):
-                problem = Problem(
-                    sites=assignment,
-                    widths=self.widths,
-                    seed=cell_seed(seed, f"{place} {method.label}"),
-                    device=self.backbone.device,
-                    states=lambda name: examples().flat_states(name, assignment[name]),
-                    values=lambda name: examples().flat_values(name, assignment[name]),
-                )
-                try:
-                    learner = method.learner(problem)
-                    if not isinstance(learner, Learner):
-                        raise TypeError(f"`learner` should return a Learner, found {type(learner).__name__}.")
-                    cells.append(_Cell(method, seed, learner))
-                except ValueError as error:
-                    failures.append(Failure(method.label, place, seed, " ".join(str(error).split())))
-                except Exception as error:
-                    error.add_note(f"in {method.label} at {place}, seed {seed}")
-                    raise
-        failed = self._train(assignment, [cell for cell in cells if cell.learner.parameter_groups()], on_step)
-        failures += [Failure(cell.method.label, place, cell.seed, why) for cell, why in failed]
-        lost = [cell for cell, _ in failed]
-        cells = [cell for cell in cells if cell not in lost]
-        fits, unscored = self._scored(assignment, cells)
-        return fits, failures + [Failure(cell.method.label, place, cell.seed, why) for cell, why in unscored]
-
-    def _train(
-        self, assignment: Assignment, cells: list[_Cell], on_step: Callable[[], Any]
-    ) -> list[tuple[_Cell, str]]:
-        """Train some cells, as many together as a step should hold; those whose loss is no number, and why."""
-        failed = []
-        size = max(1, STACKED // self.config.batch_size)
-        groups = [cells[i : i + size] for i in range(0, len(cells), size)]
-        for i, group in enumerate(groups):
-            report = on_step if i == len(groups) - 1 else lambda: None
-            begun = [cell.learner for cell in group] if len(group) > 1 else []
-            states = [
-                {k: v.clone() for k, v in nn.ModuleList(one.edits.values()).state_dict().items()} for one in begun
-            ]
-            try:
-                self._train_together(assignment, group, report)
-            except FloatingPointError as error:
-                if len(group) == 1:
-                    failed.append((group[0], str(error)))
-                    continue
-                # One of them ends the run for all: each begins again, alone.
-                for cell, state in zip(group, states, strict=True):
-                    _numbers(cell.learner).load_state_dict(state)
-                    failed += self._train(assignment, [cell], lambda: None)
-        return failed
-
-    def _train_together(self, assignment: Assignment, cells: list[_Cell], on_step: Callable[[], Any]) -> None:
-        configs = [replace(self.config, seed=cell.seed) for cell in cells]
-        draws: list[Draw]
-        if self.train is None:
-            assert callable(self.pairs.train)
-            # One for all, so that the pairs of a step are made once.
-            draws = [from_stream(self.backbone, self.pairs.train, assignment, self.unmatched)] * len(cells)
-        else:
-            draws = [from_pool(self.train, assignment, config) for config in configs]
-        learners = [cell.learner for cell in cells]
-        losses = fit(learners, draws, configs, self.loss, lambda *_: on_step(), self.unmatched)
-        for cell, own in zip(cells, losses, strict=True):
-            cell.losses = tuple(own)
-
-    def _scored(self, assignment: Assignment, cells: list[_Cell]) -> tuple[list[Fit], list[tuple[_Cell, str]]]:
-        """The fits of cells, and those whose edits give logits that are NaN, which are no answers, and why."""
-        if not cells:
-            return [], []
-        failed: dict[int, str] = {}
-        scores: list[dict[str, dict[str, Estimate]]] = [{} for _ in cells]
-        by_pair: dict[str, list[dict[str, Tensor]]] = {}
-        splits: dict[str, tuple[PreparedPairs, Tensor | None]] = {
-            name: (prepared, None) for name, prepared in self.held_out.items()
-        }
-        if self.train is not None:
-            splits["train"] = self.train, torch.arange(min(len(self.train), TRAINING_SCORED))
-        for split, (prepared, some) in splits.items():
-            # What chance gives is known from the held-out pairs; its training score would say nothing more.
-            chosen = [i for i, cell in enumerate(cells) if split != "train" or not cell.method.control]
-            if not chosen:
-                continue
-            outcomes = prepared.outcomes(assignment, [cells[i].learner.edits for i in chosen], some)
-            for i, outcome in zip(chosen, outcomes, strict=True):
-                wrong = int(outcome.logits.isnan().any(-1).sum())
-                if wrong:
-                    failed.setdefault(
-                        i,
-                        f"The logits are NaN for {wrong} of {len(outcome.logits)} {split} pairs; no answer is read.",
-                    )
-            values = [{_name(metric): metric(outcome) for metric in self.metrics} for outcome in outcomes]
-            by_pair[split] = values
-            for i, found in zip(chosen, values, strict=True):
-                scores[i][split] = {name: estimate(each) for name, each in found.items()}
-        fits = [
-            Fit(
-                method=cell.method,
-                alignment=cell.learner.alignment(),
-                seed=cell.seed,
-                start=cell.learner.start,
-                scores=scores[i],
-                losses=cell.losses,
-                start_overlap=cell.learner.start_overlap(),
-                pair_scores=by_pair["test"][i],
-            )
-            for i, cell in enumerate(cells)
-            if i not in failed
-        ]
-        return fits, [(cells[i], why) for i, why in failed.items()]
-
-    def _examples(self, assignment: Assignment) -> _Examples:
-        """The training pairs' states at one place, for methods that are fitted without training."""
-        if self.train is not None:
-            return _Examples(self.train.states, _values(self.train.data))
-        assert callable(self.pairs.train)
-        parts: list[PreparedPairs] = []
-        while sum(len(part) for part in parts) < POOL:
-            data = self.pairs.train(len(parts))
-            parts.append(
-                PreparedPairs.of(self.backbone, data, [assignment], frozen=False, unmatched=self.unmatched)
-            )
-        states = {
-            name: {site: all_rows([part.states[name][site] for part in parts])}
-            for name, site in assignment.items()
-        }
-        values = {name: torch.cat([_values(part.data)[name] for part in parts]) for name in assignment}
-        return _Examples(states, values)
-
-
-@dataclass(eq=False)
-class _Cell:
-    """One search while it runs."""
-
-    method: Method
-    seed: int
-    learner: Learner
-    losses: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Examples:
-    """States of training pairs' sources, and the value of each variable in them."""
-
-    states: Mapping[str, Mapping[Site, Tensor]]
-    values: Mapping[str, Tensor]
-
-    def flat_states(self, name: str, site: Site) -> Tensor:
-        """(examples, width): every position that a row has is an example."""
-        states, there = self._of(name, site)
-        return states if there is None else states[there]
-
-    def flat_values(self, name: str, site: Site) -> Tensor:
-        """(examples,): the variable's value at each of them."""
-        states, there = self._of(name, site)
-        values = self.values[name].to(states.device)
-        values = values.repeat_interleave(len(states) // len(values))
-        return values if there is None else values[there]
-
-    def _of(self, name: str, site: Site) -> tuple[Tensor, Tensor | None]:
-        """All entries, and which of them are positions; None where all are."""
-        states = self.states[name][site].flatten(0, -2)
-        missing = missing_entries(states) if self.states[name][site].ndim == 3 else None
-        return states, None if missing is None else ~missing
-
-
-def _numbers(learner: Learner) -> nn.ModuleList:
-    """A learner's edits as one module."""
-    return nn.ModuleList(learner.edits.values())
-
-
-def _values(data: Counterfactuals) -> dict[str, Tensor]:
-    """The value of each variable in its sources; where the data do not tell it, the expected answer."""
-    return {name: data.values.get(name, data.answer) for name in data.sources}
-
-
-def cell_seed(seed: int, what: object) -> int:
-    """A seed for one method at one place: starts that places share would look like subspaces that they share."""
-    return zlib.crc32(f"{seed}:{what}".encode())
 
 
 def _width(backbone: Backbone, site: Site, pairs: Counterfactuals) -> int:
@@ -419,8 +212,3 @@ def _with_evidence(fits: list[Fit], floors: Floors, facts: Mapping[str, Any]) ->
         }
         found.append(replace(one, alignment=Alignment(one.alignment.variables, evidence)))
     return found
-
-
-def _name(function: Callable[..., Any]) -> str:
-    """What a loss or a metric is called in results."""
-    return getattr(function, "__name__", type(function).__name__)
