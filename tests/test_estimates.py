@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from subspace_lab.das.estimates import Estimate, bootstrap_mean, proportion
+from subspace_lab.das.estimates import (
+    Clusters,
+    Estimate,
+    _times_drawn,
+    bootstrap_mean,
+    cluster_mean,
+    estimate,
+    proportion,
+)
 
 
 def outcomes(successes: int, n: int) -> Tensor:
@@ -112,3 +120,79 @@ def test_nothing_has_no_score(of_nothing) -> None:
 
 def test_an_estimate_prints_itself_with_its_interval() -> None:
     assert str(Estimate(0.876, 0.8, 0.9312, 50)) == "0.88 [0.80, 0.93]"
+
+
+# --- clusters -----------------------------------------------------------------------------------------------
+
+
+def drawn(
+    entities: int, templates: int, n: int, spread: tuple[float, float], seed: int
+) -> tuple[Tensor, Clusters]:
+    """Cases whose chance of being right depends on their entity and template."""
+    g = torch.Generator().manual_seed(seed)
+    of_entity = torch.randn(entities, generator=g) * spread[0]
+    of_template = torch.randn(templates, generator=g) * spread[1]
+    e, t = torch.randint(entities, (n,), generator=g), torch.randint(templates, (n,), generator=g)
+    right = torch.rand(n, generator=g) < torch.sigmoid(1 + of_entity[e] + of_template[t])
+    return right.float(), Clusters(("entity", "template"), (e, t))
+
+
+@pytest.mark.parametrize(("spread", "templates"), [((1.0, 0.5), 12), ((1.5, 0.0), 30)])
+def test_cluster_intervals_cover_new_entities_and_templates_and_wilson_does_not(
+    spread: tuple[float, float], templates: int
+) -> None:
+    g = torch.Generator().manual_seed(9)
+    one, other = torch.randn(3000, 1, generator=g) * spread[0], torch.randn(1, 3000, generator=g) * spread[1]
+    truth = torch.sigmoid(1 + one + other).mean().item()
+    by_cluster = wilson = 0
+    for seed in range(150):
+        right, clusters = drawn(40, templates, 400, spread, seed)
+        found, alone = cluster_mean(right, clusters, draws=500), proportion(right.bool())
+        by_cluster += found.low <= truth <= found.high
+        wilson += alone.low <= truth <= alone.high
+        assert found.low <= alone.low and found.high >= alone.high and found.value == pytest.approx(alone.value)
+    assert by_cluster >= 0.91 * 150 > 0.8 * 150 > wilson
+
+
+def test_cases_that_agree_within_an_entity_count_as_one() -> None:
+    """Of 40 cases of each of 10 entities the interval is about that of 10 cases."""
+    right = (torch.arange(10) < 7).float()
+    clusters = Clusters(("entity",), (torch.arange(10).repeat_interleave(40),))
+    found, few = cluster_mean(right.repeat_interleave(40), clusters), proportion(right.bool())
+    many = proportion(right.repeat_interleave(40).bool())
+    assert found.n == 400 and found.high - found.low > 4 * (many.high - many.low)
+    assert found.low == pytest.approx(few.low, abs=0.07) and found.high == pytest.approx(few.high, abs=0.1)
+
+
+def test_where_all_agree_the_entities_are_the_cases() -> None:
+    clusters = Clusters(("entity", "template"), (torch.arange(400) % 8, torch.arange(400) % 3))
+    for value in (0.0, 1.0):
+        found, few = cluster_mean(torch.full((400,), value), clusters), proportion(torch.full((8,), bool(value)))
+        assert (found.low, found.high, found.n) == (few.low, few.high, 400)
+    assert cluster_mean(torch.full((400,), 2.5), clusters) == Estimate(2.5, 2.5, 2.5, 400)
+
+
+def test_the_bootstrap_of_two_labels_draws_both() -> None:
+    """By a loop over the draws, written out."""
+    right, clusters = drawn(6, 4, 60, (1.0, 1.0), 3)
+    found = cluster_mean(right, clusters, draws=300, seed=5)
+    times = [_times_drawn(size, 300, 5 + i) for i, size in enumerate((6, 4))]
+    assert all((t.sum(1) == t.shape[1]).all() for t in times)
+    means = []
+    for d in range(300):
+        weight = times[0][d][clusters.numbers[0]] * times[1][d][clusters.numbers[1]]
+        means.append((weight * right).sum() / weight.sum())
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    assert found.low == pytest.approx(low) and found.high == pytest.approx(high)
+
+
+def test_clusters_are_those_labels_that_differ() -> None:
+    labels = {"entity": ("a", "b", "a", "c"), "template": ("x",) * 4, "kind": ("p", "q", "p", "q")}
+    found = Clusters.of(labels)
+    assert found is not None and found.names == ("entity",) and found.numbers[0].tolist() == [0, 1, 0, 2]
+    assert str(found) == "3 values of 'entity'" and Clusters.of({"kind": ("p", "q")}) is None
+    values = torch.tensor([1.0, torch.nan, 0.0, 1.0])
+    assert estimate(values, found) == cluster_mean(values[[0, 2, 3]], found.where(~values.isnan()))
+    assert estimate(values) == proportion(torch.tensor([True, False, True]))
+    with pytest.raises(ValueError, match="None of 2 cases has a value"):
+        estimate(torch.full((2,), torch.nan))

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from subspace_lab.das.objectives import Outcome, cross_entropy, iia, log_odds, logit_difference, logit_margin
+from subspace_lab.das.objectives import (
+    Divergence,
+    JensenShannon,
+    Outcome,
+    SquaredError,
+    cause,
+    cross_entropy,
+    disentangle,
+    iia,
+    iia_vocabulary,
+    iso,
+    log_odds,
+    logit_difference,
+    logit_margin,
+)
 
 CASES = 40
 
@@ -94,3 +109,78 @@ def test_gradients_lower_the_loss(loss: object, outcome: Outcome) -> None:
     assert (logits.grad.gather(1, outcome.answer[:, None]) < 0).all()
     lower = loss(logits.detach() - 0.1 * logits.grad, outcome.answer)
     assert (lower < loss(logits.detach(), outcome.answer)).all()
+
+
+# --- losses towards a distribution --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    one, other = (3 * torch.randn(CASES, 5, generator=g, dtype=torch.double) for _ in range(2))
+    return one, other
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum(-1)
+
+
+def test_losses_towards_a_distribution_are_their_formulas(two: tuple[Tensor, Tensor]) -> None:
+    p, q = (logits.softmax(-1) for logits in two)
+    m = (p + q) / 2
+    for loss, expected in (
+        (Divergence(), kl(q, p)),
+        (SquaredError(), ((p - q) ** 2).sum(-1)),
+        (JensenShannon(), (kl(p, m) + kl(q, m)) / 2),
+    ):
+        torch.testing.assert_close(loss(*two).double(), expected, rtol=1e-4, atol=1e-5)
+        assert loss(two[0], two[0]).abs().max() < 1e-6
+        moved = two[0].clone().requires_grad_()
+        loss(moved, two[1]).sum().backward()
+        assert (loss(moved.detach() - 0.1 * moved.grad, two[1]) < loss(*two)).all()
+
+
+def test_jensen_shannon_is_symmetric_and_bounded(two: tuple[Tensor, Tensor]) -> None:
+    loss = JensenShannon()
+    torch.testing.assert_close(loss(*two), loss(*reversed(two)))
+    apart = torch.eye(5)[:2] * 200
+    assert loss(apart[:1], apart[1:]).item() == pytest.approx(math.log(2), abs=1e-6)
+    moved = apart[:1].clone().requires_grad_()
+    loss(moved, apart[1:]).sum().backward()
+    assert moved.grad.isfinite().all()
+    assert (loss(*two) < math.log(2)).all() and (Divergence()(*two) > math.log(2)).any()
+
+
+def test_towards_the_answer_divergence_is_cross_entropy(outcome: Outcome) -> None:
+    assert torch.allclose(Divergence("answer")(outcome.logits, outcome.answer),
+                          cross_entropy(outcome.logits, outcome.answer), atol=1e-5)  # fmt: skip
+    brier = SquaredError("answer")(outcome.logits, outcome.answer)
+    one_hot = nn.functional.one_hot(outcome.answer, 5)
+    torch.testing.assert_close(brier, (outcome.logits.softmax(-1) - one_hot).square().sum(-1))
+    with pytest.raises(ValueError, match="possible are 'source' and 'answer'"):
+        Divergence("base")
+
+
+# --- cause and isolation ------------------------------------------------------------------------------------
+
+
+def test_cause_and_iso_are_of_their_kinds_alone(outcome: Outcome) -> None:
+    kinds = tuple(["cause"] * 10 + ["isolate"] * 25 + ["other"] * 5)
+    some = replace(outcome, kinds=kinds)
+    right = iia(outcome)
+    assert torch.equal(cause(some)[:10], right[:10]) and cause(some)[10:].isnan().all()
+    assert (
+        torch.equal(iso(some)[10:35], right[10:35])
+        and iso(some)[:10].isnan().all()
+        and iso(some)[35:].isnan().all()
+    )
+    mean = (right[:10].mean() + right[10:35].mean()) / 2
+    assert (
+        disentangle(some).nanmean().item() == pytest.approx(mean.item()) and disentangle(some)[35:].isnan().all()
+    )
+    of_answers = replace(outcome, kinds=tuple(["changes"] * 15 + ["stays"] * 25))
+    assert cause(of_answers).isfinite().sum() == 15 and iso(of_answers).isfinite().sum() == 25
+    with pytest.raises(ValueError, match=r"'isolate' or 'stays'; the kinds here are \['cause'\]"):
+        iso(replace(outcome, kinds=("cause",) * CASES))
+    with pytest.raises(ValueError, match="made without a model"):
+        iia_vocabulary(outcome)

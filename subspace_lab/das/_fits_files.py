@@ -90,6 +90,7 @@ def write_fits(fits: Fits, folder: Path) -> None:
         "facts": dict(fits.facts),
         "floors": {split: asdict(floors) for split, floors in fits.floors.items()},
         "failures": [asdict(failure) for failure in fits.failures],
+        "labels": {name: list(of) for name, of in fits.labels.items()},
         "fits": records,
     }
     try:
@@ -141,9 +142,10 @@ def read_fits(folder: Path, methods: Sequence[type[Method]]) -> dict[str, Any]:
         parts.check_all_used()
         floors = {s: {name: Estimate(**e) for name, e in of.items()} for s, of in found["floors"].items()}
         failures = [dict(one) for one in found["failures"]]
+        labels = {name: tuple(of) for name, of in found.get("labels", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} cannot be read as fits: {type(error).__name__}: {error}") from error
-    return {"fits": fits, "floors": floors, "failures": failures, "facts": found["facts"]}
+    return {"fits": fits, "floors": floors, "failures": failures, "facts": found["facts"], "labels": labels}
 
 
 def _method(one: Mapping[str, Any], own: Sequence[type[Method]]) -> Method:

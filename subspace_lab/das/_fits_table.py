@@ -92,6 +92,7 @@ def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
             "bases right."
         )
         lines += _suspicion(fits, chosen, floors.highest, metric)
+    lines += _by_kind(fits, chosen, metric)
     if len(fits.places) > MOST_ROWS:
         lines.append(f"The first {MOST_ROWS} of {len(fits.places)} places are shown; `records()` has all.")
     return lines + _failures(fits)
@@ -109,6 +110,15 @@ def _suspicion(fits: Fits, chosen: Fit | None, floor: float, metric: str) -> lis
         "reaches more. Such a subspace may act through directions that the model itself does not use (an illusion, "
         "Makelov et al. 2023); a place where the full vector works too is better evidence."
     ]
+
+
+def _by_kind(fits: Fits, chosen: Fit | None, metric: str) -> list[str]:
+    """One number hides the parts: the score of what dev chose for each kind of pair."""
+    if chosen is None or metric not in chosen.pair_scores or len(set(fits.labels.get("kind", ()))) < 2:
+        return []
+    lines = fits.where(method=chosen.method, site=chosen.place, seed=chosen.seed).by_kind(metric)
+    parts = [f"{line['kind']} {line['value']:.2f} ({line['n']} pairs)" for line in lines]
+    return [f"Its score by kind of pair: {', '.join(parts)}."] if len(parts) > 1 else []
 
 
 def _failures(fits: Fits) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from subspace_lab.core.sites import Site
-from subspace_lab.das.estimates import Estimate, estimate
+from subspace_lab.das.estimates import Clusters, Estimate, estimate
 from subspace_lab.das.fits import Failure, Fit, place_of
 from subspace_lab.das.methods.method import Learner, Method, Problem
 from subspace_lab.das.objectives import Loss, Metric
@@ -60,6 +60,7 @@ class Places:
                     device=self.backbone.device,
                     states=lambda name: examples().flat_states(name, assignment[name]),
                     values=lambda name: examples().flat_values(name, assignment[name]),
+                    kinds=() if self.train is None else tuple(dict.fromkeys(self.train.data.kinds)),
                 )
                 try:
                     learner = method.learner(problem)
@@ -144,8 +145,11 @@ class Places:
                     )
             values = [{name_of(metric): metric(outcome) for metric in self.metrics} for outcome in outcomes]
             by_pair[split] = values
+            clusters = Clusters.of(prepared.data.labels)
+            if clusters is not None and some is not None:
+                clusters = clusters.where(some)
             for i, found in zip(chosen, values, strict=True):
-                scores[i][split] = {name: estimate(each) for name, each in found.items()}
+                scores[i][split] = {name: estimate(each, clusters) for name, each in found.items()}
         fits = [
             Fit(
                 method=cell.method,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import NormalDist
 
 import torch
@@ -42,9 +44,23 @@ def proportion(correct: Tensor, confidence: float = 0.95) -> Estimate:
     return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), n)
 
 
-def estimate(values: Tensor) -> Estimate:
-    """The mean of values of cases with its 95 % interval: Wilson's of a share, else a bootstrap over the cases."""
+def estimate(values: Tensor, clusters: Clusters | None = None) -> Estimate:
+    """The mean of values of cases with its 95 % interval; cases whose value is NaN take no part.
+
+    Without clusters the interval is Wilson's of a share, else a bootstrap over the cases. With them it is that of
+    `cluster_mean`.
+
+    Raises:
+        ValueError: no case whose value is a number.
+    """
+    there = ~values.isnan()
+    if not bool(there.any()):
+        raise ValueError(f"None of {len(values)} cases has a value, so there is no mean.")
+    if not bool(there.all()):
+        values, clusters = values[there], None if clusters is None else clusters.where(there)
     share = bool(((values == 0) | (values == 1)).all())
+    if clusters is not None:
+        return cluster_mean(values, clusters)
     return proportion(values.bool()) if share else bootstrap_mean(values)
 
 
@@ -56,6 +72,105 @@ def bootstrap_mean(values: Tensor, *, confidence: float = 0.95, draws: int = 200
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(n, (draws, n), generator=generator)
     means = values.double().flatten()[picks].mean(1)
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.double)
-    low, high = means.quantile(tails).tolist()
+    low, high = means.quantile(_tails(confidence)).tolist()
     return Estimate(values.double().mean().item(), low, high, n)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Which cases belong together: those of one entity, of one template.
+
+    Attributes:
+        names: of the labels, one or two.
+        numbers: for each label (cases,) the number of the cluster.
+    """
+
+    names: tuple[str, ...]
+    numbers: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls, labels: Mapping[str, Sequence[str]], names: Sequence[str] = ("entity", "template")
+    ) -> Clusters | None:
+        """The clusters of those labels that there are and that differ between cases; None without any."""
+        known = tuple(name for name in names if len(set(labels.get(name, ()))) > 1)
+        numbers = []
+        for name in known:
+            number = {text: i for i, text in enumerate(dict.fromkeys(labels[name]))}
+            numbers.append(torch.tensor([number[text] for text in labels[name]]))
+        return cls(known, tuple(numbers)) if known else None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many clusters each label has."""
+        return tuple(len(numbers.unique()) for numbers in self.numbers)
+
+    def where(self, there: Tensor) -> Clusters:
+        """The clusters of some cases."""
+        return Clusters(self.names, tuple(numbers[there] for numbers in self.numbers))
+
+    def __str__(self) -> str:
+        return " and ".join(
+            f"{size} values of {name!r}" for size, name in zip(self.sizes, self.names, strict=True)
+        )
+
+
+def cluster_mean(
+    values: Tensor, clusters: Clusters, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
+) -> Estimate:
+    """The mean of cases that come in clusters, with an interval that speaks of new clusters.
+
+    Each draw takes as many entities as there are, with replacement, and apart from that as many templates. A case
+    counts as often as its entity was drawn times its template (Owen 2007, "The pigeonhole bootstrap",
+    arXiv 0712.1111); with one label, as often as that was drawn. The limits are percentiles of the means of the
+    draws.
+
+    The interval is never narrower than the one of independent cases. Where all values are equal, drawing shows
+    nothing; if they are 0 or 1 it is Wilson's interval of as many cases as the first label has clusters.
+
+    Raises:
+        ValueError: of no case at all.
+    """
+    values = values.double().flatten()
+    n = len(values)
+    if not n:
+        raise ValueError("A mean of 0 cases is not defined.")
+    share = bool(((values == 0) | (values == 1)).all())
+    if bool((values == values[0]).all()):
+        single = float(values[0])
+        if not share:
+            return Estimate(single, single, single, n)
+        few = proportion(values[:1].bool().expand(clusters.sizes[0]), confidence)
+        return replace(few, n=n)
+    index = [numbers.unique(return_inverse=True)[1] for numbers in clusters.numbers]
+    sizes = [int(numbers.max()) + 1 for numbers in index]
+    times = [_times_drawn(size, draws, seed + i) for i, size in enumerate(sizes)]
+    if len(index) == 1:
+        sums, counts = (
+            values.new_zeros(sizes[0]).index_add(0, index[0], of) for of in (values, torch.ones_like(values))
+        )
+        total, weight = times[0] @ sums, times[0] @ counts
+    else:
+        cell = index[0] * sizes[1] + index[1]
+        empty = values.new_zeros(sizes[0] * sizes[1])
+        sums, counts = (empty.index_add(0, cell, of).view(sizes) for of in (values, torch.ones_like(values)))
+        total, weight = (((times[0] @ of) * times[1]).sum(1) for of in (sums, counts))
+    # A draw can miss every case, where few of the combinations occur.
+    means = (total / weight)[weight > 0]
+    low, high = means.quantile(_tails(confidence)).tolist()
+    alone = proportion(values.bool(), confidence) if share else bootstrap_mean(values, confidence=confidence)
+    return Estimate(values.mean().item(), min(low, alone.low), max(high, alone.high), n)
+
+
+@lru_cache(maxsize=16)
+def _times_drawn(size: int, draws: int, seed: int) -> Tensor:
+    """(draws, size): how often each cluster comes up in each draw. The same for every fit of a sweep."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(size, (draws, size), generator=generator)
+    return torch.zeros(draws, size, dtype=torch.double).scatter_add_(
+        1, picks, torch.ones_like(picks, dtype=torch.double)
+    )
+
+
+def _tails(confidence: float) -> Tensor:
+    return torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.double)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 
 from subspace_lab.core.alignments import Alignment
@@ -15,7 +16,7 @@ from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
 from subspace_lab.das._fits_files import read_fits, write_fits
 from subspace_lab.das._fits_table import html, notes_of, table_of, text
-from subspace_lab.das.estimates import Estimate
+from subspace_lab.das.estimates import Clusters, Estimate, estimate
 from subspace_lab.das.methods.method import Method
 
 __all__ = ["Failure", "Fit", "Fits", "Floors", "Mean", "notes_of", "place_of", "table_of"]
@@ -112,9 +113,9 @@ class Fit:
             "start_overlap": statistics.fmean(self.start_overlap.values()) if self.start_overlap else None,
         }
         for split, scores in self.scores.items():
-            for metric, estimate in scores.items():
+            for metric, score in scores.items():
                 name = f"{metric}_{split}"
-                flat |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+                flat |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
         return flat
 
 
@@ -189,12 +190,15 @@ class Fits(Sequence[Fit]):
         floors: {split: what is reached on it without any subspace}.
         failures: searches that gave no result.
         facts: the recipe: task, model, data fingerprint, training settings, versions, how it was computed.
+        labels: {name: for each test pair a text}: its "kind", the variables "exchanged" where there are several, and
+            what else the pairs know, such as "entity" and "template".
     """
 
     fits: tuple[Fit, ...]
     floors: Mapping[str, Floors]
     failures: tuple[Failure, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.fits)
@@ -332,6 +336,36 @@ class Fits(Sequence[Fit]):
             means.append(Mean(fits[0].method, place, tuple(fits), mean, spread, min(values), max(values)))
         return means
 
+    def by_kind(self, metric: str | None = None, by: str = "kind") -> list[dict[str, Any]]:
+        """The test score of each fit for each kind of pair, one flat line each: `pandas.DataFrame(fits.by_kind())`.
+
+        One number hides the parts: an edit can be right wherever the answer stays and wrong wherever it changes.
+
+        Args:
+            metric: of which the mean is taken, `self.metric` by default. Kinds of which it says nothing are left out.
+            by: which of the `labels` tells the kinds apart.
+
+        Raises:
+            KeyError: no label of that name, or no scores of that metric by pair.
+        """
+        metric = metric or self.metric
+        if by not in self.labels:
+            raise KeyError(f"The test pairs have no label {by!r}; they have {list(self.labels)}.")
+        clusters, labels = Clusters.of(self.labels), self.labels[by]
+        rows = {kind: torch.tensor([one == kind for one in labels]) for kind in dict.fromkeys(labels)}
+        lines = []
+        for fit in self.fits:
+            if metric not in fit.pair_scores:
+                raise KeyError(f"No {metric!r} by pair of {fit.method.label}; there are {list(fit.pair_scores)}.")
+            for kind, there in rows.items():
+                values = fit.pair_scores[metric][there]
+                if bool(values.isnan().all()):
+                    continue
+                found = estimate(values, None if clusters is None else clusters.where(there))
+                about = {"label": fit.method.label, "site": fit.place, "rank": fit.rank, "seed": fit.seed}
+                lines.append({**about, by: kind, "metric": metric, **asdict(found)})
+        return lines
+
     # --- looking ------------------------------------------------------------------------------------------
 
     def records(self) -> list[dict[str, Any]]:
@@ -381,6 +415,7 @@ class Fits(Sequence[Fit]):
             floors={split: Floors(**of) for split, of in found["floors"].items()},
             failures=tuple(Failure(**one) for one in found["failures"]),
             facts=found["facts"],
+            labels=found["labels"],
         )
 
 

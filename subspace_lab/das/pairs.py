@@ -81,6 +81,16 @@ class Counterfactuals:
         return tuple("changes" if one else "stays" for one in changed)
 
     @property
+    def exchanged(self) -> tuple[str, ...]:
+        """Which variables each pair exchanges, as "a, b": those whose source is not the base itself."""
+        keys = [_key(self, i) for i in range(len(self))]
+        names = list(self.sources)
+        return tuple(
+            ", ".join(name for name, own in zip(names, sources, strict=True) if own != base)
+            for base, *sources in keys
+        )
+
+    @property
     def readout(self) -> Readout:
         """The answers' logits after the last token of the base."""
         return Readout.at(self.base, "last", self.tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from subspace_lab.core.sites import Site
 from subspace_lab.das.methods.method import Learner
-from subspace_lab.das.objectives import Loss, Outcome
+from subspace_lab.das.objectives import Loss, Outcome, Towards
 from subspace_lab.das.pairs import Counterfactuals, Stream
 from subspace_lab.engine.frozen_past import FrozenPast
 from subspace_lab.engine.plain import PlainEngine
 from subspace_lab.engine.protocol import Engine
+from subspace_lab.engine.readouts import Readout
 from subspace_lab.engine.stacking import Stack, rows_of
 from subspace_lab.engine.training import TrainingConfig, shuffled_rows, train_together
 from subspace_lab.model.backbone import Backbone
@@ -40,12 +41,14 @@ class PreparedPairs:
         engine: over the bases.
         states: {variable: {site: (pairs, positions, width) states of its sources}}, NaN where a source has fewer.
         data: the pairs.
+        backbone: of the model.
         unmatched: what becomes of positions that a base or its source lacks, as in `forward`.
     """
 
     engine: Engine
     states: dict[str, dict[Site, Tensor]]
     data: Counterfactuals
+    backbone: Backbone
     unmatched: Unmatched = "refuse"
 
     @classmethod
@@ -86,7 +89,7 @@ class PreparedPairs:
             for site in own:
                 # Once for all pairs, so that the message names the pair and not a row of some batch.
                 fitted(resolve(backbone, data.base, site), states[name][site], unmatched, f" for {name!r}")
-        return cls(engine, states, data, unmatched)
+        return cls(engine, states, data, backbone, unmatched)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -105,16 +108,103 @@ class PreparedPairs:
     ) -> list[Outcome]:
         """What the model says with each of several sets of edits, all in one run; by default about all pairs."""
         pairs = torch.arange(len(self)) if pairs is None else pairs
-        stacked = stacked_edits(edits)
+        logits = self._runs(assignment, stacked_edits(edits), len(edits), pairs)
+        vocabulary = cache(
+            lambda: self._runs(assignment, stacked_edits(edits), len(edits), pairs, vocabulary=True)
+        )
+        complement = cache(lambda: self._runs(assignment, self._complements(assignment, edits), len(edits), pairs))
+        return [
+            self._outcome(pairs, of, partial(_one_of, vocabulary, i), partial(_one_of, complement, i))
+            for i, of in enumerate(logits)
+        ]
+
+    def without_edit(self, pairs: Tensor | None = None, assignments: Sequence[Assignment] = ()) -> Outcome:
+        """What the model says without any intervention, by default about all pairs.
+
+        Args:
+            assignments: where metrics that ask for the complement will be asked for it.
+        """
+        some = torch.arange(len(self)) if pairs is None else pairs
+        vocabulary = cache(lambda: self._runs({}, {}, 1, some, vocabulary=True))
+
+        def complement() -> Tensor:
+            for one in assignments:
+                _expect_one_source_a_site(one)
+            return self.unedited[some]
+
+        return self._outcome(some, self.unedited[some], partial(_one_of, vocabulary, 0), complement)
+
+    def _outcome(
+        self, pairs: Tensor, logits: Tensor, vocabulary: Callable[[], Tensor], complement: Callable[[], Tensor]
+    ) -> Outcome:
+        kinds = self.data.kinds
+        return Outcome(
+            logits=logits,
+            unedited=self.unedited[pairs],
+            answer=self.data.answer.cpu()[pairs],
+            base_answer=self.data.base_answer.cpu()[pairs],
+            kinds=tuple(kinds[i] for i in pairs.tolist()),
+            run_vocabulary=vocabulary,
+            run_complement=complement,
+        )
+
+    def _runs(
+        self,
+        assignment: Assignment,
+        stacked: Mapping[Site, nn.Module],
+        edits: int,
+        pairs: Tensor,
+        *,
+        vocabulary: bool = False,
+    ) -> Tensor:
+        """(edits, pairs, answers) logits of each of several stacked sets of edits.
+
+        Of the vocabulary (edits, pairs) the answer whose token has the highest logit, −1 where that is no answer's:
+        all logits of all pairs would not fit in memory.
+        """
         parts = []
         with torch.no_grad():
-            for some in pairs.split(max(1, _chunk(self.data) // len(edits))):
-                again = some.repeat(len(edits))
+            for some in pairs.split(max(1, _chunk(self.data) // edits)):
+                again = some.repeat(edits)
                 sources = self.sources(assignment, again)
-                logits = one_read(self.engine.logits(again, stacked, sources, self.unmatched))
-                parts.append(rearrange(logits.cpu(), "(edit pair) answer -> edit pair answer", edit=len(edits)))
-        answer, base = self.data.answer.cpu()[pairs], self.data.base_answer.cpu()[pairs]
-        return [Outcome(logits, self.unedited[pairs], answer, base) for logits in torch.cat(parts, 1)]
+                logits = one_read(
+                    self.engine.logits(again, stacked, sources, self.unmatched, vocabulary=vocabulary)
+                )
+                found = self._answers_of(logits.argmax(-1).cpu()) if vocabulary else logits.cpu()
+                parts.append(rearrange(found, "(edit pair) ... -> edit pair ...", edit=edits))
+        return torch.cat(parts, 1)
+
+    def _answers_of(self, tokens: Tensor) -> Tensor:
+        """Which answer each token is, −1 where it is none."""
+        if self.data.tokens is None:  # the model's output is over the answers
+            return tokens
+        same = tokens[:, None] == self.data.tokens.cpu()
+        return torch.where(same.any(1), same.int().argmax(1), -1)
+
+    def _complements(self, assignment: Assignment, edits: Sequence[Mapping[Site, nn.Module]]) -> dict[Site, Stack]:
+        """Each exchange with base and source in each other's place: all but the subspace becomes the source's."""
+        _expect_one_source_a_site(assignment)
+        return stacked_edits([{site: _Turned(edit) for site, edit in one.items()} for one in edits])
+
+    @cached_property
+    def source_logits(self) -> Tensor:
+        """(pairs, answers): the logits that the model gives to the sources without any intervention.
+
+        Raises:
+            ValueError: several variables, of which each has a source of its own.
+        """
+        if len(self.data.sources) > 1:
+            raise ValueError(
+                f"A loss towards what the model says about the source needs one source; the variables "
+                f"{list(self.data.sources)} have one each. Use target='answer', or search one variable at a time."
+            )
+        source = next(iter(self.data.sources.values()))
+        engine = PlainEngine(self.backbone, source, Readout.at(source, "last", self.data.tokens))
+        with torch.no_grad():
+            parts = [
+                one_read(engine.logits(some, {})) for some in torch.arange(len(self)).split(_chunk(self.data))
+            ]
+        return torch.cat(parts).cpu()
 
     @cached_property
     def unedited(self) -> Tensor:
@@ -135,8 +225,43 @@ class PreparedPairs:
         return logits
 
 
-Draw = Callable[[int], tuple[Engine, Tensor, dict[Site, Any], Tensor]]
-"""step → (engine, pairs, states of their sources, expected answers)"""
+@dataclass(frozen=True)
+class Drawn:
+    """The pairs of one training step.
+
+    Attributes:
+        of: what they are pairs of.
+        pairs: which of them.
+        sources: the states of their sources, as `PreparedPairs.sources`.
+    """
+
+    of: PreparedPairs
+    pairs: Tensor
+    sources: dict[Site, Any]
+
+    def targets(self, loss: Loss) -> Tensor:
+        """What a loss is given beside the logits: the expected answers, or the sources' logits."""
+        if isinstance(loss, Towards) and loss.target == "source":
+            return self.of.source_logits[self.pairs]
+        return self.of.data.answer.cpu()[self.pairs]
+
+    def weights(self, by_kind: Mapping[str, float] | None) -> Tensor:
+        """(pairs,) what each pair counts: together 1, and the pairs of a kind together in proportion to its weight.
+
+        A kind without a weight counts nothing. Without any weights all pairs count alike.
+        """
+        n = len(self.pairs)
+        if by_kind is None:
+            return torch.full((n,), 1 / n)
+        kinds = self.of.data.kinds
+        own = [kinds[i] for i in self.pairs.tolist()]
+        weights = torch.tensor([by_kind.get(kind, 0.0) / own.count(kind) for kind in own])
+        # A step may by chance have no pair that counts; it changes nothing.
+        return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+Draw = Callable[[int], Drawn]
+"""step → its pairs"""
 
 
 def fit(
@@ -152,7 +277,8 @@ def fit(
     Args:
         draws: for each learner the pairs of its steps; all from one engine, equally many a step.
         configs: for each its training; their numbers of steps agree.
-        loss: of the answers' logits and the expected answers, by pair; the learner's penalty is added to its mean.
+        loss: of the answers' logits and the expected answers, by pair, or a `Towards`. What is minimised is its
+            mean, by the learner's weights where it has some, and the learner's penalty.
         unmatched: what becomes of positions that a base or its source lacks.
 
     Returns:
@@ -166,15 +292,22 @@ def fit(
         (group, config) for one, config in zip(learners, configs, strict=True) for group in one.parameter_groups()
     ]
     steps = configs[0].steps
+    weighted = any(learner.weights is not None for learner in learners)
 
     def losses_of(step: int) -> Tensor:
         for learner in learners:
             learner.advance(step / steps)
         drawn = [draw(step) for draw in draws]
-        engine, pairs = drawn[0][0], torch.cat([d[1] for d in drawn])
-        logits = one_read(engine.logits(pairs, stacked, _joined([d[2] for d in drawn]), unmatched))
-        answers = torch.cat([d[3] for d in drawn]).to(logits.device)
-        losses = reduce(loss(logits, answers), "(learner pair) -> learner", "mean", learner=len(learners))
+        pairs = torch.cat([one.pairs for one in drawn])
+        sources = _joined([one.sources for one in drawn])
+        logits = one_read(drawn[0].of.engine.logits(pairs, stacked, sources, unmatched))
+        by_pair = loss(logits, torch.cat([one.targets(loss) for one in drawn]).to(logits.device))
+        if weighted:
+            weights = [one.weights(learner.weights) for one, learner in zip(drawn, learners, strict=True)]
+            by_pair = rearrange(by_pair, "(learner pair) -> learner pair", learner=len(learners))
+            losses = (by_pair * torch.stack(weights).to(by_pair)).sum(1)
+        else:
+            losses = reduce(by_pair, "(learner pair) -> learner", "mean", learner=len(learners))
         penalties = [learner.penalty() for learner in learners]
         if all(penalty is None for penalty in penalties):
             return losses
@@ -186,17 +319,19 @@ def fit(
     rates = [
         c if group.learning_rate is None else replace(c, learning_rate=group.learning_rate) for group, c in groups
     ]
-    return train_together(modules, losses_of, rates, on_step=on_step)
+    by_group = train_together(modules, losses_of, rates, on_step=on_step)
+    for learner in learners:
+        learner.finish()
+    return by_group
 
 
 def from_pool(pairs: PreparedPairs, assignment: Assignment, config: TrainingConfig) -> Draw:
     """Fixed pairs, shuffled anew each epoch."""
     order: Iterator[Tensor] = shuffled_rows(len(pairs), config)
-    answers = pairs.data.answer.cpu()
 
-    def draw(_: int) -> tuple[Engine, Tensor, dict[Site, Any], Tensor]:
+    def draw(_: int) -> Drawn:
         some = next(order)
-        return pairs.engine, some, pairs.sources(assignment, some), answers[some]
+        return Drawn(pairs, some, pairs.sources(assignment, some))
 
     return draw
 
@@ -205,15 +340,14 @@ def from_stream(
     backbone: Backbone, stream: Stream, assignment: Assignment, unmatched: Unmatched = "refuse"
 ) -> Draw:
     """Fresh pairs at every step; those of a step are made once, however many ask for them."""
-    latest: list[tuple[int, PreparedPairs]] = []
+    latest: list[tuple[int, Drawn]] = []
 
-    def draw(step: int) -> tuple[Engine, Tensor, dict[Site, Any], Tensor]:
+    def draw(step: int) -> Drawn:
         if not latest or latest[0][0] != step:
             made = PreparedPairs.of(backbone, stream(step), [assignment], frozen=False, unmatched=unmatched)
-            latest[:] = [(step, made)]
-        pairs = latest[0][1]
-        every = torch.arange(len(pairs))
-        return pairs.engine, every, pairs.sources(assignment, every), pairs.data.answer.cpu()
+            every = torch.arange(len(made))
+            latest[:] = [(step, Drawn(made, every, made.sources(assignment, every)))]
+        return latest[0][1]
 
     return draw
 
@@ -227,6 +361,33 @@ def _chunk(data: Counterfactuals) -> int:
     """Pairs a run. A plain module's are many: starting a run costs more than running some numbers more."""
     positional = data.base.positional
     return CHUNK if positional is None else max(CHUNK, SMALL_BATCH // max(1, positional.shape[1:].numel()))
+
+
+class _Turned(nn.Module):
+    """An exchange of a subspace, with base and source in each other's place."""
+
+    def __init__(self, edit: nn.Module) -> None:
+        super().__init__()
+        self.edit = edit
+
+    def forward(self, h: Tensor, source: Tensor) -> Tensor:
+        turned: Tensor = self.edit(source.to(h.dtype), h)
+        return turned
+
+
+def _expect_one_source_a_site(assignment: Assignment) -> None:
+    """ValueError where variables share a site: there is no one source from which the complement could come."""
+    sites = list(assignment.values())
+    if twice := [site for site in dict.fromkeys(sites) if sites.count(site) > 1]:
+        names = [name for name, site in assignment.items() if site == twice[0]]
+        raise ValueError(
+            f"The variables {names} share the site {twice[0]} and have a source each, so that there is no one source "
+            "for the complement of their subspaces. Search one variable at a time, or leave this metric out."
+        )
+
+
+def _one_of(found: Callable[[], Tensor], i: int) -> Tensor:
+    return found()[i]
 
 
 def one_read(logits: Tensor) -> Tensor:

@@ -12,17 +12,18 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.sites import Site
 from subspace_lab.das._arguments import assignments_of, check_types
-from subspace_lab.das._places import Places, name_of
-from subspace_lab.das.estimates import proportion
+from subspace_lab.das._places import TRAINING_SCORED, Places, name_of
+from subspace_lab.das.estimates import Clusters, proportion
 from subspace_lab.das.fits import Failure, Fit, Fits, Floors, place_of
 from subspace_lab.das.methods.method import Method
 from subspace_lab.das.objectives import Loss, Metric, cross_entropy, iia
 from subspace_lab.das.pairs import Counterfactuals, Pairs
-from subspace_lab.das.prepared_pairs import PreparedPairs
+from subspace_lab.das.prepared_pairs import Assignment, PreparedPairs
 from subspace_lab.engine.training import TrainingConfig, progress_bar
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.identity import model_facts, versions
@@ -117,6 +118,7 @@ def sweep(
     dev = prepared(data=pairs.dev)
     floors["dev"] = _floors(dev)
     train = None if callable(pairs.train) else prepared(data=pairs.train)
+    _try_metrics(metrics, {"test": test, "dev": dev, "train": train}, assignments)
     job = Places(
         backbone,
         pairs,
@@ -139,6 +141,7 @@ def sweep(
         "training": {k: v for k, v in asdict(config).items() if k != "seed"},
         "loss": name_of(loss),
         "metrics": named["metrics"],
+        "intervals": _intervals(pairs.test),
         "seeds": asked,
         "engine": test.engine.describe(),
         "unmatched": unmatched,
@@ -157,12 +160,44 @@ def sweep(
                     raise
                 facts["interrupted"] = f"{i} of {len(assignments)} sites were searched"
                 raise SweepInterrupted(
-                    Fits(tuple(fits), floors, tuple(failures), facts), len(assignments)
+                    Fits(tuple(fits), floors, tuple(failures), facts, _labels(pairs.test)), len(assignments)
                 ) from None
             fits += _with_evidence(found, floors["test"], facts)
             failures += failed
             bar.update(task, completed=(i + 1) * config.steps)
-    return Fits(tuple(fits), floors, tuple(failures), facts)
+    return Fits(tuple(fits), floors, tuple(failures), facts, _labels(pairs.test))
+
+
+def _try_metrics(
+    metrics: Sequence[Metric], splits: Mapping[str, PreparedPairs | None], assignments: Sequence[Assignment]
+) -> None:
+    """Ask each metric about the bases without an edit, so that one that cannot be had is found out before the work."""
+    for split, prepared in splits.items():
+        if prepared is None:
+            continue
+        some = torch.arange(min(len(prepared), TRAINING_SCORED) if split == "train" else len(prepared))
+        for metric in metrics:
+            try:
+                values = metric(prepared.without_edit(some, assignments))
+            except ValueError as error:
+                raise ValueError(f"The metric {name_of(metric)!r} on the {split} pairs: {error}") from error
+            if not isinstance(values, Tensor) or values.shape != some.shape:
+                found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(
+                    f"The metric {name_of(metric)!r} gives {found}; needed is a value for each of {len(some)} pairs."
+                )
+
+
+def _labels(data: Counterfactuals) -> dict[str, tuple[str, ...]]:
+    """What is known of each pair: its kind, which variables it exchanges where there are several, its labels."""
+    several = {"exchanged": data.exchanged} if len(data.sources) > 1 else {}
+    return {"kind": data.kinds, **several, **data.labels}
+
+
+def _intervals(data: Counterfactuals) -> str:
+    """How the intervals of the scores are made, in words."""
+    clusters = Clusters.of(data.labels)
+    return "of independent pairs" if clusters is None else f"of a bootstrap over {clusters}"
 
 
 def _width(backbone: Backbone, site: Site, pairs: Counterfactuals) -> int:

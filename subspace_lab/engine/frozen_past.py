@@ -19,7 +19,6 @@ A model may break what the first two assume, so each is compared with the plain 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,7 +117,13 @@ class FrozenPast:
         return f"frozen past by {self.mode}: {stored}{because}"
 
     def logits(
-        self, rows: Tensor, edits: Edits, sources: Sources | None = None, unmatched: Unmatched = "refuse"
+        self,
+        rows: Tensor,
+        edits: Edits,
+        sources: Sources | None = None,
+        unmatched: Unmatched = "refuse",
+        *,
+        vocabulary: bool = False,
     ) -> Tensor:
         """(rows, reads, answers) logits with the edits in force; see `Engine.logits`.
 
@@ -134,7 +139,7 @@ class FrozenPast:
                 f"{unknown} were not named when this FrozenPast was made; it serves {list(self.sites)}."
             )
         if self._strategy is None:
-            return self.plain.logits(rows, edits, sources, unmatched)
+            return self.plain.logits(rows, edits, sources, unmatched, vocabulary=vocabulary)
         changed = self._fingerprint.changed()
         if changed:
             raise RuntimeError(
@@ -145,8 +150,9 @@ class FrozenPast:
                 f"edits at {list(edits)} together run the whole model at each step, which is slower: no states "
                 "are stored for where they begin. Name them as a tuple among the sites of FrozenPast."
             )
-            return self.plain.logits(rows, edits, sources, unmatched)
-        return self._resume(self._strategy, rows, edits, self.readout, sources, unmatched)
+            return self.plain.logits(rows, edits, sources, unmatched, vocabulary=vocabulary)
+        readout = self.readout.over_vocabulary() if vocabulary else self.readout
+        return self._resume(self._strategy, rows, edits, readout, sources, unmatched)
 
     # --- which strategy ---------------------------------------------------------------------------------------
 
@@ -241,7 +247,7 @@ class FrozenPast:
         more_rows, more_sites = strategy.trial()
         rows = torch.cat([lengths.topk(min(2, len(self))).indices, lengths.argmin()[None], *more_rows]).unique()
         by_depth = sorted(self.sites, key=lambda site: self._data.chain.boundary[site])
-        readout = replace(self.readout, tokens=None)  # two logits may be near 0, a vocabulary's are not
+        readout = self.readout.over_vocabulary()  # two logits may be near 0, a vocabulary's are not
         plain = PlainEngine(self.backbone, self.batch, readout)
 
         def resumed(rows: Tensor, edits: Edits) -> Tensor:

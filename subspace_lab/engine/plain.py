@@ -49,14 +49,21 @@ class PlainEngine:
         return "plain run: every layer and position, every step"
 
     def logits(
-        self, rows: Tensor, edits: Edits, sources: Sources | None = None, unmatched: Unmatched = "refuse"
+        self,
+        rows: Tensor,
+        edits: Edits,
+        sources: Sources | None = None,
+        unmatched: Unmatched = "refuse",
+        *,
+        vocabulary: bool = False,
     ) -> Tensor:
         """As `Engine.logits`."""
         expect_rows(rows)
         expect_edits(edits)
         part = self.batch.rows(rows)
         hooks = edit_hooks(edits, self._resolved_in(edits, rows), sources, unmatched)
-        return self.reader.run(model_inputs(self.backbone.model, part), hooks, self.readout.rows(rows))
+        readout = self.readout.over_vocabulary() if vocabulary else self.readout
+        return self.reader.run(model_inputs(self.backbone.model, part), hooks, readout.rows(rows))
 
     def _resolved_in(self, sites: Iterable[Site], rows: Tensor) -> dict[Site, ResolvedSite]:
         """Where the sites are in some rows.

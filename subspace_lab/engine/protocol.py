@@ -23,7 +23,13 @@ class Engine(Protocol):
         ...
 
     def logits(
-        self, rows: Tensor, edits: Edits, sources: Sources | None = None, unmatched: Unmatched = "refuse"
+        self,
+        rows: Tensor,
+        edits: Edits,
+        sources: Sources | None = None,
+        unmatched: Unmatched = "refuse",
+        *,
+        vocabulary: bool = False,
     ) -> Tensor:
         """(rows, reads, answers) logits, or the model's own output where the readout has no positions.
 
@@ -32,6 +38,7 @@ class Engine(Protocol):
             edits: {site: intervention}.
             sources: {site: (rows, positions, width) states} of the sources of these rows.
             unmatched: what becomes of positions that a row or its source lacks, as in `forward`.
+            vocabulary: read the logits of the whole vocabulary in the place of the answers'.
 
         Raises:
             TypeError: rows that are not whole numbers; an edit that cannot be called.

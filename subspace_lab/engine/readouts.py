@@ -79,6 +79,10 @@ class Readout:
         targets = labels[:, 1:].gather(1, index).masked_fill(~valid, -100)
         return cls(index, None if bool(valid.all()) else valid), targets
 
+    def over_vocabulary(self) -> Readout:
+        """The same reads of all tokens in the place of the answers' alone."""
+        return replace(self, tokens=None)
+
     def rows(self, rows: Tensor) -> Readout:
         """The readout of some rows."""
         index, valid = (None if t is None else t[rows.to(t.device)] for t in (self.index, self.valid))

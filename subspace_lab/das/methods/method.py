@@ -34,6 +34,7 @@ class Problem:
         device: of the model.
         states: variable → (examples, width) states of its sources in the training pairs, at its site.
         values: variable → (examples,) the variable's value in these sources, as a number.
+        kinds: of the training pairs, each once; empty where they are drawn afresh at each step.
     """
 
     sites: Mapping[str, Site]
@@ -42,6 +43,7 @@ class Problem:
     device: torch.device
     states: Callable[[str], Float[Tensor, "example width"]] = field(repr=False)
     values: Callable[[str], Int[Tensor, " example"]] = field(repr=False)
+    kinds: tuple[str, ...] = ()
 
     def width(self, variable: str) -> int:
         return self.widths[self.sites[variable]]
@@ -59,7 +61,13 @@ class Learner:
     Args:
         subspaces: {variable: (site, subspace)}; several variables at one site are parts of one basis.
         start: what tells this random start from others; None where nothing was drawn.
+
+    Attributes:
+        weights: {kind of pair: what its mean loss counts}, as `Counterfactuals.kinds` names them; kinds without a
+            weight are not trained on. None counts all pairs alike.
     """
+
+    weights: Mapping[str, float] | None = None
 
     def __init__(self, subspaces: Mapping[str, tuple[Site, Subspace]], start: int | str | None = None) -> None:
         self.subspaces = dict(subspaces)
@@ -79,6 +87,9 @@ class Learner:
 
     def advance(self, progress: float) -> None:
         """Called before each step with the share of the training that is done, for temperatures."""
+
+    def finish(self) -> None:
+        """Called once, after the last step: what is soft becomes hard, so that what is scored is what is found."""
 
     def alignment(self) -> Alignment:
         """What was found: fixed subspaces on the CPU."""
