@@ -142,6 +142,30 @@ def test_what_is_no_causal_model_is_refused(mechanisms, output, error, message):
         CausalModel(mechanisms, output)
 
 
+def test_declared_inputs_make_a_misspelt_parent_an_error():
+    mechanisms = {"above": lambda lower, amount: lower <= amount, "answer": lambda above: above}
+    declared = CausalModel(mechanisms, inputs=["amount", "lower"])
+    assert declared.inputs == ("amount", "lower") and declared.run({"lower": 1, "amount": 2})["answer"]
+    with pytest.raises(
+        ValueError, match=r"'above' has unknown parents \['lower'\]; possible .*\['amount', 'lwoer'\]"
+    ):
+        CausalModel(mechanisms, inputs=["amount", "lwoer"])
+    with pytest.raises(ValueError, match=r"inputs \['unit'\] have a mechanism or are no variable's parent"):
+        CausalModel(mechanisms, inputs=["amount", "lower", "unit"])
+    with pytest.raises(ValueError, match=r"inputs \['above'\]"):
+        CausalModel(mechanisms, inputs=["amount", "lower", "above"])
+
+
+def test_the_graph_can_be_read():
+    assert brackets().parents == {
+        "below": ("amount", "upper"),
+        "above": ("lower", "amount"),
+        "answer": ("above", "below"),
+    }
+    page = CausalModel({"b": lambda a: a, "c": lambda b: b})._repr_html_()
+    assert page == "<pre>inputs: a\nb &lt;- a\nc &lt;- b  (output)</pre>"
+
+
 def test_output_may_be_named():
     assert CausalModel({"a": lambda x: x, "b": lambda x: x}, output="a").output == "a"
 

@@ -116,6 +116,49 @@ def test_several_variables_exchange_every_subset_with_sources_of_their_own():
     assert alone[True, True] < 15
 
 
+def test_pairs_can_be_filtered_by_the_values_of_the_causal_model():
+    seen = []
+
+    def differ(base, sources, after):
+        seen.append((base, sources, after))
+        return base["b_odd"] != sources["a_odd"]["a_odd"]
+
+    rows = counterfactual_dataset(PARITY, 60, split="train", seed=0, keep=differ)
+    assert len(rows) == 60 and sum(rows["changes"]) == 30  # as balanced as without a filter
+    for row in rows:
+        assert numbers_of(row["base"])[1] % 2 != numbers_of(row["sources"]["a_odd"])[0] % 2
+    for base, sources, after in seen[:100]:
+        assert base == PARITY.causal_model.run({"a": base["a"], "b": base["b"]})
+        assert after == PARITY.causal_model.interchange(
+            {"a": base["a"], "b": base["b"]}, {"a_odd": {name: sources["a_odd"][name] for name in "ab"}}
+        )
+    both = {"variables": ("a_odd", "b_odd"), "keep": lambda base, sources, after: len(sources) == 2}
+    rows = counterfactual_dataset(PARITY, 200, split="train", seed=0, **both)
+    alone = [row for row in rows if row["base"] in row["sources"].values()]
+    assert len(alone) < 10  # unfiltered 133; a drawn source is the base itself once in two hundred
+
+
+def test_a_filter_that_leaves_no_pair_is_an_error_with_its_counts():
+    with pytest.raises(ValueError, match=r"'parity': `keep` took 0 of 1000 pairs of the dev split in a row"):
+        counterfactual_dataset(PARITY, 4, split="dev", seed=0, keep=lambda *_: False)
+    with pytest.raises(ValueError, match=r"'a_odd' never changed the answer"):
+        counterfactual_dataset(
+            PARITY, 4, split="dev", seed=0, keep=lambda base, _, after: base["odd"] == after["odd"]
+        )
+
+
+def test_labels_are_those_of_the_base():
+    kinds = replace(PARITY, entity="a", kind=lambda base, exchanged: f"{base['a'] % 2} {','.join(exchanged)}")
+    for row in counterfactual_dataset(kinds, 40, split="train", seed=0):
+        a, _ = numbers_of(row["base"])
+        assert row["entity"] == str(a) and row["kind"] == f"{a % 2} a_odd"
+        assert row["template"] == str(int(row["base"].startswith("the")))
+    assert not {"entity", "kind"} & set(counterfactual_dataset(PARITY, 4, split="train", seed=0).column_names)
+    pairs = kinds.pairs(word_level(), train=20, dev=4, test=8)
+    rows = counterfactual_dataset(kinds, 8, split="test", seed=0)
+    assert pairs.test.labels == {name: tuple(rows[name]) for name in ("entity", "template", "kind")}
+
+
 def test_a_variable_that_never_or_always_changes_the_answer_is_refused():
     ignored = CausalModel({"a_odd": lambda a: a % 2, "odd": lambda b: b % 2}, output="odd")
     with pytest.raises(ValueError, match=r"'parity': 'a_odd' never changed the answer"):

@@ -6,8 +6,9 @@ elementwise, so a whole batch runs at once.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
+from html import escape
 from typing import Any
 
 
@@ -34,17 +35,28 @@ class CausalModel:
     """Acyclic causal model over named variables (Geiger et al. 2021, section 2).
 
     `mechanisms` maps a variable to a function whose parameter names are its parents. `output` is the only
-    variable that is no other's parent, unless named. Raises TypeError for a mechanism that is no function of
-    plain names and ValueError for a cycle, no mechanism at all, or an output that is unknown or ambiguous.
+    variable that is no other's parent, unless named.
 
-    `inputs` are the names without a mechanism, `variables` all names with one, in topological order.
+    `inputs` are the names without a mechanism, `variables` all names with one, in topological order. Inputs need not be
+    given; where they are, a misspelt parent is an error and not one more input.
+
+    Raises:
+        TypeError: a mechanism that is no function of plain names.
+        ValueError: a cycle, no mechanism at all, an output that is unknown or ambiguous; where `inputs` are given, a
+            parent that is neither an input nor a variable, or an input that has a mechanism or is no variable's parent.
     """
 
     inputs: tuple[str, ...]
     variables: tuple[str, ...]
     output: str
 
-    def __init__(self, mechanisms: Mapping[str, Callable], output: str | None = None) -> None:
+    def __init__(
+        self,
+        mechanisms: Mapping[str, Callable],
+        output: str | None = None,
+        *,
+        inputs: Sequence[str] | None = None,
+    ) -> None:
         if not mechanisms:
             raise ValueError("a causal model needs at least one mechanism, found none")
         parents = {variable: _parents(variable, mechanism) for variable, mechanism in mechanisms.items()}
@@ -58,6 +70,8 @@ class CausalModel:
         self.inputs = tuple(
             dict.fromkeys(name for names in parents.values() for name in names if name not in mechanisms)
         )
+        if inputs is not None:
+            self._declare(inputs, parents)
         childless = [name for name in self.variables if not any(name in names for names in parents.values())]
         if output is None:
             if len(childless) > 1:
@@ -72,6 +86,26 @@ class CausalModel:
         self._names = self._input_set.union(self.variables)
         # Order and parents are resolved once: a run is then one pass of positional calls.
         self._steps = tuple((name, mechanisms[name], parents[name]) for name in self.variables)
+
+    def _declare(self, inputs: Sequence[str], parents: Mapping[str, tuple[str, ...]]) -> None:
+        """Take the inputs in the order given, after a look at whether they are those of the mechanisms."""
+        for variable, names in parents.items():
+            if unknown := [name for name in names if name not in parents and name not in inputs]:
+                raise ValueError(
+                    f"the mechanism of {variable!r} has unknown parents {unknown}; possible are the inputs "
+                    f"{list(inputs)} and the variables {list(self.variables)}"
+                )
+        if wrong := [name for name in inputs if name not in self.inputs]:
+            raise ValueError(
+                f"inputs {wrong} have a mechanism or are no variable's parent; the mechanisms have the inputs "
+                f"{list(self.inputs)}"
+            )
+        self.inputs = tuple(dict.fromkeys(inputs))
+
+    @property
+    def parents(self) -> dict[str, tuple[str, ...]]:
+        """{variable: its parents}, in topological order."""
+        return {name: parents for name, _, parents in self._steps}
 
     def run(self, inputs: Mapping[str, Any], interventions: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Value of every variable, inputs included; those in `interventions` are set to the value given.
@@ -122,3 +156,6 @@ class CausalModel:
             mark = "  (output)" if name == self.output else ""
             lines.append(f"{name} <- {', '.join(parents) or 'constant'}{mark}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"

@@ -15,6 +15,10 @@ from subspace_lab.das.encoding import encode
 from subspace_lab.das.pairs import Pairs
 
 SPLITS = ("train", "dev", "test")
+Values = Mapping[str, Any]
+Keep = Callable[[Values, Mapping[str, Values], Values], bool]
+"""(values of every variable in the base, {variable: values in its source}, values after the interchange) → keep it?"""
+
 # Draws, for each answer of a task, after which a kind of pair that did not come up counts as impossible.
 DRAWS_PER_ANSWER = 100
 
@@ -39,6 +43,9 @@ class Task:
         sample: (random generator, "train", "dev" or "test") → a setting: the causal model's inputs and, where the
             wording varies, `template`. The splits share no names, entities or amounts.
         prompt: setting → prompt; every setting of a task has the same span names.
+        entity: the name in a setting of what the prompt is about (a city, a noun), for splits and intervals by entity.
+        kind: (setting of a base, variables exchanged) → the kind of the pair, where it is more than whether the answer
+            changes: "cause" where an exchanged attribute is asked for, "isolate" where another one is.
     """
 
     name: str
@@ -48,6 +55,8 @@ class Task:
     answers: Mapping[Any, str]
     sample: Callable[[random.Random, str], dict[str, Any]]
     prompt: Callable[[Mapping[str, Any]], Prompt]
+    entity: str | None = None
+    kind: Callable[[Mapping[str, Any], Sequence[str]], str] | None = None
 
     def inputs(self, setting: Mapping[str, Any]) -> dict[str, Any]:
         """The part of `setting` that the causal model reads; the wording is not its concern."""
@@ -66,6 +75,7 @@ class Task:
         test: int = 400,
         seed: int = 0,
         variables: Sequence[str] | None = None,
+        keep: Keep | None = None,
     ) -> Pairs:
         """Counterfactual pairs of this task in three splits that share no names, entities or amounts.
 
@@ -74,6 +84,7 @@ class Task:
             train, dev, test: how many pairs each split gets.
             seed: of the draw.
             variables: the variables to exchange, by default the task's one.
+            keep: which pairs to keep, as of `counterfactual_dataset`.
 
         Raises:
             ValueError: as `counterfactual_dataset` and `encode` do.
@@ -81,7 +92,7 @@ class Task:
         answers = list(self.answers.values())
         found = {}
         for split, n in (("train", train), ("dev", dev), ("test", test)):
-            dataset = counterfactual_dataset(self, n, split=split, seed=seed, variables=variables)
+            dataset = counterfactual_dataset(self, n, split=split, seed=seed, variables=variables, keep=keep)
             found[split] = encode(dataset, tokenizer, answers)
         return Pairs(**found, task=self.name)
 
@@ -93,19 +104,32 @@ def check_split(split: str) -> None:
 
 
 def counterfactual_dataset(
-    task: Task, n: int, *, split: str, seed: int, variables: Sequence[str] | None = None
+    task: Task,
+    n: int,
+    *,
+    split: str,
+    seed: int,
+    variables: Sequence[str] | None = None,
+    keep: Keep | None = None,
 ) -> Dataset:
     """`n` pairs: a base, a source for each of `variables`, and the answer that the causal model then gives.
 
     Columns: `base` and `base_spans`; `sources`, `source_spans` and `source_values` (variable → text, spans, and the
     value that the variable has there, as text); `base_answer`; `answer`, expected after each variable took the
-    value it has in its source; `changes`, whether the two answers differ.
+    value it has in its source; `changes`, whether the two answers differ; and of what the task tells, the labels
+    `entity` and `template` of the base and the `kind` of the pair.
 
     One variable (default: the task's): the answer changes in every second pair, and among the changing and the
     unchanging pairs each answer is as frequent as the next, so no constant answer does better than another. Several
     variables: each pair exchanges one non-empty subset of them, drawn uniformly; a variable left alone has the
-    base as its source. Base and sources share their template. ValueError for an unknown split or variable,
-    n < 1, or a task in which the variable never (or always) changes the answer.
+    base as its source. Base and sources share their template.
+
+    `keep` decides by the values of the causal model which pairs are taken: those in which two variables differ, say,
+    with `lambda base, sources, after: after["left"] != after["right"]`.
+
+    Raises:
+        ValueError: an unknown split or variable, n < 1, a task in which the variable never (or always) changes the
+            answer, or a `keep` that takes no pair, or too few.
     """
     check_split(split)
     if n < 1:
@@ -118,40 +142,64 @@ def counterfactual_dataset(
         )
 
     rng = random.Random(seed)
+    draw = _Draw(task, rng, split, keep, max(1000, DRAWS_PER_ANSWER * len(task.answers)))
     if len(variables) > 1:
         masks = range(1, 1 << len(variables))
         subsets = [[v for bit, v in enumerate(variables) if mask >> bit & 1] for mask in masks]
-        pairs = (_Pair.draw(task, rng, split, rng.choice(subsets)) for _ in range(n))
+        pairs = (draw.kept(lambda: rng.choice(subsets)) for _ in range(n))
         return Dataset.from_list([pair.row(task, variables) for pair in pairs])
 
     # Which answers a split can give is not known beforehand: these draws find them, the loop below balances
     # them.
-    patience = max(1000, DRAWS_PER_ANSWER * len(task.answers))
     found: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-    for _ in range(patience):
-        pair = _Pair.draw(task, rng, split, variables)
+    for _ in range(draw.patience):
+        pair = draw.kept(lambda: variables)
         found[pair.changes][pair.answer] = 0
     for changes, counts in found.items():
         if not counts:
             kind = "never" if changes else "always"
             raise ValueError(
-                f"task {task.name!r}: {variables[0]!r} {kind} changed the answer in {patience} pairs of "
+                f"task {task.name!r}: {variables[0]!r} {kind} changed the answer in {draw.patience} pairs of "
                 f"the {split} split; half of the pairs must change it and half must not"
             )
     rows = []
     for index in range(n):
         changes = index % 2 == 0
         counts = found[changes]
-        for _ in range(patience):
-            pair = _Pair.draw(task, rng, split, variables)
+        for _ in range(draw.patience):
+            pair = draw.kept(lambda: variables)
             if pair.changes == changes and counts[pair.answer] == min(counts.values()):
                 break
         else:
             rare = [answer for answer, count in counts.items() if count == min(counts.values())]
-            raise ValueError(f"task {task.name!r}: no pair with an answer of {rare} in {patience} draws, too rare")
+            raise ValueError(
+                f"task {task.name!r}: no pair with an answer of {rare} in {draw.patience} draws, too rare"
+            )
         counts[pair.answer] += 1
         rows.append(pair.row(task, variables))
     return Dataset.from_list(rows)
+
+
+@dataclass
+class _Draw:
+    """Pairs of one split, one after the other."""
+
+    task: Task
+    rng: random.Random
+    split: str
+    keep: Keep | None
+    patience: int
+
+    def kept(self, exchanged: Callable[[], Sequence[str]]) -> _Pair:
+        """The next pair that `keep` takes; ValueError where none of many is."""
+        for _ in range(self.patience):
+            pair = _Pair.draw(self.task, self.rng, self.split, exchanged())
+            if self.keep is None or self.keep(pair.values, pair.source_values, pair.after):
+                return pair
+        raise ValueError(
+            f"task {self.task.name!r}: `keep` took 0 of {self.patience} pairs of the {self.split} split in a row; the "
+            "pairs are too rare, or there are none"
+        )
 
 
 def _as_lists(spans: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
@@ -160,22 +208,36 @@ def _as_lists(spans: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Settings of a base and its sources with their answers; only pairs that are kept become prompts."""
+    """Settings of a base and its sources with the values of the causal model; only pairs that are kept become prompts.
+
+    Attributes:
+        values, source_values: of every variable in the base, and in each variable's source.
+        after: of every variable of the base, after each exchanged one took the value of its source.
+    """
 
     base: Mapping[str, Any]
     sources: Mapping[str, Mapping[str, Any]]
+    values: Values
+    source_values: Mapping[str, Values]
+    after: Values
     base_answer: str
     answer: str
 
     @classmethod
     def draw(cls, task: Task, rng: random.Random, split: str, exchanged: Sequence[str]) -> _Pair:
         base = task.sample(rng, split)
-        sources = {variable: task.sample(rng, split) for variable in exchanged}
+        return cls.of(task, base, {variable: task.sample(rng, split) for variable in exchanged})
+
+    @classmethod
+    def of(cls, task: Task, base: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -> _Pair:
         if "template" in base:  # so that every named position of the base exists in its sources
             sources = {name: {**source, "template": base["template"]} for name, source in sources.items()}
-        inputs = {name: task.inputs(source) for name, source in sources.items()}
-        values = task.causal_model.interchange(task.inputs(base), inputs)
-        return cls(base, sources, task.answer(base), task.answers[values[task.causal_model.output]])
+        model = task.causal_model
+        values, inputs = model.run(task.inputs(base)), {name: task.inputs(of) for name, of in sources.items()}
+        source_values = {name: model.run(of) for name, of in inputs.items()}
+        after = model.run(task.inputs(base), {name: of[name] for name, of in source_values.items()})
+        answers = (task.answers[of[model.output]] for of in (values, after))
+        return cls(base, sources, values, source_values, after, *answers)
 
     @property
     def changes(self) -> bool:
@@ -184,8 +246,8 @@ class _Pair:
     def row(self, task: Task, variables: Sequence[str]) -> dict[str, Any]:
         settings = {name: self.sources.get(name, self.base) for name in variables}
         base, sources = task.prompt(self.base), {name: task.prompt(found) for name, found in settings.items()}
-        values = {name: task.causal_model.run(task.inputs(found))[name] for name, found in settings.items()}
-        return {
+        values = {name: self.source_values.get(name, self.values)[name] for name in variables}
+        row = {
             "base": base.text,
             "base_spans": _as_lists(base.spans),
             "sources": {name: source.text for name, source in sources.items()},
@@ -195,3 +257,10 @@ class _Pair:
             "answer": self.answer,
             "changes": self.changes,
         }
+        if task.entity is not None:
+            row["entity"] = str(self.base[task.entity])
+        if "template" in self.base:
+            row["template"] = str(self.base["template"])
+        if task.kind is not None:
+            row["kind"] = task.kind(self.base, list(self.sources))
+        return row

@@ -15,6 +15,7 @@ from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.model.batches import Batch
 
 COLUMNS = ("base", "base_spans", "sources", "source_spans", "base_answer", "answer")
+LABELS = ("entity", "template", "kind")  # columns that a data set may have beside
 DIFFERENCE = "difference"  # a span: what differs between a base and its source
 OPENING = "([{=/$#@"  # after these marks no space is written
 
@@ -66,6 +67,7 @@ def encode(
         answers=tuple(answers),
         tokens=answer_tokens(tokenizer, answers, rows["base"]),
         values={v: _numbered([of[v] for of in values]) for v in variables if v in values[0]},
+        labels={name: tuple(rows[name]) for name in LABELS if name in columns},
     )
 
 
