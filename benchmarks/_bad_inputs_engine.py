@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from _bad_inputs_case import Case
 from accelerate import cpu_offload, disk_offload
 from datasets import Dataset
 from safetensors import safe_open
@@ -64,23 +65,6 @@ from subspace_lab.model.intervene import collect, forward, generate
 
 WIDTH, NAN, INF, CPU = 16, float("nan"), float("inf"), torch.device("cpu")
 SITE, LAST = Site("block_output", 0), Site("block_output", 0, "last")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One odd input.
-
-    Attributes:
-        name: of the case.
-        kind: a number or letter for the kind of input it is.
-        run: is given a scratch folder; its result is true where the input is fine and came to what is known.
-        refused: (type, text in the message) of the exception that it must raise; None where the input is fine.
-    """
-
-    name: str
-    kind: str
-    run: Callable[[Path], Any]
-    refused: tuple[type[Exception], str] | None = None
 
 
 # --- models and data ----------------------------------------------------------------------------------------

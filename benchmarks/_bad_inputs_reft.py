@@ -11,12 +11,12 @@ import contextlib
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from _bad_inputs_case import Case
 from datasets import Dataset
 from safetensors.torch import save_file
 from torch import nn
@@ -30,23 +30,6 @@ from subspace_lab.reft.harness import with_prompts
 IDS = torch.tensor([[7, 21, 22, 23, 9, 21, 22, 40, 7, 21], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]])
 TURNS = torch.tensor([-100, -100, -100, 23, 9, -100, -100, 40, 7, 21])  # two answers
 NEW = 6
-
-
-@dataclass(frozen=True)
-class Case:
-    """One odd input.
-
-    Attributes:
-        name: of the case.
-        kind: a number or letter for the kind of input it is.
-        run: is given a scratch folder; its result is true where the input is fine and came to what is known.
-        refused: (type, text in the message) of the exception that it must raise; None where the input is fine.
-    """
-
-    name: str
-    kind: str
-    run: Callable[[Path], Any]
-    refused: tuple[type[Exception], str] | None = None
 
 
 # --- models -------------------------------------------------------------------------------------------------

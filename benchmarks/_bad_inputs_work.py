@@ -15,8 +15,8 @@ from pathlib import Path
 from threading import Barrier, Thread
 from typing import Any
 
-import torch
-from _bad_inputs_engine import LAST, SITE, Case, chain, of_numbers, swept
+from _bad_inputs_case import Case
+from _bad_inputs_engine import LAST, SITE, chain, of_numbers, swept
 from datasets import Dataset
 
 from subspace_lab.core.checkpoints import load_edits, save_edits
@@ -328,4 +328,3 @@ TEXTS = [
 ]
 
 CASES: list[Case] = [*FOLDERS, *ENDINGS, *TEXTS]
-torch.set_num_threads(1)  # a process with threads cannot be forked safely

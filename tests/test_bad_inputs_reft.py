@@ -1,17 +1,16 @@
 """The odd inputs of `benchmarks/_bad_inputs_reft.py` come to what stands beside each."""
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "_bad_inputs_reft.py"
-_spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
-bad_inputs = importlib.util.module_from_spec(_spec)
-sys.modules[PATH.stem] = bad_inputs
-_spec.loader.exec_module(bad_inputs)
+BENCHMARKS = str(Path(__file__).resolve().parents[1] / "benchmarks")
+sys.path.insert(0, BENCHMARKS)
+import _bad_inputs_reft as bad_inputs  # noqa: E402
+
+sys.path.remove(BENCHMARKS)
 
 
 @pytest.mark.parametrize("case", bad_inputs.CASES, ids=lambda case: case.name)

@@ -134,7 +134,7 @@ def train_together(
                 group["lr"] = config.learning_rate * config.rate(step)
             losses = losses_of(step)
             history.append(losses.tolist())
-            if not torch.isfinite(losses).all():
+            if not all(map(math.isfinite, history[-1])):
                 raise FloatingPointError(f"The loss is {history[-1]} at step {step} of {configs[0].steps}.")
             gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
             for p, gradient in zip(parameters, gradients, strict=True):
