@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from subspace_lab.core.alignments import Alignment
@@ -34,7 +33,7 @@ class Compiled:
             nothing.
     """
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     truth: Mapping[str, Mapping[Site, tuple[int, ...]]]
 
@@ -68,7 +67,7 @@ def load(folder: str | Path, homes: Homes | None = None) -> Compiled:
         torchwright's SchematicValidationError: a folder without a schematic, or one that does not fit its files.
     """
     try:
-        from torchwright.schematic import load_schematic_bundle
+        from torchwright.schematic.reader import load_schematic_bundle
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "Compiled programs are read by the package torchwright, which is not installed. It comes with the extra "
@@ -84,8 +83,8 @@ def load(folder: str | Path, homes: Homes | None = None) -> Compiled:
             f"named nodes are {named}."
         )
     truth = {variable: columns_of(schematic, nodes) for variable, nodes in homes.items()}
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return Compiled(model, AutoTokenizer.from_pretrained(folder), truth)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    return Compiled(model.eval(), AutoTokenizer.from_pretrained(folder), truth)
 
 
 def columns_of(schematic: Any, nodes: Mapping[str, str]) -> dict[Site, tuple[int, ...]]:
