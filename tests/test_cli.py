@@ -236,7 +236,7 @@ BAD = {
     "pairs": (["--pairs", "0"], ["0 pairs", "1 or more"]),
     "folder": (["--model", "/no/such/folder"], ["/no/such/folder", "no such folder"]),
     "name": (["--model", "no-such-model-anywhere"], ["no-such-model-anywhere", "no such folder", "offline"]),
-    "tokenizer": (["--task", "story_gender"], ["▁She", "not one token"]),
+    "tokenizer": (["--task", "story_gender"], ["▁She", "cannot be written with this tokenizer"]),
     "memory": (["--memory", "lots"], ["'lots'", "8GiB"]),
     "little memory": (["--memory", "10"], ["cannot hold one batch"]),
     "device": (["--device", "abacus"], ["abacus"]),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -79,6 +79,13 @@ def search(
     ] = "0",
     out: Annotated[Path, typer.Option(help="A new or empty folder for the results.")] = Path("subspace_search"),
     twin: Annotated[bool, typer.Option(help="Search a randomly initialised twin too, as a control.")] = True,
+    answers: Annotated[
+        str, typer.Option(help="Of several tokens: 'token' reads those that tell them apart, 'sequence' all.")
+    ] = "token",
+    chat: Annotated[bool, typer.Option("--chat", help="Ask by the tokenizer's chat template.")] = False,
+    count_all: Annotated[
+        bool, typer.Option("--count-all", help="Also pairs whose base or source the model answers wrong.")
+    ] = False,
     allow_failing_model: Annotated[
         bool, typer.Option("--allow-failing-model", help="Also where the model fails at the task.")
     ] = False,
@@ -111,6 +118,7 @@ def search(
     with interruptible(), ExitStack() as stack:
         with refusing():
             from subspace_lab.core.files import taken_folder
+            from subspace_lab.das.answered import only_answered
             from subspace_lab.das.search import search as search_sites
             from subspace_lab.engine.training import TrainingConfig
             from subspace_lab.model.backbone import Backbone
@@ -130,15 +138,31 @@ def search(
             backbone = Backbone(network)
             sites = _sites(backbone, component, layers, specs, max(ranks))
             data = chosen.pairs(
-                tokenizer, train=pairs, dev=dev_pairs, test=test_pairs, seed=seeds[0], variables=[variable]
-            )
-            run = partial(
-                search_sites, pairs=data, sites=sites, methods=methods, config=config, seeds=seeds, memory=memory
+                tokenizer,
+                train=pairs,
+                dev=dev_pairs,
+                test=test_pairs,
+                seed=seeds[0],
+                variables=[variable],
+                answers=_answers(answers),
+                chat=chat,
             )
         interrupted, control = False, None
         with threads(network):
             with refusing({"min_accuracy=None": "--allow-failing-model"}):
                 bar = None if allow_failing_model else MIN_ACCURACY
+                if not count_all and not allow_failing_model:
+                    data = only_answered(backbone, data, min_accuracy=bar)
+                run = partial(
+                    search_sites,
+                    pairs=data,
+                    sites=sites,
+                    methods=methods,
+                    config=config,
+                    seeds=seeds,
+                    right_only=False,  # the model's own pairs, for its twin too
+                    memory=memory,
+                )
                 found, interrupted = _finished(partial(run, backbone, min_accuracy=bar, label="model"))
             if found is None:
                 raise KeyboardInterrupt
@@ -191,6 +215,12 @@ def _integers(option: str, text: str) -> list[int]:
     if not all(part.isdecimal() and len(part) < 10 for part in parts) or len(set(parts)) < len(parts):
         raise ValueError(f"{option} {text}: needed is a whole number, or several different ones as 2,4,8.")
     return [int(part) for part in parts]
+
+
+def _answers(text: str) -> Literal["token", "sequence"]:
+    if text not in ("token", "sequence"):
+        raise ValueError(f"--answers {text}: possible are token and sequence.")
+    return "token" if text == "token" else "sequence"
 
 
 def _methods(names: str | None, ranks: list[int]) -> list[Method]:

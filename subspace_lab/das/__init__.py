@@ -3,6 +3,7 @@
 Knows engine, model and core.
 """
 
+from subspace_lab.das.answered import only_answered
 from subspace_lab.das.causal_models import CausalModel
 from subspace_lab.das.counterfactuals import Prompt, Task, counterfactual_dataset
 from subspace_lab.das.encoding import encode, from_texts
@@ -78,6 +79,7 @@ __all__ = [
     "log_odds",
     "logit_difference",
     "logit_margin",
+    "only_answered",
     "search",
     "sweep",
 ]

@@ -25,10 +25,8 @@ def assignments_of(sites: Sequence[Site | Mapping[str, Site]], variables: list[s
     return found
 
 
-def check_types(
-    backbone: Any, pairs: Any, sites: Any, methods: Any, seeds: Any, config: Any, loss: Any, metrics: Any
-) -> None:
-    """TypeError, in one sentence, for an argument of another kind."""
+def check_kinds(backbone: Any, pairs: Any) -> None:
+    """TypeError unless these are a backbone and pairs in three splits."""
     if not isinstance(backbone, Backbone):
         raise TypeError(f"The model is given as Backbone(model), found {type(backbone).__name__}.")
     if not isinstance(pairs, Pairs):
@@ -36,6 +34,13 @@ def check_types(
             f"Pairs in three splits are needed, found {type(pairs).__name__}: make them with Pairs(train=…, dev=…, "
             "test=…), Pairs.split(…), or a task's pairs(tokenizer)."
         )
+
+
+def check_types(
+    backbone: Any, pairs: Any, sites: Any, methods: Any, seeds: Any, config: Any, loss: Any, metrics: Any
+) -> None:
+    """TypeError, in one sentence, for an argument of another kind."""
+    check_kinds(backbone, pairs)
     for name, given, kind in (("sites", sites, Site | Mapping), ("methods", methods, Method)):
         wanted = getattr(kind, "__name__", "Site")
         if isinstance(given, str | Site | Method | Mapping) or not isinstance(given, Sequence):

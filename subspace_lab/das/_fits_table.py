@@ -93,9 +93,22 @@ def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
         )
         lines += _suspicion(fits, chosen, floors.highest, metric)
     lines += _by_kind(fits, chosen, metric)
+    lines += _left_out(fits.facts)
     if len(fits.places) > MOST_ROWS:
         lines.append(f"The first {MOST_ROWS} of {len(fits.places)} places are shown; `records()` has all.")
     return lines + _failures(fits)
+
+
+def _left_out(facts: Mapping[str, Any]) -> list[str]:
+    """What takes no part: words that cannot be answers, and pairs that the model answers wrong."""
+    told = [f"{n} {what}" for what, n in facts.get("dropped", {}).items()]
+    lines = [f"Left out: {'; '.join(told)}."] if told else []
+    if (test := facts.get("answered", {}).get("test")) is not None:
+        lines.append(
+            f"Counted are pairs whose base and sources the model answers right: {test['pair']} of {test['of']} test "
+            f"pairs; of their bases it answers {test['base']} right."
+        )
+    return lines
 
 
 def _suspicion(fits: Fits, chosen: Fit | None, floor: float, metric: str) -> list[str]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
+from subspace_lab.das.answers import ANSWERS, Answers, Speller, serving
 from subspace_lab.das.causal_models import CausalModel
-from subspace_lab.das.encoding import encode
+from subspace_lab.das.encoding import as_message, encode
 from subspace_lab.das.pairs import Pairs
 
 SPLITS = ("train", "dev", "test")
@@ -21,6 +22,7 @@ Keep = Callable[[Values, Mapping[str, Values], Values], bool]
 
 # Draws, for each answer of a task, after which a kind of pair that did not come up counts as impossible.
 DRAWS_PER_ANSWER = 100
+PROMPTS_TRIED = 20  # of each split, to see behind what the answers stand
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Task:
         name, description: for people.
         causal_model: the hypothesis.
         variable: the variable searched for by default.
-        answers: value of the causal model's output → the answer's token as it is written in the vocabulary.
+        answers: value of the causal model's output → the answer, as text or as it is written in a vocabulary. A word
+            list is a preference: words that a tokenizer cannot tell apart are left out with it.
         sample: (random generator, "train", "dev" or "test") → a setting: the causal model's inputs and, where the
             wording varies, `template`. The splits share no names, entities or amounts.
         prompt: setting → prompt; every setting of a task has the same span names.
@@ -63,7 +66,7 @@ class Task:
         return {name: setting[name] for name in self.causal_model.inputs}
 
     def answer(self, setting: Mapping[str, Any]) -> str:
-        """Answer token of `setting` by the causal model."""
+        """The answer to `setting` by the causal model."""
         return self.answers[self.causal_model.run(self.inputs(setting))[self.causal_model.output]]
 
     def pairs(
@@ -76,8 +79,13 @@ class Task:
         seed: int = 0,
         variables: Sequence[str] | None = None,
         keep: Keep | None = None,
+        answers: Answers = "token",
+        chat: bool = False,
     ) -> Pairs:
         """Counterfactual pairs of this task in three splits that share no names, entities or amounts.
+
+        Words that cannot serve as answers with this tokenizer take no part, neither as answers nor in prompts; how
+        many these are is in `Pairs.dropped`.
 
         Args:
             tokenizer: of the model, a fast Hugging Face tokenizer.
@@ -85,16 +93,28 @@ class Task:
             seed: of the draw.
             variables: the variables to exchange, by default the task's one.
             keep: which pairs to keep, as of `counterfactual_dataset`.
+            answers: "token" scores answers by the first token that tells them apart, "sequence" scores them whole.
+            chat: make each prompt a user's message by the tokenizer's chat template.
 
         Raises:
-            ValueError: as `counterfactual_dataset` and `encode` do.
+            ValueError: as `counterfactual_dataset` and `encode` do; fewer than two answers that can serve.
         """
-        answers = list(self.answers.values())
+        if answers not in ANSWERS:
+            raise ValueError(f"answers={answers!r}; possible are {' and '.join(map(repr, ANSWERS))}.")
+        rng = random.Random(seed)
+        drawn = [self.prompt(self.sample(rng, split)) for split in SPLITS for _ in range(PROMPTS_TRIED)]
+        prompts = [as_message(tokenizer, one.text, {})[0] if chat else one.text for one in drawn]
+        words = list(dict.fromkeys(self.answers.values()))
+        kept, left = serving(Speller(tokenizer), words, prompts, answers)
         found = {}
         for split, n in (("train", train), ("dev", dev), ("test", test)):
-            dataset = counterfactual_dataset(self, n, split=split, seed=seed, variables=variables, keep=keep)
-            found[split] = encode(dataset, tokenizer, answers)
-        return Pairs(**found, task=self.name)
+            dataset = counterfactual_dataset(
+                self, n, split=split, seed=seed, variables=variables, keep=keep, without=list(left)
+            )
+            found[split] = encode(dataset, tokenizer, kept, whole=answers == "sequence", chat=chat)
+        reasons = {why: [answer for answer in left if left[answer] == why] for why in left.values()}
+        dropped = {f"answers, {why} ({', '.join(of)})": len(of) for why, of in reasons.items()}
+        return Pairs(found["train"], found["dev"], found["test"], task=self.name, dropped=dropped)
 
 
 def check_split(split: str) -> None:
@@ -111,13 +131,14 @@ def counterfactual_dataset(
     seed: int,
     variables: Sequence[str] | None = None,
     keep: Keep | None = None,
+    without: Collection[str] = (),
 ) -> Dataset:
     """`n` pairs: a base, a source for each of `variables`, and the answer that the causal model then gives.
 
     Columns: `base` and `base_spans`; `sources`, `source_spans` and `source_values` (variable → text, spans, and the
-    value that the variable has there, as text); `base_answer`; `answer`, expected after each variable took the
-    value it has in its source; `changes`, whether the two answers differ; and of what the task tells, the labels
-    `entity` and `template` of the base and the `kind` of the pair.
+    value that the variable has there, as text) and `source_answers`; `base_answer`; `answer`, expected after each
+    variable took the value it has in its source; `changes`, whether the two answers differ; and of what the task
+    tells, the labels `entity` and `template` of the base and the `kind` of the pair.
 
     One variable (default: the task's): the answer changes in every second pair, and among the changing and the
     unchanging pairs each answer is as frequent as the next, so no constant answer does better than another. Several
@@ -127,9 +148,12 @@ def counterfactual_dataset(
     `keep` decides by the values of the causal model which pairs are taken: those in which two variables differ, say,
     with `lambda base, sources, after: after["left"] != after["right"]`.
 
+    No answer of `without` is expected of any base, source or interchange, and no setting has its value among its
+    inputs: a name that cannot be an answer does not occur.
+
     Raises:
         ValueError: an unknown split or variable, n < 1, a task in which the variable never (or always) changes the
-            answer, or a `keep` that takes no pair, or too few.
+            answer, or a `keep` or `without` that leaves no pair, or too few.
     """
     check_split(split)
     if n < 1:
@@ -142,7 +166,8 @@ def counterfactual_dataset(
         )
 
     rng = random.Random(seed)
-    draw = _Draw(task, rng, split, keep, max(1000, DRAWS_PER_ANSWER * len(task.answers)))
+    patience = max(1000, DRAWS_PER_ANSWER * len(task.answers))
+    draw = _Draw(task, rng, split, keep, patience, frozenset(without))
     if len(variables) > 1:
         masks = range(1, 1 << len(variables))
         subsets = [[v for bit, v in enumerate(variables) if mask >> bit & 1] for mask in masks]
@@ -189,17 +214,34 @@ class _Draw:
     split: str
     keep: Keep | None
     patience: int
+    without: frozenset[str] = frozenset()
 
     def kept(self, exchanged: Callable[[], Sequence[str]]) -> _Pair:
         """The next pair that `keep` takes; ValueError where none of many is."""
         for _ in range(self.patience):
             pair = _Pair.draw(self.task, self.rng, self.split, exchanged())
+            if self.without and not self._serves(pair):
+                continue
             if self.keep is None or self.keep(pair.values, pair.source_values, pair.after):
                 return pair
+        if self.without:
+            raise ValueError(
+                f"task {self.task.name!r}: without the answers {sorted(self.without)} none of {self.patience} pairs of "
+                f"the {self.split} split in a row can be used{' and is taken by `keep`' if self.keep else ''}"
+            )
         raise ValueError(
             f"task {self.task.name!r}: `keep` took 0 of {self.patience} pairs of the {self.split} split in a row; the "
             "pairs are too rare, or there are none"
         )
+
+    def _serves(self, pair: _Pair) -> bool:
+        """Whether a pair has nothing to do with an answer that is left out."""
+        task = self.task
+        words = {value for value, answer in task.answers.items() if answer in self.without}
+        settings = [pair.base, *pair.sources.values()]
+        inputs = {value for one in settings for value in task.inputs(one).values() if isinstance(value, str)}
+        answers = {pair.answer, *map(task.answer, settings)}
+        return not words & inputs and not answers & self.without
 
 
 def _as_lists(spans: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
@@ -253,6 +295,7 @@ class _Pair:
             "sources": {name: source.text for name, source in sources.items()},
             "source_spans": {name: _as_lists(source.spans) for name, source in sources.items()},
             "source_values": {name: str(value) for name, value in values.items()},
+            "source_answers": {name: task.answer(found) for name, found in settings.items()},
             "base_answer": self.base_answer,
             "answer": self.answer,
             "changes": self.changes,

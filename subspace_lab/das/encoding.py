@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from subspace_lab.das.answers import ANSWERS, Answers, AnswerTable, Speller, as_spelled, check_apart, ending
 from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.model.batches import Batch
 
 COLUMNS = ("base", "base_spans", "sources", "source_spans", "base_answer", "answer")
 LABELS = ("entity", "template", "kind")  # columns that a data set may have beside
 DIFFERENCE = "difference"  # a span: what differs between a base and its source
-OPENING = "([{=/$#@"  # after these marks no space is written
 
 Pieces = Sequence[str] | Mapping[str, Sequence[str]] | str
 
 
 def encode(
-    dataset: Dataset, tokenizer: Any, answers: Sequence[str], *, add_special_tokens: bool = True
+    dataset: Dataset,
+    tokenizer: Any,
+    answers: Sequence[str],
+    *,
+    whole: bool = False,
+    chat: bool = False,
+    add_special_tokens: bool = True,
 ) -> Counterfactuals:
     """Tokenise a counterfactual data set (`das/counterfactuals.py`).
 
@@ -34,12 +39,15 @@ def encode(
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        answers: the possible answers, see `answer_tokens`.
-        add_special_tokens: as of the tokenizer.
+        answers: the possible answers, see `answer_tokens`. Each pair's own are what the tokenizer puts behind its
+            prompt.
+        whole: score answers of several tokens whole, not by the first token that tells them apart.
+        chat: make each text a user's message by the tokenizer's chat template, to which the model answers.
+        add_special_tokens: as of the tokenizer; a chat template brings its own.
 
     Raises:
-        ValueError: rows of another format; an answer that is no token, or not among `answers`; a tokenizer without
-            offsets.
+        ValueError: rows of another format; an answer that the tokenizer cannot write, or not among `answers`; answers
+            that no token tells apart; a tokenizer without offsets, or without the chat template that is asked for.
     """
     columns = set(getattr(dataset, "column_names", None) or [])
     if missing := [name for name in COLUMNS if name not in columns]:
@@ -50,24 +58,26 @@ def encode(
     if not len(dataset):
         raise ValueError("A counterfactual data set without rows.")
     answers = list(answers)
-    number = {answer: i for i, answer in enumerate(answers)}
     variables = list(dataset[0]["sources"])
     rows = dataset[:]
     unlisted = sorted({*rows["base_answer"], *rows["answer"]} - set(answers))
     if unlisted:
         raise ValueError(f"The data set has the answers {unlisted}, which are not among those given, {answers}.")
     values = rows.get("source_values") or [{} for _ in rows["base"]]
-    batch = partial(_batch, tokenizer, add_special_tokens)
-    sources = {v: batch([s[v] for s in rows["sources"]], [s[v] for s in rows["source_spans"]]) for v in variables}
-    return Counterfactuals(
-        base=batch(rows["base"], rows["base_spans"]),
-        sources=sources,
-        base_answer=torch.tensor([number[a] for a in rows["base_answer"]]),
-        answer=torch.tensor([number[a] for a in rows["answer"]]),
-        answers=tuple(answers),
-        tokens=answer_tokens(tokenizer, answers, rows["base"]),
+    of_sources = rows.get("source_answers") or [{} for _ in rows["base"]]
+    return encoded_pairs(
+        tokenizer,
+        texts={"base": rows["base"], **{v: [s[v] for s in rows["sources"]] for v in variables}},
+        spans={"base": rows["base_spans"], **{v: [s[v] for s in rows["source_spans"]] for v in variables}},
+        answer=rows["answer"],
+        base_answer=rows["base_answer"],
+        source_answers={v: [of[v] for of in of_sources] for v in variables if v in of_sources[0]},
+        listed=answers,
         values={v: _numbered([of[v] for of in values]) for v in variables if v in values[0]},
         labels={name: tuple(rows[name]) for name in LABELS if name in columns},
+        whole=whole,
+        chat=chat,
+        special=add_special_tokens,
     )
 
 
@@ -78,7 +88,11 @@ def from_texts(
     source: Sequence[str] | Mapping[str, Sequence[str]],
     answer: Sequence[str],
     base_answer: Sequence[str],
+    source_answer: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     spans: Mapping[str, Pieces] | None = None,
+    labels: Mapping[str, Sequence[str]] | None = None,
+    answers: Answers = "token",
+    chat: bool = False,
     add_special_tokens: bool = True,
 ) -> Counterfactuals:
     """Counterfactual pairs of your own, from plain lists of texts.
@@ -89,44 +103,141 @@ def from_texts(
         source: for each the prompt that the variable's value is taken from; several variables as a mapping.
         answer: for each the answer expected after the interchange, see `answer_tokens`.
         base_answer: the answer before it.
+        source_answer: the answer to the source, where it is known; several variables as a mapping.
         spans: {position name: where it is}; the position is the last token of the span. Possible are: for each pair
             a piece of text that the base and its sources contain, of which the last occurrence counts;
             {"base": pieces, "source": other pieces} (or the name of a variable instead of "source"); or
-            "difference", the words that differ between the base and its source.
-        add_special_tokens: as of the tokenizer.
+            "difference", the words that differ between the base and its source. A piece may be a pair of numbers, the
+            characters [start, end) of the text.
+        labels: {name: for each pair a text}, such as "entity", "template" and "kind" (see `Counterfactuals`).
+        answers: of answers that are several tokens, "token" scores the first ones up to the token that tells an answer
+            from all others, "sequence" the whole answer, by the sum of its tokens' log probabilities.
+        chat: make each text a user's message by the tokenizer's chat template, to which the model answers.
+        add_special_tokens: as of the tokenizer; a chat template brings its own.
 
     Raises:
-        ValueError: lists of different length, an answer that is no token, a piece that a text lacks, or a base that
-            equals its source where their difference is asked for.
+        TypeError: text in the place of a list of texts, or something else in the place of a text.
+        ValueError: lists of different length, an answer that the tokenizer cannot write, answers that no token tells
+            apart, a piece that a text lacks, or a base that equals its source where their difference is asked for.
     """
+    if answers not in ANSWERS:
+        raise ValueError(f"answers={answers!r}; possible are {' and '.join(map(repr, ANSWERS))}.")
     sources = (
         {"variable": list(source)} if not isinstance(source, Mapping) else {k: list(v) for k, v in source.items()}
     )
+    told = source_answer or {}
+    told = dict(told) if isinstance(told, Mapping) else dict.fromkeys(sources, told)
     texts = {"base": list(base), **sources}
-    given = {"base": base, "answer": answer, "base_answer": base_answer, **sources}
+    given = {"base": base, "answer": answer, "base_answer": base_answer, **sources, **(labels or {})}
+    given |= {f"source_answer of {name}": of for name, of in told.items()}
+    for name, rows in given.items():
+        _check_texts(name, rows)
     where = {name: _pieces(name, pieces, texts) for name, pieces in (spans or {}).items()}
     for name, of in where.items():
         given |= {f"{name} ({which})": pieces for which, pieces in of.items()}
     lengths = {name: len(rows) for name, rows in given.items()}
     if len(set(lengths.values())) != 1 or not len(base):
         raise ValueError(f"Every list needs one entry a pair, and at least one; their lengths are {lengths}.")
-    answers = list(dict.fromkeys([*base_answer, *answer]))
-
-    def encoded(which: str) -> Batch:
-        found = [
-            {name: _span(text, of[which][i], name) for name, of in where.items()}
-            for i, text in enumerate(texts[which])
+    found = {
+        which: [
+            {name: _span(text, of[which][i], name) for name, of in where.items()} for i, text in enumerate(own)
         ]
-        return _batch(tokenizer, add_special_tokens, texts[which], found)
-
-    return Counterfactuals(
-        base=encoded("base"),
-        sources={name: encoded(name) for name in sources},
-        base_answer=torch.tensor([answers.index(a) for a in base_answer]),
-        answer=torch.tensor([answers.index(a) for a in answer]),
-        answers=tuple(answers),
-        tokens=answer_tokens(tokenizer, answers, texts["base"]),
+        for which, own in texts.items()
+    }
+    return encoded_pairs(
+        tokenizer,
+        texts=texts,
+        spans=found,
+        answer=answer,
+        base_answer=base_answer,
+        source_answers=told,
+        listed=list(dict.fromkeys([*base_answer, *answer])),
+        labels={name: tuple(of) for name, of in (labels or {}).items()},
+        whole=answers == "sequence",
+        chat=chat,
+        special=add_special_tokens,
     )
+
+
+def encoded_pairs(
+    tokenizer: Any,
+    *,
+    texts: Mapping[str, Sequence[str]],
+    spans: Mapping[str, Sequence[Mapping[str, Sequence[int]]]],
+    answer: Sequence[str],
+    base_answer: Sequence[str],
+    source_answers: Mapping[str, Sequence[str]],
+    listed: Sequence[str],
+    values: Mapping[str, Tensor] | None = None,
+    labels: Mapping[str, tuple[str, ...]] | None = None,
+    whole: bool = False,
+    chat: bool = False,
+    special: bool = True,
+) -> Counterfactuals:
+    """Texts, spans and answers, all of them lists by pair, as tensors.
+
+    Args:
+        texts, spans: of "base" and of each variable.
+        listed: the possible answers, in the order in which they are numbered.
+        others: as of `encode` and `from_texts`.
+    """
+    if chat:
+        wrapped = {
+            which: [as_message(tokenizer, text, span) for text, span in zip(own, spans[which], strict=True)]
+            for which, own in texts.items()
+        }
+        texts = {which: [text for text, _ in own] for which, own in wrapped.items()}
+        spans = {which: [span for _, span in own] for which, own in wrapped.items()}
+    batches = {which: _batch(tokenizer, special and not chat, own, spans[which]) for which, own in texts.items()}
+    table = AnswerTable(Speller(tokenizer), listed, texts["base"])
+    before, after = (table.index(texts["base"], own) for own in (base_answer, answer))
+    of_sources = {name: table.index(texts[name], own) for name, own in source_answers.items()}
+    check_apart(table.names, as_spelled(table.tokens))
+    return Counterfactuals(
+        base=batches.pop("base"),
+        sources=batches,
+        base_answer=before,
+        answer=after,
+        answers=table.names,
+        tokens=table.tokens,
+        values=values or {},
+        labels=labels or {},
+        source_answers=of_sources,
+        whole=whole,
+    )
+
+
+def as_message(
+    tokenizer: Any, text: str, spans: Mapping[str, Sequence[int]]
+) -> tuple[str, dict[str, tuple[int, int]]]:
+    """A text as a user's message, up to where the model's answer begins, and its spans in there.
+
+    Raises:
+        ValueError: a tokenizer without a chat template, or one whose template changes the message's text.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no chat template: its model is asked with plain prompts."
+        )
+    said = [{"role": "user", "content": text}]
+    whole = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    core = text.strip()  # which templates do as well, some of them
+    at = whole.rfind(core)
+    if not core or at < 0:
+        raise ValueError(
+            f"The chat template does not give the text {text!r} as it is; where its words are is unknown."
+        )
+    shift = at - (len(text) - len(text.lstrip()))
+    return whole, {name: (start + shift, end + shift) for name, (start, end) in spans.items()}
+
+
+def _check_texts(name: str, rows: Any) -> None:
+    """TypeError where a list of texts is something else."""
+    if isinstance(rows, str | bytes) or not isinstance(rows, Sequence):
+        raise TypeError(f"{name} is a list of texts, one for each pair; found {type(rows).__name__}.")
+    for i, one in enumerate(rows):
+        if not isinstance(one, str):
+            raise TypeError(f"{name}[{i}] is {one!r} ({type(one).__name__}); needed is text.")
 
 
 def _pieces(name: str, pieces: Pieces, texts: Mapping[str, list[str]]) -> dict[str, list[Any]]:
@@ -188,90 +299,27 @@ def _span(text: str, piece: str | Sequence[int], name: str) -> Sequence[int]:
 
 
 def answer_tokens(tokenizer: Any, answers: Sequence[str], prompts: Sequence[str] = ()) -> Tensor:
-    """The ids of the answers' tokens, (answers,): all of one kind, as the model would write them after the prompts.
+    """The ids of the answers, (answers,), or (answers, longest) filled with −1 where some are several tokens.
 
-    An answer is written as it is in the vocabulary ("ĠParis", "▁She"), or as text. Text with a space before it
-    (" Paris") is the token after a space. Plain text ("Paris") is that too, unless the prompts end with a space or an
-    opening mark, or the vocabulary has some of the answers only without a space before them.
+    They are what this tokenizer has more for a prompt with its answer than for the prompt alone. Plain text ("Paris")
+    is written behind a space, unless the prompts end with one, with an opening mark or quotation mark, or it is itself
+    a closing mark ("."). Text with a space before it (" Paris"), and an answer as it stands in the vocabulary
+    ("ĠParis", "▁She"), is always what follows a space.
 
     Raises:
-        ValueError: an answer of several tokens, answers of which some exist only after a space and some only without
-            one, two answers that are one token, or prompts of which some end with a space and some do not.
+        ValueError: an answer that the tokenizer cannot write, two answers that are the same tokens, or prompts of which
+            some end with a space and some do not.
     """
-    ids = {a: _marked(tokenizer, a) for a in answers if a[:1] in " ▁Ġ" and a}
-    plain = [answer for answer in answers if answer not in ids]
-    if plain:
-        ids |= _plain(tokenizer, plain, prompts)
-    unknown = [answer for answer in answers if ids[answer] is None]
-    if unknown:
-        raise _no_token(tokenizer, unknown[0])
-    found = [ids[answer] for answer in answers]
-    if len(set(found)) < len(found):
-        raise ValueError(f"Several of the answers {list(answers)} are one and the same token.")
-    return torch.tensor(found)
-
-
-def _plain(tokenizer: Any, answers: list[str], prompts: Sequence[str]) -> dict[str, int | None]:
-    """Answers as plain text: read after a space, or all of them without one."""
-    ends = {bool(prompt[-1:].isspace() or prompt[-1:] in OPENING) for prompt in prompts if prompt}
-    if len(ends) > 1:
+    prompts = list(prompts) or ["."]
+    if len({ending(prompt) for prompt in prompts}) > 1:
         raise ValueError(
             "Some prompts end with a space (or an opening mark) and some do not, so that their answers would be "
             "different tokens; end all of them alike."
         )
-    vocabulary = tokenizer.get_vocab()
-    after_space = {a: _marked(tokenizer, f" {a}") for a in answers}
-    bare = {a: vocabulary[a] if a in vocabulary else _unmarked(tokenizer, a) for a in answers}
-    readings = [bare, after_space] if True in ends else [after_space, bare]
-    for reading in readings:
-        if None not in reading.values():
-            return reading
-    first, second = readings
-    if any(first[a] is not None or second[a] is not None for a in answers) and len(answers) > 1:
-        lacking = {
-            name: [a for a in answers if of[a] is None] for name, of in (("after", after_space), ("bare", bare))
-        }
-        if not set(lacking["after"]) & set(lacking["bare"]):
-            raise ValueError(
-                f"The answers {answers} are no tokens of one kind: after a space {lacking['after']} are no single "
-                f"token, without one {lacking['bare']} are none. Choose other answers, or write each as it stands in "
-                "the vocabulary."
-            )
-    return first
-
-
-def _marked(tokenizer: Any, answer: str) -> int | None:
-    """The token of a word after a space, or of an entry of the vocabulary; None where there is none."""
-    vocabulary, word = tokenizer.get_vocab(), answer.lstrip(" ▁Ġ")
-    # "▁She", "ĠShe" and " She" are one word after a space, whichever mark the vocabulary has for it.
-    for form in (answer, f"▁{word}", f"Ġ{word}"):
-        if form in vocabulary:
-            return vocabulary[form]
-    # Of a vocabulary without marks: what is added behind another word.
-    before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (".", f". {word}"))
-    if before and after[: len(before)] == before and len(after) == len(before) + 1:
-        return None if after[-1] == tokenizer.unk_token_id else after[-1]
-    return _single(tokenizer, answer) if answer != word else None
-
-
-def _single(tokenizer: Any, text: str) -> int | None:
-    pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return pieces[0] if len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id else None
-
-
-def _unmarked(tokenizer: Any, text: str) -> int | None:
-    """The single token of a text, unless the tokenizer puts a space before it by itself."""
-    token = _single(tokenizer, text)
-    return None if token is None or tokenizer.convert_ids_to_tokens(token)[:1] in "▁Ġ" else token
-
-
-def _no_token(tokenizer: Any, answer: str) -> ValueError:
-    pieces = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return ValueError(
-        f"The answer {answer!r} is not one token of this tokenizer, which splits it into "
-        f"{tokenizer.convert_ids_to_tokens(pieces)}; an answer must be one token, as text or written as it stands in "
-        "the vocabulary ('▁She', 'Ġyes')."
-    )
+    table = AnswerTable(Speller(tokenizer), answers, prompts)
+    if len(table.names) < len(answers):
+        raise ValueError(f"Several of the answers {list(answers)} are one and the same token.")
+    return table.tokens
 
 
 def _batch(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspace_lab.das.answers import Spelled, as_spelled, as_tensor, check_apart, telling
 from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.batches import Batch
 
@@ -24,11 +25,15 @@ class Counterfactuals:
         sources: {variable: its sources}, one for each base; a variable that a pair leaves alone has the base there.
         base_answer, answer: (pairs,) indices into the answers, before and after the interchange.
         answers: what the answers are, for people.
-        tokens: (answers,) their token ids; None where the model's output is over the answers already.
+        tokens: (answers,) their token ids, or (answers, longest) filled with −1 where some are several tokens; None
+            where the model's output is over the answers already.
         values: {variable: (pairs,) which value the variable has in its source, as a number}. Methods that compare
             the means of these values use it; where it is missing they use the expected answers instead.
         labels: {name: for each pair a text}, what is known of the pairs beside their answers: "entity" and
             "template" are the clusters of intervals and can be held out, "kind" (of pair) splits the scores.
+        source_answers: {variable: (pairs,) the answer to its source}, where it is known.
+        whole: whether an answer of several tokens is scored whole, by the sum of its tokens' log probabilities, and
+            not only up to the token that tells it from the others (`scored`).
     """
 
     base: Batch
@@ -39,6 +44,8 @@ class Counterfactuals:
     tokens: Tensor | None = None
     values: Mapping[str, Tensor] = field(default_factory=dict)
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    source_answers: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -48,14 +55,22 @@ class Counterfactuals:
                 raise ValueError(
                     f"{len(self.base)} bases and {len(source)} sources for {name!r}: each base needs its own."
                 )
-        for which, answer in (("base_answer", self.base_answer), ("answer", self.answer)):
+        of_sources = ((f"source_answers[{name!r}]", answer) for name, answer in self.source_answers.items())
+        for which, answer in (("base_answer", self.base_answer), ("answer", self.answer), *of_sources):
             if answer.shape != (len(self.base),) or not _between(answer, len(self.answers)):
                 raise ValueError(
                     f"{which} has shape {tuple(answer.shape)}; needed is for each of the {len(self.base)} pairs an "
                     f"index into the {len(self.answers)} answers, from 0 to {len(self.answers) - 1}."
                 )
-        if self.tokens is not None and self.tokens.shape != (len(self.answers),):
-            raise ValueError(f"{tuple(self.tokens.shape)} tokens for {len(self.answers)} answers: each needs one.")
+        if unknown := sorted(set(self.source_answers) - set(self.sources)):
+            raise ValueError(f"source_answers for {unknown}; the variables are {list(self.sources)}.")
+        if self.tokens is not None:
+            if self.tokens.ndim not in (1, 2) or len(self.tokens) != len(self.answers):
+                raise ValueError(
+                    f"{tuple(self.tokens.shape)} tokens for {len(self.answers)} answers: each needs one, or a row."
+                )
+            if self.tokens.ndim == 2:
+                check_apart(self.answers, as_spelled(self.tokens))
         for name, values in self.values.items():
             if name not in self.sources or values.shape != (len(self.base),):
                 raise ValueError(
@@ -91,9 +106,29 @@ class Counterfactuals:
         )
 
     @property
+    def scored(self) -> Tensor | None:
+        """The answers' tokens that are read: (answers,), or (answers, most) filled with −1.
+
+        Of an answer of several tokens these are the first ones, up to the one that tells it from all other answers,
+        or all of them if `whole`. None where the model's output is over the answers already.
+        """
+        if self.tokens is None or self.tokens.ndim == 1 or self.whole:
+            return self.tokens
+        return as_tensor(telling(as_spelled(self.tokens))).to(self.tokens.device)
+
+    @property
     def readout(self) -> Readout:
-        """The answers' logits after the last token of the base."""
-        return Readout.at(self.base, "last", self.tokens)
+        """The answers' logits after the last token of the base.
+
+        Raises:
+            ValueError: answers of which several tokens are read (`answer_engine` reads those).
+        """
+        scored = self.scored
+        if scored is not None and scored.ndim == 2:
+            raise ValueError(
+                f"{scored.shape[1]} tokens of the answers are read, not one: they need several reads."
+            )
+        return Readout.at(self.base, "last", scored)
 
     def rows(self, rows: Tensor) -> Counterfactuals:
         """Some of the pairs."""
@@ -106,6 +141,7 @@ class Counterfactuals:
             answer=self.answer[rows],
             values={name: v[rows] for name, v in self.values.items()},
             labels={name: tuple(of[i] for i in picked) for name, of in self.labels.items()},
+            source_answers={name: answer[rows] for name, answer in self.source_answers.items()},
         )
 
     def to(self, device: torch.device | str) -> Counterfactuals:
@@ -116,6 +152,7 @@ class Counterfactuals:
             sources={name: s.to(device) for name, s in self.sources.items()},
             base_answer=self.base_answer.to(device),
             answer=self.answer.to(device),
+            source_answers={name: answer.to(device) for name, answer in self.source_answers.items()},
         )
 
 
@@ -134,6 +171,10 @@ class Pairs:
         train: the pairs to fit on, or a function step → fresh pairs, of which none is seen twice.
         dev, test: held-out pairs.
         task: what the pairs are about, for people.
+        dropped: {what was left out and why: how many}: words that a tokenizer cannot tell apart, pairs that would have
+            put a name into two splits, pairs that the model answers wrong.
+        answered: {split: how many of the bases ("base"), and of the pairs with base and all sources ("pair"), the
+            model answers right, of how many ("of")}, before those it does not were left out (`only_answered`).
 
     Raises:
         ValueError: (at construction) an empty split, other variables in one split than in another, or answers that
@@ -144,6 +185,8 @@ class Pairs:
     dev: Counterfactuals
     test: Counterfactuals
     task: str = ""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    answered: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, split in self._fixed():
@@ -190,12 +233,14 @@ class Pairs:
             name: torch.tensor([i for i, key in enumerate(keys) if name_of[key] == name])
             for name in ("train", "dev", "test")
         }
-        return cls(**{name: pairs.rows(rows) for name, rows in chosen.items()}, task=task)
+        train, held_out, last = (pairs.rows(chosen[name]) for name in ("train", "dev", "test"))
+        return cls(train, held_out, last, task=task)
 
     def __repr__(self) -> str:
         train = "fresh at every step" if callable(self.train) else len(self.train)
         sizes = f"train: {train}, dev: {len(self.dev)}, test: {len(self.test)}"
-        return f"Pairs({self.task or 'no task'}; {sizes}; of {', '.join(self.variables)})"
+        left_out = "".join(f"; left out: {n} {what}" for what, n in self.dropped.items())
+        return f"Pairs({self.task or 'no task'}; {sizes}; of {', '.join(self.variables)}{left_out})"
 
     @property
     def variables(self) -> list[str]:
@@ -205,7 +250,7 @@ class Pairs:
         """A digest of all inputs and answers (of dev and test alone where training pairs are drawn afresh)."""
         digest = hashlib.sha256()
         for name, split in self._fixed():
-            digest.update(name.encode())
+            digest.update(f"{name}{', whole answers' * split.whole}".encode())
             for what, tensor in _tensors(split).items():
                 digest.update(str((what, tensor.dtype, tuple(tensor.shape))).encode())
                 digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -223,24 +268,30 @@ class Pairs:
         """Give all splits one list of answers, so that each is scored against the same alternatives."""
         splits = dict(self._fixed())
         first = self.test
+        if len({split.whole for split in splits.values()}) > 1:
+            raise ValueError(
+                "Some splits have their answers scored whole and some by the first token that tells them apart: "
+                f"{ {name: split.whole for name, split in splits.items()} }."
+            )
         if all(_same_answers(split, first) for split in splits.values()):
             return
         if any(split.tokens is None for split in splits.values()):
             lists = {name: list(split.answers) for name, split in splits.items()}
             raise ValueError(f"The splits have different answers: {lists}.")
-        joined: dict[int, str] = {}
+        joined: dict[Spelled, str] = {}
         for split in splits.values():
-            for token, answer in zip(_ids(split), split.answers, strict=True):
-                joined.setdefault(token, answer)
-        number = {token: i for i, token in enumerate(joined)}
+            for spelled, answer in zip(_spelled(split), split.answers, strict=True):
+                joined.setdefault(spelled, answer)
+        number = {spelled: i for i, spelled in enumerate(joined)}
         for name, split in splits.items():
-            renumbered = torch.tensor([number[token] for token in _ids(split)])
+            renumbered = torch.tensor([number[spelled] for spelled in _spelled(split)])
             changed = replace(
                 split,
                 base_answer=renumbered[split.base_answer.cpu()],
                 answer=renumbered[split.answer.cpu()],
                 answers=tuple(joined.values()),
-                tokens=torch.tensor(list(joined)),
+                tokens=as_tensor(list(joined)),
+                source_answers={v: renumbered[answer.cpu()] for v, answer in split.source_answers.items()},
             )
             object.__setattr__(self, name, changed)
 
@@ -248,11 +299,11 @@ class Pairs:
 def _same_answers(one: Counterfactuals, other: Counterfactuals) -> bool:
     if one.tokens is None or other.tokens is None:
         return one.tokens is other.tokens and one.answers == other.answers
-    return _ids(one) == _ids(other)
+    return _spelled(one) == _spelled(other)
 
 
-def _ids(split: Counterfactuals) -> list[int]:
-    return [] if split.tokens is None else split.tokens.tolist()
+def _spelled(split: Counterfactuals) -> list[Spelled]:
+    return [] if split.tokens is None else as_spelled(split.tokens)
 
 
 def _between(answer: Tensor, n: int) -> bool:

@@ -12,6 +12,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from subspace_lab.core.sites import Site
+from subspace_lab.das.answer_engine import SpelledAnswers, answer_engine, rows_a_pair
 from subspace_lab.das.methods.method import Learner
 from subspace_lab.das.objectives import Loss, Outcome, Towards
 from subspace_lab.das.pairs import Counterfactuals, Stream
@@ -22,6 +23,7 @@ from subspace_lab.engine.readouts import Readout
 from subspace_lab.engine.stacking import Stack, rows_of
 from subspace_lab.engine.training import TrainingConfig, shuffled_rows, train_together
 from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import collect
 from subspace_lab.model.resolved_sites import resolve
 from subspace_lab.model.sources import Unmatched, all_rows, expect_unmatched, fitted
@@ -77,11 +79,13 @@ class PreparedPairs:
         expect_unmatched(unmatched)
         data = data.to(backbone.device)
         together = [tuple(dict.fromkeys(one.values())) for one in assignments]
-        engine: Engine = (
-            FrozenPast(backbone, data.base, together, data.readout, memory=memory)
-            if frozen
-            else PlainEngine(backbone, data.base, data.readout)
-        )
+
+        def build(base: Batch, readout: Readout) -> Engine:
+            if frozen:
+                return FrozenPast(backbone, base, together, readout, memory=memory)
+            return PlainEngine(backbone, base, readout)
+
+        engine = answer_engine(data, build)
         states = {}
         for name, source in data.sources.items():
             own = list(dict.fromkeys(one[name] for one in assignments if name in one))
@@ -177,9 +181,13 @@ class PreparedPairs:
 
     def _answers_of(self, tokens: Tensor) -> Tensor:
         """Which answer each token is, −1 where it is none."""
-        if self.data.tokens is None:  # the model's output is over the answers
+        if self.data.scored is None:  # the model's output is over the answers
             return tokens
-        same = tokens[:, None] == self.data.tokens.cpu()
+        if isinstance(
+            self.engine, SpelledAnswers
+        ):  # which has looked at all their tokens, and has one more for none
+            return torch.where(tokens < len(self.data.answers), tokens, -1)
+        same = tokens[:, None] == self.data.scored.cpu()
         return torch.where(same.any(1), same.int().argmax(1), -1)
 
     def _complements(self, assignment: Assignment, edits: Sequence[Mapping[Site, nn.Module]]) -> dict[Site, Stack]:
@@ -200,7 +208,8 @@ class PreparedPairs:
                 f"{list(self.data.sources)} have one each. Use target='answer', or search one variable at a time."
             )
         source = next(iter(self.data.sources.values()))
-        engine = PlainEngine(self.backbone, source, Readout.at(source, "last", self.data.tokens))
+        asked = replace(self.data, base=source)
+        engine = answer_engine(asked, lambda base, readout: PlainEngine(self.backbone, base, readout))
         with torch.no_grad():
             parts = [
                 one_read(engine.logits(some, {})) for some in torch.arange(len(self)).split(_chunk(self.data))
@@ -363,9 +372,10 @@ def _chunk(data: Counterfactuals) -> int:
     positional, ids = data.base.positional, data.base.inputs.get("input_ids")
     if positional is not None:
         return max(CHUNK, SMALL_BATCH // max(1, positional.shape[1:].numel()))
+    rows = CHUNK
     if isinstance(ids, Tensor) and ids.device.type == "cpu":
-        return min(CHUNK, max(8, TOKENS // ids.shape[1]))
-    return CHUNK
+        rows = min(CHUNK, max(8, TOKENS // ids.shape[1]))
+    return max(1, rows // rows_a_pair(data))
 
 
 class _Turned(nn.Module):

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from subspace_lab.core.sites import Site
+from subspace_lab.das._arguments import check_kinds
+from subspace_lab.das.answered import only_answered
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, Method, RandomSubspace
 from subspace_lab.das.objectives import Loss, Metric, cross_entropy, iia
@@ -45,6 +47,7 @@ def search(
     loss: Loss = cross_entropy,
     metrics: Sequence[Metric] = (iia,),
     min_accuracy: float | None = 0.9,
+    right_only: bool | None = None,
     memory: int | str | None = None,
     unmatched: Unmatched = "refuse",
     quiet: bool = False,
@@ -58,6 +61,9 @@ def search(
         rank: dimensions of each variable's subspace, one number or several.
         methods: instead of `default_methods(rank)`.
         seeds: how many, or which: of random starts and of the order of the pairs.
+        right_only: count only pairs whose base and sources the model answers right (`only_answered`); by default
+            wherever `min_accuracy` asks for a model that follows the algorithm. Training pairs that are drawn afresh
+            all count.
         others: as of `sweep`, which this calls and whose errors it raises.
     """
     if methods is None:
@@ -66,6 +72,9 @@ def search(
             isinstance(one, Mapping) and len(set(one.values())) == len(one) for one in sites
         )
         methods = default_methods(rank, shared_site=several and not apart)
+    if (min_accuracy is not None) if right_only is None else right_only:
+        check_kinds(backbone, pairs)
+        pairs = only_answered(backbone, pairs, min_accuracy=min_accuracy)
     return sweep(
         backbone,
         pairs,

@@ -18,6 +18,7 @@ from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.sites import Site
 from subspace_lab.das._arguments import assignments_of, check_types
 from subspace_lab.das._places import TRAINING_SCORED, Places, name_of
+from subspace_lab.das.answered import expect_accuracy
 from subspace_lab.das.estimates import Clusters, proportion
 from subspace_lab.das.fits import Failure, Fit, Fits, Floors, place_of
 from subspace_lab.das.methods.method import Method
@@ -109,12 +110,7 @@ def sweep(
     prepared = partial(PreparedPairs.of, backbone, assignments=assignments, memory=memory, unmatched=unmatched)
     test = prepared(data=pairs.test)
     floors = {"test": _floors(test)}
-    if min_accuracy is not None and floors["test"].accuracy.value < min_accuracy:
-        raise ValueError(
-            f"The model answers {floors['test'].accuracy} of {len(test)} bases as the causal model does, less than "
-            f"{min_accuracy}: a variable of an algorithm that it does not follow is not worth a search. "
-            "Ask for it all the same, of a randomly initialised twin for instance, with min_accuracy=None."
-        )
+    expect_accuracy(floors["test"].accuracy, len(test), min_accuracy)
     dev = prepared(data=pairs.dev)
     floors["dev"] = _floors(dev)
     train = None if callable(pairs.train) else prepared(data=pairs.train)
@@ -138,6 +134,8 @@ def sweep(
         "model": model_facts(backbone.model),
         "data": pairs.fingerprint(),
         "pairs": {"train": None if train is None else len(train), "dev": len(dev), "test": len(test)},
+        "dropped": dict(pairs.dropped),
+        "answered": {name: dict(of) for name, of in pairs.answered.items()},
         "training": {k: v for k, v in asdict(config).items() if k != "seed"},
         "loss": name_of(loss),
         "metrics": named["metrics"],

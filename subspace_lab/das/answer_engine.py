@@ -1,0 +1,178 @@
+"""Answers of several tokens, read through any engine.
+
+The logit of an answer t₁ … tₙ behind a prompt x is
+
+    Σⱼ log p(tⱼ | x, t₁ … tⱼ₋₁)
+
+Each base becomes as many rows as there are different beginnings of answers: the prompt with that beginning behind it,
+so that a row is read at several positions. The beginnings are no part of the prompt: positions are counted without
+them, and an intervention acts on the prompt alone.
+
+Where answers are scored whole, p is over the vocabulary. Where only the tokens that tell them apart are read, p is over
+the tokens with which some answer goes on from there: then few logits are computed, and with answers of one token each
+nothing but their logits counts, as everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from subspace_lab.das.answers import NONE, Spelled, as_spelled
+from subspace_lab.das.pairs import Counterfactuals
+from subspace_lab.engine.protocol import Engine
+from subspace_lab.engine.readouts import Readout
+from subspace_lab.model.batches import Batch
+from subspace_lab.model.edits import Edits, Sources
+from subspace_lab.model.sources import Unmatched
+
+Build = Callable[[Batch, Readout], Engine]
+
+
+def answer_engine(data: Counterfactuals, build: Build) -> Engine:
+    """An engine over the bases whose logits are those of the answers, however many tokens these have.
+
+    Args:
+        build: (batch, readout) → an engine over that batch.
+    """
+    scored = data.scored
+    return build(data.base, data.readout) if scored is None or scored.ndim == 1 else SpelledAnswers(data, build)
+
+
+def rows_a_pair(data: Counterfactuals) -> int:
+    """How many rows of the model's input a base becomes."""
+    scored = data.scored
+    return 1 if scored is None or scored.ndim == 1 else len(_beginnings(as_spelled(scored)))
+
+
+class SpelledAnswers:
+    """An engine whose logits are sums of log probabilities of the answers' tokens.
+
+    Args:
+        data: bases with answers of several tokens.
+        build: (batch, readout) → the engine that runs the rows.
+
+    Raises:
+        ValueError: bases that are no token ids, or that have tokens for a decoder of its own.
+    """
+
+    def __init__(self, data: Counterfactuals, build: Build) -> None:
+        assert data.scored is not None
+        self.pairs = len(data)
+        device = data.scored.device
+        spelled = as_spelled(data.scored)
+        beginnings = _beginnings(spelled)
+        batch, index = _extended(data.base, beginnings)
+        self.rows_a_pair = len(beginnings)
+        vocabulary = sorted({token for one in spelled for token in one})
+        tokens = None if data.whole else torch.tensor(vocabulary, device=device)
+        self.inner = build(batch, Readout(index, None, tokens))
+        places = {token: i for i, token in enumerate(vocabulary)}
+        # For each token of each answer: in which of a pair's rows it is read, at which read, and which logit it is.
+        longest = max(map(len, spelled))
+        row, column = (
+            torch.zeros(len(spelled), dtype=torch.long),
+            torch.zeros(len(spelled), longest, dtype=torch.long),
+        )
+        there = torch.zeros(len(spelled), longest, dtype=torch.bool)
+        others = torch.zeros(len(spelled), longest, len(vocabulary), dtype=torch.bool)
+        for i, one in enumerate(spelled):
+            row[i] = next(r for r, start in enumerate(beginnings) if start[: len(one) - 1] == one[:-1])
+            there[i, : len(one)] = True
+            for j, token in enumerate(one):
+                column[i, j] = token if data.whole else places[token]
+                goes_on = {two[j] for two in spelled if len(two) > j and two[:j] == one[:j]}
+                others[i, j, [places[other] for other in goes_on]] = True
+        self._row, self._column, self._there = row.to(device), column.to(device), there.to(device)
+        self._tokens = torch.tensor([[*one, *[NONE] * (longest - len(one))] for one in spelled], device=device)
+        self._others = None if data.whole else others.to(device)
+
+    def __len__(self) -> int:
+        return self.pairs
+
+    def describe(self) -> str:
+        """One line: what the engine below computes."""
+        return f"{self.inner.describe()}; answers of several tokens: {self.rows_a_pair} rows a pair"
+
+    def logits(
+        self,
+        rows: Tensor,
+        edits: Edits,
+        sources: Sources | None = None,
+        unmatched: Unmatched = "refuse",
+        *,
+        vocabulary: bool = False,
+    ) -> Float[Tensor, "pair answer"]:
+        """(pairs, answers) sums of log probabilities; otherwise as `Engine.logits`.
+
+        Of the vocabulary (pairs, answers + 1): 1 for the answer of which every token is the highest of the vocabulary,
+        or for the last entry, which is none, and 0 elsewhere.
+        """
+        n = self.rows_a_pair
+        inner = (rows[:, None] * n + torch.arange(n, device=rows.device)).flatten()
+        given = None if sources is None else {site: _repeated(of, n) for site, of in sources.items()}
+        logits = self.inner.logits(inner, edits, given, unmatched, vocabulary=vocabulary)
+        read = rearrange(logits, "(p r) j v -> p r j v", r=n).float()
+        longest = self._column.shape[1]
+        if vocabulary:
+            highest = read.argmax(-1)[:, self._row, :longest]
+            said = ((highest == self._tokens) | ~self._there).all(-1)
+            return torch.cat([said, ~said.any(-1, keepdim=True)], -1).float()
+        if self._others is None:
+            chosen = read.log_softmax(-1)[:, self._row, :longest]
+        else:
+            chosen = read[:, self._row, :longest].masked_fill(~self._others, -torch.inf)
+            # Behind the end of an answer nothing is compared, and −∞ alone has no softmax.
+            chosen = torch.where(self._there[..., None], chosen, 0.0).log_softmax(-1)
+        picked = chosen.gather(-1, self._column.expand(len(rows), -1, -1)[..., None])[..., 0]
+        return torch.where(self._there, picked, 0.0).sum(-1)
+
+
+def _beginnings(spelled: list[Spelled]) -> list[Spelled]:
+    """What stands before the last token of each answer, without those that another one begins with."""
+    every = sorted({one[:-1] for one in spelled})
+    return [one for i, one in enumerate(every) if not any(two[: len(one)] == one for two in every[i + 1 :])]
+
+
+def _extended(base: Batch, beginnings: list[Spelled]) -> tuple[Batch, Tensor]:
+    """Each prompt once with each beginning behind it, padded on the right, and the columns that are read."""
+    ids, real = base.inputs.get("input_ids"), base.real_tokens()
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or real is None:
+        raise ValueError(
+            "Answers of several tokens need bases of token ids: there is nothing else to put them behind."
+        )
+    if more := sorted(set(base.inputs) - {"input_ids", "attention_mask"}):
+        raise ValueError(
+            f"Answers of several tokens are put behind bases of input_ids and attention_mask; these have {more} too."
+        )
+    starts = real.int().argmax(1)
+    lengths = real.sum(1) if base.prompt_lengths is None else base.prompt_lengths
+    most, n = max(map(len, beginnings)), len(beginnings)
+    rows = len(ids) * n
+    width = int(lengths.max()) + most
+    longer = torch.zeros(rows, width, dtype=ids.dtype, device=ids.device)
+    mask = torch.zeros(rows, width, dtype=torch.long, device=ids.device)
+    for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        prompt = ids[i, start : start + length]
+        for r, one in enumerate(beginnings):
+            whole = torch.cat([prompt, torch.tensor(one, dtype=ids.dtype, device=ids.device)])
+            longer[i * n + r, : len(whole)] = whole
+            mask[i * n + r, : len(whole)] = 1
+    again = lengths.repeat_interleave(n)
+    # A shorter beginning is read at its own end again, where nothing is taken from it.
+    ends = torch.tensor([len(one) for one in beginnings], device=ids.device).repeat(len(ids))
+    steps = torch.arange(most + 1, device=ids.device)
+    index = again[:, None] - 1 + torch.minimum(steps, ends[:, None])
+    columns = {name: column.repeat_interleave(n, 0) for name, column in base.columns.items()}
+    return Batch({"input_ids": longer, "attention_mask": mask}, again, columns), index
+
+
+def _repeated(of: Tensor | Mapping[str, Tensor] | None, n: int) -> Tensor | dict[str, Tensor] | None:
+    """The states of sources for each of a pair's rows."""
+    if isinstance(of, Mapping):
+        return {name: repeat(one, "p ... -> (p n) ...", n=n) for name, one in of.items()}
+    return None if of is None else repeat(of, "p ... -> (p n) ...", n=n)
