@@ -61,7 +61,9 @@ def test_boxes_do_not_overlap_and_no_arrow_crosses_a_box_of_its_layer():
     figure = plot_causal_model(PRICES)
     spans = [(b.get_y(), b.get_x(), b.get_x() + b.get_width()) for b in boxes(figure)[:-2]]
     for y, left, right in spans:
-        assert not [1 for other, a, b in spans if other == y and (a, b) != (left, right) and a < right and b > left]
+        assert not [
+            1 for other, a, b in spans if other == y and (a, b) != (left, right) and a < right and b > left
+        ]
     # "upper" goes to the output past the layer of "above" and "below", not through one of them.
     points = arrows(figure)[-1]._path_original.vertices
     layer = places(figure)["above"][1]
@@ -83,5 +85,7 @@ def test_what_is_searched_for_is_in_colour_and_named():
 def test_it_is_written_and_an_unknown_variable_is_refused(tmp_path):
     plot_causal_model(PRICES, path=tmp_path / "graph.png")
     assert (tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"unknown variables \['price'\]; possible are \['lower', 'amount', 'upper'"):
+    with pytest.raises(
+        ValueError, match=r"unknown variables \['price'\]; possible are \['lower', 'amount', 'upper'"
+    ):
         plot_causal_model(PRICES, ["price"])

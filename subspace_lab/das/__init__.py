@@ -9,6 +9,7 @@ from subspace_lab.das.counterfactuals import Prompt, Task, counterfactual_datase
 from subspace_lab.das.encoding import encode, from_texts
 from subspace_lab.das.estimates import Estimate
 from subspace_lab.das.fits import Fit, Fits, Floors, Mean
+from subspace_lab.das.hypotheses import Hypothesis, rival_pairs
 from subspace_lab.das.methods import (
     DAS,
     PCA,
@@ -37,6 +38,7 @@ from subspace_lab.das.objectives import (
     logit_margin,
 )
 from subspace_lab.das.pairs import Counterfactuals, Pairs
+from subspace_lab.das.ranking import Ranking, Standing, rank_hypotheses
 from subspace_lab.das.search import default_methods, search
 from subspace_lab.das.sweeps import SweepInterrupted, sweep
 
@@ -52,6 +54,7 @@ __all__ = [
     "Fits",
     "Floors",
     "FullVector",
+    "Hypothesis",
     "JensenShannon",
     "Learner",
     "Mean",
@@ -61,7 +64,9 @@ __all__ = [
     "Problem",
     "Prompt",
     "RandomSubspace",
+    "Ranking",
     "SquaredError",
+    "Standing",
     "SweepInterrupted",
     "Task",
     "Towards",
@@ -80,6 +85,8 @@ __all__ = [
     "logit_difference",
     "logit_margin",
     "only_answered",
+    "rank_hypotheses",
+    "rival_pairs",
     "search",
     "sweep",
 ]

@@ -99,22 +99,31 @@ class Task:
         Raises:
             ValueError: as `counterfactual_dataset` and `encode` do; fewer than two answers that can serve.
         """
-        if answers not in ANSWERS:
-            raise ValueError(f"answers={answers!r}; possible are {' and '.join(map(repr, ANSWERS))}.")
-        rng = random.Random(seed)
-        drawn = [self.prompt(self.sample(rng, split)) for split in SPLITS for _ in range(PROMPTS_TRIED)]
-        prompts = [as_message(tokenizer, one.text, {})[0] if chat else one.text for one in drawn]
-        words = list(dict.fromkeys(self.answers.values()))
-        kept, left = serving(Speller(tokenizer), words, prompts, answers)
+        kept, left = self.serving(tokenizer, seed=seed, answers=answers, chat=chat)
         found = {}
         for split, n in (("train", train), ("dev", dev), ("test", test)):
             dataset = counterfactual_dataset(
                 self, n, split=split, seed=seed, variables=variables, keep=keep, without=list(left)
             )
             found[split] = encode(dataset, tokenizer, kept, whole=answers == "sequence", chat=chat)
-        reasons = {why: [answer for answer in left if left[answer] == why] for why in left.values()}
-        dropped = {f"answers, {why} ({', '.join(of)})": len(of) for why, of in reasons.items()}
-        return Pairs(found["train"], found["dev"], found["test"], task=self.name, dropped=dropped)
+        return Pairs(found["train"], found["dev"], found["test"], task=self.name, dropped=counted(left))
+
+    def serving(
+        self, tokenizer: Any, *, seed: int = 0, answers: Answers = "token", chat: bool = False
+    ) -> tuple[list[str], dict[str, str]]:
+        """(the answers that can serve with this tokenizer, {answer: why it cannot}); arguments as of `pairs`."""
+        if answers not in ANSWERS:
+            raise ValueError(f"answers={answers!r}; possible are {' and '.join(map(repr, ANSWERS))}.")
+        rng = random.Random(seed)
+        drawn = [self.prompt(self.sample(rng, split)) for split in SPLITS for _ in range(PROMPTS_TRIED)]
+        prompts = [as_message(tokenizer, one.text, {})[0] if chat else one.text for one in drawn]
+        return serving(Speller(tokenizer), list(dict.fromkeys(self.answers.values())), prompts, answers)
+
+
+def counted(left: Mapping[str, str]) -> dict[str, int]:
+    """{what was left out and why: how many}, of answers that cannot serve."""
+    reasons = {why: [answer for answer in left if left[answer] == why] for why in left.values()}
+    return {f"answers, {why} ({', '.join(of)})": len(of) for why, of in reasons.items()}
 
 
 def check_split(split: str) -> None:
@@ -216,11 +225,11 @@ class _Draw:
     patience: int
     without: frozenset[str] = frozenset()
 
-    def kept(self, exchanged: Callable[[], Sequence[str]]) -> _Pair:
+    def kept(self, exchanged: Callable[[], Sequence[str]]) -> CounterfactualPair:
         """The next pair that `keep` takes; ValueError where none of many is."""
         for _ in range(self.patience):
-            pair = _Pair.draw(self.task, self.rng, self.split, exchanged())
-            if self.without and not self._serves(pair):
+            pair = CounterfactualPair.draw(self.task, self.rng, self.split, exchanged())
+            if self.without and not pair.avoids(self.task, self.without):
                 continue
             if self.keep is None or self.keep(pair.values, pair.source_values, pair.after):
                 return pair
@@ -234,22 +243,13 @@ class _Draw:
             "pairs are too rare, or there are none"
         )
 
-    def _serves(self, pair: _Pair) -> bool:
-        """Whether a pair has nothing to do with an answer that is left out."""
-        task = self.task
-        words = {value for value, answer in task.answers.items() if answer in self.without}
-        settings = [pair.base, *pair.sources.values()]
-        inputs = {value for one in settings for value in task.inputs(one).values() if isinstance(value, str)}
-        answers = {pair.answer, *map(task.answer, settings)}
-        return not words & inputs and not answers & self.without
-
 
 def _as_lists(spans: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
     return {name: list(span) for name, span in spans.items()}
 
 
 @dataclass(frozen=True)
-class _Pair:
+class CounterfactualPair:
     """Settings of a base and its sources with the values of the causal model; only pairs that are kept become prompts.
 
     Attributes:
@@ -266,12 +266,15 @@ class _Pair:
     answer: str
 
     @classmethod
-    def draw(cls, task: Task, rng: random.Random, split: str, exchanged: Sequence[str]) -> _Pair:
+    def draw(cls, task: Task, rng: random.Random, split: str, exchanged: Sequence[str]) -> CounterfactualPair:
         base = task.sample(rng, split)
         return cls.of(task, base, {variable: task.sample(rng, split) for variable in exchanged})
 
     @classmethod
-    def of(cls, task: Task, base: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -> _Pair:
+    def of(
+        cls, task: Task, base: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]
+    ) -> CounterfactualPair:
+        """The pair of these settings; sources get the template of the base."""
         if "template" in base:  # so that every named position of the base exists in its sources
             sources = {name: {**source, "template": base["template"]} for name, source in sources.items()}
         model = task.causal_model
@@ -283,9 +286,19 @@ class _Pair:
 
     @property
     def changes(self) -> bool:
+        """Whether the interchange changes the answer."""
         return self.answer != self.base_answer
 
+    def avoids(self, task: Task, without: Collection[str]) -> bool:
+        """Whether the pair has nothing to do with some answers: they answer none of its prompts and stand in none."""
+        words = {value for value, answer in task.answers.items() if answer in without}
+        settings = [self.base, *self.sources.values()]
+        inputs = {value for one in settings for value in task.inputs(one).values() if isinstance(value, str)}
+        answers = {self.answer, *map(task.answer, settings)}
+        return not words & inputs and not answers & set(without)
+
     def row(self, task: Task, variables: Sequence[str]) -> dict[str, Any]:
+        """The pair as a row of a data set; a variable without a source has the base as its source."""
         settings = {name: self.sources.get(name, self.base) for name in variables}
         base, sources = task.prompt(self.base), {name: task.prompt(found) for name, found in settings.items()}
         values = {name: self.source_values.get(name, self.values)[name] for name in variables}

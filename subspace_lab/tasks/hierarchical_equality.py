@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -61,22 +62,24 @@ class HiddenLayer(nn.Linear):
 
 
 class EqualityMLP(nn.Module):
-    """Three hidden layers of 16 and a linear head over "different" and "same", as torch initialises them.
+    """Three hidden layers and a linear head over two answers, as torch initialises them.
 
     Args:
         seed: of the initialisation; the global generator stays as it was.
+        inputs: numbers in an input.
+        hidden: width of the hidden layers.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, inputs: int = 4 * SIZE, hidden: int = HIDDEN) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.layers = nn.Sequential()
             for layer in range(1, LAYERS + 1):
-                self.layers.add_module(str(layer), HiddenLayer(4 * SIZE if layer == 1 else HIDDEN, HIDDEN))
-            self.layers.add_module("head", nn.Linear(HIDDEN, len(ANSWERS)))
+                self.layers.add_module(str(layer), HiddenLayer(inputs if layer == 1 else hidden, hidden))
+            self.layers.add_module("head", nn.Linear(hidden, len(ANSWERS)))
 
-    def forward(self, inputs: Float[Tensor, "batch 16"]) -> Float[Tensor, "batch answer"]:
+    def forward(self, inputs: Float[Tensor, "batch input"]) -> Float[Tensor, "batch answer"]:
         return self.layers(inputs)
 
 
@@ -157,8 +160,22 @@ def train_network(
     Raises:
         RuntimeError: the network is less accurate than asked.
     """
-    network = EqualityMLP(seed)
-    generator = torch.Generator().manual_seed(seed)
+    return trained(EqualityMLP(seed), sample, replace(config, seed=seed), min_accuracy, "hierarchical equality")
+
+
+def trained(
+    network: EqualityMLP,
+    sample: Callable[[int, torch.Generator], tuple[Tensor, Tensor]],
+    config: TrainingConfig,
+    min_accuracy: float,
+    task: str,
+) -> tuple[EqualityMLP, Estimate]:
+    """The network after training on fresh samples (inputs, labels), and its accuracy on 20,000 new ones.
+
+    Raises:
+        RuntimeError: the network is less accurate than asked.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
 
     def loss_of(_: int) -> Tensor:
         inputs, labels = sample(config.batch_size, generator)
@@ -169,7 +186,7 @@ def train_network(
         inputs, labels = sample(20_000, generator)  # goes on where the training stopped, so they are new
         accuracy = proportion(network(inputs).argmax(-1) == labels)
     if accuracy.value < min_accuracy:
-        raise RuntimeError(f"Network {seed} learned hierarchical equality to {accuracy}, not to {min_accuracy}.")
+        raise RuntimeError(f"Network {config.seed} learned {task} to {accuracy}, not to {min_accuracy}.")
     return network, accuracy
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -13,7 +14,12 @@ from matplotlib.path import Path as Curve
 from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, new_figure, save_figure
 from subspace_lab.das.causal_models import CausalModel
 
-HEIGHT, GAP, RISE, DOUBLE = 0.34, 0.32, 0.95, 0.05  # inches: of a box, between boxes, from layer to layer, of frames
+HEIGHT, GAP, RISE, DOUBLE = (
+    0.34,
+    0.32,
+    0.95,
+    0.05,
+)  # inches: of a box, between boxes, from layer to layer, of frames
 CHARACTER, MARGIN = 0.088, 0.26  # inches: of one in a box, of what stands around them
 ARRIVAL = 0.14  # inches between two arrows that end at one box
 PASSING = 0.2  # inches that an arrow needs between two boxes
@@ -23,9 +29,7 @@ Node = tuple[str, int]
 """A variable in its layer, or (where an arrow to it passes a layer) a place that is kept free for the arrow."""
 
 
-def plot_causal_model(
-    model: CausalModel, variables: Sequence[str] = (), path: str | Path | None = None
-) -> Figure:
+def plot_causal_model(model: CausalModel, variables: Sequence[str] = (), path: str | Path | None = None) -> Figure:
     """The graph of a causal model: each variable above its parents, an arrow from each parent to it.
 
     Args:
@@ -51,7 +55,9 @@ def plot_causal_model(
     )
     axis = figure.add_subplot()
     room = figure.get_size_inches()[0] - 0.3
-    axis.set_xlim((width - room) / 2, (width + room) / 2)  # one unit is an inch, or the boxes would not fit their text
+    axis.set_xlim(
+        (width - room) / 2, (width + room) / 2
+    )  # one unit is an inch, or the boxes would not fit their text
     axis.set_ylim(-HEIGHT / 2 - 0.05, (len(layers) - 1) * RISE + HEIGHT / 2 + DOUBLE + 0.05)
     axis.set_aspect("equal")
     axis.axis("off")
@@ -94,7 +100,7 @@ def _places(layers: list[list[Node]], links: list[list[Node]]) -> dict[Node, tup
     """The centre of each node, in inches; layers are ordered so that few arrows cross (Sugiyama et al. 1981)."""
     near: dict[Node, list[Node]] = {node: [] for layer in layers for node in layer}
     for chain in links:
-        for below, above in zip(chain, chain[1:], strict=False):
+        for below, above in pairwise(chain):
             near[below].append(above)
             near[above].append(below)
     centres: dict[Node, tuple[float, float]] = {}
@@ -151,7 +157,7 @@ def _arrow(axis: Axes, points: Sequence[tuple[float, float]], searched: bool) ->
     xs, ys = [x for x, _ in points], [y for _, y in points]
     ys[0], ys[-1] = ys[0] + HEIGHT / 2 + 0.02, ys[-1] - HEIGHT / 2 - 0.04
     corners, codes = [(xs[0], ys[0])], [Curve.MOVETO]
-    for (x0, y0), (x1, y1) in zip(zip(xs, ys, strict=True), zip(xs[1:], ys[1:], strict=True), strict=False):
+    for (x0, y0), (x1, y1) in pairwise(zip(xs, ys, strict=True)):
         middle = (y0 + y1) / 2
         corners += [(x0, middle), (x1, middle), (x1, y1)]
         codes += [Curve.CURVE4] * 3
