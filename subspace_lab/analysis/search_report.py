@@ -71,10 +71,9 @@ def _whole(twin: Fits | None, fits: Fits) -> Fits | None:
 def _remarks(fits: Fits, twin: Fits | None, comparison: Comparison) -> list[str]:
     best, n = fits.best(), len(comparison.labels)
     remarks = []
-    for who, found in (("model", fits), ("twin", twin)):
-        if found is not None and "interrupted" in found.facts:
-            remarks.append(f"Interrupted: of the {who} {found.facts['interrupted']}.")
     if twin is not None:
+        if "interrupted" in twin.facts:
+            remarks.append(f"Interrupted: of the twin {twin.facts['interrupted']}.")
         floors = twin.floors["test"]
         remarks.append(
             f"The randomly initialised twin answers {floors.accuracy} of the bases right; without intervention it "

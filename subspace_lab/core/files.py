@@ -1,7 +1,8 @@
 """Files that are whole or not there.
 
 Everything that this package saves is first written under a provisional name in the same folder and then renamed. A
-process that is killed, or a disk that is full, leaves the old file or the new one, never half of one.
+process that is killed, or a disk that is full, leaves the old file or the new one, never half of one. Its content is
+on the disk before it has its name, so that the same holds where the machine stops.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         mode = provisional.stat().st_mode
         yield provisional
         provisional.chmod(mode)  # safetensors lets only the owner read, also where others share the folder
+        with provisional.open("r+b") as written:
+            os.fsync(written.fileno())
         os.replace(provisional, path)
     finally:
         provisional.unlink(missing_ok=True)
@@ -96,7 +99,11 @@ def package_version() -> str:
 
 
 @contextmanager
-def taken_folder(path: str | Path, say: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
+def taken_folder(
+    path: str | Path,
+    say: Callable[[str], None] = lambda _: None,
+    check: Callable[[Path], None] | None = None,
+) -> Iterator[Path]:
     """A new or empty folder for results, which no other process can take while the block runs.
 
     That something can be written there is tried at once, before any work. A folder that was made for it is removed
@@ -104,6 +111,8 @@ def taken_folder(path: str | Path, say: Callable[[str], None] = lambda _: None) 
 
     Args:
         say: called with a sentence where the folder was left by a process that was killed.
+        check: called once the folder is taken, instead of the check that it is empty: it raises what should be
+            raised where the folder holds something that it should not.
 
     Raises:
         FileExistsError: it holds something already; results are never mixed or overwritten.
@@ -126,7 +135,7 @@ def taken_folder(path: str | Path, say: Callable[[str], None] = lambda _: None) 
             raise OSError(
                 f"{folder} cannot be written to: {error.strerror or error}. Name another folder."
             ) from None
-        _check_empty(folder)
+        (check or check_empty)(folder)
         yield folder
 
 
@@ -136,7 +145,8 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             one.rmdir()
 
 
-def _check_empty(folder: Path) -> None:
+def check_empty(folder: Path) -> None:
+    """FileExistsError where a folder holds anything but the lock."""
     names = sorted(one.name for one in folder.iterdir() if one.name != LOCK)
     if not names:
         return

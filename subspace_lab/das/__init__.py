@@ -40,7 +40,8 @@ from subspace_lab.das.objectives import (
 from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.das.ranking import Ranking, Standing, rank_hypotheses
 from subspace_lab.das.search import default_methods, search
-from subspace_lab.das.sweeps import SweepInterrupted, sweep
+from subspace_lab.das.sweeps import SweepInterrupted, SweepUnsaved, sweep
+from subspace_lab.das.workers import local_workers
 
 __all__ = [
     "DAS",
@@ -68,6 +69,7 @@ __all__ = [
     "SquaredError",
     "Standing",
     "SweepInterrupted",
+    "SweepUnsaved",
     "Task",
     "Towards",
     "cause",
@@ -81,6 +83,7 @@ __all__ = [
     "iia",
     "iia_vocabulary",
     "iso",
+    "local_workers",
     "log_odds",
     "logit_difference",
     "logit_margin",

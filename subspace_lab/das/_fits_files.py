@@ -4,13 +4,18 @@ fits.json               facts, floors, failures, and of every fit its method, sc
 subspaces.safetensors   the subspaces of all fits, and the score of every test pair
 
 `fits.json` is written last and names the other file's digest, so that the two cannot be mixed up.
+
+A sweep into a folder keeps each place there in the same two files, until it is finished (`das/_sweep_files.py`):
+
+sweep.json              what is swept, and how many places it has
+places/0007/            the fits of one place
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,6 +34,7 @@ from subspace_lab.das.methods.method import Learner, Method, Problem
 Fits: TypeAlias = Any  # of das/fits.py, which imports this file
 
 RECORDS, NUMBERS, ENTRY, FORMAT = "fits.json", "subspaces.safetensors", "subspace_lab.fits", 1
+SWEEP, PLACES = "sweep.json", "places"
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,13 @@ class SavedMethod(Method):
 
 def write_fits(fits: Fits, folder: Path) -> None:
     """Write both files into a new or empty folder; all that can be refused is refused before."""
+    write = writer(fits)
+    with taken_folder(folder) as folder:
+        write(folder)
+
+
+def writer(fits: Fits) -> Callable[[Path], None]:
+    """What writes both files into an existing folder; all that can be refused is refused before there is one."""
     plan = Plan()
     tensors: dict[str, Tensor] = {}
     records = []
@@ -98,7 +111,8 @@ def write_fits(fits: Fits, folder: Path) -> None:
     except (TypeError, ValueError) as error:
         raise TypeError(f"These fits hold something that JSON does not: {error}. Nothing was written.") from error
     plan.tensors |= tensors
-    with taken_folder(folder) as folder:
+
+    def write(folder: Path) -> None:
         write_described(folder / NUMBERS, ENTRY, {"format": FORMAT, "digest": digest, "parts": plan.parts}, plan)
         try:
             write_json(folder / RECORDS, described)
@@ -106,10 +120,17 @@ def write_fits(fits: Fits, folder: Path) -> None:
             (folder / NUMBERS).unlink(missing_ok=True)
             raise
 
+    return write
+
 
 def read_fits(folder: Path, methods: Sequence[type[Method]]) -> dict[str, Any]:
-    """What `write_fits` wrote: the arguments of every `Fit`, `Floors` and `Failure`, and the facts."""
+    """What `write_fits` wrote: the arguments of every `Fit`, `Floors` and `Failure`, and the facts.
+
+    Of a sweep that was not finished, what it has: the facts then say how much.
+    """
     if not (folder / RECORDS).is_file():
+        if (folder / SWEEP).is_file():
+            return _read_unfinished(folder, methods)
         raise FileNotFoundError(_no_fits(folder))
     found = read_json(folder / RECORDS)
     tensors, metadata = read_tensors(folder / NUMBERS)
@@ -146,6 +167,30 @@ def read_fits(folder: Path, methods: Sequence[type[Method]]) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} cannot be read as fits: {type(error).__name__}: {error}") from error
     return {"fits": fits, "floors": floors, "failures": failures, "facts": found["facts"], "labels": labels}
+
+
+def finished_places(folder: Path) -> dict[int, Path]:
+    """{number of a place: the folder of its fits}, of those that a sweep has finished so far."""
+    found = (path.parent for path in (folder / PLACES).glob(f"*/{RECORDS}"))
+    return {int(one.name): one for one in sorted(found) if one.name.isdecimal()}
+
+
+def _read_unfinished(folder: Path, methods: Sequence[type[Method]]) -> dict[str, Any]:
+    places, sites = finished_places(folder), len(read_json(folder / SWEEP)["sites"])
+    if not places:
+        raise FileNotFoundError(
+            f"The sweep in {folder} has finished none of its {sites} sites yet: the same sweep with this folder as "
+            "`out` goes on with it."
+        )
+    parts = [read_fits(path, methods) for path in places.values()]
+    found = dict(parts[0])
+    found |= {name: [one for part in parts for one in part[name]] for name in ("fits", "failures")}
+    return found | {"facts": {**found["facts"], "interrupted": searched(len(places), sites)}}
+
+
+def searched(done: int, sites: int) -> str:
+    """How much of a sweep there is, as facts and messages say it."""
+    return f"{done} of {sites} sites were searched"
 
 
 def _method(one: Mapping[str, Any], own: Sequence[type[Method]]) -> Method:

@@ -96,6 +96,8 @@ def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
     lines += _left_out(fits.facts)
     if len(fits.places) > MOST_ROWS:
         lines.append(f"The first {MOST_ROWS} of {len(fits.places)} places are shown; `records()` has all.")
+    if "interrupted" in fits.facts:
+        lines.append(f"Not finished: {fits.facts['interrupted']}.")
     return lines + _failures(fits)
 
 

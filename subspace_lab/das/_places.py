@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.sites import Site
 from subspace_lab.das.estimates import Clusters, Estimate, estimate
-from subspace_lab.das.fits import Failure, Fit, place_of
+from subspace_lab.das.fits import Failure, Fit, Fits, Floors, place_of
 from subspace_lab.das.methods.method import Learner, Method, Problem
 from subspace_lab.das.objectives import Loss, Metric
 from subspace_lab.das.pairs import Counterfactuals, Pairs
@@ -32,19 +33,65 @@ TRAINING_SCORED = 400  # training pairs, at most, on which fits are scored
 
 @dataclass
 class Places:
-    """What all places of a sweep have in common."""
+    """What all places of a sweep have in common, and the search of one of them.
+
+    Attributes:
+        assignments: the places.
+        floors, facts: what every place's fits carry; made from the test and dev pairs before the first search.
+        others: as they were given to the sweep.
+    """
 
     backbone: Backbone
     pairs: Pairs
+    assignments: list[dict[str, Site]]
     methods: list[Method]
     seeds: list[int]
     config: TrainingConfig
     loss: Loss
     metrics: Sequence[Metric]
     widths: Mapping[Site, int]
-    held_out: dict[str, PreparedPairs]
-    train: PreparedPairs | None
+    memory: int | str | None = None
     unmatched: Unmatched = "refuse"
+    floors: dict[str, Floors] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    # One pass over a split serves all places.
+
+    @cached_property
+    def test(self) -> PreparedPairs:
+        return self._prepared(self.pairs.test)
+
+    @cached_property
+    def dev(self) -> PreparedPairs:
+        return self._prepared(self.pairs.dev)
+
+    @cached_property
+    def train(self) -> PreparedPairs | None:
+        """None where training pairs are drawn afresh."""
+        return None if callable(self.pairs.train) else self._prepared(self.pairs.train)
+
+    def _prepared(self, data: Counterfactuals) -> PreparedPairs:
+        return PreparedPairs.of(
+            self.backbone, data, self.assignments, memory=self.memory, unmatched=self.unmatched
+        )
+
+    def fits_at(self, number: int, on_step: Callable[[], Any] = lambda: None) -> Fits:
+        """All that is found at one place, each alignment with its evidence."""
+        found, failed = self.at(self.assignments[number], on_step)
+        return Fits(
+            tuple(with_evidence(found, self.floors["test"], self.facts)),
+            self.floors,
+            tuple(failed),
+            self.facts,
+            self.labels,
+        )
+
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """What is known of each test pair: its kind, which variables it exchanges if there are several, its labels."""
+        data = self.pairs.test
+        several = {"exchanged": data.exchanged} if len(data.sources) > 1 else {}
+        return {"kind": data.kinds, **several, **data.labels}
 
     def at(self, assignment: Assignment, on_step: Callable[[], Any]) -> tuple[list[Fit], list[Failure]]:
         """Every fit at one place, and the searches that gave none."""
@@ -126,7 +173,8 @@ class Places:
         scores: list[dict[str, dict[str, Estimate]]] = [{} for _ in cells]
         by_pair: dict[str, list[dict[str, Tensor]]] = {}
         splits: dict[str, tuple[PreparedPairs, Tensor | None]] = {
-            name: (prepared, None) for name, prepared in self.held_out.items()
+            "dev": (self.dev, None),
+            "test": (self.test, None),
         }
         if self.train is not None:
             splits["train"] = self.train, torch.arange(min(len(self.train), TRAINING_SCORED))
@@ -239,3 +287,32 @@ def cell_seed(seed: int, what: object) -> int:
 def name_of(function: Callable[..., Any]) -> str:
     """What a loss or a metric is called in results."""
     return getattr(function, "__name__", type(function).__name__)
+
+
+def with_evidence(fits: list[Fit], floors: Floors, facts: Mapping[str, Any]) -> list[Fit]:
+    """The fits of one place, each alignment with where it comes from and what other methods reach."""
+    means = Fits(tuple(fits), {}).mean(metric=facts["metrics"][0]) if fits else []
+    shared = {name: facts[name] for name in ("task", "data", "training", "loss", "versions")}
+    found = []
+    for one in fits:
+        others = [mean for mean in means if mean.method.label != one.method.label]
+        scores = {mean.method.label: {facts["metrics"][0]: mean.value} for mean in others}
+        controls = {mean.method.label for mean in others if mean.method.control}
+        evidence = {
+            **shared,
+            "model": facts["model"]["name"] or facts["model"]["class"],
+            "model_facts": facts["model"],
+            "method": one.method.label,
+            "seed": one.seed,
+            "start": one.start,
+            "scores": {name: asdict(score) for name, score in one.scores["test"].items()},
+            "dev_scores": {name: asdict(score) for name, score in one.scores["dev"].items()},
+            "controls": {
+                "no intervention": {"iia": floors.no_intervention.value},
+                "best constant answer": {"iia": floors.constant.value},
+                **{name: of for name, of in scores.items() if name in controls},
+            },
+            "baselines": {name: of for name, of in scores.items() if name not in controls},
+        }
+        found.append(replace(one, alignment=Alignment(one.alignment.variables, evidence)))
+    return found

@@ -10,6 +10,8 @@ not trained and often as good; random subspaces of the same rank; and the swap o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
 
 from subspace_lab.core.sites import Site
 from subspace_lab.das._arguments import check_kinds
@@ -50,6 +52,8 @@ def search(
     right_only: bool | None = None,
     memory: int | str | None = None,
     unmatched: Unmatched = "refuse",
+    out: str | Path | None = None,
+    executor: Executor | None = None,
     quiet: bool = False,
     label: str = "search",
 ) -> Fits:
@@ -87,6 +91,8 @@ def search(
         min_accuracy=min_accuracy,
         memory=memory,
         unmatched=unmatched,
+        out=out,
+        executor=executor,
         quiet=quiet,
         label=label,
     )

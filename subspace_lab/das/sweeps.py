@@ -1,35 +1,42 @@
 """Many searches in one call: sites × methods × ranks × seeds.
 
-The model runs once over the data for all sites. All fits of one place train together, in one run over a stacked
-batch, each as if it were alone.
+The model runs once over the data for all sites. A place (a site, or a site for each variable) is the unit of work: all
+fits of one place train together. It is what an executor is given, and what is written to a folder once it is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.sites import Site
 from subspace_lab.das._arguments import assignments_of, check_types
-from subspace_lab.das._places import TRAINING_SCORED, Places, name_of
-from subspace_lab.das.answered import expect_accuracy
-from subspace_lab.das.estimates import Clusters, proportion
-from subspace_lab.das.fits import Failure, Fit, Fits, Floors, place_of
+from subspace_lab.das._executing import Parcel, distribute
+from subspace_lab.das._fits_files import searched
+from subspace_lab.das._places import Places, name_of
+from subspace_lab.das._preparing import prepare
+from subspace_lab.das._progress import Progress, progress
+from subspace_lab.das._recipe import recipe_of
+from subspace_lab.das._sweep_files import SweepFiles, SweepUnsaved, search_place
+from subspace_lab.das.fits import Fits, place_of
 from subspace_lab.das.methods.method import Method
 from subspace_lab.das.objectives import Loss, Metric, cross_entropy, iia
 from subspace_lab.das.pairs import Counterfactuals, Pairs
-from subspace_lab.das.prepared_pairs import Assignment, PreparedPairs
-from subspace_lab.engine.training import TrainingConfig, progress_bar
+from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.identity import model_facts, versions
 from subspace_lab.model.intervene import collect
 from subspace_lab.model.sources import Unmatched
+
+__all__ = ["SweepInterrupted", "SweepUnsaved", "sweep"]
 
 
 class SweepInterrupted(KeyboardInterrupt):
@@ -40,7 +47,7 @@ class SweepInterrupted(KeyboardInterrupt):
     """
 
     def __init__(self, fits: Fits, places: int) -> None:
-        super().__init__(f"Interrupted: {len(fits.places)} of {places} sites were searched.")
+        super().__init__(f"Interrupted: {searched(len(fits.places), places)}.")
         self.fits = fits
 
 
@@ -57,6 +64,8 @@ def sweep(
     min_accuracy: float | None = 0.9,
     memory: int | str | None = None,
     unmatched: Unmatched = "refuse",
+    out: str | Path | None = None,
+    executor: Executor | None = None,
     quiet: bool = False,
     label: str = "sweep",
 ) -> Fits:
@@ -76,17 +85,33 @@ def sweep(
         memory: budget of the frozen past, as in `FrozenPast`.
         unmatched: what becomes of positions that a base has and its source has not, or the other way round: "refuse"
             raises, "keep_base" leaves them as they are in the base.
-        quiet: show no progress bar.
+        out: a folder in which every site is kept as soon as it is searched. A new or empty one; or that of the same
+            sweep, which then goes on where it ended, however it ended. `Fits.load` reads it at any time.
+        executor: of `concurrent.futures`, such as a `ProcessPoolExecutor` or Dask's `client.get_executor()`, whose
+            workers search a site at a time. `memory` is then the budget of each worker. Without one the sites are
+            searched in this process, one after the other. In a process the model is run by one thread at a time.
+        quiet: say nothing of the progress.
 
     Raises:
-        TypeError: an argument of another kind.
+        TypeError: an argument of another kind; something that other processes cannot be sent.
         ValueError: nothing to search, a rank above a site's width, the same method twice, a pair whose base and
             source have different numbers of positions, or a model that fails the task. All this before anything is
             trained.
+        FileExistsError, BlockingIOError: `out` holds something else, or another process is at it.
+        ValueError: `out` is the folder of another sweep, of another model or other data; the message says what
+            differs.
+        RuntimeError: a worker died.
+        SweepUnsaved: an OSError that has the fits, which could not be written to `out`.
         SweepInterrupted: a KeyboardInterrupt that has the fits of the sites which were finished before it.
     """
     config = config or TrainingConfig()
     check_types(backbone, pairs, sites, methods, seeds, config, loss, metrics)
+    if executor is not None and not isinstance(executor, Executor):
+        raise TypeError(
+            f"executor is one of concurrent.futures, such as ProcessPoolExecutor(2); found {executor!r}."
+        )
+    if out is not None and not isinstance(out, str | Path):
+        raise TypeError(f"out names a folder, as text or Path; found {out!r}.")
     assignments = assignments_of(sites, pairs.variables)
     variants = [variant for method in methods for variant in method.variants()]
     asked = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -107,95 +132,84 @@ def sweep(
     for assignment in assignments:
         for method in variants:
             method.check(assignment, widths)
-    prepared = partial(PreparedPairs.of, backbone, assignments=assignments, memory=memory, unmatched=unmatched)
-    test = prepared(data=pairs.test)
-    floors = {"test": _floors(test)}
-    expect_accuracy(floors["test"].accuracy, len(test), min_accuracy)
-    dev = prepared(data=pairs.dev)
-    floors["dev"] = _floors(dev)
-    train = None if callable(pairs.train) else prepared(data=pairs.train)
-    _try_metrics(metrics, {"test": test, "dev": dev, "train": train}, assignments)
-    job = Places(
-        backbone,
-        pairs,
-        variants,
-        asked,
-        config,
-        loss,
-        metrics,
-        widths,
-        {"dev": dev, "test": test},
-        train,
-        unmatched,
+    places = Places(
+        backbone, pairs, assignments, variants, asked, config, loss, metrics, widths, memory, unmatched
     )
-    facts = {
-        "task": pairs.task,
-        "variables": pairs.variables,
-        "model": model_facts(backbone.model),
-        "data": pairs.fingerprint(),
-        "pairs": {"train": None if train is None else len(train), "dev": len(dev), "test": len(test)},
-        "dropped": dict(pairs.dropped),
-        "answered": {name: dict(of) for name, of in pairs.answered.items()},
-        "training": {k: v for k, v in asdict(config).items() if k != "seed"},
-        "loss": name_of(loss),
-        "metrics": named["metrics"],
-        "intervals": _intervals(pairs.test),
-        "seeds": asked,
-        "engine": test.engine.describe(),
-        "unmatched": unmatched,
-        "versions": versions(),
-    }
-    fits: list[Fit] = []
-    failures: list[Failure] = []
-    with progress_bar(quiet=quiet) as bar:
-        task = bar.add_task(label, total=len(assignments) * config.steps)
-        for i, assignment in enumerate(assignments):
-            bar.update(task, description=f"{label} {place_of(assignment)}")
-            try:
-                found, failed = job.at(assignment, lambda: bar.advance(task))
-            except KeyboardInterrupt:
-                if not fits:
-                    raise
-                facts["interrupted"] = f"{i} of {len(assignments)} sites were searched"
-                raise SweepInterrupted(
-                    Fits(tuple(fits), floors, tuple(failures), facts, _labels(pairs.test)), len(assignments)
-                ) from None
-            fits += _with_evidence(found, floors["test"], facts)
-            failures += failed
-            bar.update(task, completed=(i + 1) * config.steps)
-    return Fits(tuple(fits), floors, tuple(failures), facts, _labels(pairs.test))
+    model = model_facts(backbone.model)
+    with ExitStack() as stack:
+        files: SweepFiles | None = None
+        if out is not None:
+            recipe = recipe_of(places, model, versions())
+            files = stack.enter_context(SweepFiles.taken(out, recipe, variants, _say(quiet)))
+            if files.whole:
+                return files.read()
+        found = {} if files is None else files.finished()
+        prepare(places, model, min_accuracy, train=executor is None)
+        left = [number for number in range(len(assignments)) if number not in found]
+        shown = stack.enter_context(progress(label, len(left), config.steps, quiet=quiet))
+        try:
+            search = _in_turn if executor is None else partial(_on_executor, executor)
+            search(places, left, files, found, shown)
+        except KeyboardInterrupt:
+            if not found:
+                raise
+            raise SweepInterrupted(_joined(places, found), len(assignments)) from None
+        fits = _joined(places, found)
+        if files is not None:
+            files.finish(fits)
+        return fits
 
 
-def _try_metrics(
-    metrics: Sequence[Metric], splits: Mapping[str, PreparedPairs | None], assignments: Sequence[Assignment]
+def _in_turn(
+    places: Places, left: Sequence[int], files: SweepFiles | None, found: dict[int, Fits], shown: Progress
 ) -> None:
-    """Ask each metric about the bases without an edit, so that one that cannot be had is found out before the work."""
-    for split, prepared in splits.items():
-        if prepared is None:
-            continue
-        some = torch.arange(min(len(prepared), TRAINING_SCORED) if split == "train" else len(prepared))
-        for metric in metrics:
-            try:
-                values = metric(prepared.without_edit(some, assignments))
-            except ValueError as error:
-                raise ValueError(f"The metric {name_of(metric)!r} on the {split} pairs: {error}") from error
-            if not isinstance(values, Tensor) or values.shape != some.shape:
-                found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise ValueError(
-                    f"The metric {name_of(metric)!r} gives {found}; needed is a value for each of {len(some)} pairs."
-                )
+    """Search places one after the other in this process."""
+    for number in left:
+        shown.begin(place_of(places.assignments[number]))
+        found[number] = places.fits_at(number, shown.step)
+        if files is not None:
+            files.keep(number, found[number])
+        shown.end()
 
 
-def _labels(data: Counterfactuals) -> dict[str, tuple[str, ...]]:
-    """What is known of each pair: its kind, which variables it exchanges where there are several, its labels."""
-    several = {"exchanged": data.exchanged} if len(data.sources) > 1 else {}
-    return {"kind": data.kinds, **several, **data.labels}
+def _on_executor(
+    executor: Executor,
+    places: Places,
+    left: Sequence[int],
+    files: SweepFiles | None,
+    found: dict[int, Fits],
+    shown: Progress,
+) -> None:
+    """Search places on an executor, whose workers leave their fits in the folder."""
+    with ExitStack() as stack:
+        if files is None:
+            files = SweepFiles.temporary(Path(stack.enter_context(TemporaryDirectory())), places.methods)
+        parcel = stack.enter_context(Parcel.of(places, files.folder))
+
+        def finished(number: int) -> None:
+            found[number] = files.read_place(number)
+            shown.end()
+
+        distribute(executor, parcel, {number: partial(search_place, number=number) for number in left}, finished)
 
 
-def _intervals(data: Counterfactuals) -> str:
-    """How the intervals of the scores are made, in words."""
-    clusters = Clusters.of(data.labels)
-    return "of independent pairs" if clusters is None else f"of a bootstrap over {clusters}"
+def _joined(places: Places, found: Mapping[int, Fits]) -> Fits:
+    """The fits of several places, in the order of the places."""
+    parts = [found[number] for number in sorted(found)]
+    facts = dict(places.facts)
+    if len(parts) < len(places.assignments):
+        facts["interrupted"] = searched(len(parts), len(places.assignments))
+    return Fits(
+        tuple(fit for part in parts for fit in part),
+        places.floors,
+        tuple(failure for part in parts for failure in part.failures),
+        facts,
+        places.labels,
+    )
+
+
+def _say(quiet: bool) -> Callable[[str], None]:
+    return (lambda _: None) if quiet else (lambda text: print(text, file=sys.stderr))
 
 
 def _width(backbone: Backbone, site: Site, pairs: Counterfactuals) -> int:
@@ -205,43 +219,3 @@ def _width(backbone: Backbone, site: Site, pairs: Counterfactuals) -> int:
         base = pairs.base.rows(torch.arange(1)).to(backbone.device)
         width = collect(backbone, base, [site])[site].shape[-1]
     return width
-
-
-def _floors(prepared: PreparedPairs) -> Floors:
-    data, given = prepared.data, prepared.unedited.argmax(-1)
-    answer = data.answer.cpu()
-    most_frequent = torch.bincount(answer, minlength=len(data.answers)).argmax()
-    return Floors(
-        accuracy=proportion(given == data.base_answer.cpu()),
-        no_intervention=proportion(given == answer),
-        constant=proportion(answer == most_frequent),
-    )
-
-
-def _with_evidence(fits: list[Fit], floors: Floors, facts: Mapping[str, Any]) -> list[Fit]:
-    """The fits of one place, each alignment with where it comes from and what other methods reach."""
-    means = Fits(tuple(fits), {}).mean(metric=facts["metrics"][0]) if fits else []
-    shared = {name: facts[name] for name in ("task", "data", "training", "loss", "versions")}
-    found = []
-    for one in fits:
-        others = [mean for mean in means if mean.method.label != one.method.label]
-        scores = {mean.method.label: {facts["metrics"][0]: mean.value} for mean in others}
-        controls = {mean.method.label for mean in others if mean.method.control}
-        evidence = {
-            **shared,
-            "model": facts["model"]["name"] or facts["model"]["class"],
-            "model_facts": facts["model"],
-            "method": one.method.label,
-            "seed": one.seed,
-            "start": one.start,
-            "scores": {name: asdict(score) for name, score in one.scores["test"].items()},
-            "dev_scores": {name: asdict(score) for name, score in one.scores["dev"].items()},
-            "controls": {
-                "no intervention": {"iia": floors.no_intervention.value},
-                "best constant answer": {"iia": floors.constant.value},
-                **{name: of for name, of in scores.items() if name in controls},
-            },
-            "baselines": {name: of for name, of in scores.items() if name not in controls},
-        }
-        found.append(replace(one, alignment=Alignment(one.alignment.variables, evidence)))
-    return found

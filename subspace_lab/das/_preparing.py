@@ -1,0 +1,94 @@
+"""What a sweep does once, before its first search: it looks at the model, and makes the passes over the pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspace_lab.das._places import TRAINING_SCORED, Places, name_of
+from subspace_lab.das.answered import expect_accuracy
+from subspace_lab.das.estimates import Clusters, proportion
+from subspace_lab.das.fits import Floors
+from subspace_lab.das.objectives import Metric
+from subspace_lab.das.pairs import Counterfactuals
+from subspace_lab.das.prepared_pairs import Assignment, PreparedPairs
+from subspace_lab.model.identity import versions
+
+
+def prepare(places: Places, model: Mapping[str, Any], min_accuracy: float | None, *, train: bool) -> None:
+    """The passes over the held-out pairs, and what every fit says of them and of the sweep.
+
+    Args:
+        model: its facts.
+        min_accuracy: a model that answers the test split's bases worse is refused (ValueError).
+        train: make the pass over the training pairs as well, which workers make themselves.
+    """
+    test = places.test
+    places.floors["test"] = _floors(test)
+    expect_accuracy(places.floors["test"].accuracy, len(test), min_accuracy)
+    places.floors["dev"] = _floors(places.dev)
+    pairs = places.pairs
+    splits = {"test": test, "dev": places.dev, "train": places.train if train else None}
+    _try_metrics(places.metrics, splits, places.assignments)
+    places.facts |= {
+        "task": pairs.task,
+        "variables": pairs.variables,
+        "model": model,
+        "data": pairs.fingerprint(),
+        "pairs": {
+            "train": None if callable(pairs.train) else len(pairs.train),
+            "dev": len(pairs.dev),
+            "test": len(pairs.test),
+        },
+        "dropped": dict(pairs.dropped),
+        "answered": {name: dict(of) for name, of in pairs.answered.items()},
+        "training": {k: v for k, v in asdict(places.config).items() if k != "seed"},
+        "loss": name_of(places.loss),
+        "metrics": [name_of(metric) for metric in places.metrics],
+        "intervals": _intervals(pairs.test),
+        "seeds": places.seeds,
+        "engine": test.engine.describe(),
+        "unmatched": places.unmatched,
+        "versions": versions(),
+    }
+
+
+def _try_metrics(
+    metrics: Sequence[Metric], splits: Mapping[str, PreparedPairs | None], assignments: Sequence[Assignment]
+) -> None:
+    """Ask each metric about the bases without an edit, so that one that cannot be had is found out before the work."""
+    for split, prepared in splits.items():
+        if prepared is None:
+            continue
+        some = torch.arange(min(len(prepared), TRAINING_SCORED) if split == "train" else len(prepared))
+        for metric in metrics:
+            try:
+                values = metric(prepared.without_edit(some, assignments))
+            except ValueError as error:
+                raise ValueError(f"The metric {name_of(metric)!r} on the {split} pairs: {error}") from error
+            if not isinstance(values, Tensor) or values.shape != some.shape:
+                found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(
+                    f"The metric {name_of(metric)!r} gives {found}; needed is a value for each of {len(some)} pairs."
+                )
+
+
+def _intervals(data: Counterfactuals) -> str:
+    """How the intervals of the scores are made, in words."""
+    clusters = Clusters.of(data.labels)
+    return "of independent pairs" if clusters is None else f"of a bootstrap over {clusters}"
+
+
+def _floors(prepared: PreparedPairs) -> Floors:
+    data, given = prepared.data, prepared.unedited.argmax(-1)
+    answer = data.answer.cpu()
+    most_frequent = torch.bincount(answer, minlength=len(data.answers)).argmax()
+    return Floors(
+        accuracy=proportion(given == data.base_answer.cpu()),
+        no_intervention=proportion(given == answer),
+        constant=proportion(answer == most_frequent),
+    )

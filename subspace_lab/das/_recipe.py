@@ -1,0 +1,60 @@
+"""What makes one sweep the same as another: the results of the same recipe are the same numbers."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable
+from dataclasses import is_dataclass, replace
+from typing import Any
+
+from subspace_lab.das._places import Places
+from subspace_lab.das.fits import place_of
+from subspace_lab.das.pairs import Pairs
+
+STEPS = (0, 1)  # of a stream of fresh pairs, those whose pairs are looked at
+
+
+def recipe_of(places: Places, model: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
+    """All that the results of a sweep depend on, as JSON.
+
+    Of the model its weights count, not its name: where it lies is nobody's concern.
+    """
+    return {
+        "task": places.pairs.task,
+        "variables": places.pairs.variables,
+        "model": {name: value for name, value in model.items() if name != "name"},
+        "data": data_of(places.pairs),
+        "sites": [place_of(one) for one in places.assignments],
+        "methods": [method.as_dict() for method in places.methods],
+        "seeds": places.seeds,
+        "training": {k: v for k, v in vars(places.config).items() if k != "seed"},
+        "loss": told(places.loss),
+        "metrics": [told(metric) for metric in places.metrics],
+        "unmatched": places.unmatched,
+        "versions": versions,
+    }
+
+
+def data_of(pairs: Pairs) -> list[str]:
+    """Fingerprints of the pairs; of pairs that are drawn afresh, of those of the first steps."""
+    stream = pairs.train
+    if not callable(stream):
+        return [pairs.fingerprint()]
+    return [replace(pairs, train=stream(step)).fingerprint() for step in STEPS]
+
+
+def told(function: Callable[..., Any]) -> str:
+    """What a loss or a metric is, so that another one is told from it: its name and settings, or its code."""
+    if isinstance(function, functools.partial):
+        return f"{told(function.func)}(…, {function.args}, {sorted(function.keywords.items())})"
+    if not inspect.isroutine(function):
+        return repr(function) if is_dataclass(function) else type(function).__qualname__
+    name = f"{function.__module__}.{function.__qualname__}"
+    code = getattr(function, "__code__", None)
+    if "<lambda>" not in name or code is None:
+        return name
+    constants = [one for one in code.co_consts if not inspect.iscode(one)]
+    digest = hashlib.sha256(code.co_code + repr((constants, code.co_names)).encode()).hexdigest()
+    return f"{name} {digest[:16]}"

@@ -1,0 +1,175 @@
+"""A sweep in a folder: every place is written as soon as it is searched, so that no kill costs more than one place.
+
+sweep.json              the recipe: what is swept, in which order, with which model and data
+places/0007/            the fits of a place that was searched, as `Fits.save` writes them
+fits.json, subspaces.safetensors   the whole, once the last place is there; `places` is gone then
+
+The fits of one place train together, so a place is what is done or not done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from subspace_lab.core.files import check_empty, read_json, taken_folder, write_json
+from subspace_lab.das._fits_files import PLACES, RECORDS, SWEEP, finished_places, writer
+from subspace_lab.das._places import Places
+from subspace_lab.das.fits import Fits
+from subspace_lab.das.methods.method import Method
+
+FORMAT = 1
+
+
+class SweepUnsaved(OSError):
+    """All places of a sweep were searched, and could not be saved.
+
+    Attributes:
+        fits: all of them.
+    """
+
+    def __init__(self, fits: Fits, folder: Path, why: OSError) -> None:
+        super().__init__(why.errno, why.strerror or str(why), str(folder))
+        self.fits = fits
+
+
+@dataclass
+class SweepFiles:
+    """The folder of one sweep, held by this process.
+
+    Attributes:
+        folder: an existing one.
+        kinds: the classes of the sweep's methods, by which its fits are read again.
+        unsaved: why a place could not be written; it is kept in memory, and written at the end.
+    """
+
+    folder: Path
+    kinds: Sequence[type[Method]]
+    unsaved: OSError | None = field(default=None, init=False)
+
+    @classmethod
+    @contextmanager
+    def taken(
+        cls, folder: str | Path, recipe: Mapping[str, Any], methods: Sequence[Method], say: Callable[[str], None]
+    ) -> Iterator[SweepFiles]:
+        """The folder of the sweep of this recipe: a new or empty one, or one in which it was begun.
+
+        Raises:
+            TypeError: a recipe that JSON does not hold.
+            FileExistsError: a folder that holds something else.
+            ValueError: the folder of another sweep; the message says what differs.
+            BlockingIOError: another process is at it.
+        """
+        try:
+            recipe = json.loads(json.dumps({"format": FORMAT, **recipe}, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"The sweep has a setting that JSON does not hold: {error}. It cannot be saved."
+            ) from error
+
+        def check(path: Path) -> None:
+            if (path / SWEEP).is_file():
+                _check_same(path, read_json(path / SWEEP), recipe)
+            else:
+                check_empty(path)
+
+        with taken_folder(folder, say, check) as path:
+            files = cls(path, list(dict.fromkeys(type(method) for method in methods)))
+            if not (path / SWEEP).is_file():
+                write_json(path / SWEEP, recipe)
+            try:
+                yield files
+            finally:
+                files._leave()
+
+    @classmethod
+    def temporary(cls, folder: Path, methods: Sequence[Method]) -> SweepFiles:
+        """A folder through which workers give their fits back."""
+        return cls(folder, list(dict.fromkeys(type(method) for method in methods)))
+
+    @property
+    def whole(self) -> bool:
+        """Whether the last place was searched and saved."""
+        return (self.folder / RECORDS).is_file()
+
+    def read(self) -> Fits:
+        """The fits of a finished sweep."""
+        shutil.rmtree(self.folder / PLACES, ignore_errors=True)  # of a process that was killed just then
+        return Fits.load(self.folder, self.kinds)
+
+    def finished(self) -> dict[int, Fits]:
+        """{number of a place: its fits}, of those that were finished before.
+
+        Raises:
+            ValueError: files that are broken; the message says what to do about it.
+        """
+        return {number: self.read_place(number) for number in finished_places(self.folder)}
+
+    def read_place(self, number: int) -> Fits:
+        """The fits of a place, as they were written."""
+        path = path_of(self.folder, number)
+        try:
+            return Fits.load(path, self.kinds)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{error} Remove {path}, and this place is searched again.") from error
+
+    def keep(self, number: int, fits: Fits) -> None:
+        """Write the fits of a place that was searched just now; on a full disk they stay in memory."""
+        try:
+            write_place(self.folder, number, fits)
+        except OSError as error:
+            self.unsaved = error
+
+    def finish(self, fits: Fits) -> None:
+        """Write the whole, and remove the parts (SweepUnsaved where it cannot be written)."""
+        try:
+            writer(fits)(self.folder)
+        except OSError as error:
+            raise SweepUnsaved(fits, self.folder, error) from error
+        shutil.rmtree(self.folder / PLACES)
+
+    def _leave(self) -> None:
+        """Nothing stays of a sweep that has searched nothing."""
+        if not self.whole and not finished_places(self.folder):
+            shutil.rmtree(self.folder / PLACES, ignore_errors=True)
+            with suppress(OSError):
+                (self.folder / SWEEP).unlink(missing_ok=True)
+
+
+def path_of(folder: Path, number: int) -> Path:
+    """Where the fits of a place belong."""
+    return folder / PLACES / f"{number:04}"
+
+
+def write_place(folder: Path, number: int, fits: Fits) -> None:
+    """The fits of one place into a folder of their own; there is a `fits.json` once they are whole."""
+    write = writer(fits)
+    path_of(folder, number).mkdir(parents=True, exist_ok=True)
+    write(path_of(folder, number))
+
+
+def search_place(places: Places, folder: Path, *, number: int) -> None:
+    """Search a place and leave its fits in the folder."""
+    write_place(folder, number, places.fits_at(number))
+
+
+def _check_same(folder: Path, there: Any, asked: Mapping[str, Any]) -> None:
+    """ValueError, with what differs, where a folder is that of another sweep."""
+    if not isinstance(there, dict) or there.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / SWEEP} is no recipe of a sweep that this version can read. Name a new folder."
+        )
+    differing = [f"{name}: {_short(there.get(name))} there, {_short(asked[name])} asked" for name in asked
+                 if there.get(name) != asked[name]]  # fmt: skip
+    if differing:
+        raise ValueError(f"{folder} is the folder of another sweep ({'; '.join(differing)}). Name a new folder.")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:200]}…"

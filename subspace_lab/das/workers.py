@@ -1,0 +1,43 @@
+"""Worker processes of this machine for a sweep."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+
+from subspace_lab.core.arguments import whole_number
+
+
+@contextmanager
+def local_workers(workers: int, *, threads: int | None = None) -> Iterator[Executor]:
+    """Some processes that `sweep(..., executor=…)` may use.
+
+    They are begun anew, not forked from this one. On a GPU they share it.
+
+    Args:
+        workers: how many.
+        threads: of each; by default the processor's cores are shared out among them.
+
+    Raises:
+        TypeError, ValueError: anything but a number from 1 on.
+    """
+    threads = max(1, (os.cpu_count() or 1) // max(1, workers)) if threads is None else threads
+    for name, number in (("workers", workers), ("threads", threads)):
+        whole_number(number, name)
+        if number < 1:
+            raise ValueError(f"{name}={number}: needed is 1 or more.")
+    fresh = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=fresh, initializer=_begin, initargs=(threads,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
