@@ -40,6 +40,7 @@ from subspace_lab.core.interventions import (
     zero_ablation,
 )
 from subspace_lab.core.kinds import Kind
+from subspace_lab.core.masks import Boundaries, Gates, Masked
 from subspace_lab.core.parts import PartedSubspace
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Axes, FixedSubspace, LearnedSubspace, Subspace, pca, random_subspace
@@ -75,6 +76,8 @@ EVERY: dict[str, Callable[[], Intervention]] = {
     "interchange, float64": lambda: interchange(LearnedSubspace(WIDTH, 3, seed=1).double()),
     "variables": parted,
     "parts": by_part,
+    "boundary": lambda: Intervention(LearnedSubspace(WIDTH, 5, seed=1), Masked(Boundaries(5, 1, 0.5, 0.4))),
+    "gates": lambda: Intervention(Axes(WIDTH), Masked(Gates(WIDTH, 1, 0.5))),
     "full vector": lambda: full_vector(WIDTH),
     "neurons": lambda: interchange(Axes(WIDTH, [7, 2, 11])),
     "LoReFT": lambda: loreft(WIDTH, 3, seed=1),

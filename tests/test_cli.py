@@ -186,7 +186,9 @@ def test_several_methods_ranks_and_seeds(tmp_path):
         torch.testing.assert_close(fit.subspace().basis(), same.subspace().basis(), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["PCA", "DifferenceOfMeans", "FullVector,RandomSubspace"])
+@pytest.mark.parametrize(
+    "method", ["PCA", "DifferenceOfMeans", "FullVector,RandomSubspace", "BoundlessDAS,MDAS,Mask,LDA,Probe,KMeans"]
+)
 def test_methods_without_training_are_searched_alone(method, tmp_path):
     result = search(*TINY, "--method", method, "--rank", "2", "--no-twin", "--out", tmp_path)
     assert result.exit_code == 0, (result.stderr, result.exception)
@@ -225,8 +227,21 @@ BAD = {
     "seed twice": (["--seed", "0,1,0"], ["--seed 0,1,0", "different"]),
     "no seed": (["--seed", ""], ["--seed", "whole number"]),
     "method": (
-        ["--method", "DAS,LDA"],
-        ["LDA", "DAS", "DifferenceOfMeans", "FullVector", "PCA", "RandomSubspace"],
+        ["--method", "DAS,ICA"],
+        [
+            "ICA",
+            "DAS",
+            "BoundlessDAS",
+            "LDA",
+            "MDAS",
+            "Mask",
+            "Probe",
+            "KMeans",
+            "DifferenceOfMeans",
+            "FullVector",
+            "PCA",
+            "RandomSubspace",
+        ],
     ),
     "no method": (["--method", ""], ["--method", "RandomSubspace"]),
     "method twice": (["--method", "PCA,pca"], ["twice", "PCA 8"]),

@@ -244,7 +244,8 @@ def _methods(names: str | None, ranks: list[int]) -> list[Method]:
             raise ValueError(
                 f"--method {name}: possible are {', '.join(sorted(k.__name__ for k in known.values()))}."
             )
-        ranked = "rank" in {f.name for f in fields(kind)} and kind is not methods.DifferenceOfMeans
+        # Where a rank is only an upper limit, all of the span is taken.
+        ranked = any(f.name == "rank" and f.default is not None for f in fields(kind))
         found.append(kind(**({"rank": ranks} if ranked else {})))
     return found
 

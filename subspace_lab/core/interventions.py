@@ -2,13 +2,14 @@
 
 Every intervention here is one formula,
 
-    h ↦ h + Dᵀ(z − c·D h)          D ∈ R^{k×d}, c ∈ {0, 1}
+    h ↦ h + Dᵀ(m ⊙ (z − c·D h))    D ∈ R^{k×d}, c ∈ {0, 1}, m = 1 unless said otherwise
 
 with D the basis of a subspace (`core/subspaces.py`) and z a *value* (`core/values.py`). With c = 1 the coordinates
 become z, which is a write; with c = 0 z is added to them. The methods of the literature:
 
     method        D             z                    c   learned     source
     interchange   orthonormal   R h_source           1   R           Geiger et al. 2023 (2303.02536), DAS
+    Boundless     orthonormal   R h_source           1   R, m        Wu et al. 2023 (2305.08809), m of core/masks.py
     LoReFT        orthonormal   σ(W h + b)           1   R, W, b     Wu et al. 2024 (2404.03592), eq. 2
     NoReFT        free          σ(W h + b)           1   D, W, b     pyreft
     DiReFT        free          σ(W h + b)           0   D, W, b     Wu et al. 2024, eq. 3
@@ -110,7 +111,7 @@ class Intervention(Kind):
         chosen = self.value.coordinates(self.subspace.rank)
         if len(chosen) == self.subspace.rank:
             return self.subspace.frozen()
-        return FixedSubspace(self.subspace.basis().detach()[chosen])
+        return self.subspace.picked(chosen)
 
     def folded(self) -> Intervention:
         """The same edit as h + Dᵀ(M h + v) with fixed D, M and v; a copy where it is not affine in h.

@@ -118,6 +118,10 @@ class Subspace(Kind, ABC):
         """The span of the basis vectors `start` to `stop` − 1 as it is now; its basis does not train."""
         return FixedSubspace(self.basis().detach()[start:stop])
 
+    def picked(self, indices: Sequence[int]) -> Subspace:
+        """The span of some of the basis vectors as it is now; its basis does not train."""
+        return FixedSubspace(self.basis().detach()[list(indices)])
+
     def set_basis(self, basis: Float[Tensor, "rank width"]) -> None:
         """Start anew from another basis of the same shape, in place (TypeError where nothing can be set)."""
         raise TypeError(f"The basis of a {type(self).__name__} cannot be set.")
@@ -344,6 +348,9 @@ class Axes(Subspace):
 
     def sliced(self, start: int, stop: int) -> Axes:
         return Axes(self.width, self.indices[start:stop].tolist())
+
+    def picked(self, indices: Sequence[int]) -> Axes:
+        return Axes(self.width, self.indices[list(indices)].tolist()).to(self.indices.device)
 
     def description(self) -> dict[str, Any]:
         return {"width": self.width}

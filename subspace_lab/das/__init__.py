@@ -12,11 +12,17 @@ from subspace_lab.das.fits import Fit, Fits, Floors, Mean
 from subspace_lab.das.hypotheses import Hypothesis, rival_pairs
 from subspace_lab.das.methods import (
     DAS,
+    LDA,
+    MDAS,
     PCA,
+    BoundlessDAS,
     DifferenceOfMeans,
     FullVector,
+    KMeans,
     Learner,
+    Mask,
     Method,
+    Probe,
     Problem,
     RandomSubspace,
 )
@@ -45,7 +51,10 @@ from subspace_lab.das.workers import local_workers
 
 __all__ = [
     "DAS",
+    "LDA",
+    "MDAS",
     "PCA",
+    "BoundlessDAS",
     "CausalModel",
     "Counterfactuals",
     "DifferenceOfMeans",
@@ -57,11 +66,14 @@ __all__ = [
     "FullVector",
     "Hypothesis",
     "JensenShannon",
+    "KMeans",
     "Learner",
+    "Mask",
     "Mean",
     "Method",
     "Outcome",
     "Pairs",
+    "Probe",
     "Problem",
     "Prompt",
     "RandomSubspace",

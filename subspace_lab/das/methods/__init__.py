@@ -4,7 +4,7 @@ To add one: a frozen dataclass that derives from `Method`, in a file of its own 
 the methods in its list; nothing has to be registered. This one takes the direction of a logistic probe's weights:
 
     @dataclass(frozen=True)
-    class Probe(Method):
+    class MyProbe(Method):
         steps: int = 100
 
         def seeds(self, asked):
@@ -18,20 +18,32 @@ the methods in its list; nothing has to be registered. This one takes the direct
             return Learner(found)
 """
 
+from subspace_lab.das.methods.boundless import BoundlessDAS
 from subspace_lab.das.methods.das import DAS
 from subspace_lab.das.methods.difference_of_means import DifferenceOfMeans
 from subspace_lab.das.methods.full_vector import FullVector
+from subspace_lab.das.methods.kmeans import KMeans
+from subspace_lab.das.methods.lda import LDA
+from subspace_lab.das.methods.mask import Mask
+from subspace_lab.das.methods.mdas import MDAS
 from subspace_lab.das.methods.method import Learner, Method, Problem
 from subspace_lab.das.methods.pca import PCA
+from subspace_lab.das.methods.probe import Probe
 from subspace_lab.das.methods.random_subspace import RandomSubspace
 
 __all__ = [
     "DAS",
+    "LDA",
+    "MDAS",
     "PCA",
+    "BoundlessDAS",
     "DifferenceOfMeans",
     "FullVector",
+    "KMeans",
     "Learner",
+    "Mask",
     "Method",
+    "Probe",
     "Problem",
     "RandomSubspace",
 ]

@@ -72,7 +72,7 @@ class Learner:
     def __init__(self, subspaces: Mapping[str, tuple[Site, Subspace]], start: int | str | None = None) -> None:
         self.subspaces = dict(subspaces)
         self.start = start
-        self.edits: dict[Site, nn.Module] = _interchanges(self.subspaces)
+        self.edits: dict[Site, nn.Module] = interchanges(self.subspaces)
         first = {name: subspace.basis().detach().clone() for name, (_, subspace) in subspaces.items()}
         self._first = {} if start is None else first
 
@@ -163,7 +163,7 @@ class Method(ABC):
         }
 
 
-def _interchanges(subspaces: Mapping[str, tuple[Site, Subspace]]) -> dict[Site, nn.Module]:
+def interchanges(subspaces: Mapping[str, tuple[Site, Subspace]]) -> dict[Site, nn.Module]:
     """{site: interchange} of these very subspaces, which an alignment would copy, so that training reaches them."""
     at: dict[Site, dict[str, Subspace]] = {}
     for name, (site, subspace) in subspaces.items():
@@ -182,8 +182,9 @@ def check_rank_fits(method: Method, rank: int, sites: Mapping[str, Site], widths
             )
 
 
-def check_setting(method: Method, name: str, kind: type = int) -> None:
-    """Refuse a setting of the wrong type, such as a rank of 2.5 (TypeError) or an empty list (ValueError)."""
+def check_setting(method: Method, name: str, kind: type = int, *, least: float | None = None) -> None:
+    """Refuse a setting of the wrong type, such as a rank of 2.5 (TypeError), an empty list, or a value that is not
+    above 0, or where `least` is given not at least that (ValueError)."""
     value = getattr(method, name)
     values = list(value) if isinstance(value, list | tuple) else [value]
     if not values:
@@ -193,7 +194,9 @@ def check_setting(method: Method, name: str, kind: type = int) -> None:
             whole_number(one, f"{type(method).__name__}: {name}")
         elif isinstance(one, bool) or not isinstance(one, int | float):
             raise TypeError(f"{type(method).__name__}({name}={value!r}): needed is a number or a list of them.")
-        if not one > 0:
+        if least is not None and not least <= one < float("inf"):
+            raise ValueError(f"{type(method).__name__}({name}={value!r}): needed is a value of {least:g} or more.")
+        if least is None and not 0 < one < float("inf"):
             raise ValueError(f"{type(method).__name__}({name}={value!r}): needed is a value above 0.")
 
 
@@ -231,3 +234,21 @@ def orthonormal_together(
         return FixedSubspace(torch.linalg.qr(rows.T)[0].T)
 
     return joined_at_sites(problem, basis_of, {name: s.rank for name, s in directions.items()})
+
+
+def principal_span(directions: Tensor, rank: int | None, most: int) -> FixedSubspace:
+    """The span of some directions, or of its largest principal ones.
+
+    Args:
+        directions: (n, width).
+        rank: how many dimensions, at most; None for all.
+        most: dimensions that the span has in theory.
+
+    Raises:
+        ValueError: directions that do not span that many dimensions.
+    """
+    _, sizes, right = torch.linalg.svd(directions.double(), full_matrices=False)
+    there = int((sizes > 1e-9 * sizes[0]).sum()) if sizes[0] > 0 else 0
+    if there < most:
+        raise ValueError(f"{len(directions)} directions span {there} dimensions in place of {most}.")
+    return FixedSubspace(right[: most if rank is None else min(rank, most)].float())
