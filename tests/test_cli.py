@@ -186,9 +186,16 @@ def test_several_methods_ranks_and_seeds(tmp_path):
         torch.testing.assert_close(fit.subspace().basis(), same.subspace().basis(), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "method", ["PCA", "DifferenceOfMeans", "FullVector,RandomSubspace", "BoundlessDAS,MDAS,Mask,LDA,Probe,KMeans"]
-)
+def test_every_method_is_searched_by_its_name(tmp_path):
+    names = "BoundlessDAS,MDAS,Mask,LDA,Probe,KMeans"
+    result = search(*TINY, "--method", names, "--rank", "2", "--no-twin", "--out", tmp_path)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    fits = Fits.load(tmp_path / "model")
+    labels = ["BoundlessDAS", "MDAS 2", "Mask", "LDA", "Probe", "KMeans"]
+    assert [fit.method.label for fit in fits] == labels * len(fits.places)
+
+
+@pytest.mark.parametrize("method", ["PCA", "DifferenceOfMeans", "FullVector,RandomSubspace"])
 def test_methods_without_training_are_searched_alone(method, tmp_path):
     result = search(*TINY, "--method", method, "--rank", "2", "--no-twin", "--out", tmp_path)
     assert result.exit_code == 0, (result.stderr, result.exception)
