@@ -301,3 +301,74 @@ def test_kinds_are_the_labels_or_whether_the_answer_changes() -> None:
 def test_labels_of_another_number_of_pairs_are_refused() -> None:
     with pytest.raises(ValueError, match="2 labels 'entity' for 4 pairs"):
         small(labels={"entity": ("a", "b")})
+
+
+# --- held out and even --------------------------------------------------------------------------------------
+
+
+def crossed(n: int = 90, entities: int = 12) -> Counterfactuals:
+    """Pairs whose base and source have an entity each."""
+    g = torch.Generator().manual_seed(5)
+    data = counterfactuals(4, n=n)
+    both = torch.randint(0, entities, (2, n), generator=g).tolist()
+    labels = {"entity": tuple(f"e{i}" for i in both[0]), "source_entity": tuple(f"e{i}" for i in both[1])}
+    return replace(data, labels={**labels, "template": tuple(f"t{i % 5}" for i in range(n))})
+
+
+@pytest.mark.parametrize("by", ["entity", "template", "answer", ("entity", "template")])
+@pytest.mark.parametrize("seed", range(3))
+def test_splits_share_no_value_that_is_held_out(by: str | tuple[str, ...], seed: int) -> None:
+    data = crossed(600)
+    made = Pairs.split(data, by=by, seed=seed)
+    splits = (made.train, made.dev, made.test)
+
+    def values(split: Counterfactuals, name: str) -> set[str]:
+        if name == "answer":
+            return {split.answers[i] for i in (*split.answer.tolist(), *split.base_answer.tolist())}
+        return set(split.labels[name]) | set(split.labels["source_entity"] if name == "entity" else ())
+
+    for name in (by,) if isinstance(by, str) else by:
+        found = [values(split, name) for split in splits]
+        assert not found[0] & found[1] and not found[0] & found[2] and not found[1] & found[2]
+    assert sum(made.dropped.values()) == 600 - sum(map(len, splits))
+    assert (sum(made.dropped.values()) > 0) == (by != "template")
+    original = set(keys(data))
+    assert all(set(keys(split)) <= original for split in splits)
+
+
+def test_what_cannot_be_held_out_is_refused() -> None:
+    data = crossed()
+    with pytest.raises(ValueError, match=r"by='colour': the pairs have the labels \['entity', 'source_"):
+        Pairs.split(data, by="colour")
+    two = replace(data, labels={"entity": tuple("ab"[i % 2] for i in range(90))})
+    with pytest.raises(ValueError, match=r"2 different values \(a, b\) for three splits"):
+        Pairs.split(two, by="entity")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_balanced_pairs_are_as_even_as_half_of_them_allows(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    n = 200
+    few = (torch.rand(n, generator=g) < 0.3).long()
+    data = replace(counterfactuals(seed, n=n), base_answer=(torch.rand(n, generator=g) < 0.4).long(), answer=few)
+
+    def cells(of: Counterfactuals) -> list[int]:
+        both = list(zip(of.answer.tolist(), (of.answer != of.base_answer).tolist(), strict=True))
+        return sorted(both.count(cell) for cell in set(both))
+
+    made = data.balanced(seed)
+    before, after = cells(data), cells(made)
+    assert len(after) == len(before) == 4 and len(made) >= n / 2
+    level = after[-1]
+    assert after == sorted(min(size, level) for size in before)  # the fullest gave, no other
+    assert level == before[0] or sum(min(size, level - 1) for size in before) < n / 2
+    assert keys(made) == [key for key in keys(data) if key in set(keys(made))]
+    assert keys(data.balanced(seed)) == keys(made) != keys(data.balanced(seed + 1))
+
+
+def test_a_split_can_be_balanced_and_counts_what_leaves() -> None:
+    data = replace(counterfactuals(0, n=200), answer=(torch.arange(200) % 5 == 0).long())
+    made = Pairs.split(data, balance=True)
+    lost = made.dropped["surplus pairs of the more frequent answers"]
+    assert lost == 200 - sum(map(len, (made.train, made.dev, made.test))) > 0
+    assert f"left out: {lost} surplus pairs" in repr(made)

@@ -6,6 +6,7 @@ Knows engine, model and core.
 from subspace_lab.das.answered import only_answered
 from subspace_lab.das.causal_models import CausalModel
 from subspace_lab.das.counterfactuals import Prompt, Task, counterfactual_dataset
+from subspace_lab.das.datafiles import load_pairs
 from subspace_lab.das.encoding import encode, from_texts
 from subspace_lab.das.estimates import Estimate
 from subspace_lab.das.fits import Fit, Fits, Floors, Mean
@@ -95,6 +96,7 @@ __all__ = [
     "iia",
     "iia_vocabulary",
     "iso",
+    "load_pairs",
     "local_workers",
     "log_odds",
     "logit_difference",

@@ -18,7 +18,8 @@ COLUMNS = ("base", "base_spans", "sources", "source_spans", "base_answer", "answ
 LABELS = ("entity", "template", "kind")  # columns that a data set may have beside
 DIFFERENCE = "difference"  # a span: what differs between a base and its source
 
-Pieces = Sequence[str] | Mapping[str, Sequence[str]] | str
+Places = Sequence[str | Sequence[int]]
+Pieces = Places | Mapping[str, Places] | str
 
 
 def encode(
@@ -140,7 +141,7 @@ def from_texts(
         raise ValueError(f"Every list needs one entry a pair, and at least one; their lengths are {lengths}.")
     found = {
         which: [
-            {name: _span(text, of[which][i], name) for name, of in where.items()} for i, text in enumerate(own)
+            {name: span_of(text, of[which][i], name) for name, of in where.items()} for i, text in enumerate(own)
         ]
         for which, own in texts.items()
     }
@@ -289,8 +290,19 @@ def _numbered(values: Sequence[str]) -> Tensor:
     return torch.tensor([number[value] for value in values])
 
 
-def _span(text: str, piece: str | Sequence[int], name: str) -> Sequence[int]:
+def span_of(text: str, piece: str | Sequence[int], name: str) -> Sequence[int]:
+    """The characters [start, end) of a piece of a text, of which the last occurrence counts, or of given characters.
+
+    Raises:
+        ValueError: a piece that the text does not contain, or characters that are outside of it.
+    """
     if not isinstance(piece, str):
+        start, end = piece
+        if not 0 <= start < end <= len(text):
+            raise ValueError(
+                f"The position {name!r} is at characters {start} to {end} of {text!r}, which has {len(text)}; possible "
+                f"are spans that hold something, from 0 to {len(text)}."
+            )
         return piece
     start = text.rfind(piece)
     if not piece or start < 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from subspace_lab.das.answers import Spelled, as_spelled, as_tensor, check_apart, telling
+from subspace_lab.das.splits import assigned
+from subspace_lab.das.splits import balanced as even
 from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.batches import Batch
 
@@ -144,6 +146,18 @@ class Counterfactuals:
             source_answers={name: answer[rows] for name, answer in self.source_answers.items()},
         )
 
+    def balanced(self, seed: int = 0) -> Counterfactuals:
+        """The pairs without surplus ones: expected answers, and changing and unchanging pairs, are about as frequent.
+
+        Surplus pairs leave the fullest group (an answer, changing or not) first, until all groups are even or half of
+        the pairs is gone: where one answer is rare, evenness would cost nearly all others.
+
+        Args:
+            seed: of the draw of the pairs that leave.
+        """
+        changed = (self.answer != self.base_answer).tolist()
+        return self.rows(torch.tensor(even(list(zip(self.answer.tolist(), changed, strict=True)), seed)))
+
     def to(self, device: torch.device | str) -> Counterfactuals:
         """The pairs on a device."""
         return replace(
@@ -202,39 +216,59 @@ class Pairs:
 
     @classmethod
     def split(
-        cls, pairs: Counterfactuals, *, dev: float = 0.15, test: float = 0.25, seed: int = 0, task: str = ""
+        cls,
+        pairs: Counterfactuals,
+        *,
+        by: str | Sequence[str] | None = None,
+        dev: float = 0.15,
+        test: float = 0.25,
+        seed: int = 0,
+        balance: bool = False,
+        task: str = "",
     ) -> Pairs:
         """Draw three splits from one set of pairs at random.
 
         Pairs that are equal (in their base and in all sources) come into one split. Names or entities may still
-        occur in several splits; where they can be memorised, make the splits by hand, by name. Answers are not
-        balanced: of few pairs a split may hold one answer more often, which raises its constant floor.
+        occur in several splits, and can then be memorised; `by` holds them out. A pair whose values would come into
+        several splits is left out, and counted in `dropped`.
 
         Args:
+            by: what no two splits share: "entity", "template" or another label (of "entity" and "source_entity" the
+                values are one list), "answer" (the words before and after the interchange), or several of these.
             dev, test: shares of the pairs.
             seed: of the draw.
+            balance: leave out surplus pairs, so that in each split the answers, and pairs that change them or do not,
+                are as frequent as each other as far as half of the pairs allows (`Counterfactuals.balanced`). Else a
+                split may hold one answer more often, which raises its constant floor.
 
         Raises:
-            ValueError: shares that leave a split empty.
+            TypeError: pairs that are no Counterfactuals.
+            ValueError: shares that leave a split empty, or a label that the pairs do not have.
         """
-        keys = [_key(pairs, i) for i in range(len(pairs))]
-        distinct = list(dict.fromkeys(keys))
-        order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
-        n_dev, n_test = round(dev * len(distinct)), round(test * len(distinct))
-        if min(n_dev, n_test, len(distinct) - n_dev - n_test) < 1:
-            raise ValueError(
-                f"dev={dev} and test={test} of {len(distinct)} different pairs leave a split without pairs; each "
-                "of train, dev and test needs at least one."
-            )
-        name_of = dict.fromkeys(distinct, "train")
-        name_of |= {distinct[i]: "dev" for i in order[:n_dev]}
-        name_of |= {distinct[i]: "test" for i in order[n_dev : n_dev + n_test]}
+        if not isinstance(pairs, Counterfactuals):
+            raise TypeError(f"Counterfactuals are split, found {type(pairs).__name__}; `from_texts` makes them.")
+        places, dropped = _drawn(pairs, {"dev": dev, "test": test}, seed), {}
+        if by is not None:
+            names = [by] if isinstance(by, str) else list(by)
+            held_out = [assigned(_values_of(pairs, name), {"dev": dev, "test": test}, seed) for name in names]
+            places = [one[0] if len(set(one)) == 1 else None for one in zip(*held_out, strict=True)]
+            if lost := places.count(None):
+                dropped[f"pairs with values of {' or '.join(names)} that stand in several splits"] = lost
         chosen = {
-            name: torch.tensor([i for i, key in enumerate(keys) if name_of[key] == name])
-            for name in ("train", "dev", "test")
+            name: [i for i, place in enumerate(places) if place == name] for name in ("train", "dev", "test")
         }
-        train, held_out, last = (pairs.rows(chosen[name]) for name in ("train", "dev", "test"))
-        return cls(train, held_out, last, task=task)
+        if empty := [name for name, own in chosen.items() if not own]:
+            raise ValueError(
+                f"dev={dev} and test={test} of {len(pairs)} pairs, with {by!r} held out, leave the {empty[0]} split "
+                "without pairs; each of train, dev and test needs at least one."
+            )
+        splits = {name: pairs.rows(torch.tensor(own)) for name, own in chosen.items()}
+        if balance:
+            even = {name: split.balanced(seed) for name, split in splits.items()}
+            if surplus := sum(len(splits[name]) - len(even[name]) for name in splits):
+                dropped["surplus pairs of the more frequent answers"] = surplus
+            splits = even
+        return cls(splits["train"], splits["dev"], splits["test"], task=task, dropped=dropped)
 
     def __repr__(self) -> str:
         train = "fresh at every step" if callable(self.train) else len(self.train)
@@ -294,6 +328,37 @@ class Pairs:
                 source_answers={v: renumbered[answer.cpu()] for v, answer in split.source_answers.items()},
             )
             object.__setattr__(self, name, changed)
+
+
+def _drawn(pairs: Counterfactuals, shares: Mapping[str, float], seed: int) -> list[str | None]:
+    """A split for each pair at random, equal pairs in one."""
+    keys = [_key(pairs, i) for i in range(len(pairs))]
+    distinct = list(dict.fromkeys(keys))
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
+    n_dev, n_test = round(shares["dev"] * len(distinct)), round(shares["test"] * len(distinct))
+    if min(n_dev, n_test, len(distinct) - n_dev - n_test) < 1:
+        raise ValueError(
+            f"dev={shares['dev']} and test={shares['test']} of {len(distinct)} different pairs leave a split without "
+            "pairs; each of train, dev and test needs at least one."
+        )
+    name_of: dict[Any, str | None] = dict.fromkeys(distinct, "train")
+    name_of |= {distinct[i]: "dev" for i in order[:n_dev]}
+    name_of |= {distinct[i]: "test" for i in order[n_dev : n_dev + n_test]}
+    return [name_of[key] for key in keys]
+
+
+def _values_of(pairs: Counterfactuals, by: str) -> list[frozenset[Any]]:
+    """What each pair must not share with another split."""
+    if by == "answer":
+        words = [pairs.answers[i].strip() for i in range(len(pairs.answers))]
+        both = zip(pairs.base_answer.tolist(), pairs.answer.tolist(), strict=True)
+        return [frozenset(words[i] for i in own) for own in both]
+    names = [name for name in ((by, f"source_{by}") if by == "entity" else (by,)) if name in pairs.labels]
+    if by not in names:
+        raise ValueError(
+            f"by={by!r}: the pairs have the labels {list(pairs.labels) or 'none'}; possible are these and 'answer'."
+        )
+    return [frozenset(own) for own in zip(*(pairs.labels[name] for name in names), strict=True)]
 
 
 def _same_answers(one: Counterfactuals, other: Counterfactuals) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from subspace_lab.reft._rows import FORMATS, Number, plain, read_rows
+from subspace_lab.core.rows import Number, plain, read_rows
 
 SHAPES = (("messages",), ("prompt", "answer"), ("text", "label"))
 ASKED = "'prompt' and 'answer', or 'messages', or 'text' and 'label'"
@@ -83,11 +83,7 @@ def read_examples(path: str | Path) -> Examples:
             The message names file and line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{path}: a data file ends in one of {', '.join(FORMATS)}.")
-    found = read_rows(path)
+    found = read_rows(path, texts=("prompt", "answer", "text"), nested=("messages",))
     columns = {name for one in found for name in one.values}
     shapes = [shape for shape in SHAPES if set(shape) <= columns]
     if len(shapes) != 1:

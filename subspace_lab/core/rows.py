@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,21 +44,34 @@ class Found:
     values: Mapping[str, Any]
 
 
-def read_rows(path: Path) -> list[Found]:
+def read_rows(path: Path, *, texts: Collection[str], nested: Collection[str]) -> list[Found]:
     """Every row of a file.
 
+    Args:
+        texts: columns that hold text, which a parquet file must not hold as numbers with fractions, times or the like.
+        nested: columns that may hold lists and objects where a JSON file is objects one after another.
+
     Raises:
-        ValueError: a file that cannot be read, with its line; one without rows.
+        FileNotFoundError: no such file.
+        ValueError: another format, a file that cannot be read, with its line, or one without rows.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise ValueError(f"{path}: a data file ends in one of {', '.join(FORMATS)}.")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty.")
-    suffix = path.suffix.lower()
     if suffix == ".parquet":
-        found = _parquet(path)
+        found = _parquet(path, texts)
     else:
-        reader = {".csv": _csv, ".jsonl": _json_lines, ".json": _json}[suffix]
+        readers = {
+            ".csv": _csv,
+            ".jsonl": lambda path, text: _json_lines(path, text, nested),
+            ".json": lambda path, text: _json(path, text, nested),
+        }
         try:
-            found = list(reader(path, _text(path)))
+            found = list(readers[suffix](path, _text(path)))
         except RecursionError:
             raise ValueError(f"{path} cannot be read: values nested too deep.") from None
     if not found:
@@ -166,9 +179,9 @@ def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON; write it as text, or leave the row out")
 
 
-def _json_lines(path: Path, text: str) -> Iterator[Found]:
+def _json_lines(path: Path, text: str, nested: Collection[str]) -> Iterator[Found]:
     if text.lstrip().startswith("["):  # a list under this name
-        yield from _json(path, text)
+        yield from _json(path, text, nested)
         return
     decoder = _decoder()
     # Not splitlines(): a text may hold other characters that Python takes for the end of a line.
@@ -184,7 +197,7 @@ def _json_lines(path: Path, text: str) -> Iterator[Found]:
             yield _row(value, where)
 
 
-def _json(path: Path, text: str) -> Iterator[Found]:
+def _json(path: Path, text: str, nested: Collection[str]) -> Iterator[Found]:
     """A list of objects, or objects one after another."""
     decoder, at = _decoder(), _after_space(text, 0)
     listed = text[at : at + 1] == "["
@@ -201,7 +214,7 @@ def _json(path: Path, text: str) -> Iterator[Found]:
         if (
             not listed
             and any(isinstance(one, dict | list) for one in row.values.values())
-            and "messages" not in value
+            and not set(nested) & set(value)
         ):
             raise ValueError(
                 f"{where} has the keys {sorted(value)}; needed is a list of objects {{column: value}}."
@@ -240,7 +253,7 @@ def _line(text: str, at: int) -> int:
 # --- Parquet ------------------------------------------------------------------------------------------------
 
 
-def _parquet(path: Path) -> list[Found]:
+def _parquet(path: Path, texts: Collection[str]) -> list[Found]:
     """Rows of a table whose types are in the file; read by `datasets` without leaving its cache on disk."""
     import datasets
 
@@ -255,9 +268,7 @@ def _parquet(path: Path) -> list[Found]:
             raise ValueError(f"{path} cannot be read: {why}") from None
     for name, kind in ((field.name, str(field.type)) for field in found.data.table.schema):
         # A double may have been a 4 in a table with gaps: its text is not in the file. A label has none but its value.
-        if name in ("prompt", "answer", "text") and not re.match(
-            r"(large_)?string|u?int\d+$|dictionary|null", kind
-        ):
+        if name in texts and not re.match(r"(large_)?string|u?int\d+$|dictionary|null", kind):
             raise ValueError(
                 f"{path}: the column {name!r} holds {kind}, which can be written as text in several ways; "
                 "save it as text."

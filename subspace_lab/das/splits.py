@@ -1,0 +1,69 @@
+"""Which pairs come into which split, and how many of each kind stay.
+
+Plain functions of lists: pairs are numbers here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+
+SPLITS = ("train", "dev", "test")
+
+
+def assigned(values: Sequence[frozenset[Hashable]], shares: Mapping[str, float], seed: int) -> list[str | None]:
+    """A split for each pair, so that no value stands in two of them; None for a pair whose values come into several.
+
+    Values are assigned one after the other in random order: to test until it has its share of the pairs, then to dev,
+    and the rest to train. Each split gets one value at least.
+
+    Args:
+        values: for each pair the values (entities, templates, words) that it must not share with another split.
+        shares: of the pairs, {"dev": 0.15, "test": 0.25}.
+
+    Raises:
+        ValueError: fewer than three values, or a split without pairs.
+    """
+    count = Counter(value for own in values for value in own)
+    order = sorted(count, key=str)
+    if len(order) < len(SPLITS):
+        raise ValueError(
+            f"{len(order)} different values ({', '.join(map(str, order))}) for three splits: each needs one."
+        )
+    random.Random(seed).shuffle(order)
+    total = sum(count.values())
+    place: dict[Hashable, str] = {}
+    for name, left_for_others in (("test", 2), ("dev", 1)):
+        got = 0
+        while len(order) > left_for_others and (not got or got + count[order[0]] / 2 <= shares[name] * total):
+            got += count[order[0]]
+            place[order.pop(0)] = name
+    place |= dict.fromkeys(order, "train")
+    found = [{place[value] for value in own} for own in values]
+    splits = [names.pop() if len(names) == 1 else None for names in found]
+    if empty := [name for name in SPLITS if name not in splits]:
+        raise ValueError(
+            f"No pair is wholly of the {empty[0]} split: {splits.count(None)} of {len(splits)} pairs have values of "
+            f"several splits ({len(count)} different values). Take other shares, another seed, or more pairs."
+        )
+    return splits
+
+
+def balanced(cells: Sequence[Hashable], seed: int) -> list[int]:
+    """Which pairs stay, so that the cells are as even as can be without losing more than half of the pairs.
+
+    Surplus pairs, drawn at random, leave the fullest cell first, until all cells are even or half of the pairs is gone.
+
+    Args:
+        cells: of each pair, what is to be even: its answer and whether it changes.
+    """
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for i, cell in enumerate(cells):
+        members[cell].append(i)
+    sizes = [len(own) for own in members.values()]
+    most = min(sizes, default=0)
+    while sum(min(size, most) for size in sizes) * 2 < len(cells):
+        most += 1
+    rng = random.Random(seed)
+    return sorted(i for own in members.values() for i in rng.sample(own, min(len(own), most)))
