@@ -41,6 +41,7 @@ from subspace_lab.core.interventions import (
 )
 from subspace_lab.core.kinds import Kind
 from subspace_lab.core.masks import Boundaries, Gates, Masked
+from subspace_lab.core.nonlinear import InvertibleMap
 from subspace_lab.core.parts import PartedSubspace
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Axes, FixedSubspace, LearnedSubspace, Subspace, pca, random_subspace
@@ -78,6 +79,7 @@ EVERY: dict[str, Callable[[], Intervention]] = {
     "parts": by_part,
     "boundary": lambda: Intervention(LearnedSubspace(WIDTH, 5, seed=1), Masked(Boundaries(5, 1, 0.5, 0.4))),
     "gates": lambda: Intervention(Axes(WIDTH), Masked(Gates(WIDTH, 1, 0.5))),
+    "invertible map": lambda: interchange(InvertibleMap(WIDTH, 3, blocks=2, hidden=5, scale=1.5, seed=1)),
     "full vector": lambda: full_vector(WIDTH),
     "neurons": lambda: interchange(Axes(WIDTH, [7, 2, 11])),
     "LoReFT": lambda: loreft(WIDTH, 3, seed=1),

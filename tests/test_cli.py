@@ -187,11 +187,12 @@ def test_several_methods_ranks_and_seeds(tmp_path):
 
 
 def test_every_method_is_searched_by_its_name(tmp_path):
-    names = "BoundlessDAS,MDAS,Mask,LDA,Probe,KMeans"
+    names = "BoundlessDAS,MDAS,Mask,LDA,Probe,KMeans,RevNet"
     result = search(*TINY, "--method", names, "--rank", "2", "--no-twin", "--out", tmp_path)
     assert result.exit_code == 0, (result.stderr, result.exception)
     fits = Fits.load(tmp_path / "model")
-    labels = ["BoundlessDAS", "MDAS 2", "Mask", "LDA", "Probe", "KMeans"]
+    labels = ["BoundlessDAS", "MDAS 2", "Mask", "LDA", "Probe", "KMeans", "RevNet 2"]
+    assert "randomly initialised twin scores far lower" in " ".join(result.output.split())
     assert [fit.method.label for fit in fits] == labels * len(fits.places)
 
 
@@ -250,6 +251,7 @@ BAD = {
             "RandomSubspace",
         ],
     ),
+    "map alone": (["--method", "RevNet"], ["RevNet", "no evidence", "DAS,RevNet"]),
     "no method": (["--method", ""], ["--method", "RandomSubspace"]),
     "method twice": (["--method", "PCA,pca"], ["twice", "PCA 8"]),
     "dev pairs": (["--dev-pairs", "0"], ["0 pairs", "1 or more"]),

@@ -75,7 +75,7 @@ def compare(
 
     Args:
         subspaces: the fits of a sweep, or {label: subspace or fit}, all of states of one width. Of a sweep those fits
-            are compared that began at a random start (all, if none did).
+            are compared that began at a random start (all, if none did); nonlinear maps have no overlap.
         seeds: {label: what tells its random start from the others}, of all or of none; of fits they are known.
         same_start_allowed: compare also what was trained from one start.
 
@@ -104,8 +104,9 @@ def compare(
 
 def _labelled(fits: Fits) -> dict[str, Fit]:
     """The trained fits of a sweep, each under the parts of its name that others do not share."""
-    trained = [fit for fit in fits if fit.start is not None and not fit.method.control]
-    chosen = trained or list(fits)
+    linear = [fit for fit in fits if all(subspace.linear for _, subspace in fit.alignment.variables.values())]
+    trained = [fit for fit in linear if fit.start is not None and not fit.method.control]
+    chosen = trained or linear
     parts = [(fit.place, fit.method.label, f"seed {fit.seed}") for fit in chosen]
     differing = [k for k in range(3) if len({part[k] for part in parts}) > 1] or [0]
     labels = [", ".join(part[k] for k in differing) for part in parts]

@@ -247,6 +247,8 @@ def _methods(names: str | None, ranks: list[int]) -> list[Method]:
         # Where a rank is only an upper limit, all of the span is taken.
         ranked = any(f.name == "rank" and f.default is not None for f in fields(kind))
         found.append(kind(**({"rank": ranks} if ranked else {})))
+    if all(method.caution for method in found):
+        raise ValueError(f"--method {names}: {found[0].caution} Search another method beside it, as DAS,{names}.")
     return found
 
 

@@ -45,12 +45,14 @@ class Subspace(Kind, ABC):
         rank: k.
         moving: of a learned basis in parts those that train, None for others.
         copies: whether `swap` copies the source's coordinates to the bit, where others add a rounded difference.
+        linear: whether it is a subspace, with a basis. `core/nonlinear.py` has what is none.
     """
 
     width: int
     rank: int
     moving: tuple[str, ...] | None = None
     copies: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
 
     @abstractmethod
     def basis(self) -> Float[Tensor, "rank width"]:

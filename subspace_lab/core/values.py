@@ -129,9 +129,10 @@ class FromSource(Value):
     def edit(
         self, subspace: Subspace, h: Tensor, source: Source, write: bool, dropout: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """The same; where the subspace copies coordinates (axes do) exact to the bit, where a sum would round."""
+        """The same; exact to the bit where the subspace copies coordinates (axes do), and by the map itself where it
+        is no linear one."""
         fits = isinstance(source, Tensor) and source.shape == h.shape
-        if subspace.copies and write and self.parts is None and fits:
+        if (subspace.copies or not subspace.linear) and write and self.parts is None and fits:
             assert isinstance(source, Tensor)
             return subspace.swap(h, source)
         return super().edit(subspace, h, source, write, dropout)

@@ -26,6 +26,7 @@ from subspace_lab.das.methods import (
     Probe,
     Problem,
     RandomSubspace,
+    RevNet,
 )
 from subspace_lab.das.objectives import (
     Divergence,
@@ -79,6 +80,7 @@ __all__ = [
     "Prompt",
     "RandomSubspace",
     "Ranking",
+    "RevNet",
     "SquaredError",
     "Standing",
     "SweepInterrupted",

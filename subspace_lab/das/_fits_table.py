@@ -93,6 +93,7 @@ def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
         )
         lines += _suspicion(fits, chosen, floors.highest, metric)
     lines += _by_kind(fits, chosen, metric)
+    lines += dict.fromkeys(fit.method.caution for fit in fits if fit.method.caution)
     lines += _left_out(fits.facts)
     if len(fits.places) > MOST_ROWS:
         lines.append(f"The first {MOST_ROWS} of {len(fits.places)} places are shown; `records()` has all.")

@@ -30,6 +30,7 @@ from subspace_lab.das.methods.method import Learner, Method, Problem
 from subspace_lab.das.methods.pca import PCA
 from subspace_lab.das.methods.probe import Probe
 from subspace_lab.das.methods.random_subspace import RandomSubspace
+from subspace_lab.das.methods.revnet import RevNet
 
 __all__ = [
     "DAS",
@@ -46,4 +47,5 @@ __all__ = [
     "Probe",
     "Problem",
     "RandomSubspace",
+    "RevNet",
 ]

@@ -73,7 +73,8 @@ class Learner:
         self.subspaces = dict(subspaces)
         self.start = start
         self.edits: dict[Site, nn.Module] = interchanges(self.subspaces)
-        first = {name: subspace.basis().detach().clone() for name, (_, subspace) in subspaces.items()}
+        linear = {name: subspace for name, (_, subspace) in subspaces.items() if subspace.linear}
+        first = {name: subspace.basis().detach().clone() for name, subspace in linear.items()}
         self._first = {} if start is None else first
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -123,9 +124,11 @@ class Method(ABC):
 
     Class attributes:
         control: whether it says what chance or the whole state gives, so that it is never "the best" of a sweep.
+        caution: what has to be known to read its scores, shown below every table that has them.
     """
 
     control: ClassVar[bool] = False
+    caution: ClassVar[str] = ""
 
     @abstractmethod
     def learner(self, problem: Problem) -> Learner:
