@@ -29,9 +29,8 @@ from subspace_lab.model.resolved_sites import resolve
 from subspace_lab.model.sources import Unmatched, all_rows, expect_unmatched, fitted
 
 CHUNK = 64  # pairs a run, at most
-TOKENS = (
-    2048  # a run on the CPU: with more the blocks' intermediate results leave its caches (64 × 64: 15 % slower)
-)
+# Of a run on the CPU: with more the intermediate results leave its caches (64 × 64 tokens: 15 % slower).
+TOKENS = 2048
 SMALL_BATCH = 2**16  # numbers
 
 Assignment = Mapping[str, Site]
