@@ -46,10 +46,16 @@ def ours(case: Case, config: TrainingConfig, layers: list[int]) -> int:
     sites = [Site("block_output", layer, p) for layer in layers for p in POSITIONS]
     pairs = PreparedPairs.of(backbone, data, [{"v": site} for site in sites])
     print(pairs.engine.describe(), file=sys.stderr)
-    for i, site in enumerate(sites):
-        learner = Learner({"v": (site, LearnedSubspace(case.width, case.rank, seed=i).to(case.device))}, start=i)
-        fit([learner], [from_pool(pairs, {"v": site}, config)], [config], cross_entropy)
-        print(f"  {i + 1}/{len(sites)} {site}   ", end="\r", file=sys.stderr, flush=True)
+    learners = [
+        Learner({"v": (site, LearnedSubspace(case.width, case.rank, seed=i).to(case.device))}, start=i)
+        for i, site in enumerate(sites)
+    ]
+    done = 0
+    for cohort in pairs.engine.cohorts([(site,) for site in sites], config.batch_size):
+        draws = [from_pool(pairs, {"v": sites[i]}, config) for i in cohort]
+        fit([learners[i] for i in cohort], draws, [config] * len(cohort), cross_entropy)
+        done += len(cohort)
+        print(f"  {done}/{len(sites)}   ", end="\r", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return len(sites) * config.steps
 

@@ -15,16 +15,17 @@ nothing but their logits counts, as everywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
+from subspace_lab.core.sites import Site
 from subspace_lab.das.answers import NONE, Spelled, as_spelled
 from subspace_lab.das.pairs import Counterfactuals
-from subspace_lab.engine.protocol import Engine
+from subspace_lab.engine.protocol import Engine, Part
 from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.edits import Edits, Sources
@@ -112,11 +113,28 @@ class SpelledAnswers:
         Of the vocabulary (pairs, answers + 1): 1 for the answer of which every token is the highest of the vocabulary,
         or for the last entry, which is none, and 0 elsewhere.
         """
+        part = self._inside(Part(rows, edits, sources))
+        logits = self.inner.logits(part.rows, part.edits, part.sources, unmatched, vocabulary=vocabulary)
+        return self._of_answers(logits, vocabulary)
+
+    def side_by_side(self, parts: Sequence[Part], unmatched: Unmatched = "refuse") -> Float[Tensor, "pair answer"]:
+        """As `Engine.side_by_side`."""
+        return self._of_answers(self.inner.side_by_side([self._inside(part) for part in parts], unmatched), False)
+
+    def cohorts(self, sets: Sequence[tuple[Site, ...]], rows: int) -> list[list[int]]:
+        """As `Engine.cohorts`."""
+        return self.inner.cohorts(sets, rows * self.rows_a_pair)
+
+    def _inside(self, part: Part) -> Part:
+        """The rows of the engine below that some pairs are."""
         n = self.rows_a_pair
-        inner = (rows[:, None] * n + torch.arange(n, device=rows.device)).flatten()
-        given = None if sources is None else {site: _repeated(of, n) for site, of in sources.items()}
-        logits = self.inner.logits(inner, edits, given, unmatched, vocabulary=vocabulary)
-        read = rearrange(logits, "(p r) j v -> p r j v", r=n).float()
+        rows = (part.rows[:, None] * n + torch.arange(n, device=part.rows.device)).flatten()
+        sources = None if part.sources is None else {site: _repeated(of, n) for site, of in part.sources.items()}
+        return Part(rows, part.edits, sources)
+
+    def _of_answers(self, logits: Tensor, vocabulary: bool) -> Float[Tensor, "pair answer"]:
+        """What `logits` gives, from the logits of the rows below."""
+        read = rearrange(logits, "(p r) j v -> p r j v", r=self.rows_a_pair).float()
         longest = self._column.shape[1]
         if vocabulary:
             highest = read.argmax(-1)[:, self._row, :longest]
@@ -128,7 +146,7 @@ class SpelledAnswers:
             chosen = read[:, self._row, :longest].masked_fill(~self._others, -torch.inf)
             # Behind the end of an answer nothing is compared, and −∞ alone has no softmax.
             chosen = torch.where(self._there[..., None], chosen, 0.0).log_softmax(-1)
-        picked = chosen.gather(-1, self._column.expand(len(rows), -1, -1)[..., None])[..., 0]
+        picked = chosen.gather(-1, self._column.expand(len(read), -1, -1)[..., None])[..., 0]
         return torch.where(self._there, picked, 0.0).sum(-1)
 
 

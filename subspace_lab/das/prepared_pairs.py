@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from subspace_lab.das.objectives import Loss, Outcome, Towards
 from subspace_lab.das.pairs import Counterfactuals, Stream
 from subspace_lab.engine.frozen_past import FrozenPast
 from subspace_lab.engine.plain import PlainEngine
-from subspace_lab.engine.protocol import Engine
+from subspace_lab.engine.protocol import Engine, Part
 from subspace_lab.engine.readouts import Readout
 from subspace_lab.engine.stacking import Stack, rows_of
 from subspace_lab.engine.training import TrainingConfig, shuffled_rows, train_together
@@ -283,7 +284,9 @@ def fit(
     on_step: Callable[[int, list[float]], None] | None = None,
     unmatched: Unmatched = "refuse",
 ) -> list[list[float]]:
-    """Train learners at one place, all in one run over a stacked batch, each as if it were alone.
+    """Train learners, all in one run over a stacked batch, each as if it were alone.
+
+    Learners may be at several places. Those at one place stand behind each other, so that they share its edits.
 
     Args:
         draws: for each learner the pairs of its steps; all from one engine, equally many a step.
@@ -298,7 +301,8 @@ def fit(
     Raises:
         FloatingPointError: a loss that is not finite.
     """
-    stacked = stacked_edits([learner.edits for learner in learners])
+    places = [list(of) for _, of in groupby(range(len(learners)), lambda i: tuple(learners[i].edits))]
+    stacks = [stacked_edits([learners[i].edits for i in of]) for of in places]
     groups = [
         (group, config) for one, config in zip(learners, configs, strict=True) for group in one.parameter_groups()
     ]
@@ -309,9 +313,11 @@ def fit(
         for learner in learners:
             learner.advance(step / steps)
         drawn = [draw(step) for draw in draws]
-        pairs = torch.cat([one.pairs for one in drawn])
-        sources = _joined([one.sources for one in drawn])
-        logits = one_read(drawn[0].of.engine.logits(pairs, stacked, sources, unmatched))
+        parts = [
+            Part(torch.cat([drawn[i].pairs for i in of]), stack, _joined([drawn[i].sources for i in of]))
+            for of, stack in zip(places, stacks, strict=True)
+        ]
+        logits = one_read(drawn[0].of.engine.side_by_side(parts, unmatched))
         by_pair = loss(logits, torch.cat([one.targets(loss) for one in drawn]).to(logits.device))
         if weighted:
             weights = [one.weights(learner.weights) for one, learner in zip(drawn, learners, strict=True)]

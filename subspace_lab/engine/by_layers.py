@@ -12,6 +12,7 @@ from subspace_lab.core.sites import Site
 from subspace_lab.engine.prefix import Prefix
 from subspace_lab.engine.readouts import Readout
 from subspace_lab.engine.strategies import FrozenData, Refusal, Resumption, Strategy
+from subspace_lab.model.resolved_sites import ResolvedSite
 
 
 class ByLayers(Strategy):
@@ -50,8 +51,20 @@ class ByLayers(Strategy):
         states = None if stored is None else stored[at.to(stored.device)]
         if states is not None:
             states = states.to(data.backbone.device, non_blocking=True)
-        resolved = {site: data.sites[site].rows(rows) for site in sites}
-        return Resumption(data.inputs(rows), boundary, states, resolved, readout.rows(rows))
+        return Resumption(data.inputs(rows), boundary, states, self.resolved(rows, sites), readout.rows(rows))
+
+    def resolved(self, rows: Tensor, sites: Sequence[Site]) -> dict[Site, ResolvedSite]:
+        """As in the data set."""
+        return {site: self._data.sites[site].rows(rows) for site in sites}
+
+    def tokens_of(self, sites: Sequence[Site]) -> object:
+        """All tokens run, whatever the sites."""
+        return "all"
+
+    def length_of(self, sites: Sequence[Site]) -> float:
+        """All real tokens; one where a row is no sequence."""
+        real = self._data.batch.real_tokens()
+        return 1.0 if real is None else float(real.sum(1).double().mean())
 
     def trial(self) -> tuple[list[Tensor], list[Site]]:
         """No more than what is tried of every strategy."""

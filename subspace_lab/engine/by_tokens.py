@@ -153,8 +153,20 @@ class ByTokens(Strategy):
         states = prefix.states.get(plan.boundary)
         if states is not None:
             states = gather_tokens(states, at, suffix.stored(states.shape[1]), 0).to(device, non_blocking=True)
-        resolved = {site: place.rows(rows) for site, place in plan.resolved.items()}
-        return Resumption(inputs, plan.boundary, states, resolved, replace(readout.rows(rows), index=suffix.reads))
+        read = replace(readout.rows(rows), index=suffix.reads)
+        return Resumption(inputs, plan.boundary, states, self.resolved(rows, sites), read)
+
+    def resolved(self, rows: Tensor, sites: Sequence[Site]) -> dict[Site, ResolvedSite]:
+        """Counted from the first token that runs."""
+        return {site: place.rows(rows) for site, place in self._plan(tuple(sites)).resolved.items()}
+
+    def tokens_of(self, sites: Sequence[Site]) -> object:
+        """The object that sites with the same first tokens share."""
+        return id(self._plan(tuple(sites)).aligned)
+
+    def length_of(self, sites: Sequence[Site]) -> float:
+        """From the first edited one to the last that is read."""
+        return float(self._plan(tuple(sites)).aligned.length.double().mean())
 
     def trial(self) -> tuple[list[Tensor], list[Site]]:
         """The rows that begin earliest and latest, and the sites that do."""

@@ -18,7 +18,8 @@ A model may break what the first two assume, so each is compared with the plain 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,18 +29,20 @@ from subspace_lab.core.sites import Site
 from subspace_lab.engine.budget import budgets, placement
 from subspace_lab.engine.by_layers import ByLayers
 from subspace_lab.engine.by_tokens import ByTokens
+from subspace_lab.engine.cohorts import cohorts_of, fixed_cost
 from subspace_lab.engine.fingerprint import Fingerprint, tensors_of, why_not_frozen
 from subspace_lab.engine.longest import depends_on_longest, reaches
 from subspace_lab.engine.notices import say_once
 from subspace_lab.engine.plain import PlainEngine
 from subspace_lab.engine.prefix import Prefix
+from subspace_lab.engine.protocol import Part
 from subspace_lab.engine.readouts import Readout, expect_rows
 from subspace_lab.engine.strategies import FrozenData, Refusal, Strategy
 from subspace_lab.engine.trust import disagreement
 from subspace_lab.model.arguments import expect_edits, expect_integer, expect_sites
-from subspace_lab.model.backbone import Backbone, expect_backbone
+from subspace_lab.model.backbone import Backbone, Hook, expect_backbone
 from subspace_lab.model.batches import Batch
-from subspace_lab.model.edits import Edits, Sources, edit_hooks
+from subspace_lab.model.edits import Edits, Sources, edit_hooks, grouped
 from subspace_lab.model.offloading import is_offloaded
 from subspace_lab.model.resolved_sites import resolve
 from subspace_lab.model.sources import Unmatched
@@ -131,28 +134,64 @@ class FrozenPast:
             RuntimeError: the model or the data were changed after the pass.
             ValueError: a site that was not named; otherwise, and TypeError, as `Engine.logits`.
         """
-        expect_rows(rows)
-        expect_edits(edits)
-        unknown = [site for site in edits if site not in self.sites]
-        if unknown:
-            raise ValueError(
-                f"{unknown} were not named when this FrozenPast was made; it serves {list(self.sites)}."
-            )
-        if self._strategy is None:
+        strategy = self._strategy_for([Part(rows, edits, sources)])
+        if strategy is None:
             return self.plain.logits(rows, edits, sources, unmatched, vocabulary=vocabulary)
+        readout = self.readout.over_vocabulary() if vocabulary else self.readout
+        return self._resume(strategy, [Part(rows, edits, sources)], readout, unmatched)
+
+    def side_by_side(self, parts: Sequence[Part], unmatched: Unmatched = "refuse") -> Tensor:
+        """The logits of several parts, one behind the other; see `Engine.side_by_side`. Errors as of `logits`."""
+        if len(parts) == 1:
+            return self.logits(parts[0].rows, parts[0].edits, parts[0].sources, unmatched)
+        strategy = self._strategy_for(parts)
+        if strategy is None or len({strategy.tokens_of(tuple(part.edits)) for part in parts}) > 1:
+            return torch.cat([self.logits(part.rows, part.edits, part.sources, unmatched) for part in parts])
+        return self._resume(strategy, parts, self.readout, unmatched)
+
+    def cohorts(self, sets: Sequence[tuple[Site, ...]], rows: int) -> list[list[int]]:
+        """Which sets of sites had best run side by side; see `Engine.cohorts` and `engine/cohorts.py`."""
+        if self._strategy is None or self.prefix is None:
+            return [[i] for i in range(len(sets))]
+        alike: dict[object, list[int]] = {}
+        for i, sites in enumerate(sets):
+            served = self._strategy.serves(sites)
+            alike.setdefault(self._strategy.tokens_of(sites) if served else f"alone {i}", []).append(i)
+        chain, found = self._data.chain, []
+        widths = [state.shape[-1] for state in self.prefix.states.values()]
+        fixed = fixed_cost(max(widths, default=None), self.backbone.device.type)
+        for numbers in alike.values():
+            starts = [chain.before(sets[i]) for i in numbers]
+            tokens = self._strategy.length_of(sets[numbers[0]])
+            cohorts = cohorts_of(starts, len(chain.blocks), rows, tokens, fixed)
+            found += [[numbers[i] for i in cohort] for cohort in cohorts]
+        return found
+
+    def _strategy_for(self, parts: Sequence[Part]) -> Strategy | None:
+        """The strategy by which these runs start in the middle, if they can; errors as of `logits`."""
+        for part in parts:
+            expect_rows(part.rows)
+            expect_edits(part.edits)
+            unknown = [site for site in part.edits if site not in self.sites]
+            if unknown:
+                raise ValueError(
+                    f"{unknown} were not named when this FrozenPast was made; it serves {list(self.sites)}."
+                )
+        if self._strategy is None:
+            return None
         changed = self._fingerprint.changed()
         if changed:
             raise RuntimeError(
                 f"The model or the data set was changed after its past was computed ({changed}); make a new FrozenPast."
             )
-        if not self._strategy.serves(tuple(edits)):
-            say_once(
-                f"edits at {list(edits)} together run the whole model at each step, which is slower: no states "
-                "are stored for where they begin. Name them as a tuple among the sites of FrozenPast."
-            )
-            return self.plain.logits(rows, edits, sources, unmatched, vocabulary=vocabulary)
-        readout = self.readout.over_vocabulary() if vocabulary else self.readout
-        return self._resume(self._strategy, rows, edits, readout, sources, unmatched)
+        for part in parts:
+            if not self._strategy.serves(tuple(part.edits)):
+                say_once(
+                    f"edits at {list(part.edits)} together run the whole model at each step, which is slower: no "
+                    "states are stored for where they begin. Name them as a tuple among the sites of FrozenPast."
+                )
+                return None
+        return self._strategy
 
     # --- which strategy ---------------------------------------------------------------------------------------
 
@@ -251,7 +290,7 @@ class FrozenPast:
         plain = PlainEngine(self.backbone, self.batch, readout)
 
         def resumed(rows: Tensor, edits: Edits) -> Tensor:
-            return self._resume(strategy, rows, edits, readout)
+            return self._resume(strategy, [Part(rows, edits)], readout)
 
         sites = [by_depth[0], by_depth[-1], *more_sites]
         # Of rows of different lengths the shortest alone as well: what depends on a batch's longest row differs there.
@@ -266,22 +305,38 @@ class FrozenPast:
     # --- resuming ---------------------------------------------------------------------------------------------
 
     def _resume(
-        self,
-        strategy: Strategy,
-        rows: Tensor,
-        edits: Edits,
-        readout: Readout,
-        sources: Sources | None = None,
-        unmatched: Unmatched = "refuse",
+        self, strategy: Strategy, parts: Sequence[Part], readout: Readout, unmatched: Unmatched = "refuse"
     ) -> Tensor:
-        rows = rows.cpu()
+        """One run, from the first block that any part edits; the rows of deeper parts run the blocks before too.
+
+        Until their own first edit these rows are what they are without any, so that nothing has to be put in.
+        """
+        rows = torch.cat([part.rows.cpu() for part in parts])
         prefix, at = (
             (strategy.compute(rows), torch.arange(len(rows))) if self.prefix is None else (self.prefix, rows)
         )
-        run = strategy.resume(rows, tuple(edits), readout, prefix, at)
-        hooks = edit_hooks(edits, run.resolved, sources, unmatched)
-        hooks = self._data.chain.resuming(run.boundary, run.states, hooks)
+        chain = self._data.chain
+        lowest = min(parts, key=lambda part: chain.before(part.edits))
+        run = strategy.resume(rows, tuple(lowest.edits), readout, prefix, at)
+        hooks, start = [], 0
+        for part in parts:
+            resolved = run.resolved if len(parts) == 1 else strategy.resolved(part.rows.cpu(), tuple(part.edits))
+            own = edit_hooks(part.edits, resolved, part.sources, unmatched)
+            place = slice(start, start + len(part.rows))
+            hooks += own if len(parts) == 1 else [_within(hook, place) for hook in own]
+            start = place.stop
+        hooks = chain.resuming(run.boundary, run.states, grouped(hooks))
         return self.plain.reader.run(run.inputs, hooks, run.readout, self._weights)
+
+
+def _within(hook: Hook, place: slice) -> Hook:
+    """A hook that sees some rows of a batch alone."""
+
+    def act(value: Tensor) -> Tensor | None:
+        new = hook.act(value[place])
+        return None if new is None else torch.cat([value[: place.start], new, value[place.stop :]])
+
+    return replace(hook, act=act)
 
 
 def _named(sites: Any) -> tuple[list[Site], list[tuple[Site, ...]]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from subspace_lab.core.sites import Site
 from subspace_lab.engine.fingerprint import Fingerprint, tensors_of
+from subspace_lab.engine.protocol import Part
 from subspace_lab.engine.readouts import LogitReader, Readout, expect_rows
 from subspace_lab.model.arguments import expect_edits
 from subspace_lab.model.backbone import Backbone, expect_backbone
@@ -64,6 +65,14 @@ class PlainEngine:
         hooks = edit_hooks(edits, self._resolved_in(edits, rows), sources, unmatched)
         readout = self.readout.over_vocabulary() if vocabulary else self.readout
         return self.reader.run(model_inputs(self.backbone.model, part), hooks, readout.rows(rows))
+
+    def side_by_side(self, parts: Sequence[Part], unmatched: Unmatched = "refuse") -> Tensor:
+        """As `Engine.side_by_side`, one part after the other."""
+        return torch.cat([self.logits(part.rows, part.edits, part.sources, unmatched) for part in parts])
+
+    def cohorts(self, sets: Sequence[tuple[Site, ...]], rows: int) -> list[list[int]]:
+        """As `Engine.cohorts`: each alone."""
+        return [[i] for i in range(len(sets))]
 
     def _resolved_in(self, sites: Iterable[Site], rows: Tensor) -> dict[Site, ResolvedSite]:
         """Where the sites are in some rows.

@@ -139,5 +139,17 @@ class Strategy(ABC):
         """
 
     @abstractmethod
+    def resolved(self, rows: Tensor, sites: Sequence[Site]) -> dict[Site, ResolvedSite]:
+        """{site: where it is in a run of some rows}."""
+
+    @abstractmethod
+    def tokens_of(self, sites: Sequence[Site]) -> object:
+        """What tells which tokens run: sets of sites with equal answers can run side by side."""
+
+    @abstractmethod
+    def length_of(self, sites: Sequence[Site]) -> float:
+        """How many tokens of a row run, on average."""
+
+    @abstractmethod
     def trial(self) -> tuple[list[Tensor], list[Site]]:
         """Rows and sites at which this strategy is most likely to go wrong, for its check."""
