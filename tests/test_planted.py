@@ -36,13 +36,10 @@ from subspace_lab.tasks.planted import (
     planted_decoder,
     planted_regression,
     simplex,
+    squared_error,
 )
 
 SEEDS, SEARCHED = range(10), range(3)
-
-
-def squared_error(logits: Tensor, answer: Tensor) -> Tensor:
-    return (logits - nn.functional.one_hot(answer, logits.shape[1])).square().sum(-1)
 
 
 def iia_of(planted: Planted, alignment: Alignment) -> float:

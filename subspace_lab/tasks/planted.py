@@ -88,6 +88,11 @@ def simplex(rank: int) -> Float[Tensor, "value rank"]:
     return (math.sqrt(rank + 1) * centred @ basis.T).float()
 
 
+def squared_error(logits: Float[Tensor, "pair value"], answer: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+    """|y − e_v|², the regression's loss: 0 for every pair where the subspace is R₀ and for no other of its rank."""
+    return (logits - nn.functional.one_hot(answer, logits.shape[-1])).square().sum(-1)
+
+
 def planted_regression(
     seed: int = 0, *, width: int = 32, rank: int = 4, batch: int = 256, dev: int = 256, test: int = 512
 ) -> Planted:

@@ -1,0 +1,90 @@
+"""The pieces of benchmarks/das_quality.py: which figures a file keeps, intervals, and pairs of the first argument."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = str(Path(__file__).resolve().parents[1] / "benchmarks")
+
+
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import das_quality
+
+    return das_quality
+
+
+def figure(value: float) -> dict[str, float]:
+    return {"median": value, "low": value, "high": value, "n": 1}
+
+
+def test_a_part_replaces_its_own_figures_and_keeps_the_others(quality: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    first = {"one": ({"a": figure(1), "b": figure(2)}, {"steps": 3}), "two": ({"c": figure(4)}, {"steps": 5})}
+    settings, results = quality.merged(str(path), first)
+    assert results == {"a": figure(1), "b": figure(2), "c": figure(4)}
+    quality.report("das_quality", settings, results, "cpu", str(path))
+    # Measured again, part one has no figure "b" any more.
+    settings, results = quality.merged(str(path), {"one": ({"a": figure(6)}, {"steps": 7})})
+    assert results == {"c": figure(4), "a": figure(6)}
+    assert settings == {
+        "one": {"steps": 7, "figures": ["a"]},
+        "two": {"steps": 5, "figures": ["c"]},
+    }
+    assert quality.merged(None, {"one": ({"a": figure(6)}, {})})[1] == {"a": figure(6)}
+
+
+def test_an_unknown_part_is_refused(
+    quality: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["das_quality.py", "--part", "planted,plants"])
+    with pytest.raises(SystemExit):
+        quality.main()
+    assert "unknown ['plants']; possible are ['planted', 'compiled'" in capsys.readouterr().err
+
+
+def test_the_interval_of_a_mean(quality: ModuleType) -> None:
+    """By hand: mean 3, standard deviation sqrt(2.5), t 2.776 for five values."""
+    found = quality.mean_figure([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found["mean"] == 3 and found["median"] == 3 and found["n"] == 5
+    assert (
+        found["mean_high"] - 3 == pytest.approx(2.776 * (2.5 / 5) ** 0.5) == pytest.approx(3 - found["mean_low"])
+    )
+
+
+def test_pairs_of_the_first_argument(quality: ModuleType) -> None:
+    pairs = quality.first_argument(2000, 5)
+    base, source = pairs.base.positional, pairs.sources["a"].positional
+    (a, b, c, d), (of_a, of_b, _, _) = base.split(4, 1), source.split(4, 1)
+    fits = of_a.eq(b).all(1)
+    assert torch.equal(pairs.answer.bool(), fits == c.eq(d).all(1))
+    assert torch.equal(pairs.base_answer.bool(), a.eq(b).all(1) == c.eq(d).all(1))
+    # No constant answer, nor the base's, says more than chance; sources are equal as often as bases, whatever fits.
+    for share in (
+        fits,
+        pairs.answer.bool(),
+        pairs.answer == pairs.base_answer,
+        of_a.eq(of_b).all(1)[fits],
+        of_a.eq(of_b).all(1)[~fits],
+    ):
+        assert abs(share.float().mean() - 0.5) < 0.06
+
+
+def test_what_a_part_measured_is_written(
+    quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "figures.json"
+    monkeypatch.setattr("sys.argv", ["das_quality.py", "--quick", "--part", "planted", "--json", str(path)])
+    monkeypatch.setitem(quality.PARTS, "planted", lambda args: ({"x": figure(float(args.quick))}, {"steps": 2}))
+    quality.main()
+    written = json.loads(path.read_text())
+    assert written["name"] == "das_quality" and written["results"] == {"x": figure(1.0)}
+    planted = written["settings"]["planted"]
+    assert planted["figures"] == ["x"] and planted["steps"] == 2 and planted["quick"] is True
+    assert "torch" in planted["machine"]
