@@ -6,6 +6,7 @@ Knows engine, model and core.
 from subspace_lab.das.answered import only_answered
 from subspace_lab.das.causal_models import CausalModel
 from subspace_lab.das.counterfactuals import Prompt, Task, counterfactual_dataset
+from subspace_lab.das.damage import damage
 from subspace_lab.das.datafiles import load_pairs
 from subspace_lab.das.encoding import encode, from_texts
 from subspace_lab.das.estimates import Estimate
@@ -91,6 +92,7 @@ __all__ = [
     "complement_stays",
     "counterfactual_dataset",
     "cross_entropy",
+    "damage",
     "default_methods",
     "disentangle",
     "encode",
