@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from subspace_lab.cli.asked import Asked, of_data, of_task
 from subspace_lab.cli.common import (
     INTERRUPTED,
     check_device,
@@ -27,17 +27,15 @@ from subspace_lab.cli.loading import SHIPPED, Source, load_causal, load_tokenize
 
 if TYPE_CHECKING:
     from subspace_lab.core.sites import Site
-    from subspace_lab.das.counterfactuals import Task
     from subspace_lab.das.fits import Fits
     from subspace_lab.das.methods import Method
     from subspace_lab.model.backbone import Backbone
 else:  # names in annotations have to exist at run time as well, and importing these takes seconds
-    Backbone = Fits = Method = Site = Task = Any
+    Backbone = Fits = Method = Site = Any
 
 # Where the answer is made and, for contrast, tokens before it; a task that is not named here gives all its spans.
 POSITIONS = {"price_tagging": "amount,unit,query,last"}
 MIN_ACCURACY = 0.9
-MOST_PAIRS = 1_000_000
 
 
 def search(
@@ -47,9 +45,22 @@ def search(
             help="A folder, a .gguf file, a name on the Hub.", show_default="a small decoder that comes along"
         ),
     ] = None,
-    task: Annotated[str, typer.Option(help="A wrong name is answered with those that exist.")] = "price_tagging",
+    task: Annotated[
+        str | None,
+        typer.Option(help="A wrong name is answered with those that exist.", show_default="price_tagging"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Pairs of your own instead of a task: .jsonl, .json, .csv, .parquet.", show_default="none"
+        ),
+    ] = None,
+    split_by: Annotated[
+        str | None,
+        typer.Option(help="Of --data, what no two splits share: entity, template, answer.", show_default="none"),
+    ] = None,
     variable: Annotated[
-        str | None, typer.Option(help="Of the task's causal model.", show_default="the task's")
+        str | None, typer.Option(help="Of the task's causal model, or of the data.", show_default="the task's")
     ] = None,
     layers: Annotated[str, typer.Option(help="'all', '0,2' or '1-3'.")] = "all",
     positions: Annotated[
@@ -70,9 +81,17 @@ def search(
     rank: Annotated[str, typer.Option(help="Dimensions of each subspace: 8, or several as 2,4,8.")] = "8",
     steps: Annotated[int, typer.Option(help="Training steps at each site.")] = 60,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 5e-2,
-    pairs: Annotated[int, typer.Option(help="Counterfactual pairs to train on.")] = 1000,
-    dev_pairs: Annotated[int, typer.Option(help="Held-out pairs by which sites and ranks are chosen.")] = 200,
-    test_pairs: Annotated[int, typer.Option(help="Held-out pairs of which the scores are reported.")] = 400,
+    pairs: Annotated[
+        int | None, typer.Option(help="Of a task: counterfactual pairs to train on.", show_default="1000")
+    ] = None,
+    dev_pairs: Annotated[
+        int | None,
+        typer.Option(help="Of a task: held-out pairs by which sites and ranks are chosen.", show_default="200"),
+    ] = None,
+    test_pairs: Annotated[
+        int | None,
+        typer.Option(help="Of a task: held-out pairs of which the scores are reported.", show_default="400"),
+    ] = None,
     seed: Annotated[
         str,
         typer.Option(help="Of the random starts: 0, or several as 0,1,2. The first also draws pairs and twin."),
@@ -124,38 +143,32 @@ def search(
             from subspace_lab.model.backbone import Backbone
 
             folder = stack.enter_context(taken_folder(out, say))
-            if (most := max(pairs, dev_pairs, test_pairs)) > MOST_PAIRS:
-                raise ValueError(f"{most} pairs are more than a task is sampled for: possible are {MOST_PAIRS:,}.")
+            scored = _answers(answers)
             config = TrainingConfig(steps=steps, learning_rate=learning_rate)
             ranks, seeds = _integers("--rank", rank), _integers("--seed", seed)
-            methods = _methods(method, ranks)
-            chosen, variable = _task(task, variable)
+            numbers = {"train": pairs, "dev": dev_pairs, "test": test_pairs}
+            if data is None:
+                asked: Asked = of_task(task, variable, numbers, seeds[0], scored, chat, split_by)
+            else:
+                asked = of_data(data, task, variable, numbers, seeds[0], scored, chat, split_by)
+            methods = _methods(method, ranks, several=len(asked.variables) > 1)
             check_numbers(positions or "")
-            specs = _positions(positions or POSITIONS.get(task), _spans(chosen))
+            specs = _positions(positions or POSITIONS.get(asked.name), asked.spans)
             device, dtype = check_device(device), check_dtype(dtype)
             source = Source(model, trust_remote_code)
             tokenizer, network = load_tokenizer(source), load_causal(source, device, dtype)
             backbone = Backbone(network)
             sites = _sites(backbone, component, layers, specs, max(ranks))
-            data = chosen.pairs(
-                tokenizer,
-                train=pairs,
-                dev=dev_pairs,
-                test=test_pairs,
-                seed=seeds[0],
-                variables=[variable],
-                answers=_answers(answers),
-                chat=chat,
-            )
+            made = asked.pairs(tokenizer)
         interrupted, control = False, None
         with threads(network):
             with refusing({"min_accuracy=None": "--allow-failing-model"}):
                 bar = None if allow_failing_model else MIN_ACCURACY
                 if not count_all and not allow_failing_model:
-                    data = only_answered(backbone, data, min_accuracy=bar)
+                    made = only_answered(backbone, made, min_accuracy=bar)
                 run = partial(
                     search_sites,
-                    pairs=data,
+                    pairs=made,
                     sites=sites,
                     methods=methods,
                     config=config,
@@ -174,7 +187,9 @@ def search(
                 )
         settings |= {
             "model": model or SHIPPED,
-            "variable": variable,
+            "task": asked.name,
+            "variable": ", ".join(asked.variables),
+            **asked.settings,
             "positions": ",".join(specs),
             "device": str(backbone.device),
             "dtype": str(network.dtype).removeprefix("torch."),
@@ -223,15 +238,15 @@ def _answers(text: str) -> Literal["token", "sequence"]:
     return "token" if text == "token" else "sequence"
 
 
-def _methods(names: str | None, ranks: list[int]) -> list[Method]:
-    """The methods asked for, those with a rank once for each rank."""
+def _methods(names: str | None, ranks: list[int], *, several: bool) -> list[Method]:
+    """The methods asked for, those with a rank once for each rank; `several` variables are exchanged at each site."""
     from dataclasses import fields
 
     from subspace_lab.das import methods
     from subspace_lab.das.search import default_methods
 
     if names is None:
-        return default_methods(ranks)
+        return default_methods(ranks, shared_site=several)
     known = {
         name.lower(): kind
         for name, kind in vars(methods).items()
@@ -252,21 +267,6 @@ def _methods(names: str | None, ranks: list[int]) -> list[Method]:
     return found
 
 
-def _task(name: str, variable: str | None) -> tuple[Task, str]:
-    from subspace_lab.tasks import load_task
-
-    task = load_task(name)
-    possible = [*task.causal_model.inputs, *task.causal_model.variables]
-    if variable is not None and variable not in possible:
-        raise ValueError(f"--variable {variable}: the task {name!r} has {possible}.")
-    return task, variable or task.variable
-
-
-def _spans(task: Task) -> list[str]:
-    """The named positions of a task's prompts, which are the same in all of them."""
-    return list(task.prompt(task.sample(random.Random(0), "train")).spans)
-
-
 def _positions(text: str | None, spans: list[str]) -> list[str]:
     """The position specs asked for, all spans by default."""
     from subspace_lab.core.positions import names, normalise
@@ -276,11 +276,11 @@ def _positions(text: str | None, spans: list[str]) -> list[str]:
         try:
             spec = normalise(part)
         except ValueError as error:
-            raise ValueError(f"--positions: {error} This task's spans are {spans}.") from None
+            raise ValueError(f"--positions: {error} The spans are {spans}.") from None
         unknown = [name for name in names(spec) if name not in spans]
         if unknown:
             raise ValueError(
-                f"--positions {part}: no span of this task is called {unknown[0]!r}; its spans are {spans}. Also "
+                f"--positions {part}: no span is called {unknown[0]!r}; the spans are {spans}. Also "
                 "possible: all, first, last, f3, l2, an integer, a slice like 2:5; '+' joins several."
             )
         specs.append(spec)

@@ -57,6 +57,7 @@ def load_pairs(
     tokenizer: Any,
     *,
     columns: Mapping[str, str] | None = None,
+    variable: str | None = None,
     by: str | Sequence[str] | None = None,
     dev: float = 0.15,
     test: float = 0.25,
@@ -74,6 +75,7 @@ def load_pairs(
         data: a .jsonl, .json, .csv or .parquet file, a `datasets.Dataset`, {split: data set}, or a list of rows.
         tokenizer: a fast Hugging Face tokenizer.
         columns: {name here: what the column is called in the data}.
+        variable: keep only the pairs that exchange this variable and no other; by default all pairs.
         by: what no two splits share, as of `Pairs.split`; not with a column `split`.
         dev, test, seed: of the splits that are drawn, as of `Pairs.split`.
         balance: leave out surplus pairs of the more frequent answers in each split (`Counterfactuals.balanced`).
@@ -89,9 +91,7 @@ def load_pairs(
             a span that is not in its text, answers that no token tells apart, or a split without pairs. The message
             names the row.
     """
-    rows = [_row(one) for one in _checked(_read(data), columns or {})]
-    _check_alike(rows)
-    dropped: dict[str, int] = {}
+    rows, dropped = _of_variable(_rows(data, columns), variable)
     if drop:
         rows = _answerable(rows, tokenizer, chat, dropped)
     named = task if task is not None else Path(data).stem if isinstance(data, str | Path) else ""
@@ -120,6 +120,12 @@ def load_pairs(
             dropped["surplus pairs of the more frequent answers"] = surplus
         splits = even
     return Pairs(splits["train"], splits["dev"], splits["test"], task=named, dropped=dropped)
+
+
+def described(data: Any, columns: Mapping[str, str] | None = None) -> tuple[list[str], list[str]]:
+    """(the variables, the named positions) of data, which are read and checked as `load_pairs` does."""
+    rows = _rows(data, columns)
+    return list(dict.fromkeys(name for row in rows for name in row.sources)), list(rows[0].spans)
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,24 @@ class _Cells:
 
     def has(self, name: str) -> bool:
         return self.values.get(name) not in (None, "")
+
+
+def _rows(data: Any, columns: Mapping[str, str] | None) -> list[_Row]:
+    rows = [_row(one) for one in _checked(_read(data), columns or {})]
+    _check_alike(rows)
+    return rows
+
+
+def _of_variable(rows: list[_Row], variable: str | None) -> tuple[list[_Row], dict[str, int]]:
+    """The rows that exchange this variable alone, and how many do not."""
+    if variable is None:
+        return rows, {}
+    kept = [row for row in rows if list(row.sources) == [variable]]
+    if not kept:
+        found = dict.fromkeys(", ".join(row.sources) for row in rows)
+        raise ValueError(f"No pair exchanges {variable!r} alone; exchanged are {', or '.join(found)}.")
+    lost = len(rows) - len(kept)
+    return kept, {"pairs that exchange other variables": lost} if lost else {}
 
 
 def _read(data: Any) -> list[Found]:

@@ -1,0 +1,110 @@
+"""What `subspace-lab search` is asked to search for: a task, or pairs of a user's own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from subspace_lab.das.pairs import Pairs
+else:  # names in annotations have to exist at run time as well, and importing these takes seconds
+    Pairs = Any
+
+Answers = Literal["token", "sequence"]
+TASK = "price_tagging"
+PAIRS = {"train": 1000, "dev": 200, "test": 400}
+OPTIONS = {"train": "--pairs", "dev": "--dev-pairs", "test": "--test-pairs"}
+MOST_PAIRS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is searched for.
+
+    Attributes:
+        name: of the task, or of the file.
+        variables: that are exchanged.
+        spans: the named positions.
+        pairs: tokenizer → the pairs.
+        settings: what results tell of this.
+    """
+
+    name: str
+    variables: list[str]
+    spans: list[str]
+    pairs: Callable[[Any], Pairs]
+    settings: Mapping[str, Any]
+
+
+def of_task(
+    task: str | None,
+    variable: str | None,
+    numbers: Mapping[str, int | None],
+    seed: int,
+    answers: Answers,
+    chat: bool,
+    split_by: str | None,
+) -> Asked:
+    """A task that comes along (ValueError for one that does not exist, or without the variable)."""
+    from subspace_lab.tasks import load_task
+
+    if split_by is not None:
+        raise ValueError(f"--split-by {split_by} is for --data: the splits of a task share no names or entities.")
+    n = {name: PAIRS[name] if given is None else given for name, given in numbers.items()}
+    if (most := max(n.values())) > MOST_PAIRS:
+        raise ValueError(f"{most} pairs are more than a task is sampled for: possible are {MOST_PAIRS:,}.")
+    chosen = load_task(task or TASK)
+    possible = [*chosen.causal_model.inputs, *chosen.causal_model.variables]
+    if variable is not None and variable not in possible:
+        raise ValueError(f"--variable {variable}: the task {chosen.name!r} has {possible}.")
+    name = variable or chosen.variable
+    return Asked(
+        chosen.name,
+        [name],
+        list(chosen.prompt(chosen.sample(random.Random(0), "train")).spans),  # the same in all prompts
+        lambda tokenizer: chosen.pairs(
+            tokenizer,
+            train=n["train"],
+            dev=n["dev"],
+            test=n["test"],
+            seed=seed,
+            variables=[name],
+            answers=answers,
+            chat=chat,
+        ),
+        {"pairs": n["train"], "dev_pairs": n["dev"], "test_pairs": n["test"]},
+    )
+
+
+def of_data(
+    data: str,
+    task: str | None,
+    variable: str | None,
+    numbers: Mapping[str, int | None],
+    seed: int,
+    answers: Answers,
+    chat: bool,
+    split_by: str | None,
+) -> Asked:
+    """Pairs of a file, which is read and checked at once."""
+    from subspace_lab.das.datafiles import described, load_pairs
+
+    if task is not None:
+        raise ValueError(f"--task {task} and --data {data}: one of the two is searched, not both.")
+    if given := [OPTIONS[name] for name, n in numbers.items() if n is not None]:
+        raise ValueError(f"{', '.join(given)}: how many pairs are drawn is for --task; of --data all are taken.")
+    variables, spans = described(data)
+    if variable is not None and variable not in variables:
+        raise ValueError(f"--variable {variable}: the data have {variables}.")
+    return Asked(
+        Path(data).stem,
+        variables if variable is None else [variable],
+        spans or ["last"],
+        lambda tokenizer: load_pairs(
+            data, tokenizer, variable=variable, by=split_by, seed=seed, answers=answers, chat=chat, drop=True
+        ),
+        {},
+    )
