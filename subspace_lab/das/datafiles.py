@@ -80,8 +80,9 @@ def load_pairs(
         dev, test, seed: of the splits that are drawn, as of `Pairs.split`.
         balance: leave out surplus pairs of the more frequent answers in each split (`Counterfactuals.balanced`).
         answers, chat, add_special_tokens: as of `from_texts`.
-        drop: leave out pairs with an answer that the tokenizer cannot write, or that begins with another answer; else
-            they are refused.
+        drop: leave out pairs with an answer that the tokenizer cannot write, or that begins with another answer, which
+            are refused otherwise; with answers="token", where these are few, also those whose first token another one
+            has, since reading more than one token costs a run for each beginning of an answer.
         task: what the pairs are about, for people; by default the file's name.
 
     Raises:
@@ -93,7 +94,7 @@ def load_pairs(
     """
     rows, dropped = _of_variable(_rows(data, columns), variable)
     if drop:
-        rows = _answerable(rows, tokenizer, chat, dropped)
+        rows = _answerable(rows, tokenizer, answers, chat, dropped)
     named = task if task is not None else Path(data).stem if isinstance(data, str | Path) else ""
 
     variables = list(dict.fromkeys(name for row in rows for name in row.sources))
@@ -378,13 +379,15 @@ def _listed(own: Any) -> str:
     return str(sorted(own) if isinstance(own, set) else own)
 
 
-def _answerable(rows: list[_Row], tokenizer: Any, chat: bool, dropped: dict[str, int]) -> list[_Row]:
+def _answerable(
+    rows: list[_Row], tokenizer: Any, answers: Answers, chat: bool, dropped: dict[str, int]
+) -> list[_Row]:
     """The rows whose answers the tokenizer can write and tell apart."""
     words = list(
         dict.fromkeys(a for row in rows for a in (row.base_answer, row.answer, *row.source_answers.values()))
     )
     prompts = [as_message(tokenizer, row.base, {})[0] if chat else row.base for row in rows]
-    _, left = serving(Speller(tokenizer), words, prompts, "sequence")
+    _, left = serving(Speller(tokenizer), words, prompts, answers)
     kept = [row for row in rows if not {row.base_answer, row.answer, *row.source_answers.values()} & set(left)]
     for why in dict.fromkeys(left.values()):
         dropped[f"answers, {why} ({', '.join(a for a in left if left[a] == why)})"] = sum(

@@ -149,8 +149,9 @@ class Counterfactuals:
     def balanced(self, seed: int = 0) -> Counterfactuals:
         """The pairs without surplus ones: expected answers, and changing and unchanging pairs, are about as frequent.
 
-        Surplus pairs leave the fullest group (an answer, changing or not) first, until all groups are even or half of
-        the pairs is gone: where one answer is rare, evenness would cost nearly all others.
+        Surplus pairs leave the fullest group (an answer, changing or not) first, until all groups are even, half of the
+        pairs is gone (where one answer is rare, evenness would cost nearly all others), or no group holds more than a
+        twentieth of them, so that no constant answer is worth anything.
 
         Args:
             seed: of the draw of the pairs that leave.

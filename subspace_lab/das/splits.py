@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 
 SPLITS = ("train", "dev", "test")
+HARMLESS = 20  # a cell of one pair in so many or fewer is not made smaller
 
 
 def assigned(values: Sequence[frozenset[Hashable]], shares: Mapping[str, float], seed: int) -> list[str | None]:
@@ -53,7 +54,8 @@ def assigned(values: Sequence[frozenset[Hashable]], shares: Mapping[str, float],
 def balanced(cells: Sequence[Hashable], seed: int) -> list[int]:
     """Which pairs stay, so that the cells are as even as can be without losing more than half of the pairs.
 
-    Surplus pairs, drawn at random, leave the fullest cell first, until all cells are even or half of the pairs is gone.
+    Surplus pairs, drawn at random, leave the fullest cell first, until all cells are even, half of the pairs is gone, or
+    no cell holds more than a twentieth of them: a constant answer is then of no use any more.
 
     Args:
         cells: of each pair, what is to be even: its answer and whether it changes.
@@ -64,6 +66,8 @@ def balanced(cells: Sequence[Hashable], seed: int) -> list[int]:
     sizes = [len(own) for own in members.values()]
     most = min(sizes, default=0)
     while sum(min(size, most) for size in sizes) * 2 < len(cells):
+        most += 1
+    while most < max(sizes, default=0) and (most + 1) * HARMLESS <= sum(min(size, most + 1) for size in sizes):
         most += 1
     rng = random.Random(seed)
     return sorted(i for own in members.values() for i in rng.sample(own, min(len(own), most)))

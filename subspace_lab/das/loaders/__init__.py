@@ -1,0 +1,30 @@
+"""Public data sets as rows of pairs, in the schema of `das/datafiles.py`: a file a data set.
+
+Each gives a list of rows, of which `load_pairs` makes pairs with any tokenizer:
+
+    load_pairs(ravel("ravel/data", "city", "Country"), tokenizer, drop=True)
+"""
+
+from subspace_lab.das.loaders.causalgym import minimal_pairs, suite, templates_of
+from subspace_lab.das.loaders.mib import (
+    attribute_of,
+    carry_of,
+    counterfactuals_of,
+    indirect_objects,
+    position_of,
+    token_of,
+)
+from subspace_lab.das.loaders.ravel import ravel
+
+__all__ = [
+    "attribute_of",
+    "carry_of",
+    "counterfactuals_of",
+    "indirect_objects",
+    "minimal_pairs",
+    "position_of",
+    "ravel",
+    "suite",
+    "templates_of",
+    "token_of",
+]

@@ -1,0 +1,117 @@
+"""RAVEL (Huang et al. 2024, arXiv 2402.17700): attributes of cities, laureates, objects, verbs and occupations.
+
+Its files, as published, for an entity type TYPE:
+
+    ravel_TYPE_entity_attributes.json      {entity: {attribute: value}}
+    ravel_TYPE_attribute_to_prompts.json   {attribute: [prompt with %s in the entity's place]}
+    ravel_TYPE_entity_to_split.json        {entity: train | val | test}
+    ravel_TYPE_prompt_to_split.json        {prompt: train | val | test}
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from subspace_lab.das.loaders._parts import Row, expect, numbers_of, read
+
+ITS_SPLIT = {"train": "train", "dev": "val", "test": "test"}
+PLACE = "%s"
+PATIENCE = 1000  # draws of two entities that differ
+
+
+def ravel(
+    folder: str | Path,
+    entity_type: str,
+    variable: str,
+    *,
+    isolated: Sequence[str] | None = None,
+    pairs: int | Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """Rows of pairs about one attribute: in half of them it is asked for, in half another one is.
+
+    Where it is asked (kind "cause"), the answer after the interchange is the source's. Where another attribute is asked
+    (kind "isolate"), the base's answer has to stay. The two entities of a pair differ in the variable, and in the
+    attribute asked. Base and source have one prompt. Splits are RAVEL's own, of entities and of prompts. The position
+    `entity` is the entity; labels are entity, source_entity, template and kind.
+
+    Args:
+        folder: of RAVEL's files.
+        entity_type: "city", "nobel_prize_winner", "physical_object", "verb" or "occupation".
+        variable: the attribute that is searched for, "Country" say.
+        isolated: the other attributes that are asked for; by default all.
+        pairs: how many, {"train": 1000, "dev": 200, "test": 400} or the number to train on.
+        seed: of the draw.
+
+    Raises:
+        FileNotFoundError: no such files.
+        ValueError: an attribute that does not exist, or a split without entities or prompts.
+    """
+    folder = Path(folder)
+    files = {
+        what: expect(read(folder / f"ravel_{entity_type}_{what}.json"), dict, f"ravel_{entity_type}_{what}.json")
+        for what in ("entity_attributes", "attribute_to_prompts", "entity_to_split", "prompt_to_split")
+    }
+    facts, prompts = files["entity_attributes"], files["attribute_to_prompts"]
+    others = [name for name in prompts if name != variable] if isolated is None else list(isolated)
+    if unknown := [name for name in (variable, *others) if name not in prompts]:
+        raise ValueError(f"{unknown} are no attributes of {entity_type!r}; it has {list(prompts)}.")
+    rng, rows = random.Random(seed), []
+    for split, n in numbers_of(pairs).items():
+        own = ITS_SPLIT[split]
+        entities = [name for name, of in files["entity_to_split"].items() if of == own and name in facts]
+        asked = {
+            name: [p for p in prompts[name] if files["prompt_to_split"].get(p) == own and p.count(PLACE) == 1]
+            for name in (variable, *others)
+        }
+        others_here = [name for name in others if asked[name]]
+        if len(entities) < 2 or not asked[variable]:
+            raise ValueError(
+                f"The {own} split has {len(entities)} entities and {len(asked[variable])} prompts that ask for "
+                f"{variable!r}: too few for pairs."
+            )
+        for i in range(n):
+            attribute = rng.choice(others_here) if i % 2 and others_here else variable
+            base, source = _two(rng, entities, facts, {variable, attribute})
+            rows.append(_row(base, source, rng.choice(asked[attribute]), attribute, variable, facts, split))
+    return rows
+
+
+def _two(
+    rng: random.Random, entities: Sequence[str], facts: Mapping[str, Mapping[str, Any]], differ: set[str]
+) -> tuple[str, str]:
+    """Two entities that have these attributes, with different values."""
+    for _ in range(PATIENCE):
+        one, other = rng.sample(entities, 2)
+        values = [(facts[one].get(name), facts[other].get(name)) for name in differ]
+        if all(a and b and a != b for a, b in values):
+            return one, other
+    raise ValueError(f"In {PATIENCE} draws no two entities differed in {sorted(differ)}.")
+
+
+def _row(
+    base: str,
+    source: str,
+    prompt: str,
+    attribute: str,
+    variable: str,
+    facts: Mapping[str, Mapping[str, Any]],
+    split: str,
+) -> Row:
+    at = prompt.index(PLACE)
+    return {
+        "base": prompt.replace(PLACE, base),
+        "source": {variable: prompt.replace(PLACE, source)},
+        "base_answer": str(facts[base][attribute]),
+        "source_answer": {variable: str(facts[source][attribute])},
+        "answer": str(facts[source if attribute == variable else base][attribute]),
+        "position": {"entity": {"base": [at, at + len(base)], "source": [at, at + len(source)]}},
+        "entity": base,
+        "source_entity": source,
+        "template": prompt,
+        "kind": "cause" if attribute == variable else "isolate",
+        "split": split,
+    }
