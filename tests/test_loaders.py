@@ -45,7 +45,8 @@ def at(row: dict[str, Any], name: str, side: str) -> str:
 def cities(tmp_path: Path) -> Path:
     names = [f"City{i}" for i in range(18)]
     facts = {
-        name: {"Country": (c := list(COUNTRIES)[i % 3]), "Language": COUNTRIES[c]} for i, name in enumerate(names)
+        name: {"Country": (c := list(COUNTRIES)[i % 3]), "Language": f"{COUNTRIES[c]},Other"}
+        for i, name in enumerate(names)
     }
     prompts = {
         "Country": ["%s is in", "the land of %s is", 'Lima is in Peru, {"city": "%s", "country": "'],

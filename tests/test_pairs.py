@@ -372,3 +372,18 @@ def test_a_split_can_be_balanced_and_counts_what_leaves() -> None:
     lost = made.dropped["surplus pairs of the more frequent answers"]
     assert lost == 200 - sum(map(len, (made.train, made.dev, made.test))) > 0
     assert f"left out: {lost} surplus pairs" in repr(made)
+
+
+def test_many_answers_are_left_as_they_are() -> None:
+    """Of 100 answers none is worth anything as a constant one: evenness would only cost pairs."""
+    n = 300
+    g = torch.Generator().manual_seed(0)
+    data = replace(
+        counterfactuals(0, n=n), answers=tuple(map(str, range(100))), tokens=None,
+        base_answer=torch.randint(0, 100, (n,), generator=g), answer=torch.randint(0, 100, (n,), generator=g),
+    )  # fmt: skip
+    assert len(data.balanced()) == n
+    often = replace(data, answer=torch.where(torch.arange(n) % 2 == 0, 0, data.answer))
+    kept = often.balanced()
+    share = (kept.answer == 0).float().mean().item()
+    assert len(kept) >= n / 2 and share < 0.5 * (often.answer == 0).float().mean().item()

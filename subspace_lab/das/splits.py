@@ -54,7 +54,7 @@ def assigned(values: Sequence[frozenset[Hashable]], shares: Mapping[str, float],
 def balanced(cells: Sequence[Hashable], seed: int) -> list[int]:
     """Which pairs stay, so that the cells are as even as can be without losing more than half of the pairs.
 
-    Surplus pairs, drawn at random, leave the fullest cell first, until all cells are even, half of the pairs is gone, or
+    Surplus pairs, drawn at random, leave the fullest cell first, until all cells are even, half of the pairs is gone or
     no cell holds more than a twentieth of them: a constant answer is then of no use any more.
 
     Args:

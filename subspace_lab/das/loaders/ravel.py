@@ -11,12 +11,14 @@ Its files, as published, for an entity type TYPE:
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from subspace_lab.das.loaders._parts import Row, expect, numbers_of, read
 
+ALTERNATIVES = re.compile(r",(?! )")  # "Arabic,Kurdish"; a comma with a space behind it is part of a value
 ITS_SPLIT = {"train": "train", "dev": "val", "test": "test"}
 PLACE = "%s"
 PATIENCE = 1000  # draws of two entities that differ
@@ -36,7 +38,8 @@ def ravel(
     Where it is asked (kind "cause"), the answer after the interchange is the source's. Where another attribute is asked
     (kind "isolate"), the base's answer has to stay. The two entities of a pair differ in the variable, and in the
     attribute asked. Base and source have one prompt. Splits are RAVEL's own, of entities and of prompts. The position
-    `entity` is the entity; labels are entity, source_entity, template and kind.
+    `entity` is the entity; of several values ("Arabic,Kurdish") the first is the answer; labels are entity,
+    source_entity, template and kind.
 
     Args:
         folder: of RAVEL's files.
@@ -101,13 +104,16 @@ def _row(
     facts: Mapping[str, Mapping[str, Any]],
     split: str,
 ) -> Row:
+    def value(entity: str) -> str:
+        return ALTERNATIVES.split(str(facts[entity][attribute]))[0]
+
     at = prompt.index(PLACE)
     return {
         "base": prompt.replace(PLACE, base),
         "source": {variable: prompt.replace(PLACE, source)},
-        "base_answer": str(facts[base][attribute]),
-        "source_answer": {variable: str(facts[source][attribute])},
-        "answer": str(facts[source if attribute == variable else base][attribute]),
+        "base_answer": value(base),
+        "source_answer": {variable: value(source)},
+        "answer": value(source if attribute == variable else base),
         "position": {"entity": {"base": [at, at + len(base)], "source": [at, at + len(source)]}},
         "entity": base,
         "source_entity": source,
