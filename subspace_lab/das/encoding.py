@@ -111,8 +111,8 @@ def from_texts(
             "difference", the words that differ between the base and its source. A piece may be a pair of numbers, the
             characters [start, end) of the text.
         labels: {name: for each pair a text}, such as "entity", "template" and "kind" (see `Counterfactuals`).
-        answers: of answers that are several tokens, "token" scores the first ones up to the token that tells an answer
-            from all others, "sequence" the whole answer, by the sum of its tokens' log probabilities.
+        answers: of answers that are several tokens, "token" scores the first ones up to the token that tells an
+            answer from all others, "sequence" the whole answer, by the sum of its tokens' log probabilities.
         chat: make each text a user's message by the tokenizer's chat template, to which the model answers.
         add_special_tokens: as of the tokenizer; a chat template brings its own.
 
