@@ -236,6 +236,11 @@ def renamed(old: str, new: str) -> list[dict[str, Any]]:
         (changed(answer="Zebra"), "'Zebra' cannot be written with this tokenizer"),
         ([{k: v for k, v in row.items() if k != "entity" or i} for i, row in enumerate(ROWS)], "differ in labels"),
         (ROWS[:1], "leave a split without pairs"),
+        (renamed("span.unit", "span."), "a span is called '', which is no name"),
+        (renamed("span.unit", "span.f3"), "a span is called 'f3', which is no name, or has a meaning"),
+        (renamed("span.unit", "span.last"), "'last' and is not the last of 'price : "),
+        ([{**row, "variable": "base"} for row in without("span.amount.source", "span.amount.base")], "called 'base'"),
+        (changed(base_answer="a \ud800"), "which holds half of a character"),
         ([], "The data have no rows"),
     ],
 )  # fmt: skip

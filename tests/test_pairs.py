@@ -387,3 +387,9 @@ def test_many_answers_are_left_as_they_are() -> None:
     kept = often.balanced()
     share = (kept.answer == 0).float().mean().item()
     assert len(kept) >= n / 2 and share < 0.5 * (often.answer == 0).float().mean().item()
+
+
+@pytest.mark.parametrize("share", [float("nan"), float("inf")])
+def test_shares_that_are_none_are_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="needed is a share of the pairs"):
+        Pairs.split(counterfactuals(0), dev=share)

@@ -35,6 +35,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from subspace_lab.core.positions import names
 from subspace_lab.core.rows import FORMATS, Found, Number, read_rows
 from subspace_lab.das.answers import Answers, Speller, serving
 from subspace_lab.das.encoding import as_message, from_texts, span_of
@@ -225,7 +226,11 @@ def _spelled(value: Any) -> Any:
 
 def _checked(found: Sequence[Found], columns: Mapping[str, str]) -> list[_Cells]:
     """The rows by the names here; ValueError for columns that are missing or misspelt."""
+    if not isinstance(columns, Mapping):
+        raise TypeError(f"columns is {{name here: name in the data}}, found {type(columns).__name__}.")
     there = list(dict.fromkeys(name for one in found for name in one.values))
+    if odd := [name for name in there if not isinstance(name, str)]:
+        raise TypeError(f"{found[0].where} has the column {odd[0]!r} ({type(odd[0]).__name__}); names are text.")
     if unknown := sorted(set(columns) - {*NEEDED, *OTHERS} - {n for n in columns if "." in n}):
         raise ValueError(
             f"columns={dict(columns)}: {unknown} are no columns of a pair; possible are {[*NEEDED, *OTHERS]}."
@@ -274,11 +279,22 @@ def _row(cells: _Cells) -> _Row:
             raise ValueError(f"{cells.where} is of the split {given!r}; possible are {', '.join(SPLITS)}.")
     spans = _spans(cells, list(sources))
     for name, of in spans.items():
+        if name != "last" and not (name.isidentifier() and names(name)):
+            raise ValueError(
+                f"{cells.where}: a span is called {name!r}, which is no name, or has a meaning of its own among "
+                "positions; rename it."
+            )
         for which, piece in of.items():
             try:
-                span_of(base if which == "base" else sources[which], piece, name)
+                at = span_of(base if which == "base" else sources[which], piece, name)
             except ValueError as error:
                 raise ValueError(f"{cells.where}: {error}") from None
+            text = base if which == "base" else sources[which]
+            if name == "last" and text[at[1] :].strip():
+                raise ValueError(
+                    f"{cells.where}: a span is called 'last' and is not the last of {text!r}; that name means the last "
+                    "token of the prompt: rename it."
+                )
     return _Row(
         where=cells.where,
         base=base,

@@ -126,8 +126,14 @@ def from_texts(
     sources = (
         {"variable": list(source)} if not isinstance(source, Mapping) else {k: list(v) for k, v in source.items()}
     )
+    if "base" in sources:
+        raise ValueError(
+            "A variable cannot be called 'base', which is what the base is called in spans; rename it."
+        )
     told = source_answer or {}
     told = dict(told) if isinstance(told, Mapping) else dict.fromkeys(sources, told)
+    if unknown := sorted(set(told) - set(sources)):
+        raise ValueError(f"source_answer has {unknown}; the variables are {list(sources)}.")
     texts = {"base": list(base), **sources}
     given = {"base": base, "answer": answer, "base_answer": base_answer, **sources, **(labels or {})}
     given |= {f"source_answer of {name}": of for name, of in told.items()}
@@ -239,6 +245,10 @@ def _check_texts(name: str, rows: Any) -> None:
     for i, one in enumerate(rows):
         if not isinstance(one, str):
             raise TypeError(f"{name}[{i}] is {one!r} ({type(one).__name__}); needed is text.")
+        try:
+            one.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name}[{i}] is {one!a}, which holds half of a character: no text.") from None
 
 
 def _pieces(name: str, pieces: Pieces, texts: Mapping[str, list[str]]) -> dict[str, list[Any]]:
@@ -297,6 +307,10 @@ def span_of(text: str, piece: str | Sequence[int], name: str) -> Sequence[int]:
         ValueError: a piece that the text does not contain, or characters that are outside of it.
     """
     if not isinstance(piece, str):
+        if len(piece) != 2 or not all(isinstance(one, int) for one in piece):
+            raise ValueError(
+                f"The position {name!r} is at {piece!r}; needed is a piece of text, or its [start, end)."
+            )
         start, end = piece
         if not 0 <= start < end <= len(text):
             raise ValueError(
@@ -355,6 +369,8 @@ def _batch(
         mask[i, : len(own)] = 1
         if _ends_by_itself(tokenizer, own, texts[i]):
             lengths[i] -= 1
+        if not texts[i] or not lengths[i]:
+            raise ValueError(f"Text {i} is {texts[i]!r}: it has no token at which anything could be read.")
         for name in names:
             columns[name][i] = _last_token(offsets, span[name], name, texts[i])
     shorter = bool((lengths != mask.sum(1)).any())
@@ -372,8 +388,9 @@ def _encoded(tokenizer: Any, text: str, special: bool) -> tuple[list[int], list[
 
 def _ends_by_itself(tokenizer: Any, ids: list[int], text: str) -> bool:
     """Whether the tokenizer put an end-of-text token behind a text that has none."""
-    end = tokenizer.eos_token_id
-    return end is not None and len(ids) > 1 and ids[-1] == end and not text.endswith(tokenizer.eos_token)
+    ends = {tokenizer.eos_token_id: tokenizer.eos_token, tokenizer.sep_token_id: tokenizer.sep_token}
+    ends.pop(None, None)
+    return len(ids) > 1 and ids[-1] in ends and not text.endswith(ends[ids[-1]])
 
 
 def _last_token(offsets: list[tuple[int, int]], span: Sequence[int], name: str, text: str) -> int:

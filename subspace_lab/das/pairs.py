@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspace_lab.core.arguments import whole_number
 from subspace_lab.das.answers import Spelled, as_spelled, as_tensor, check_apart, telling
 from subspace_lab.das.splits import assigned
 from subspace_lab.das.splits import balanced as even
@@ -248,6 +250,10 @@ class Pairs:
         """
         if not isinstance(pairs, Counterfactuals):
             raise TypeError(f"Counterfactuals are split, found {type(pairs).__name__}; `from_texts` makes them.")
+        whole_number(seed, "seed")
+        for name, share in (("dev", dev), ("test", test)):
+            if isinstance(share, bool) or not isinstance(share, int | float) or not math.isfinite(share):
+                raise ValueError(f"{name}={share!r}: needed is a share of the pairs, as 0.2.")
         places, dropped = _drawn(pairs, {"dev": dev, "test": test}, seed), {}
         if by is not None:
             names = [by] if isinstance(by, str) else list(by)
