@@ -148,10 +148,12 @@ def test_a_filter_that_leaves_no_pair_is_an_error_with_its_counts():
 
 
 def test_labels_are_those_of_the_base():
-    kinds = replace(PARITY, entity="a", kind=lambda base, exchanged: f"{base['a'] % 2} {','.join(exchanged)}")
+    kinds = replace(
+        PARITY, entity="a", kind=lambda base, exchanged, changes: f"{base['a'] % 2} {exchanged} {changes}"
+    )
     for row in counterfactual_dataset(kinds, 40, split="train", seed=0):
         a, _ = numbers_of(row["base"])
-        assert row["entity"] == str(a) and row["kind"] == f"{a % 2} a_odd"
+        assert row["entity"] == str(a) and row["kind"] == f"{a % 2} ['a_odd'] {row['changes']}"
         assert row["template"] == str(int(row["base"].startswith("the")))
     assert not {"entity", "kind"} & set(counterfactual_dataset(PARITY, 4, split="train", seed=0).column_names)
     pairs = kinds.pairs(word_level(), train=20, dev=4, test=8)

@@ -47,8 +47,8 @@ class Task:
             wording varies, `template`. The splits share no names, entities or amounts.
         prompt: setting → prompt; every setting of a task has the same span names.
         entity: the name in a setting of what the prompt is about (a city, a noun), for splits and intervals by entity.
-        kind: (setting of a base, variables exchanged) → the kind of the pair, where it is more than whether the answer
-            changes: "cause" where an exchanged attribute is asked for, "isolate" where another one is.
+        kind: (setting of a base, variables exchanged, whether the answer changes) → the kind of the pair, where it is
+            more than that; see `cause_or_isolate`.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Task:
     sample: Callable[[random.Random, str], dict[str, Any]]
     prompt: Callable[[Mapping[str, Any]], Prompt]
     entity: str | None = None
-    kind: Callable[[Mapping[str, Any], Sequence[str]], str] | None = None
+    kind: Callable[[Mapping[str, Any], Sequence[str], bool], str] | None = None
 
     def inputs(self, setting: Mapping[str, Any]) -> dict[str, Any]:
         """The part of `setting` that the causal model reads; the wording is not its concern."""
@@ -118,6 +118,17 @@ class Task:
         drawn = [self.prompt(self.sample(rng, split)) for split in SPLITS for _ in range(PROMPTS_TRIED)]
         prompts = [as_message(tokenizer, one.text, {})[0] if chat else one.text for one in drawn]
         return serving(Speller(tokenizer), list(dict.fromkeys(self.answers.values())), prompts, answers)
+
+
+def cause_or_isolate(base: Mapping[str, Any], exchanged: Sequence[str], changes: bool) -> str:
+    """The kind of a pair whose base asks for an `attribute` (RAVEL, Huang et al. 2024, arXiv 2402.17700).
+
+    "cause" where the attribute is exchanged and the answer must follow, "isolate" where another one is exchanged and
+    the answer must stay, "same" where base and source have the same value, which says little.
+    """
+    if base["attribute"] not in exchanged:
+        return "isolate"
+    return "cause" if changes else "same"
 
 
 def counted(left: Mapping[str, str]) -> dict[str, int]:
@@ -318,5 +329,5 @@ class CounterfactualPair:
         if "template" in self.base:
             row["template"] = str(self.base["template"])
         if task.kind is not None:
-            row["kind"] = task.kind(self.base, list(self.sources))
+            row["kind"] = task.kind(self.base, list(self.sources), self.changes)
         return row

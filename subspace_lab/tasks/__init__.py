@@ -1,19 +1,42 @@
 """Tasks: a causal model, prompts that pose it, and the tokens that answer; one file each."""
 
 from subspace_lab.das.counterfactuals import Task
+from subspace_lab.tasks.addition import ADDITION, DIGIT_SUMS
+from subspace_lab.tasks.city_attribute import CITY_ATTRIBUTE
 from subspace_lab.tasks.entity_attribute import ENTITY_ATTRIBUTE
 from subspace_lab.tasks.indirect_object import INDIRECT_OBJECT
+from subspace_lab.tasks.multiple_choice import MULTIPLE_CHOICE
+from subspace_lab.tasks.number_agreement import NUMBER_AGREEMENT
 from subspace_lab.tasks.price_tagging import PRICE_TAGGING
 from subspace_lab.tasks.story_gender import STORY_GENDER
 
-__all__ = ["ENTITY_ATTRIBUTE", "INDIRECT_OBJECT", "PRICE_TAGGING", "STORY_GENDER", "load_task"]
-
 _TASKS = {
-    "price_tagging": PRICE_TAGGING,
-    "indirect_object": INDIRECT_OBJECT,
-    "entity_attribute": ENTITY_ATTRIBUTE,
-    "story_gender": STORY_GENDER,
+    task.name: task
+    for task in (
+        PRICE_TAGGING,
+        INDIRECT_OBJECT,
+        ENTITY_ATTRIBUTE,
+        STORY_GENDER,
+        CITY_ATTRIBUTE,
+        NUMBER_AGREEMENT,
+        ADDITION,
+        DIGIT_SUMS,
+        MULTIPLE_CHOICE,
+    )
 }
+
+__all__ = [
+    "ADDITION",
+    "CITY_ATTRIBUTE",
+    "DIGIT_SUMS",
+    "ENTITY_ATTRIBUTE",
+    "INDIRECT_OBJECT",
+    "MULTIPLE_CHOICE",
+    "NUMBER_AGREEMENT",
+    "PRICE_TAGGING",
+    "STORY_GENDER",
+    "load_task",
+]
 
 
 def load_task(name: str) -> Task:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from subspace_lab.das.causal_models import CausalModel
-from subspace_lab.das.counterfactuals import Prompt, Task, check_split
+from subspace_lab.das.counterfactuals import Prompt, Task, cause_or_isolate, check_split
 from subspace_lab.tasks.wording import fill
 
 COUNTRIES = ("France", "Japan", "Peru", "Kenya", "Norway", "India")
@@ -71,4 +71,6 @@ ENTITY_ATTRIBUTE = Task(
     answers={value: value for value in (*COUNTRIES, *FOODS)},
     sample=sample,
     prompt=prompt,
+    entity="entity",
+    kind=cause_or_isolate,
 )

@@ -190,18 +190,24 @@ def trained(
     return network, accuracy
 
 
-def calibrated(network: EqualityMLP, spread: float = 2.0) -> EqualityMLP:
+def calibrated(
+    network: EqualityMLP, spread: float = 2.0, inputs: Float[Tensor, "n input"] | None = None
+) -> EqualityMLP:
     """A copy whose head gives both answers equally often, with logit differences of this standard deviation.
 
     An untrained network gives nearly every input the same answer, by differences of logits around .01: no
     interchange can score anything but .50, and hardly any gradient flows. Calibrated, it answers at random, and
     an IIA of .50 then tells that there is nothing to find.
+
+    Args:
+        inputs: on which it answers so; by default those of hierarchical equality.
     """
     network = copy.deepcopy(network)
     head = network.layers.get_submodule("head")
     assert isinstance(head, nn.Linear)
+    inputs = sample(20_000, 0)[0] if inputs is None else inputs
     with torch.no_grad():
-        logits = network(sample(20_000, 0)[0])
+        logits = network(inputs)
         difference = logits[:, 1] - logits[:, 0]
         head.bias[1] -= difference.median()
         for parameter in head.parameters():

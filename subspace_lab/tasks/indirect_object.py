@@ -1,4 +1,13 @@
-"""Indirect object identification: of two names, which one is not repeated? (Wang et al. 2022)"""
+"""Indirect object identification: of two names, which one is not repeated? (Wang et al. 2022, arXiv 2211.00593)
+
+Two hypotheses, `HYPOTHESES`, for what is passed on to the last word:
+
+    position   which of the two places is the repeated name's; the name at the other place is then looked up
+    name       the name that is the answer
+
+A subspace for the name has to hold all names, and names that the search never saw tell whether it does: with names held
+out, as here, a search that learned its names by heart is at its floor.
+"""
 
 import random
 from collections.abc import Mapping
@@ -6,6 +15,7 @@ from typing import Any
 
 from subspace_lab.das.causal_models import CausalModel
 from subspace_lab.das.counterfactuals import Prompt, Task, check_split
+from subspace_lab.das.hypotheses import Hypothesis
 from subspace_lab.tasks.wording import fill
 
 _NAMES = {
@@ -53,4 +63,10 @@ INDIRECT_OBJECT = Task(
     answers={name: name for names in NAMES.values() for name in names},
     sample=sample,
     prompt=prompt,
+    entity="subject",
+)
+
+HYPOTHESES = (
+    Hypothesis("position", INDIRECT_OBJECT.causal_model, ("subject_is_first",)),
+    Hypothesis("name", INDIRECT_OBJECT.causal_model, ("indirect_object",)),
 )

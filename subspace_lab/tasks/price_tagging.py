@@ -1,7 +1,12 @@
 """Price tagging: is an amount between two bounds? (Wu et al. 2023, "Interpretability at Scale", section 4)
 
 The two comparisons are the variables of interest: does a model decide "at least the lower bound" on its own,
-before it combines it with "at most the upper bound"?
+before it combines it with "at most the upper bound"? The paper sets four hypotheses beside each other, `HYPOTHESES`:
+
+    left boundary      amount ≥ lower is decided, and the upper bound is compared later
+    both boundaries    both comparisons are decided, and then combined
+    midpoint distance  |amount − (lower + upper) / 2| is computed, and compared with half of the width
+    bracket identity   the bounds are passed on as they are, and compared with the amount later
 """
 
 import random
@@ -10,6 +15,7 @@ from typing import Any
 
 from subspace_lab.das.causal_models import CausalModel
 from subspace_lab.das.counterfactuals import Prompt, Task, check_split
+from subspace_lab.das.hypotheses import Hypothesis
 from subspace_lab.tasks.wording import fill
 
 HIGHEST = 99
@@ -65,4 +71,32 @@ PRICE_TAGGING = Task(
     answers={True: "yes", False: "no"},
     sample=sample,
     prompt=prompt,
+    entity="amount",
+)
+
+HYPOTHESES = (
+    Hypothesis("left boundary", PRICE_TAGGING.causal_model, ("above_lower",)),
+    Hypothesis("both boundaries", PRICE_TAGGING.causal_model, ("above_lower", "below_upper")),
+    Hypothesis(
+        "midpoint distance",
+        CausalModel(
+            {
+                # Twice each, so that whole numbers stay whole.
+                "distance": lambda lower, upper, amount: abs(2 * amount - (lower + upper)),
+                "width": lambda lower, upper: upper - lower,
+                "answer": lambda distance, width: distance <= width,
+            }
+        ),
+        ("distance",),
+    ),
+    Hypothesis(
+        "bracket identity",
+        CausalModel(
+            {
+                "bracket": lambda lower, upper: (lower, upper),
+                "answer": lambda bracket, amount: bracket[0] <= amount <= bracket[1],
+            }
+        ),
+        ("bracket",),
+    ),
 )

@@ -65,4 +65,5 @@ STORY_GENDER = Task(
     answers={"girl": "▁She", "boy": "▁He"},
     sample=sample,
     prompt=prompt,
+    entity="name",
 )

@@ -1,0 +1,123 @@
+"""Which algorithm for the distributive law do small networks follow? Both, at all layers, in ten networks.
+
+    python benchmarks/distributive_law.py --json benchmarks/results/distributive_law.json
+
+The answer is (c = d) ∧ ((a = b) ∨ (e = f)). And-Or-And searches for the two conjunctions, And-Or for c = d and the
+disjunction, both on the same bases and sources and with the setting that was chosen for hierarchical equality, in half
+of its steps (which costs .01 there). Given are, for each layer, the IIA on all pairs and on those where the two expect
+different answers, with the random subspace and some untrained networks beside it; and by how much more often And-Or is
+right than And-Or-And, pair by pair.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from subspace_lab.core.files import write_json
+from subspace_lab.das.methods import DAS, RandomSubspace
+from subspace_lab.das.sweeps import sweep
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.tasks.distributive_law import AND_OR, AND_OR_AND, WIDTH, rivals, sample, train_network
+from subspace_lab.tasks.hierarchical_equality import LAYERS, SEARCH_TRAINING, EqualityMLP, calibrated, hidden
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--json", type=Path, help="where to write the figures")
+parser.add_argument("--networks", type=int, default=10)
+parser.add_argument("--seed", type=int, default=0, help="of the first network; the others follow")
+parser.add_argument("--quick", action="store_true", help="2 networks, 60 steps a search: does it run?")
+options = parser.parse_args()
+torch.set_num_threads(1)
+started = time.perf_counter()
+
+RANK, TEST, UNTRAINED = WIDTH // 2, 4096, 3
+seeds = range(options.seed, options.seed + (2 if options.quick else options.networks))
+config = replace(SEARCH_TRAINING, steps=60 if options.quick else 200)
+figures: dict[str, list[float]] = {}
+
+
+def add(name: str, value: float) -> None:
+    figures.setdefault(name, []).append(value)
+
+
+for seed in seeds:
+    network, accuracy = train_network(seed)
+    add("accuracy", accuracy.value)
+    pairs = rivals(config.batch_size, seed, dev=256, test=TEST)
+    differ = pairs[AND_OR.name].test.answer != pairs[AND_OR_AND.name].test.answer
+    add("share of pairs on which they differ", differ.double().mean().item())
+    networks = {"trained": network}
+    if seed - options.seed < UNTRAINED:
+        networks["untrained, calibrated"] = calibrated(
+            EqualityMLP(seed, WIDTH, WIDTH), inputs=sample(20_000, 0)[0]
+        )
+    for kind, model in networks.items():
+        by_pair = {}
+        for name, of in pairs.items():
+            fits = sweep(
+                Backbone(model),
+                of,
+                [hidden(layer) for layer in range(1, LAYERS + 1)],
+                [DAS(RANK), RandomSubspace(RANK)],
+                seeds=[seed],
+                config=config,
+                min_accuracy=None,
+                label=f"network {seed}, {kind}, {name}",
+            )
+            for layer in range(1, LAYERS + 1):
+                for method, label in ((DAS, "IIA"), (RandomSubspace, "random subspace")):
+                    chosen = fits.where(site=hidden(layer), method=method)
+                    values = torch.stack([fit.pair_scores["iia"] for fit in chosen]).mean(0)
+                    add(f"{kind}, {name}, layer {layer}, {label}", values.mean().item())
+                    if method is DAS:
+                        add(
+                            f"{kind}, {name}, layer {layer}, {label} where they differ",
+                            values[differ].mean().item(),
+                        )
+                        by_pair[name, layer] = values
+        for layer in range(1, LAYERS + 1):
+            less = by_pair[AND_OR.name, layer] - by_pair[AND_OR_AND.name, layer]
+            add(f"{kind}, layer {layer}, And-Or less And-Or-And where they differ", less[differ].mean().item())
+
+print(f"{'':72} {'mean':>6} {'sd':>6}   each network")
+for name, values in figures.items():
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    print(f"{name:72} {statistics.mean(values):6.3f} {spread:6.3f}   {' '.join(f'{v:.3f}' for v in values)}")
+print(f"{time.perf_counter() - started:.0f} s")
+
+if options.json:
+    results = {
+        name: {
+            "median": round(statistics.median(values), 4),
+            "low": round(min(values), 4),
+            "high": round(max(values), 4),
+            "n": len(values),
+            "mean": round(statistics.mean(values), 4),
+            "sd": round(statistics.stdev(values), 4) if len(values) > 1 else 0.0,
+            "each": [round(value, 4) for value in values],
+        }
+        for name, values in figures.items()
+    }
+    settings = {
+        "rank of each variable": RANK,
+        "width": WIDTH,
+        "held-out pairs": TEST,
+        "search": asdict(config),
+        "seeds": list(seeds),
+        "low, high": "the lowest and the highest of n networks",
+        "pairs": "fresh at every step; combinations of the three answers equally frequent",
+    }
+    machine = {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        options.json, {"name": "distributive_law", "settings": settings, "machine": machine, "results": results}
+    )

@@ -1,0 +1,122 @@
+"""The four hypotheses of price tagging in the decoder that ships with the package, ranked.
+
+    python benchmarks/hypotheses.py --json benchmarks/results/hypotheses.json
+
+The decoder was trained on text that says yes where lower ≤ amount ≤ upper, and half of whose prompts ask for one of the
+two comparisons alone (benchmarks/train_shipped_model.py): the hypotheses of the boundaries are right, that of the
+midpoint and that of the bracket's identity are not. All four are searched on the same bases and sources, at every
+layer and at the positions behind the bounds, with one setting. Of two hypotheses that are right the one with fewer
+parts has less that can go wrong, so what is asked is that both boundaries' hypotheses stand before the two others.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import subspace_lab
+from subspace_lab.core.files import write_json
+from subspace_lab.core.sites import Site
+from subspace_lab.das.hypotheses import rival_pairs
+from subspace_lab.das.methods import DAS, RandomSubspace
+from subspace_lab.das.ranking import rank_hypotheses
+from subspace_lab.das.sweeps import sweep
+from subspace_lab.engine.training import TrainingConfig
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.tasks.hierarchical_equality import counterfactuals
+from subspace_lab.tasks.price_tagging import HYPOTHESES, PRICE_TAGGING
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--json", type=Path, help="where to write the figures")
+parser.add_argument("--seed", type=int, default=0, help="of the draw of pairs; those of the searches follow")
+parser.add_argument("--quick", action="store_true", help="two sites, one rank, few steps: does it run?")
+options = parser.parse_args()
+torch.set_num_threads(1)
+started = time.perf_counter()
+
+folder = Path(subspace_lab.__file__).parent / "assets" / "tiny_decoder"
+lab, tokenizer = Backbone(AutoModelForCausalLM.from_pretrained(folder)), AutoTokenizer.from_pretrained(folder)
+layers = [1] if options.quick else list(range(lab.anatomy.depth("")))
+positions = ["amount", "last"] if options.quick else ["amount", "unit", "query", "last"]
+ranks = [4] if options.quick else [1, 2, 4, 8]
+config = TrainingConfig(steps=20 if options.quick else 150, batch_size=64, learning_rate=0.03)
+numbers = {"train": 128, "dev": 64, "test": 128} if options.quick else {"train": 1000, "dev": 400, "test": 1000}
+seeds = [options.seed] if options.quick else [options.seed, options.seed + 1]
+
+rivals = rival_pairs(PRICE_TAGGING, HYPOTHESES, tokenizer, seed=options.seed, **numbers)
+fits = {
+    name: sweep(
+        lab,
+        pairs,
+        [Site("block_output", layer, position) for layer in layers for position in positions],
+        [DAS(ranks), RandomSubspace(ranks[-1])],
+        seeds=seeds,
+        config=config,
+        label=name,
+    )
+    for name, pairs in rivals.items()
+}
+ranking = rank_hypotheses(rivals, fits)
+print(ranking)
+
+# How quickly counterfactuals are made, of a whole batch by one pass of the causal model.
+speeds = []
+for i in range(7):
+    began = time.process_time()
+    counterfactuals(100_000, i)
+    speeds.append(100_000 / (time.process_time() - began))
+print(f"counterfactuals of hierarchical equality: {statistics.median(speeds):,.0f} a second")
+print(f"{time.perf_counter() - started:.0f} s")
+
+if options.json:
+    order = [one.name for one in ranking.standings]
+    boundaries = {"left boundary", "both boundaries"}
+    results = {
+        "boundaries_stand_first": {"median": float(set(order[:2]) == boundaries), "n": 1},
+        "counterfactuals_per_second": {
+            "median": round(statistics.median(speeds)),
+            "low": round(min(speeds)),
+            "high": round(max(speeds)),
+            "n": len(speeds),
+        },
+    }
+    for one in ranking.standings:
+        results |= {
+            f"{one.name}, {what}": {
+                "median": round(e.value, 4),
+                "low": round(e.low, 4),
+                "high": round(e.high, 4),
+                "n": e.n,
+            }
+            for what, e in (
+                ("IIA", one.iia),
+                ("IIA where they differ", one.differing),
+                ("first less this", one.behind),
+            )
+            if e is not None
+        }
+        results[f"{one.name}, smallest rank"] = {"median": one.rank, "n": 1}
+    settings = {
+        "order": order,
+        "ranking": ranking.as_dict(),
+        "layers": layers,
+        "positions": positions,
+        "ranks": ranks,
+        "seeds": seeds,
+        "pairs": numbers,
+        "search": asdict(config),
+        "low, high": "the 95 % interval over test pairs, by amounts and templates; of the speed lowest and highest",
+    }
+    machine = {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.json, {"name": "hypotheses", "settings": settings, "machine": machine, "results": results})
