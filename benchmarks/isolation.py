@@ -109,7 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     source = Source(None, trust_remote_code=False)
-    tokenizer, model = load_tokenizer(source), load_causal(source, "cpu", None)
+    tokenizer, model = load_tokenizer(source), load_causal(source, "cpu", "auto")
     sizes = {"train": 100, "dev": 60, "test": 60} if args.quick else {"train": 800, "dev": 240, "test": 480}
     data = Pairs(**{split: pairs(tokenizer, n, split, seed=0) for split, n in sizes.items()}, task="isolation")
     config = TrainingConfig(steps=5 if args.quick else 150, learning_rate=0.05)

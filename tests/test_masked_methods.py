@@ -12,6 +12,7 @@ from test_methods import problem
 from tiny_sweeps import PAIRS, QUICK, SITES, WIDTH, counterfactuals, pairs, swapped, swept, tiny
 from torch import Tensor, nn
 
+from subspace_lab.cli.loading import Source, load_causal, load_tokenizer
 from subspace_lab.core.orthonormal import random_orthonormal
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Axes
@@ -25,6 +26,7 @@ from subspace_lab.das.sweeps import sweep
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
+from subspace_lab.tasks import load_task
 
 SITE = SITES[1]
 TWO = ("v", "w")
@@ -291,3 +293,21 @@ def test_kinds_that_are_missing_are_a_failure_with_its_reason() -> None:
     ]
     assert [fit.method.label for fit in found] == ["MDAS 2 isolate=0.0", "PCA 2"]
     assert not swept(MDAS(2), [SITE], pairs=pairs(train=counterfactuals)).failures
+
+
+# --- the decoder that comes along ---------------------------------------------------------------------------
+
+
+def test_boundless_das_ends_within_two_points_of_the_best_fixed_rank() -> None:
+    """On price tagging, means over two seeds; the rank that it chooses is one of many possible."""
+    source = Source(None, trust_remote_code=False)
+    tokenizer, model = load_tokenizer(source), load_causal(source, "cpu", "auto")
+    data = load_task("price_tagging").pairs(tokenizer, train=400, dev=40, test=400)
+    config = TrainingConfig(steps=60, learning_rate=0.05)
+    place = Site("block_output", 1, "last")
+    fits = sweep(
+        Backbone(model), data, [place], [DAS([1, 4, 8]), BoundlessDAS()], seeds=2, config=config, quiet=True
+    )
+    *fixed, boundless = fits.mean()
+    assert boundless.value >= max(mean.value for mean in fixed) - 0.02
+    assert all(1 <= fit.rank < model.config.hidden_size / 2 for fit in boundless.fits)

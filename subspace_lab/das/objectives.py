@@ -161,7 +161,9 @@ def iia(outcome: Outcome) -> Float[Tensor, " pair"]:
 def iia_vocabulary(outcome: Outcome) -> Float[Tensor, " pair"]:
     """1 where the highest logit of the whole vocabulary is the expected answer's.
 
-    It is at most `iia`: an edit that makes the model say something else altogether is no success.
+    It is at most `iia`: an edit that makes the model say something else altogether is no success. A model that says
+    other things than the answers by itself (a comma, an adverb) scores low whatever the edit: ask for this where the
+    prompts leave the answers alone.
     """
     return (outcome.vocabulary() == outcome.answer).float()
 
