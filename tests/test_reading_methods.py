@@ -12,7 +12,7 @@ from tiny_sweeps import SITES, overlap_of, pairs, swept
 from torch import Tensor, nn
 
 from subspace_lab.core.orthonormal import random_orthonormal
-from subspace_lab.das.methods import LDA, DifferenceOfMeans, KMeans, Method, Probe, Problem
+from subspace_lab.das.methods import LDA, DifferenceOfMeans, KMeans, Method, Probe, Problem, kmeans
 from subspace_lab.das.methods.kmeans import centres_of
 from subspace_lab.das.methods.method import principal_span
 from subspace_lab.das.methods.probe import logistic_regression
@@ -106,6 +106,18 @@ def test_clusters_are_found_whatever_the_variable_says() -> None:
         found(KMeans(), halves)["v"][0] @ nn.functional.normalize((true[2] - true[1]).float(), dim=0)
     ).abs() > 0.999
     assert torch.equal(got, centres_of(states, 3))
+
+
+def test_of_several_starts_the_best_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = torch.randn(120, 3, generator=torch.Generator().manual_seed(5))
+
+    def total(starts: int, seed: int) -> float:
+        monkeypatch.setattr(kmeans, "STARTS", starts)
+        return torch.cdist(states.double(), centres_of(states, 6, seed)).amin(1).square().sum().item()
+
+    first, best = ([total(starts, seed) for seed in range(6)] for starts in (1, 8))
+    assert all(b <= f + 1e-9 for f, b in zip(first, best, strict=True))
+    assert sum(b < f - 1e-6 for f, b in zip(first, best, strict=True)) >= 3
 
 
 @pytest.mark.parametrize("method", [LDA(1), Probe(1), KMeans()])
