@@ -52,7 +52,11 @@ def test_all_files_are_written_and_nothing_else(done):
     folder, _, _ = done
     assert {path.name for path in folder.iterdir()} == FILES
     for who in ("model", "twin"):
-        assert {path.name for path in (folder / who).iterdir()} == {"fits.json", "subspaces.safetensors"}
+        assert {path.name for path in (folder / who).iterdir()} == {
+            "sweep.json",
+            "fits.json",
+            "subspaces.safetensors",
+        }
     for name in ("iia.png", "overlap.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and (folder / name).stat().st_size > 10_000
 
@@ -64,7 +68,8 @@ def test_results_have_the_documented_keys(done):
     expected = {
         "model": "tiny_decoder", "task": "price_tagging", "variable": PRICE_TAGGING.variable, "layers": "1",
         "positions": "amount,last", "component": "block_output", "steps": 5, "pairs": 40, "dev_pairs": 20,
-        "test_pairs": 40, "rank": "8", "seed": "3", "twin": True, "allow_failing_model": False, "memory": None,
+        "test_pairs": 40, "rank": "8", "seed": "3", "twin": True, "twins": 1,
+        "allow_failing_model": False, "memory": None,
         "method": "DAS,DifferenceOfMeans,PCA,RandomSubspace,FullVector",
     }  # fmt: skip
     assert {name: settings[name] for name in expected} == expected

@@ -15,6 +15,7 @@ from test_cli_finetune import ANSWERS, finetuned, results_of, written
 from test_cli_finetune import FILES as ADAPTER_FILES
 from test_cli_finetune import TINY as TINY_ADAPTER
 
+from subspace_lab.analysis import search_report
 from subspace_lab.core import files
 from subspace_lab.core._locks import LOCK
 from subspace_lab.das import _places, sweeps
@@ -191,8 +192,8 @@ def test_in_the_library_an_interrupt_stays_one_and_has_the_fits(tmp_path):
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_while_a_search_is_saved_waits(kind, tmp_path, monkeypatch):
-    save = Fits.save
-    monkeypatch.setattr(Fits, "save", lambda self, folder: interrupt(kind) or save(self, folder))
+    draw = search_report.iia_heatmap
+    monkeypatch.setattr(search_report, "iia_heatmap", lambda *args: interrupt(kind) or draw(*args))
     result = search(*TINY, *SITES, "--no-twin", "--out", tmp_path / "out")
     assert result.exit_code == 130 and "Written to" in result.stdout, (result.stderr, result.exception)
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"twin"}

@@ -18,6 +18,7 @@ from test_sweep_folders import METHODS, PLACES, WHOLE, kept, same
 from tiny_sweeps import QUICK, SITES, counterfactuals, pairs, swept, tiny
 
 from subspace_lab.das import _executing, _places
+from subspace_lab.das._tensors import tensors_in
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS, PCA
 from subspace_lab.das.objectives import cross_entropy
@@ -149,7 +150,7 @@ def test_a_parcel_holds_no_numbers_and_becomes_the_same_model(tmp_path: Path) ->
     with _executing.Parcel.of(places, tmp_path) as parcel:
         sent = parcel.content["backbone"]
         inside = [one for one in (*sent.parameters(), *sent.buffers()) if isinstance(one, torch.Tensor)]
-        inside += _executing._tensors_in({k: v for k, v in parcel.content.items() if k != "backbone"})
+        inside += tensors_in({k: v for k, v in parcel.content.items() if k != "backbone"})
         again = _executing.Parcel(parcel.name, tmp_path, parcel.content)
         _executing._here.clear()
         read = again.unpacked()

@@ -313,6 +313,14 @@ def test_a_stream_is_known_by_its_first_pairs(tmp_path: Path, monkeypatch: pytes
         swept(DAS(2), SITES, pairs=pairs(), out=tmp_path)
 
 
+def test_where_a_method_starts_is_part_of_the_recipe() -> None:
+    found = swept(DAS(2), SITES[:1])[0].alignment
+    starts = [None, found, torch.eye(32)[:2], torch.eye(32)[1:3]]
+    told = [json.dumps(_recipe.hidden(DAS(2, start=start))) for start in starts]
+    assert told[0] == "{}" and len(set(told)) == 4
+    assert told[1] == json.dumps(_recipe.hidden(DAS(2, start=found)))
+
+
 def test_functions_are_told_apart() -> None:
     told = _recipe.told
     assert told(iia) == "subspace_lab.das.objectives.iia" != told(log_odds)

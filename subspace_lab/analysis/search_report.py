@@ -1,14 +1,16 @@
 """What `subspace-lab search` leaves: its files, and the table that a person reads.
 
 results.json         "settings"; "model" and "twin" (null where none was searched): floors and every fit with its
-                     scores; "comparison": the overlaps of the trained subspaces with what chance gives
-model/, twin/        every fit with its subspaces, for `Fits.load`
+                     scores; "twins" of several; "comparison": the overlaps of the trained subspaces with what
+                     chance gives
+model/, twin/        every fit with its subspaces, for `Fits.load`; further twins in twin2/, twin3/
 iia.png, overlap.png `analysis/plots`
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +24,34 @@ from subspace_lab.das.fits import Fits, notes_of, table_of
 
 
 def save_search(
-    folder: Path, settings: Mapping[str, Any], fits: Fits, twin: Fits | None, comparison: Comparison
+    folder: Path,
+    settings: Mapping[str, Any],
+    fits: Fits,
+    twins: Sequence[Fits],
+    comparison: Comparison,
+    unsaved: Mapping[str, OSError],
 ) -> Saves:
-    """Write all files of a search.
+    """Write what a search leaves beside its fits, which stand in the folder already.
 
     `results.json` comes last. A file that cannot be written costs only itself: see `Saves`.
 
     Args:
         folder: an existing one.
         settings: how the search was made, as JSON.
-        fits, twin: of the model, and of its randomly initialised twin if that was searched.
+        fits, twins: of the model, and of its randomly initialised twins if there are any.
         comparison: of the fits' subspaces.
+        unsaved: {folder of fits: why they could not be written}.
     """
-    saves = Saves(folder)
-    saves.save("model", lambda: fits.save(folder / "model"))
-    if twin is not None:
-        saves.save("twin", lambda: twin.save(folder / "twin"))
-    saves.save("iia.png", lambda: iia_heatmap(fits, _whole(twin, fits), folder / "iia.png"))
+    saves = Saves(folder, errors=dict(unsaved))
+    names = ["model", "twin", *(f"twin{i}" for i in range(2, len(twins) + 1))]
+    saves.written += [name for name in names[: len(twins) + 1] if name not in unsaved]
+    saves.save("iia.png", lambda: iia_heatmap(fits, _whole(twins, fits), folder / "iia.png"))
     saves.save("overlap.png", lambda: overlap_heatmap(comparison, folder / "overlap.png"))
     results = {
         "settings": dict(settings),
         "model": fits.as_dict(),
-        "twin": None if twin is None else twin.as_dict(),
+        "twin": twins[0].as_dict() if twins else None,
+        **({"twins": [one.as_dict() for one in twins]} if len(twins) > 1 else {}),
         "comparison": comparison.as_dict(),
     }
     saves.save("results.json", lambda: write_json(folder / "results.json", results))
@@ -51,34 +59,55 @@ def save_search(
 
 
 def print_search(
-    settings: Mapping[str, Any], fits: Fits, twin: Fits | None, comparison: Comparison, saves: Saves
+    settings: Mapping[str, Any], fits: Fits, twins: Sequence[Fits], comparison: Comparison, saves: Saves
 ) -> None:
     """The table on standard output, and under it what has to be known to read it."""
     terminal = console()
     title = printable(f"{settings['task']}: {settings['variable']} in {settings['component']}")
-    best, whole = fits.best().method, _whole(twin, fits)
-    more = {} if whole is None else {f"twin: {best.label}": whole.where(method=best)}
+    best, whole = fits.best().method, _whole(twins, fits)
+    several = len(twins) > 1
+    more: dict[str, Fits | dict[str, str]] = {}
+    if whole is not None:
+        column = whole.where(method=best)
+        more = (
+            {f"twins (×{len(twins)}): {best.label}": _ranges(column)}
+            if several
+            else {f"twin: {best.label}": column}
+        )
     terminal.print(table_of(fits, title=title, more=more))
-    for line in [*notes_of(fits), *_remarks(fits, twin, comparison), saves.line()]:
+    for line in [*notes_of(fits), *_remarks(fits, twins, comparison), saves.line()]:
         terminal.print(printable(line), markup=False)
 
 
-def _whole(twin: Fits | None, fits: Fits) -> Fits | None:
-    """The twin, if it was searched wherever the model was: an interrupt may have ended it before."""
-    return twin if twin is not None and twin.places == fits.places else None
+def _ranges(twins: Fits) -> dict[str, str]:
+    """{place: the mean over twins, and the lowest and highest of them}."""
+    return {m.place: f"{m.value:.2f} ({m.low:.2f} to {m.high:.2f})" for m in twins.mean(metric=twins.metric)}
 
 
-def _remarks(fits: Fits, twin: Fits | None, comparison: Comparison) -> list[str]:
+def _whole(twins: Sequence[Fits], fits: Fits) -> Fits | None:
+    """The fits of all twins that were searched wherever the model was: an interrupt may have ended one before."""
+    whole = [twin for twin in twins if twin.places == fits.places]
+    if not whole:
+        return None
+    order = {place: i for i, place in enumerate(fits.places)}
+    together = sorted((fit for twin in whole for fit in twin), key=lambda fit: order[fit.place])
+    return replace(whole[0], fits=tuple(together))
+
+
+def _remarks(fits: Fits, twins: Sequence[Fits], comparison: Comparison) -> list[str]:
     best, n = fits.best(), len(comparison.labels)
     remarks = []
-    if twin is not None:
+    for number, twin in enumerate(twins):
         if "interrupted" in twin.facts:
             remarks.append(f"Interrupted: of the twin {twin.facts['interrupted']}.")
-        floors = twin.floors["test"]
-        remarks.append(
-            f"The randomly initialised twin answers {floors.accuracy} of the bases right; without intervention it "
-            f"gives {floors.no_intervention.value:.2f} of the expected answers."
-        )
+        if number == 0:
+            floors = twin.floors["test"]
+            remarks.append(
+                f"The randomly initialised twin answers {floors.accuracy} of the bases right; without intervention it "
+                f"gives {floors.no_intervention.value:.2f} of the expected answers."
+            )
+    if len(twins) > 1:
+        remarks.append(f"Of the twins: the mean of {len(twins)}, and in brackets the lowest and the highest.")
     if best.iia.low <= fits.floors["test"].highest:
         remarks.append(
             "The site that dev chose is not above the floors: nothing was found, the pictures show noise."

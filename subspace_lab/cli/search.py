@@ -24,6 +24,15 @@ from subspace_lab.cli.common import (
     undisturbed,
 )
 from subspace_lab.cli.loading import SHIPPED, Source, load_causal, load_tokenizer
+from subspace_lab.cli.searching import (
+    MODEL,
+    Searched,
+    how_many_twins,
+    is_finished,
+    resumable,
+    twin_folder,
+    workers_of,
+)
 
 if TYPE_CHECKING:
     from subspace_lab.core.sites import Site
@@ -97,7 +106,12 @@ def search(
         typer.Option(help="Of the random starts: 0, or several as 0,1,2. The first also draws pairs and twin."),
     ] = "0",
     out: Annotated[Path, typer.Option(help="A new or empty folder for the results.")] = Path("subspace_search"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the same search in --out, wherever it ended.")
+    ] = False,
     twin: Annotated[bool, typer.Option(help="Search a randomly initialised twin too, as a control.")] = True,
+    twins: Annotated[int, typer.Option(help="How many randomly initialised twins.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes that search sites side by side.")] = 1,
     answers: Annotated[
         str, typer.Option(help="Of several tokens: 'token' reads those that tell them apart, 'sequence' all.")
     ] = "token",
@@ -128,12 +142,13 @@ def search(
     difference of means, principal components, random subspaces and the swap of the full vector. Scored is the share
     of held-out pairs that the model answers as the causal model does once the subspace is exchanged (IIA). Sites are
     chosen on dev pairs and reported on test pairs. The same search runs on a randomly initialised twin.
-    Ctrl-C saves the sites that are finished.
+    Every site is saved as it is finished: after Ctrl-C or a kill, --resume goes on.
 
     Writes into --out: results.json (settings, model, twin, comparison), the fits with their subspaces (model, twin),
     iia.png and overlap.png.
     """
     settings = {**locals(), "out": str(out)}
+    del settings["resume"], settings["workers"]  # they change no result
     with interruptible(), ExitStack() as stack:
         with refusing():
             from subspace_lab.core.files import taken_folder
@@ -142,7 +157,8 @@ def search(
             from subspace_lab.engine.training import TrainingConfig
             from subspace_lab.model.backbone import Backbone
 
-            folder = stack.enter_context(taken_folder(out, say))
+            folder = stack.enter_context(taken_folder(out, say, resumable if resume else None))
+            number = how_many_twins(twin, twins)
             scored = _answers(answers)
             config = TrainingConfig(steps=steps, learning_rate=learning_rate)
             ranks, seeds = _integers("--rank", rank), _integers("--seed", seed)
@@ -160,31 +176,43 @@ def search(
             backbone = Backbone(network)
             sites = _sites(backbone, component, layers, specs, max(ranks))
             made = asked.pairs(tokenizer)
-        interrupted, control = False, None
-        with threads(network):
-            with refusing({"min_accuracy=None": "--allow-failing-model"}):
-                bar = None if allow_failing_model else MIN_ACCURACY
-                if not count_all and not allow_failing_model:
-                    made = only_answered(backbone, made, min_accuracy=bar)
-                run = partial(
-                    search_sites,
-                    pairs=made,
-                    sites=sites,
-                    methods=methods,
-                    config=config,
-                    seeds=seeds,
-                    right_only=False,  # the model's own pairs, for its twin too
-                    memory=memory,
-                )
-                found, interrupted = _finished(partial(run, backbone, min_accuracy=bar, label="model"))
-            if found is None:
-                raise KeyboardInterrupt
-            if twin and not interrupted:
+        finished = resume and is_finished(folder, number)
+        searched = Searched()
+        with threads(network), refusing({"min_accuracy=None": "--allow-failing-model"}):
+            bar = None if allow_failing_model else MIN_ACCURACY
+            if not count_all and not allow_failing_model:
+                made = only_answered(backbone, made, min_accuracy=bar)
+            options = stack.enter_context(workers_of(workers, network, memory, device))
+            run: Callable[..., Fits] = partial(
+                search_sites,
+                pairs=made,
+                sites=sites,
+                methods=methods,
+                config=config,
+                seeds=seeds,
+                right_only=False,  # the model's own pairs, for its twins too
+                **options,
+            )
+
+            def of_twin(folder: Path, seed: int) -> Fits:
                 from subspace_lab.analysis.twins import reinitialised
 
-                control, interrupted = _finished(
-                    lambda: run(Backbone(reinitialised(network, seeds[0])), min_accuracy=None, label="twin ")
-                )
+                label = f"{folder.name} "
+                return run(Backbone(reinitialised(network, seed)), min_accuracy=None, label=label, out=folder)
+
+            searched.model = searched.run(
+                folder / MODEL, lambda there: run(backbone, min_accuracy=bar, label="model", out=there)
+            )
+            for i in range(number):
+                if not searched.interrupted:
+                    one = searched.run(folder / twin_folder(i), partial(of_twin, seed=seeds[0] + i))
+                    searched.twins += [] if one is None else [one]
+        found = searched.model
+        if found is None:
+            raise KeyboardInterrupt
+        if finished:
+            say(f"{folder} holds this search already, finished: nothing is left to do.")
+            return
         settings |= {
             "model": model or SHIPPED,
             "task": asked.name,
@@ -201,27 +229,15 @@ def search(
 
         with undisturbed() as came:
             comparison = compare(found)
-            saves = save_search(folder, settings, found, control, comparison)
-            print_search(settings, found, control, comparison, saves)
+            saves = save_search(folder, settings, found, searched.twins, comparison, searched.unsaved)
+            print_search(settings, found, searched.twins, comparison, saves)
             with refusing():
                 saves.finish()
-        if interrupted:
-            what = found.facts.get("interrupted", "the model was searched, its twin not to the end")
-            say(f"Interrupted: {what}; what was finished is saved in {folder}.")
-        if interrupted or came:
+        if searched.interrupted:
+            what = found.facts.get("interrupted", "the model was searched, its twins not to the end")
+            say(f"Interrupted: {what}; what was finished is saved in {folder}. --resume goes on.")
+        if searched.interrupted or came:
             raise typer.Exit(INTERRUPTED)
-
-
-def _finished(run: Callable[[], Fits]) -> tuple[Fits | None, bool]:
-    """(what a search found, whether it was interrupted): then the sites that were finished, None without any."""
-    from subspace_lab.das.sweeps import SweepInterrupted
-
-    try:
-        return run(), False
-    except SweepInterrupted as stopped:
-        return stopped.fits, True
-    except KeyboardInterrupt:
-        return None, True
 
 
 def _integers(option: str, text: str) -> list[int]:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from subspace_lab.core.files import save_tensors
 from subspace_lab.das._places import Places
+from subspace_lab.das._tensors import tensors_in
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.offloading import is_offloaded
 
@@ -58,7 +59,7 @@ class Parcel:
         if is_offloaded(model):
             raise ValueError("The weights of this model are offloaded, so that it cannot be sent to workers.")
         content = {f.name: getattr(places, f.name) for f in fields(places)} | {"backbone": model}
-        found = {id(one): one for one in _tensors_in(content)}
+        found = {id(one): one for one in tensors_in(content)}
         holes = {key: _Hole(str(i), str(one.device), _gradient(one)) for i, (key, one) in enumerate(found.items())}
         name = uuid.uuid4().hex
         path = folder / f"{name}.{TENSORS}"
@@ -114,24 +115,6 @@ class _Hole:
 
 def _gradient(tensor: Tensor) -> bool | None:
     return tensor.requires_grad if isinstance(tensor, nn.Parameter) else None
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor of modules, dataclasses, mappings and lists."""
-    if isinstance(value, Tensor):
-        if not value.is_meta:
-            yield value
-    elif isinstance(value, nn.Module):
-        yield from (one for one in (*value.parameters(), *value.buffers()) if not one.is_meta)
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _tensors_in(one)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors_in(one)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for one in fields(value):
-            yield from _tensors_in(getattr(value, one.name))
 
 
 def run_parcel(parcel: Parcel, work: Work) -> None:

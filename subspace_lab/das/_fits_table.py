@@ -22,16 +22,20 @@ NAMES = {"iia": "Interchange intervention accuracy (IIA)"}
 
 
 def table_of(
-    fits: Fits, *, metric: str | None = None, title: str | None = None, more: Mapping[str, Fits] | None = None
+    fits: Fits, *, metric: str | None = None, title: str | None = None, more: Mapping[str, Any] | None = None
 ) -> Table:
     """The table that the terminal shows; the line of the place that dev chose is bold and marked by a star.
 
     Args:
-        more: further columns, {heading: fits of one method at the same places}, such as those of a twin.
+        more: further columns, such as those of a twin: {heading: fits of one method at the same places, or {place:
+            text}}.
     """
     metric = metric or fits.metric
     means = fits.mean(metric=metric)
-    others = {name: {m.place: m for m in of.mean(metric=metric)} for name, of in (more or {}).items()}
+    others = {
+        name: of if isinstance(of, dict) else {m.place: _mean_cell(m, metric) for m in of.mean(metric=metric)}
+        for name, of in (more or {}).items()
+    }
     chosen = _chosen(fits, metric)
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD)
     names = _names(fits)
@@ -43,7 +47,7 @@ def table_of(
         table.add_column(_folded(name), justify="right", no_wrap=True)
     for place in fits.places[:MOST_ROWS]:
         cells = [_cell(means, place, method, metric) for method in fits.methods]
-        cells += [_mean_cell(of.get(place), metric) for of in others.values()]
+        cells += [of.get(place, "–") for of in others.values()]
         *first, last = _parts(fits, place, names)
         mark = " *" if place == chosen else ""
         table.add_row(*first, last + mark, *cells, style="bold" if mark else None)

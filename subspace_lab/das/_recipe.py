@@ -6,11 +6,15 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
+
 from subspace_lab.das._places import Places
+from subspace_lab.das._tensors import tensors_in
 from subspace_lab.das.fits import place_of
+from subspace_lab.das.methods.method import Method
 from subspace_lab.das.pairs import Pairs
 
 STEPS = (0, 1)  # of a stream of fresh pairs, those whose pairs are looked at
@@ -27,7 +31,7 @@ def recipe_of(places: Places, model: dict[str, Any], versions: dict[str, Any]) -
         "model": {name: value for name, value in model.items() if name != "name"},
         "data": data_of(places.pairs),
         "sites": [place_of(one) for one in places.assignments],
-        "methods": [method.as_dict() for method in places.methods],
+        "methods": [{**method.as_dict(), **hidden(method)} for method in places.methods],
         "seeds": places.seeds,
         "training": {k: v for k, v in vars(places.config).items() if k != "seed"},
         "loss": told(places.loss),
@@ -43,6 +47,22 @@ def data_of(pairs: Pairs) -> list[str]:
     if not callable(stream):
         return [pairs.fingerprint()]
     return [replace(pairs, train=stream(step)).fingerprint() for step in STEPS]
+
+
+def hidden(method: Method) -> dict[str, str]:
+    """Digests of those settings that a method does not name among its own, such as the basis that it starts from."""
+    found = {}
+    for one in fields(method):
+        value = getattr(method, one.name)
+        if one.compare or value is None:
+            continue
+        tensors = list(tensors_in(value))
+        digest = hashlib.sha256(b"" if tensors else repr(value).encode())
+        for tensor in tensors:
+            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found[one.name] = digest.hexdigest()[:16]
+    return found
 
 
 def told(function: Callable[..., Any]) -> str:
