@@ -68,7 +68,7 @@ def test_results_have_the_documented_keys(done):
     expected = {
         "model": "tiny_decoder", "task": "price_tagging", "variable": PRICE_TAGGING.variable, "layers": "1",
         "positions": "amount,last", "component": "block_output", "steps": 5, "pairs": 40, "dev_pairs": 20,
-        "test_pairs": 40, "rank": "8", "seed": "3", "twin": True, "twins": 1,
+        "test_pairs": 40, "rank": "8", "seed": "3", "twin": True, "twins": 1, "screen": False,
         "allow_failing_model": False, "memory": None,
         "method": "DAS,DifferenceOfMeans,PCA,RandomSubspace,FullVector",
     }  # fmt: skip

@@ -111,6 +111,9 @@ def search(
     ] = False,
     twin: Annotated[bool, typer.Option(help="Search a randomly initialised twin too, as a control.")] = True,
     twins: Annotated[int, typer.Option(help="How many randomly initialised twins.")] = 1,
+    screen: Annotated[
+        bool, typer.Option("--screen", help="Train only where a short first pass leaves hope.")
+    ] = False,
     workers: Annotated[int, typer.Option(help="Processes that search sites side by side.")] = 1,
     answers: Annotated[
         str, typer.Option(help="Of several tokens: 'token' reads those that tell them apart, 'sequence' all.")
@@ -153,6 +156,7 @@ def search(
         with refusing():
             from subspace_lab.core.files import taken_folder
             from subspace_lab.das.answered import only_answered
+            from subspace_lab.das.screens import Screen
             from subspace_lab.das.search import search as search_sites
             from subspace_lab.engine.training import TrainingConfig
             from subspace_lab.model.backbone import Backbone
@@ -190,6 +194,7 @@ def search(
                 methods=methods,
                 config=config,
                 seeds=seeds,
+                screen=Screen() if screen else None,
                 right_only=False,  # the model's own pairs, for its twins too
                 **options,
             )

@@ -48,6 +48,7 @@ from subspace_lab.das.objectives import (
 )
 from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.das.ranking import Ranking, Standing, rank_hypotheses
+from subspace_lab.das.screens import Screen, Screened
 from subspace_lab.das.search import default_methods, search
 from subspace_lab.das.sweeps import SweepInterrupted, SweepUnsaved, sweep
 from subspace_lab.das.workers import local_workers
@@ -82,6 +83,8 @@ __all__ = [
     "RandomSubspace",
     "Ranking",
     "RevNet",
+    "Screen",
+    "Screened",
     "SquaredError",
     "Standing",
     "SweepInterrupted",

@@ -34,7 +34,7 @@ from subspace_lab.das.methods.method import Learner, Method, Problem
 Fits: TypeAlias = Any  # of das/fits.py, which imports this file
 
 RECORDS, NUMBERS, ENTRY, FORMAT = "fits.json", "subspaces.safetensors", "subspace_lab.fits", 1
-SWEEP, PLACES = "sweep.json", "places"
+SWEEP, PLACES, SCREEN = "sweep.json", "places", "screen"
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def writer(fits: Fits) -> Callable[[Path], None]:
         "facts": dict(fits.facts),
         "floors": {split: asdict(floors) for split, floors in fits.floors.items()},
         "failures": [asdict(failure) for failure in fits.failures],
+        "screened": [asdict(one) for one in fits.screened],
         "labels": {name: list(of) for name, of in fits.labels.items()},
         "fits": records,
     }
@@ -163,10 +164,18 @@ def read_fits(folder: Path, methods: Sequence[type[Method]]) -> dict[str, Any]:
         parts.check_all_used()
         floors = {s: {name: Estimate(**e) for name, e in of.items()} for s, of in found["floors"].items()}
         failures = [dict(one) for one in found["failures"]]
+        screened = [dict(one) for one in found.get("screened", [])]
         labels = {name: tuple(of) for name, of in found.get("labels", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} cannot be read as fits: {type(error).__name__}: {error}") from error
-    return {"fits": fits, "floors": floors, "failures": failures, "facts": found["facts"], "labels": labels}
+    return {
+        "fits": fits,
+        "floors": floors,
+        "failures": failures,
+        "facts": found["facts"],
+        "labels": labels,
+        "screened": screened,
+    }
 
 
 def finished_places(folder: Path) -> dict[int, Path]:
@@ -184,7 +193,7 @@ def _read_unfinished(folder: Path, methods: Sequence[type[Method]]) -> dict[str,
         )
     parts = [read_fits(path, methods) for path in places.values()]
     found = dict(parts[0])
-    found |= {name: [one for part in parts for one in part[name]] for name in ("fits", "failures")}
+    found |= {name: [one for part in parts for one in part[name]] for name in ("fits", "failures", "screened")}
     return found | {"facts": {**found["facts"], "interrupted": searched(len(places), sites)}}
 
 

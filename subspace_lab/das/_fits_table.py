@@ -12,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from subspace_lab.core.sites import Site
+
 # Those of das/fits.py, which imports this file.
 Fit: TypeAlias = Any
 Fits: TypeAlias = Any
@@ -41,17 +43,32 @@ def table_of(
     names = _names(fits)
     for name in names:
         table.add_column(name)
-    for method in fits.methods:
+    for method in _methods(fits):
         table.add_column(_folded(_heading(method, means)), justify="right", no_wrap=True)
     for name in others:
         table.add_column(_folded(name), justify="right", no_wrap=True)
-    for place in fits.places[:MOST_ROWS]:
-        cells = [_cell(means, place, method, metric) for method in fits.methods]
+    screened = _screened(fits)
+    for place in _places(fits)[:MOST_ROWS]:
+        cells = [_cell(means, place, method, metric, screened) for method in _methods(fits)]
         cells += [of.get(place, "–") for of in others.values()]
         *first, last = _parts(fits, place, names)
         mark = " *" if place == chosen else ""
         table.add_row(*first, last + mark, *cells, style="bold" if mark else None)
     return table
+
+
+def _places(fits: Fits) -> list[str]:
+    """Those with fits, then those at which nothing but training was asked for, and a screen spared it."""
+    return list(dict.fromkeys([*fits.places, *(one.place for one in fits.screened)]))
+
+
+def _methods(fits: Fits) -> list[str]:
+    return list(dict.fromkeys([*fits.methods, *(one.method for one in fits.screened)]))
+
+
+def _screened(fits: Fits) -> dict[tuple[str, str], str]:
+    """{(place, method): what its cell says}: the score of the site in the screen, marked as no score of the cell."""
+    return {(one.place, one.method): f"screened ({one.score:.2f})" for one in fits.screened}
 
 
 def _folded(heading: str) -> str:
@@ -73,7 +90,7 @@ def _names(fits: Fits) -> list[str]:
 def _parts(fits: Fits, place: str, names: list[str]) -> list[str]:
     if names == ["site"]:
         return [place]
-    site = next(fit.site for fit in fits if fit.place == place)
+    site = next((fit.site for fit in fits if fit.place == place), None) or Site.parse(place)
     return [str(site.layer), site.positions]
 
 
@@ -99,8 +116,14 @@ def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
     lines += _by_kind(fits, chosen, metric)
     lines += dict.fromkeys(fit.method.caution for fit in fits if fit.method.caution)
     lines += _left_out(fits.facts)
-    if len(fits.places) > MOST_ROWS:
-        lines.append(f"The first {MOST_ROWS} of {len(fits.places)} places are shown; `records()` has all.")
+    if fits.screened:
+        places = {one.place for one in fits.screened}
+        lines.append(
+            f"Screened: {len(fits.screened)} cells at {len(places)} sites were not trained, since a cheap first pass "
+            "reached little there; in brackets what it reached on dev, no score of the cell. See `screened`."
+        )
+    if len(_places(fits)) > MOST_ROWS:
+        lines.append(f"The first {MOST_ROWS} of {len(_places(fits))} places are shown; `records()` has all.")
     if "interrupted" in fits.facts:
         lines.append(f"Not finished: {fits.facts['interrupted']}.")
     return lines + _failures(fits)
@@ -153,7 +176,7 @@ def text(fits: Fits) -> str:
     if not fits:
         return "\n".join(notes_of(fits))
     # Plain text everywhere: in a notebook rich would show the table by itself, and in colours.
-    width = max(100, 24 + 18 * len(fits.methods))
+    width = max(100, 24 + 18 * len(_methods(fits)))
     console = Console(file=StringIO(), width=width, highlight=False, color_system=None, force_jupyter=False)
     console.print(table_of(fits))
     for line in notes_of(fits):
@@ -169,11 +192,12 @@ def html(fits: Fits) -> str:
     lowest = fits.floors["test"].highest if "test" in fits.floors else 0.0
     names = _names(fits)
     head = "".join(f"<th style='text-align:left'>{name}</th>" for name in names)
-    head += "".join(f"<th>{escape(_heading(m, means))}</th>" for m in fits.methods)
+    head += "".join(f"<th>{escape(_heading(m, means))}</th>" for m in _methods(fits))
     body = []
-    for place in fits.places[:MOST_ROWS]:
+    screened = _screened(fits)
+    for place in _places(fits)[:MOST_ROWS]:
         weight = "bold" if place == chosen else "normal"
-        cells = "".join(_html_cell(means, place, method, metric, lowest) for method in fits.methods)
+        cells = "".join(_html_cell(means, place, method, metric, lowest, screened) for method in _methods(fits))
         label = "".join(f'<td style="text-align:left">{escape(part)}</td>' for part in _parts(fits, place, names))
         body.append(f'<tr style="font-weight:{weight}">{label}{cells}</tr>')
     remarks = "".join(f"<div>{escape(line)}</div>" for line in notes_of(fits))
@@ -183,18 +207,28 @@ def html(fits: Fits) -> str:
     )
 
 
-def _html_cell(means: Sequence[Mean], place: str, method: str, metric: str, lowest: float) -> str:
+def _html_cell(
+    means: Sequence[Mean],
+    place: str,
+    method: str,
+    metric: str,
+    lowest: float,
+    screened: Mapping[tuple[str, str], str],
+) -> str:
     """Shaded from the floor upwards, so that what is no better than the floor has no colour; floors are IIAs."""
     value = next((m.value for m in means if m.place == place and m.method.label == method), None)
     share = (
         0.0 if value is None or metric != "iia" else max(0.0, min(1.0, (value - lowest) / max(1e-9, 1 - lowest)))
     )
-    content = escape(_cell(means, place, method, metric))
+    content = escape(_cell(means, place, method, metric, screened))
     return f'<td style="text-align:right;background:rgba(79,130,160,{0.55 * share:.2f})">{content}</td>'
 
 
-def _cell(means: Sequence[Mean], place: str, method: str, metric: str) -> str:
-    return _mean_cell(next((m for m in means if m.place == place and m.method.label == method), None), metric)
+def _cell(
+    means: Sequence[Mean], place: str, method: str, metric: str, screened: Mapping[tuple[str, str], str]
+) -> str:
+    found = next((m for m in means if m.place == place and m.method.label == method), None)
+    return screened.get((place, method), "–") if found is None else _mean_cell(found, metric)
 
 
 def _mean_cell(found: Mean | None, metric: str) -> str:
@@ -208,7 +242,7 @@ def _mean_cell(found: Mean | None, metric: str) -> str:
 
 
 def _heading(label: str, means: Sequence[Mean]) -> str:
-    most = max(mean.n for mean in means if mean.method.label == label)
+    most = max((mean.n for mean in means if mean.method.label == label), default=1)
     return label if most == 1 else f"{label} (×{most})"
 
 

@@ -5,8 +5,10 @@ They train together, in one run over a stacked batch, each as if it were alone.
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
@@ -18,14 +20,17 @@ from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.sites import Site
 from subspace_lab.das.estimates import Clusters, Estimate, estimate
 from subspace_lab.das.fits import Failure, Fit, Fits, Floors, place_of
+from subspace_lab.das.methods import DifferenceOfMeans, FullVector
 from subspace_lab.das.methods.method import Learner, Method, Problem
 from subspace_lab.das.objectives import Loss, Metric
 from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.das.prepared_pairs import Assignment, Draw, PreparedPairs, fit, from_pool, from_stream
+from subspace_lab.das.screens import Screen, Screened
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.sources import Unmatched, all_rows, missing_entries
 
+SPLITS = ("dev", "test", "train")  # on which a fit is scored
 STACKED = 1024  # at most so many examples in one training step of several fits
 POOL = 1000  # training pairs, at least, that methods without training see where pairs are drawn afresh
 TRAINING_SCORED = 400  # training pairs, at most, on which fits are scored
@@ -37,6 +42,7 @@ class Places:
 
     Attributes:
         assignments: the places.
+        left_out: {number of a place: (its score in the screen, why nothing is trained there)}.
         floors, facts: what every place's fits carry; made from the test and dev pairs before the first search.
         others: as they were given to the sweep.
     """
@@ -52,8 +58,10 @@ class Places:
     widths: Mapping[Site, int]
     memory: int | str | None = None
     unmatched: Unmatched = "refuse"
+    screen: Screen | None = None
     floors: dict[str, Floors] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[int, tuple[float, str]] = field(default_factory=dict)
 
     # One pass over a split serves all places.
 
@@ -78,13 +86,44 @@ class Places:
     def fits_at(self, number: int, on_step: Callable[[], Any] = lambda: None) -> Fits:
         """All that is found at one place, each alignment with its evidence."""
         found, failed = self.at(self.assignments[number], on_step)
+        done = {(fit.method.label, fit.seed) for fit in found} | {(one.method, one.seed) for one in failed}
+        place = place_of(self.assignments[number])
+        screened = [
+            Screened(method.label, place, seed, *self.left_out[number])
+            for method in self.methods
+            for seed in method.seeds(self.seeds)
+            if number in self.left_out and (method.label, seed) not in done
+        ]
         return Fits(
             tuple(with_evidence(found, self.floors["test"], self.facts)),
             self.floors,
             tuple(failed),
             self.facts,
             self.labels,
+            tuple(screened),
         )
+
+    def hope(self, number: int, share: float) -> float:
+        """The highest score on dev that anything reaches at a place, untrained or with a share of the steps."""
+        assignment = self.assignments[number]
+        cheap: list[Method] = [FullVector(), DifferenceOfMeans()]
+        methods = [method for method in [*cheap, *self.methods] if not method.control or method in cheap]
+        possible = []
+        for method in dict.fromkeys(methods):
+            with suppress(ValueError):  # such as the full vector for each of two variables
+                method.check(assignment, self.widths)
+                possible.append(method)
+        config = replace(self.config, steps=max(1, round(share * self.config.steps)))
+        short = replace(
+            self, methods=possible, seeds=self.seeds[:1], config=config, metrics=self.metrics[:1], left_out={}
+        )
+        # The passes over the pairs are those of the sweep.
+        vars(short).update({split: getattr(self, split) for split in ("dev", "train")})
+        fits, _ = short.at(assignment, lambda: None, ("dev",))
+        metric = name_of(self.metrics[0])
+        return max(
+            (fit.score(metric, "dev").value for fit in fits), default=sys.float_info.max
+        )  # nothing can be fitted: the search says why
 
     @property
     def labels(self) -> dict[str, tuple[str, ...]]:
@@ -93,8 +132,11 @@ class Places:
         several = {"exchanged": data.exchanged} if len(data.sources) > 1 else {}
         return {"kind": data.kinds, **several, **data.labels}
 
-    def at(self, assignment: Assignment, on_step: Callable[[], Any]) -> tuple[list[Fit], list[Failure]]:
+    def at(
+        self, assignment: Assignment, on_step: Callable[[], Any], splits: Sequence[str] = SPLITS
+    ) -> tuple[list[Fit], list[Failure]]:
         """Every fit at one place, and the searches that gave none."""
+        spared = self.assignments.index(dict(assignment)) in self.left_out
         cells: list[_Cell] = []
         failures: list[Failure] = []
         place, examples = place_of(assignment), cache(lambda: self._examples(assignment))
@@ -119,11 +161,13 @@ class Places:
                 except Exception as error:
                     error.add_note(f"in {method.label} at {place}, seed {seed}")
                     raise
+        if spared:
+            cells = [cell for cell in cells if not cell.learner.parameter_groups()]
         failed = self._train(assignment, [cell for cell in cells if cell.learner.parameter_groups()], on_step)
         failures += [Failure(cell.method.label, place, cell.seed, why) for cell, why in failed]
         lost = [cell for cell, _ in failed]
         cells = [cell for cell in cells if cell not in lost]
-        fits, unscored = self._scored(assignment, cells)
+        fits, unscored = self._scored(assignment, cells, splits)
         return fits, failures + [Failure(cell.method.label, place, cell.seed, why) for cell, why in unscored]
 
     def _train(
@@ -165,18 +209,19 @@ class Places:
         for cell, own in zip(cells, losses, strict=True):
             cell.losses = tuple(own)
 
-    def _scored(self, assignment: Assignment, cells: list[_Cell]) -> tuple[list[Fit], list[tuple[_Cell, str]]]:
+    def _scored(
+        self, assignment: Assignment, cells: list[_Cell], asked: Sequence[str]
+    ) -> tuple[list[Fit], list[tuple[_Cell, str]]]:
         """The fits of cells, and those whose edits give logits that are NaN, which are no answers, and why."""
         if not cells:
             return [], []
         failed: dict[int, str] = {}
         scores: list[dict[str, dict[str, Estimate]]] = [{} for _ in cells]
         by_pair: dict[str, list[dict[str, Tensor]]] = {}
-        splits: dict[str, tuple[PreparedPairs, Tensor | None]] = {
-            "dev": (self.dev, None),
-            "test": (self.test, None),
-        }
-        if self.train is not None:
+        splits: dict[str, tuple[PreparedPairs, Tensor | None]] = {"dev": (self.dev, None)}
+        if "test" in asked:
+            splits["test"] = self.test, None
+        if "train" in asked and self.train is not None:
             splits["train"] = self.train, torch.arange(min(len(self.train), TRAINING_SCORED))
         for split, (prepared, some) in splits.items():
             # What chance gives is known from the held-out pairs; its training score would say nothing more.
@@ -207,7 +252,7 @@ class Places:
                 scores=scores[i],
                 losses=cell.losses,
                 start_overlap=cell.learner.start_overlap(),
-                pair_scores=by_pair["test"][i],
+                pair_scores=by_pair["test"][i] if "test" in by_pair else {},
             )
             for i, cell in enumerate(cells)
             if i not in failed

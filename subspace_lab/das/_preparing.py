@@ -55,6 +55,8 @@ def prepare(places: Places, model: Mapping[str, Any], min_accuracy: float | None
         "unmatched": places.unmatched,
         "versions": versions(),
     }
+    if places.screen is not None:
+        places.facts["screen"] = {**asdict(places.screen), "steps": list(places.screen.steps)}
 
 
 def _try_metrics(

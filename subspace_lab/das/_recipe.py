@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ def recipe_of(places: Places, model: dict[str, Any], versions: dict[str, Any]) -
         "loss": told(places.loss),
         "metrics": [told(metric) for metric in places.metrics],
         "unmatched": places.unmatched,
+        "screen": None if places.screen is None else asdict(places.screen),
         "versions": versions,
     }
 

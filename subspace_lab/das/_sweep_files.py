@@ -2,6 +2,7 @@
 
 sweep.json              the recipe: what is swept, in which order, with which model and data
 places/0007/            the fits of a place that was searched, as `Fits.save` writes them
+screen/0-0007.json      the score of a place in a round of the screen
 fits.json, subspaces.safetensors   the whole, once the last place is there; `places` is gone then
 
 The fits of one place train together, so a place is what is done or not done.
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from subspace_lab.core.files import check_empty, read_json, taken_folder, write_json
-from subspace_lab.das._fits_files import PLACES, RECORDS, SWEEP, finished_places, writer
+from subspace_lab.das._fits_files import PLACES, RECORDS, SCREEN, SWEEP, finished_places, writer
 from subspace_lab.das._places import Places
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods.method import Method
@@ -99,7 +100,8 @@ class SweepFiles:
 
     def read(self) -> Fits:
         """The fits of a finished sweep."""
-        shutil.rmtree(self.folder / PLACES, ignore_errors=True)  # of a process that was killed just then
+        for name in (PLACES, SCREEN):  # of a process that was killed just then
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         return Fits.load(self.folder, self.kinds)
 
     def finished(self) -> dict[int, Fits]:
@@ -132,10 +134,11 @@ class SweepFiles:
         except OSError as error:
             raise SweepUnsaved(fits, self.folder, error) from error
         shutil.rmtree(self.folder / PLACES)
+        shutil.rmtree(self.folder / SCREEN, ignore_errors=True)
 
     def _leave(self) -> None:
         """Nothing stays of a sweep that has searched nothing."""
-        if not self.whole and not finished_places(self.folder):
+        if not self.whole and not finished_places(self.folder) and not (self.folder / SCREEN).is_dir():
             shutil.rmtree(self.folder / PLACES, ignore_errors=True)
             with suppress(OSError):
                 (self.folder / SWEEP).unlink(missing_ok=True)
@@ -153,9 +156,32 @@ def write_place(folder: Path, number: int, fits: Fits) -> None:
     write(path_of(folder, number))
 
 
-def search_place(places: Places, folder: Path, *, number: int) -> None:
+def search_place(places: Places, folder: Path, *, number: int, left_out: tuple[float, str] | None) -> None:
     """Search a place and leave its fits in the folder."""
+    if left_out is not None:
+        places.left_out[number] = left_out
     write_place(folder, number, places.fits_at(number))
+
+
+def screen_place(places: Places, folder: Path, *, number: int, turn: int, share: float) -> None:
+    """Score a place in a round of the screen and leave the score in the folder."""
+    write_hope(folder, turn, number, places.hope(number, share))
+
+
+def write_hope(folder: Path, turn: int, number: int, score: float) -> None:
+    """Keep the score of a place in a round."""
+    (folder / SCREEN).mkdir(exist_ok=True)
+    write_json(_hope_path(folder, turn, number), score)
+
+
+def read_hope(folder: Path, turn: int, number: int) -> float | None:
+    """The score of a place in a round, where it is known."""
+    path = _hope_path(folder, turn, number)
+    return float(read_json(path)) if path.is_file() else None
+
+
+def _hope_path(folder: Path, turn: int, number: int) -> Path:
+    return folder / SCREEN / f"{turn}-{number:04}.json"
 
 
 def _check_same(folder: Path, there: Any, asked: Mapping[str, Any]) -> None:

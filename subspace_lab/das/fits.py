@@ -18,6 +18,7 @@ from subspace_lab.das._fits_files import read_fits, write_fits
 from subspace_lab.das._fits_table import html, notes_of, table_of, text
 from subspace_lab.das.estimates import Clusters, Estimate, estimate
 from subspace_lab.das.methods.method import Method
+from subspace_lab.das.screens import Screened
 
 __all__ = ["Failure", "Fit", "Fits", "Floors", "Mean", "notes_of", "place_of", "table_of"]
 
@@ -192,6 +193,7 @@ class Fits(Sequence[Fit]):
         facts: the recipe: task, model, data fingerprint, training settings, versions, how it was computed.
         labels: {name: for each test pair a text}: its "kind", the variables "exchanged" where there are several, and
             what else the pairs know, such as "entity" and "template".
+        screened: cells that were not trained, since a screen left out their site.
     """
 
     fits: tuple[Fit, ...]
@@ -199,6 +201,7 @@ class Fits(Sequence[Fit]):
     failures: tuple[Failure, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    screened: tuple[Screened, ...] = ()
 
     def __len__(self) -> int:
         return len(self.fits)
@@ -379,6 +382,7 @@ class Fits(Sequence[Fit]):
             "floors": {split: asdict(floors) for split, floors in self.floors.items()},
             "fits": self.records(),
             "failures": [asdict(failure) for failure in self.failures],
+            **({"screened": [asdict(one) for one in self.screened]} if self.screened else {}),
         }
 
     def __repr__(self) -> str:
@@ -414,6 +418,7 @@ class Fits(Sequence[Fit]):
             fits=tuple(Fit(**one) for one in found["fits"]),
             floors={split: Floors(**of) for split, of in found["floors"].items()},
             failures=tuple(Failure(**one) for one in found["failures"]),
+            screened=tuple(Screened(**one) for one in found["screened"]),
             facts=found["facts"],
             labels=found["labels"],
         )

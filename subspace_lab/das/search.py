@@ -20,6 +20,7 @@ from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, Method, RandomSubspace
 from subspace_lab.das.objectives import Loss, Metric, cross_entropy, iia
 from subspace_lab.das.pairs import Pairs
+from subspace_lab.das.screens import Screen
 from subspace_lab.das.sweeps import sweep
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
@@ -52,6 +53,7 @@ def search(
     right_only: bool | None = None,
     memory: int | str | None = None,
     unmatched: Unmatched = "refuse",
+    screen: Screen | None = None,
     out: str | Path | None = None,
     executor: Executor | None = None,
     quiet: bool = False,
@@ -91,6 +93,7 @@ def search(
         min_accuracy=min_accuracy,
         memory=memory,
         unmatched=unmatched,
+        screen=screen,
         out=out,
         executor=executor,
         quiet=quiet,

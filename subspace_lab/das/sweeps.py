@@ -10,26 +10,24 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from subspace_lab.core.sites import Site
 from subspace_lab.das._arguments import assignments_of, check_types
-from subspace_lab.das._executing import Parcel, distribute
 from subspace_lab.das._fits_files import searched
 from subspace_lab.das._places import Places, name_of
 from subspace_lab.das._preparing import prepare
-from subspace_lab.das._progress import Progress, progress
 from subspace_lab.das._recipe import recipe_of
-from subspace_lab.das._sweep_files import SweepFiles, SweepUnsaved, search_place
-from subspace_lab.das.fits import Fits, place_of
+from subspace_lab.das._running import InTurn, OnExecutor
+from subspace_lab.das._sweep_files import SweepFiles, SweepUnsaved
+from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods.method import Method
 from subspace_lab.das.objectives import Loss, Metric, cross_entropy, iia
 from subspace_lab.das.pairs import Counterfactuals, Pairs
+from subspace_lab.das.screens import Screen
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.identity import model_facts, versions
@@ -64,6 +62,7 @@ def sweep(
     min_accuracy: float | None = 0.9,
     memory: int | str | None = None,
     unmatched: Unmatched = "refuse",
+    screen: Screen | None = None,
     out: str | Path | None = None,
     executor: Executor | None = None,
     quiet: bool = False,
@@ -85,6 +84,8 @@ def sweep(
         memory: budget of the frozen past, as in `FrozenPast`.
         unmatched: what becomes of positions that a base has and its source has not, or the other way round: "refuse"
             raises, "keep_base" leaves them as they are in the base.
+        screen: spend training only where a cheap first pass leaves hope; cells that are not trained are told in
+            `screened` and in the table. None trains at every site.
         out: a folder in which every site is kept as soon as it is searched. A new or empty one; or that of the same
             sweep, which then goes on where it ended, however it ended. `Fits.load` reads it at any time.
         executor: of `concurrent.futures`, such as a `ProcessPoolExecutor` or Dask's `client.get_executor()`, whose
@@ -112,6 +113,8 @@ def sweep(
         )
     if out is not None and not isinstance(out, str | Path):
         raise TypeError(f"out names a folder, as text or Path; found {out!r}.")
+    if screen is not None and not isinstance(screen, Screen):
+        raise TypeError(f"screen is a Screen, such as Screen(); found {screen!r}.")
     assignments = assignments_of(sites, pairs.variables)
     variants = [variant for method in methods for variant in method.variants()]
     asked = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -133,7 +136,7 @@ def sweep(
         for method in variants:
             method.check(assignment, widths)
     places = Places(
-        backbone, pairs, assignments, variants, asked, config, loss, metrics, widths, memory, unmatched
+        backbone, pairs, assignments, variants, asked, config, loss, metrics, widths, memory, unmatched, screen
     )
     model = model_facts(backbone.model)
     with ExitStack() as stack:
@@ -145,11 +148,13 @@ def sweep(
                 return files.read()
         found = {} if files is None else files.finished()
         prepare(places, model, min_accuracy, train=executor is None)
-        left = [number for number in range(len(assignments)) if number not in found]
-        shown = stack.enter_context(progress(label, len(left), config.steps, quiet=quiet))
+        run = (
+            InTurn(places, found, label, quiet, files)
+            if executor is None
+            else stack.enter_context(OnExecutor.of(executor, places, found, label, quiet, files))
+        )
         try:
-            search = _in_turn if executor is None else partial(_on_executor, executor)
-            search(places, left, files, found, shown)
+            run.go(screen)
         except KeyboardInterrupt:
             if not found:
                 raise
@@ -158,39 +163,6 @@ def sweep(
         if files is not None:
             files.finish(fits)
         return fits
-
-
-def _in_turn(
-    places: Places, left: Sequence[int], files: SweepFiles | None, found: dict[int, Fits], shown: Progress
-) -> None:
-    """Search places one after the other in this process."""
-    for number in left:
-        shown.begin(place_of(places.assignments[number]))
-        found[number] = places.fits_at(number, shown.step)
-        if files is not None:
-            files.keep(number, found[number])
-        shown.end()
-
-
-def _on_executor(
-    executor: Executor,
-    places: Places,
-    left: Sequence[int],
-    files: SweepFiles | None,
-    found: dict[int, Fits],
-    shown: Progress,
-) -> None:
-    """Search places on an executor, whose workers leave their fits in the folder."""
-    with ExitStack() as stack:
-        if files is None:
-            files = SweepFiles.temporary(Path(stack.enter_context(TemporaryDirectory())), places.methods)
-        parcel = stack.enter_context(Parcel.of(places, files.folder))
-
-        def finished(number: int) -> None:
-            found[number] = files.read_place(number)
-            shown.end()
-
-        distribute(executor, parcel, {number: partial(search_place, number=number) for number in left}, finished)
 
 
 def _joined(places: Places, found: Mapping[int, Fits]) -> Fits:
@@ -205,6 +177,7 @@ def _joined(places: Places, found: Mapping[int, Fits]) -> Fits:
         tuple(failure for part in parts for failure in part.failures),
         facts,
         places.labels,
+        tuple(one for part in parts for one in part.screened),
     )
 
 

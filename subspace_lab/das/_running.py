@@ -1,0 +1,150 @@
+"""How the places of a sweep are gone through: in this process one by one, or on an executor."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from subspace_lab.das._executing import Parcel, Work, distribute
+from subspace_lab.das._places import Places
+from subspace_lab.das._progress import progress
+from subspace_lab.das._sweep_files import SweepFiles, read_hope, screen_place, search_place, write_hope
+from subspace_lab.das.fits import Fits, place_of
+from subspace_lab.das.screens import Screen
+
+
+@dataclass
+class Run(ABC):
+    """A sweep under way.
+
+    Attributes:
+        found: {number of a place: its fits}, those that were there before and those that come.
+    """
+
+    places: Places
+    found: dict[int, Fits]
+    label: str
+    quiet: bool
+
+    @abstractmethod
+    def hopes(self, numbers: Sequence[int], turn: int, share: float) -> dict[int, float]:
+        """{number of a place: its score} in a round of the screen, with a share of the steps."""
+
+    @abstractmethod
+    def search(self, numbers: Sequence[int]) -> None:
+        """Search places, which stand in `found` then."""
+
+    def go(self, screen: Screen | None) -> None:
+        """Screen the places, then search those that are not found yet."""
+        if screen is not None:
+            self._screen(screen)
+        self.search([number for number in range(len(self.places.assignments)) if number not in self.found])
+
+    def _screen(self, screen: Screen) -> None:
+        left = list(range(len(self.places.assignments)))
+        for turn, share in enumerate(screen.steps):
+            scores = self.hopes(left, turn, share)
+            kept, best = screen.kept(scores), max(scores.values())
+            steps = self.places.config.steps
+            for number in set(left) - set(kept):
+                reason = (
+                    f"left out in round {turn + 1} of the screen, after {max(1, round(share * steps))} of {steps} "
+                    f"steps; the best site had {best:.2f}"
+                )
+                self.places.left_out[number] = scores[number], reason
+            left = kept
+
+
+@dataclass
+class InTurn(Run):
+    """In this process, one place after the other.
+
+    Attributes:
+        files: where what is found is kept; None where it is not.
+    """
+
+    files: SweepFiles | None = None
+
+    def hopes(self, numbers: Sequence[int], turn: int, share: float) -> dict[int, float]:
+        scores = {} if self.files is None else _known(self.files.folder, numbers, turn)
+        missing = [number for number in numbers if number not in scores]
+        with progress(f"{self.label.strip()} screen {turn + 1}", len(missing), 1, quiet=self.quiet) as shown:
+            for number in missing:
+                shown.begin(place_of(self.places.assignments[number]))
+                scores[number] = self.places.hope(number, share)
+                if self.files is not None:
+                    write_hope(self.files.folder, turn, number, scores[number])
+                shown.end()
+        return scores
+
+    def search(self, numbers: Sequence[int]) -> None:
+        with progress(self.label, len(numbers), self.places.config.steps, quiet=self.quiet) as shown:
+            for number in numbers:
+                shown.begin(place_of(self.places.assignments[number]))
+                self.found[number] = self.places.fits_at(number, shown.step)
+                if self.files is not None:
+                    self.files.keep(number, self.found[number])
+                shown.end()
+
+
+@dataclass
+class OnExecutor(Run):
+    """On an executor, whose workers leave what they find in a folder."""
+
+    executor: Executor
+    files: SweepFiles
+    parcel: Parcel
+
+    @classmethod
+    @contextmanager
+    def of(
+        cls,
+        executor: Executor,
+        places: Places,
+        found: dict[int, Fits],
+        label: str,
+        quiet: bool,
+        files: SweepFiles | None,
+    ) -> Iterator[OnExecutor]:
+        """Without files, through a folder that is gone when the block ends."""
+        with ExitStack() as stack:
+            if files is None:
+                folder = Path(stack.enter_context(TemporaryDirectory()))
+                files = SweepFiles.temporary(folder, places.methods)
+            parcel = stack.enter_context(Parcel.of(places, files.folder))
+            yield cls(places, found, label, quiet, executor, files, parcel)
+
+    def hopes(self, numbers: Sequence[int], turn: int, share: float) -> dict[int, float]:
+        known = _known(self.files.folder, numbers, turn)
+        works: dict[int, Work] = {
+            number: partial(screen_place, number=number, turn=turn, share=share)
+            for number in numbers
+            if number not in known
+        }
+        with progress(f"{self.label.strip()} screen {turn + 1}", len(works), 1, quiet=self.quiet) as shown:
+            distribute(self.executor, self.parcel, works, lambda _: shown.end())
+        return _known(self.files.folder, numbers, turn)
+
+    def search(self, numbers: Sequence[int]) -> None:
+        works: dict[int, Work] = {
+            number: partial(search_place, number=number, left_out=self.places.left_out.get(number))
+            for number in numbers
+        }
+        with progress(self.label, len(works), self.places.config.steps, quiet=self.quiet) as shown:
+
+            def finished(number: int) -> None:
+                self.found[number] = self.files.read_place(number)
+                shown.end()
+
+            distribute(self.executor, self.parcel, works, finished)
+
+
+def _known(folder: Path, numbers: Sequence[int], turn: int) -> dict[int, float]:
+    scores = {number: read_hope(folder, turn, number) for number in numbers}
+    return {number: score for number, score in scores.items() if score is not None}

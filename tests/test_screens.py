@@ -1,0 +1,171 @@
+"""Screens: training where a cheap pass leaves hope. What is left out says so, what is not is what it always was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_sweep_folders import interrupt, kept, same
+from tiny_sweeps import QUICK, pairs, swept
+
+from subspace_lab.core.sites import Site
+from subspace_lab.das import _places
+from subspace_lab.das.fits import Fits
+from subspace_lab.das.methods import DAS, PCA, Method, RandomSubspace
+from subspace_lab.das.screens import Screen
+from subspace_lab.das.sweeps import SweepInterrupted
+
+METHODS: list[Method] = [DAS([1, 2]), PCA(2), RandomSubspace(1, draws=1)]
+SIX = [Site("block_output", layer, at) for layer in (0, 1, 2) for at in ("2", "last")]
+STRICT = Screen(steps=(0.25, 0.5), keep=0.5, margin=0.0, least=1)
+
+
+@pytest.fixture(scope="module")
+def complete() -> Fits:
+    return swept(METHODS, SIX, seeds=2)
+
+
+@pytest.fixture(scope="module")
+def screened() -> Fits:
+    return swept(METHODS, SIX, seeds=2, screen=STRICT)
+
+
+def test_every_cell_is_there_once_as_a_fit_or_as_screened(complete: Fits, screened: Fits) -> None:
+    cells = {(fit.place, fit.method.label, fit.seed) for fit in complete}
+    fits = {(fit.place, fit.method.label, fit.seed) for fit in screened}
+    left_out = {(one.place, one.method, one.seed) for one in screened.screened}
+    assert fits | left_out == cells and not fits & left_out and len(complete.screened) == 0
+    assert {method for _, method, _ in left_out} == {"DAS 1", "DAS 2"}  # what needs no training is not spared
+    assert len({place for place, _, _ in left_out}) >= 3
+
+
+def test_what_is_not_left_out_is_what_it_is_in_a_complete_sweep(complete: Fits, screened: Fits) -> None:
+    for fit in screened:
+        same_cell = [
+            one for one in complete if (one.place, one.method, one.seed) == (fit.place, fit.method, fit.seed)
+        ]
+        assert same_cell[0].record() == fit.record()
+        assert torch.equal(same_cell[0].subspace().basis(), fit.subspace().basis())
+
+
+def test_the_screen_looks_at_dev_and_keeps_what_scores_highest(
+    screened: Fits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int, tuple[str, ...]]] = []
+    at = _places.Places.at
+
+    def watched(places: Any, assignment: Any, on_step: Any, splits: Any = _places.SPLITS) -> Any:
+        asked.append((places.config.steps, len(places.seeds), tuple(splits)))
+        return at(places, assignment, on_step, splits)
+
+    monkeypatch.setattr(_places.Places, "at", watched)
+    swept(METHODS, SIX[:2], seeds=2, screen=STRICT)
+    assert asked[:3] == [(2, 1, ("dev",)), (2, 1, ("dev",)), (4, 1, ("dev",))]
+    assert asked[3:] == [(QUICK.steps, 2, _places.SPLITS)] * 2
+    scores = {one.place: one.score for one in screened.screened}
+    trained = {fit.place for fit in screened.where(method=DAS)}
+    assert trained and not trained & set(scores)
+    assert all(
+        "of the screen, after" in one.reason and "the best site had" in one.reason for one in screened.screened
+    )
+
+
+def test_the_table_tells_screened_cells_from_missing_ones(screened: Fits) -> None:
+    one = screened.screened[0]
+    for shown in (repr(screened), screened._repr_html_()):
+        assert f"screened ({one.score:.2f})" in shown and "were not trained" in shown
+    assert screened.best() in screened.fits
+    only = replace(screened, fits=tuple(fit for fit in screened if isinstance(fit.method, DAS)))
+    assert len(only.places) <= 3  # the other sites have no fit at all, and stand in the table all the same
+    assert repr(only).count("screened (") == 2 * (6 - len(only.places)) and "–" not in repr(only)
+
+
+def test_screened_cells_are_saved(screened: Fits, tmp_path: Path) -> None:
+    screened.save(tmp_path / "fits")
+    again = Fits.load(tmp_path / "fits")
+    assert again.screened == screened.screened and same(again, screened)
+
+
+def test_a_screened_sweep_goes_on(screened: Fits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted in the screen, and then in the search."""
+    hope, calls = _places.Places.hope, []
+
+    def counted(places: Any, number: int, share: float) -> float:
+        calls.append((number, share))
+        if len(calls) == 4:
+            interrupt()
+        return hope(places, number, share)
+
+    monkeypatch.setattr(_places.Places, "hope", counted)
+    with pytest.raises(KeyboardInterrupt):
+        swept(METHODS, SIX, seeds=2, screen=STRICT, out=tmp_path)
+    with monkeypatch.context() as patched:
+        fits_at = _places.Places.fits_at
+        patched.setattr(
+            _places.Places, "fits_at", lambda self, n, step: interrupt() if n == 3 else fits_at(self, n, step)
+        )
+        with pytest.raises(SweepInterrupted, match="3 of 6 sites"):
+            swept(METHODS, SIX, seeds=2, screen=STRICT, out=tmp_path)
+    done = len(calls)
+    assert same(swept(METHODS, SIX, seeds=2, screen=STRICT, out=tmp_path), screened)
+    assert len(calls) == done == 1 + 6 + len({n for n, share in calls if share == 0.5})  # none is scored twice
+    assert kept(tmp_path) == {"sweep.json", "fits.json", "subspaces.safetensors"}
+    with pytest.raises(ValueError, match=r"folder of another sweep \(screen: "):
+        swept(METHODS, SIX, seeds=2, out=tmp_path)
+
+
+def test_a_screen_on_an_executor_leaves_out_the_same(screened: Fits) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as executor:
+        assert same(swept(METHODS, SIX, seeds=2, screen=STRICT, executor=executor), screened)
+
+
+def test_variables_that_share_a_site_are_screened_without_the_full_vector() -> None:
+    found = swept([DAS(1)], SIX[:2], pairs=pairs(("v", "w")), screen=STRICT)
+    assert len(found) == 1 and len(found.screened) == 1 and found.failures == ()
+
+
+def test_what_is_kept() -> None:
+    scores = {0: 0.5, 1: 0.9, 2: 0.7, 3: 0.89, 4: 0.5}
+    assert Screen(keep=0.4, margin=0, least=1).kept(scores) == [1, 3]
+    assert Screen(keep=0.2, margin=0, least=1).kept(scores) == [1]
+    assert Screen(keep=0.2, margin=0.02, least=1).kept(scores) == [1, 3]
+    assert Screen(keep=0.2, margin=0, least=3).kept(scores) == [1, 2, 3]
+    assert Screen(keep=0.9, margin=0, least=9).kept(scores) == [0, 1, 2, 3, 4]
+    assert Screen(keep=0.5, margin=0, least=1).kept({7: 0.1}) == [7]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": ()}, {"steps": (0.0,)}, {"steps": (0.1, 1.0)}, {"keep": 0.0}, {"keep": 1.0},
+              {"margin": -0.1}, {"margin": float("nan")}, {"least": 0}]
+)  # fmt: skip
+def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="needed are"):
+        Screen(**wrong)
+
+
+def test_log_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most one in ten seconds, and the last."""
+    from subspace_lab.das import _progress
+
+    clock = [0.0]
+    monkeypatch.setattr(_progress.time, "monotonic", lambda: clock[0])
+    with _progress.progress("sweep", 90, 5, quiet=False) as shown:
+        for seconds in (4.0, 8.0, 200.0, 203.0):
+            clock[0] = seconds
+            shown.end()
+    assert capsys.readouterr().err == "sweep: 3 of 90 places, 3 min 20 s, about 1 h 36 min left\n"
+    with _progress.progress("sweep", 1, 5, quiet=False) as shown:
+        shown.end()
+    assert capsys.readouterr().err == "sweep: 1 of 1 places, 0 s\n"
+    with _progress.progress("sweep", 1, 5, quiet=True) as shown:
+        shown.end()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_screen_is_named_in_the_facts(screened: Fits, complete: Fits) -> None:
+    assert screened.facts["screen"]["keep"] == 0.5 and "screen" not in complete.facts
