@@ -171,7 +171,7 @@ def test_splits_with_other_answers_are_joined_by_all_their_tokens() -> None:
         return from_texts(byte_level(), base=["x"], source=["x"], answer=[answer], base_answer=["Paris"])
 
     joined = Pairs(made("New York"), made("New Jersey"), made("Oslo"))
-    assert joined.test.answers == joined.train.answers and len(joined.test.answers) == 4
+    assert joined.test.answers == joined.train.answers and len(set(as_spelled(joined.test.tokens))) == 4
     told = [split.answers[int(split.answer)] for split in (joined.train, joined.dev, joined.test)]
     assert told == ["New York", "New Jersey", "Oslo"]
     with pytest.raises(ValueError, match="Some splits have their answers scored whole"):
