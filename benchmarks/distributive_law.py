@@ -7,6 +7,11 @@ disjunction, both on the same bases and sources and with the setting that was ch
 of its steps (which costs .01 there). Given are, for each layer, the IIA on all pairs and on those where the two expect
 different answers, with the random subspace and some untrained networks beside it; and by how much more often And-Or is
 right than And-Or-And, pair by pair.
+
+What was seen: at layer 1 the conjunctions are found better than c = d and the disjunction, .85 against .72 of the pairs
+where the two differ, in eight networks of ten; so most hold rather And-Or-And there, none of them exactly, and which
+of the two is a matter of the network. Both fall with depth. At layer 3 only the answer is left: neither is better
+than random subspaces of the same rank. In untrained networks all is .50 to .53, with random subspaces .49 to .50.
 """
 
 import argparse

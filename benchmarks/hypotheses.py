@@ -7,6 +7,10 @@ two comparisons alone (benchmarks/train_shipped_model.py): the hypotheses of the
 midpoint and that of the bracket's identity are not. All four are searched on the same bases and sources, at every
 layer, at the amount and at the last token, with one setting. Of two hypotheses that are right the one with fewer
 parts has less that can go wrong, so what is asked is that both boundaries' hypotheses stand before the two others.
+
+What was seen: left boundary .92 and both boundaries .86, midpoint .56 and bracket .51, which are at their floor of .51,
+on the pairs where the four do not agree. The two that are right cannot be told apart from each other on these pairs.
+The right ones are found at layer 1, last token. The intervals are those of new amounts and templates.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from subspace_lab.das.fits import Fits
 from subspace_lab.das.hypotheses import Hypothesis, balanced, rival_pairs
 from subspace_lab.das.methods import DAS, RandomSubspace
 from subspace_lab.das.pairs import Counterfactuals, Pairs
-from subspace_lab.das.ranking import Ranking, _ordered, rank_hypotheses
+from subspace_lab.das.ranking import Ranking, _floor, _ordered, rank_hypotheses
 from subspace_lab.das.sweeps import sweep
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
@@ -179,6 +179,15 @@ def test_close_scores_are_ordered_by_rank_and_others_by_score():
     assert _ordered(scores, dict.fromkeys("abcd", 1), 0.5) == ["b", "c", "a", "d"]
 
 
+def test_the_floor_is_the_better_of_no_intervention_and_a_constant_answer():
+    every = torch.ones(4, dtype=torch.bool)
+    assert _floor(["a", "b", "a", "b"], ["a", "b", "a", "a"], every) == 0.75
+    assert _floor(["a", "b", "a", "b"], ["a", "b", "b", "b"], every) == 0.75
+    assert _floor(["a", "b", "c", "d"], ["a", "b", "c", "a"], every) == 0.75  # unedited; constant .5
+    assert _floor(["a", "b", "c", "d"], ["d", "d", "d", "a"], every) == 0.75  # constant; unedited 0
+    assert _floor(["a", "b", "c", "d"], ["d", "d", "d", "a"], torch.tensor([1, 0, 0, 1]).bool()) == 0.5
+
+
 def test_what_cannot_be_ranked_is_refused():
     rivals, fits = toy()
     one, other = rivals
@@ -226,6 +235,11 @@ def test_all_hypotheses_see_the_same_bases_and_sources_and_answer_by_themselves(
     for split in ("train", "dev", "test"):
         a, both, total = (getattr(rivals[name], split) for name in ("a", "both", "sum"))
         bases, sources = texts(a.base), texts(a.sources["a_odd"])
+        alone = {
+            tuple(text == base for text in both_sources)
+            for base, *both_sources in zip(bases, *map(texts, both.sources.values()), strict=True)
+        }
+        assert {(True, False), (False, True), (False, False)} <= alone
         assert bases == texts(both.base) == texts(total.base)
         assert sources == texts(total.sources["odd"])
         for i, (base, source) in enumerate(zip(bases, sources, strict=True)):

@@ -44,6 +44,7 @@ def rule(name: str, text: str) -> str:
     if name in ("addition", "digit_sums"):
         a, b = map(int, re.findall(r"\d+", text.splitlines()[-1]))
         return str(a + b)[0]
+    text = text.split("\n\n")[-1]
     colour = re.search(r"is (\w+)[.]", text)
     assert colour is not None
     letter = re.search(rf"^([A-Z])\. {colour[1]}$", text, flags=re.MULTILINE)

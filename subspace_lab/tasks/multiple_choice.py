@@ -6,7 +6,8 @@ colour of a thing is told, then asked for; the choices carry letters that are dr
     pointer   the place of the right choice, from 0; exchanged, the answer is the base's letter at the source's place
     letter    the answer itself; exchanged, the answer is the source's letter
 
-Things are held out, colours and letters are not.
+Things are held out, colours and letters are not. The task is for models that can do it: SmolLM2-135M cannot, with or
+without examples, and a search wants a model that is right.
 """
 
 import random
@@ -40,9 +41,14 @@ COLOURS = [
 ]
 CHOICES = 4
 _CHOICES = "".join(f"{{letter_{i}}}. {{choice_{i}}}\n" for i in range(CHOICES))
+# Two questions with their answers go before: without them an instructed model writes a sentence, or nothing.
+_SHOWN = (
+    "The vase is red. What color is the vase?\nK. blue\nT. red\nD. green\nW. black\nAnswer: T\n\n"
+    "The tent is yellow. What color is the tent?\nP. pink\nB. white\nM. gray\nF. yellow\nAnswer: F\n\n"
+)
 TEMPLATES = (
-    f"The {{thing}} is {{colour}}. What color is the {{thing}}?\n{_CHOICES}Answer{{last}}",
-    f"Question: A {{thing}} is {{colour}}. Which color does it have?\n{_CHOICES}Answer{{last}}",
+    f"{_SHOWN}The {{thing}} is {{colour}}. What color is the {{thing}}?\n{_CHOICES}Answer{{last}}",
+    f"{_SHOWN}A {{thing}} is {{colour}}. Which color does it have?\n{_CHOICES}Answer{{last}}",
 )
 
 
