@@ -47,10 +47,16 @@ ELSEWHERE = (
 SMALL = {
     "search": "--layers 1 --positions last --steps 2 --pairs 40 --test-pairs 40",
     "search --model": "--layers 4,12 --steps 2 --pairs 8 --test-pairs 8 --no-twin --allow-failing-model",
+    "search --model --data": "--layers 4,12 --steps 2 --no-twin --allow-failing-model",
     "finetune": "--epochs 1",
 }
 # Names in commands that stand for what has to be fetched → which function below makes what stands in for it.
-STAND_INS = {"EleutherAI/pythia-410m": "pythia", "stories260K": "decoder", "style.jsonl": "answers"}
+STAND_INS = {
+    "EleutherAI/pythia-410m": "pythia",
+    "stories260K": "decoder",
+    "style.jsonl": "answers",
+    "pairs.jsonl": "pairs",
+}
 
 
 def blocks(page: str) -> list[tuple[str, int, str]]:
@@ -123,9 +129,9 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def pythia(folder: Path) -> Path:
-    """Pythia's architecture and depth, and a byte-level tokenizer as is its own, in the words of story_gender."""
-    task = load_task("story_gender")
-    texts = [" She He"] * 50
+    """Pythia's architecture and depth, and a byte-level tokenizer as is its own, in the words of number_agreement."""
+    task = load_task("number_agreement")
+    texts = [" is are"] * 50
     for split in ("train", "test"):
         texts += counterfactual_dataset(task, 200, split=split, seed=0)["base"]
     tokenizer = Tokenizer(models.BPE())
@@ -166,7 +172,25 @@ def answers(path: Path) -> Path:
     return path.rename(path.with_suffix(".jsonl"))
 
 
-MAKERS = {"pythia": pythia, "decoder": decoder, "answers": answers}
+def pairs(path: Path) -> Path:
+    """The row that the README prints, and others like it."""
+    printed = [
+        text for language, _, text in blocks("README.md") if language == "text" and text.startswith('{"base"')
+    ]
+    rows = [json.loads(line) for line in printed[0].splitlines()]
+    for one in counterfactual_dataset(load_task("number_agreement"), 40, split="train", seed=0):
+        source, spans = one["sources"]["number"], one["source_spans"]["number"]
+        subject = {
+            who: text[slice(*place["subject"])]
+            for who, text, place in (("base", one["base"], one["base_spans"]), ("source", source, spans))
+        }
+        row = {name: one[name].strip() for name in ("base", "answer", "base_answer", "entity")}
+        rows.append({**row, "source": source, "span": {"subject": subject}})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path.rename(path.with_suffix(".jsonl"))
+
+
+MAKERS = {"pythia": pythia, "decoder": decoder, "answers": answers, "pairs": pairs}
 
 
 # --- the tests ----------------------------------------------------------------------------------------------
@@ -197,7 +221,7 @@ def test_commands_run(command, stand_ins, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program, *words = (stand_ins.get(word, word) for word in shlex.split(command))
     assert program == "subspace-lab", f"nothing here runs {command!r}; see ELSEWHERE"
-    kind = max((key for key in SMALL if set(key.split()) <= set(words)), key=len)
+    kind = max((key for key in SMALL if set(key.split()) <= set(words)), key=lambda key: len(key.split()))
     done = CliRunner().invoke(app, [*words, *SMALL[kind].split()])
     assert done.exit_code == 0, (done.output, done.exception)
     assert any((tmp_path / words[words.index("--out") + 1]).iterdir())
