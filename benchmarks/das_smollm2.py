@@ -1,0 +1,211 @@
+"""Variables in a real language model: SmolLM2-135M, with baselines and controls beside DAS.
+
+    python benchmarks/das_smollm2.py [--part agreement,names,cities] [--quick] [--json PATH]
+
+    agreement   the number of the subject, at 30 layers × 3 positions, rank 1: DAS, difference of means, full vector,
+                random subspaces, and DAS in a randomly initialised twin. Nouns are held out.
+    names       the indirect object's name, once with names that the search has not seen, once with the same names
+                in all splits: what a search has learned of the names, and what of the variable
+    cities      the country of a city, exchanged without its language and continent (`cause` and `iso`, on cities that
+                are held out): DAS on the pairs that ask for the country, DAS with isolation losses (MDAS), full vector
+
+Places are chosen on dev pairs; scores are of test pairs. Prompts count where the model is right on base and source.
+With --json the figures of the parts that ran replace those in the file, and the others stay; pictures go beside it.
+`smollm2_model.py` says where the model comes from. Quiet, on two cores: agreement 15 minutes, the others 5 each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import figure, machine, report
+from smollm2_model import smollm2
+
+from subspace_lab.analysis.plots.heatmaps import iia_heatmap
+from subspace_lab.analysis.twins import reinitialised
+from subspace_lab.core.sites import Site
+from subspace_lab.das.fits import Fits
+from subspace_lab.das.methods import DAS, MDAS, DifferenceOfMeans, FullVector, Method, RandomSubspace
+from subspace_lab.das.objectives import cause, complement_stays, disentangle, iia, iia_vocabulary, iso
+from subspace_lab.das.pairs import Pairs
+from subspace_lab.das.search import search
+from subspace_lab.das.workers import local_workers
+from subspace_lab.engine.training import TrainingConfig
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.tasks import load_task
+
+Figures = dict[str, dict[str, Any]]
+
+
+def scores(fits: Fits, methods: Sequence[Method], metrics: Sequence[str], name: str = "") -> Figures:
+    """For each method the place that dev chooses by the first metric, and its test scores over seeds."""
+    found: Figures = {}
+    for method in [variant for one in methods for variant in one.variants()]:
+        of = fits.where(method=method)
+        best = max(of.mean(metric=metrics[0], split="dev"), key=lambda mean: mean.value)
+        for metric in metrics:
+            values = [fit.score(metric) for fit in best.fits]
+            found[f"{name}{method.label}, {metric}"] = {
+                **figure([value.value for value in values]),
+                "interval": [min(v.low for v in values), max(v.high for v in values)],
+                "site": best.place,
+            }
+    return found
+
+
+def floors(fits: Fits) -> dict[str, float]:
+    of = fits.floors["test"]
+    return {
+        "answered right": of.accuracy.value,
+        "no intervention": of.no_intervention.value,
+        "constant": of.constant.value,
+    }
+
+
+def agreement(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Figures, dict[str, Any]]:
+    task = load_task("number_agreement")
+    sizes = {"train": 32, "dev": 24, "test": 24} if args.quick else {"train": 192, "dev": 80, "test": 160}
+    pairs = task.pairs(tokenizer, **sizes, seed=args.seed)
+    depth = model.config.num_hidden_layers
+    layers = [0, depth // 2, depth - 2] if args.quick else range(depth)
+    sites = [Site("block_output", i, p) for i in layers for p in ("subject", "preposition", "last")]
+    # Batches of 16, as small as the subspace: 48 steps show each pair four times.
+    config = TrainingConfig(steps=5 if args.quick else 48, batch_size=16, learning_rate=5e-2)
+    methods: list[Method] = [DAS(1), DifferenceOfMeans(), FullVector(), RandomSubspace(1, draws=2)]
+    start = time.perf_counter()
+    with local_workers(args.workers) if args.workers else nullcontext() as pool:
+        fits = search(
+            Backbone(model), pairs, sites, methods=methods, config=config, seeds=[args.seed], label="model",
+            executor=pool,
+        )  # fmt: skip
+        twin = search(
+            Backbone(reinitialised(model, args.seed)), pairs, sites, methods=[DAS(1)], config=config,
+            seeds=[args.seed], min_accuracy=None, label="twin", executor=pool,
+        )  # fmt: skip
+    minutes = (time.perf_counter() - start) / 60
+    iia_heatmap(fits, twin, picture(args, "smollm2_agreement.png"))
+    figures = scores(fits, methods, ["iia"]) | scores(twin, [DAS(1)], ["iia"], "twin: ")
+    of_das = fits.where(method=DAS(1))
+    chosen = max((f for f in of_das if f.site.layer < depth - 1), key=lambda fit: fit.score("iia", "dev").value)
+    figures["smollm2_agreement_iia"] = {**figure([chosen.iia.value]), "site": chosen.place}
+    figures["smollm2_agreement_minutes"] = figure([minutes])
+    # Does the edited model say it, or is it only the likelier of the two answers?
+    again = search(
+        Backbone(model), pairs, [chosen.site], methods=[DAS(1)], config=config, seeds=[args.seed],
+        metrics=[iia, iia_vocabulary, complement_stays], label="chosen",
+    )  # fmt: skip
+    figures |= scores(again, [DAS(1)], ["iia", "iia_vocabulary", "complement_stays"], "at the chosen site: ")
+    maps = {name: {f.place: round(f.iia.value, 3) for f in of} for name, of in (("model", of_das), ("twin", twin))}
+    facts = {"pairs": fits.facts["pairs"], "floors": floors(fits), "floors of the twin": floors(twin), "DAS": maps}
+    return figures, {**facts, "layers × positions": len(sites), "workers": args.workers}
+
+
+def names(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Figures, dict[str, Any]]:
+    task, variable = load_task("indirect_object"), "indirect_object"
+    sizes = {"train": 60, "dev": 24, "test": 24} if args.quick else {"train": 400, "dev": 100, "test": 200}
+    held_out = task.pairs(tokenizer, **sizes, seed=args.seed, variables=[variable])
+    every = task.pairs(
+        tokenizer, train=sum(sizes.values()), dev=1, test=1, seed=args.seed + 1, variables=[variable]
+    ).train
+    shares = {name: sizes[name] / sum(sizes.values()) for name in ("dev", "test")}
+    same = Pairs.split(every, **shares, seed=args.seed, task=f"{task.name}, the same names in all splits")
+    ranks = [16] if args.quick else [4, 16, 64]
+    methods: list[Method] = [DAS(ranks), FullVector(), RandomSubspace(16, draws=3)]
+    layers = [20] if args.quick else [16, 20, 22, 24, 26, 28]
+    sites = [Site("block_output", layer, "last") for layer in layers]
+    config = TrainingConfig(steps=5 if args.quick else 60, learning_rate=5e-2)
+    figures: Figures = {}
+    facts: dict[str, Any] = {}
+    for name, pairs in (("new names", held_out), ("same names", same)):
+        fits = search(
+            Backbone(model),
+            pairs,
+            sites,
+            methods=methods,
+            config=config,
+            seeds=[args.seed],
+            min_accuracy=0.7,
+            label=name,
+        )
+        figures |= scores(fits, methods, ["iia"], f"{name}: ")
+        best = max((f for f in fits.where(method="DAS")), key=lambda fit: fit.score("iia", "dev").value)
+        figures[f"{name}: {best.method.label}, iia in training"] = figure([best.score("iia", "train").value])
+        facts[name] = {"pairs": fits.facts["pairs"], "floors": floors(fits)}
+    return figures, facts
+
+
+def cities(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Figures, dict[str, Any]]:
+    task = load_task("city_attribute")
+    sizes = {"train": 60, "dev": 30, "test": 30} if args.quick else {"train": 400, "dev": 120, "test": 240}
+    pairs = task.pairs(tokenizer, **sizes, seed=args.seed, variables=["country"])
+    ranks = [16] if args.quick else [16, 64]
+    methods: list[Method] = [MDAS(ranks, isolate=0.0), MDAS(ranks), FullVector(), RandomSubspace(16, draws=3)]
+    layers = [8] if args.quick else [4, 8, 12, 16]
+    sites = [Site("block_output", layer, "entity") for layer in layers]
+    if not args.quick:
+        sites += [Site("block_output", layer, "last") for layer in (18, 22)]
+    config = TrainingConfig(steps=5 if args.quick else 80, learning_rate=5e-2)
+    fits = search(
+        Backbone(model), pairs, sites, methods=methods, config=config, seeds=[args.seed],
+        metrics=[disentangle, cause, iso, iia_vocabulary], min_accuracy=0.5, label="cities",
+    )  # fmt: skip
+    figures = scores(fits, methods, ["disentangle", "cause", "iso", "iia_vocabulary"])
+    return figures, {"pairs": fits.facts["pairs"], "floors": floors(fits)}
+
+
+PARTS: dict[str, Callable[..., tuple[Figures, dict[str, Any]]]] = {
+    "agreement": agreement,
+    "names": names,
+    "cities": cities,
+}
+
+
+def picture(args: argparse.Namespace, name: str) -> Path | None:
+    return None if args.json is None or args.quick else Path(args.json).parent / name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", help="a folder or a name on the Hub instead of the package's copy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that share the sites of `agreement`")
+    parser.add_argument("--threads", type=int, help="of the processor; torch's choice by default")
+    parser.add_argument("--quick", action="store_true", help="few pairs, layers and steps: does it run?")
+    parser.add_argument("--part", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    args = parser.parse_args()
+    parts = args.part.split(",")
+    if unknown := [name for name in parts if name not in PARTS]:
+        parser.error(f"--part: unknown {unknown}; possible are {list(PARTS)}, with commas between them")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model, tokenizer = smollm2(args.model)
+    model = model.to(args.device)
+    settings: dict[str, Any] = {"parts": {}}
+    results: dict[str, Any] = {}
+    if args.json and Path(args.json).is_file():
+        before = json.loads(Path(args.json).read_text())
+        settings["parts"] = before["settings"]["parts"]
+        kept = [name for name in settings["parts"] if name not in parts]
+        results = {k: v for k, v in before["results"].items() if v.get("part") in kept}
+    for name in parts:
+        print(name, file=sys.stderr)
+        start = time.perf_counter()
+        figures, facts = PARTS[name](args, model, tokenizer)
+        results |= {key: {**value, "part": name} for key, value in figures.items()}
+        shared = {"seed": args.seed, "quick": args.quick, "seconds": round(time.perf_counter() - start)}
+        settings["parts"][name] = {**facts, **shared, "machine": machine(args.device)}
+    report("das_smollm2", settings, results, args.device, args.json)
+
+
+if __name__ == "__main__":
+    main()
