@@ -103,10 +103,13 @@ def test_a_screened_sweep_goes_on(screened: Fits, tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         swept(METHODS, SIX, seeds=2, screen=STRICT, out=tmp_path)
     with monkeypatch.context() as patched:
-        fits_at = _places.Places.fits_at
-        patched.setattr(
-            _places.Places, "fits_at", lambda self, n, step: interrupt() if n == 3 else fits_at(self, n, step)
-        )
+        found, at = [], _places.Places.at
+
+        def counted_at(places: Any, assignment: Any, on_step: Any, splits: Any = _places.SPLITS) -> Any:
+            found.append(splits == _places.SPLITS)
+            return interrupt() if sum(found) == 4 else at(places, assignment, on_step, splits)
+
+        patched.setattr(_places.Places, "at", counted_at)
         with pytest.raises(SweepInterrupted, match="3 of 6 sites"):
             swept(METHODS, SIX, seeds=2, screen=STRICT, out=tmp_path)
     done = len(calls)

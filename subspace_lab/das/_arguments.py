@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from subspace_lab.core.sites import Site
+from subspace_lab.das._places import name_of
 from subspace_lab.das.methods.method import Method
-from subspace_lab.das.pairs import Pairs
+from subspace_lab.das.objectives import Metric
+from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
+from subspace_lab.model.intervene import collect
 
 
 def assignments_of(sites: Sequence[Site | Mapping[str, Site]], variables: list[str]) -> list[dict[str, Site]]:
@@ -25,8 +30,55 @@ def assignments_of(sites: Sequence[Site | Mapping[str, Site]], variables: list[s
     return found
 
 
-def check_kinds(backbone: Any, pairs: Any) -> None:
-    """TypeError unless these are a backbone and pairs in three splits."""
+def searches_of(
+    backbone: Backbone,
+    pairs: Pairs,
+    sites: Sequence[Site | Mapping[str, Site]],
+    methods: Sequence[Method],
+    seeds: int | Sequence[int],
+    metrics: Sequence[Metric],
+) -> tuple[list[dict[str, Site]], list[Method], list[int], dict[Site, int]]:
+    """The places, the methods with single settings, the seeds, and the width of each site.
+
+    Raises:
+        ValueError: nothing to search, something named twice, a method that does not fit a site.
+    """
+    assignments = assignments_of(sites, pairs.variables)
+    variants = [variant for method in methods for variant in method.variants()]
+    asked = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not assignments or not variants or not asked or not metrics:
+        raise ValueError(
+            f"Nothing to search: {len(assignments)} sites, {len(variants)} methods, {len(asked)} seeds, "
+            f"{len(metrics)} metrics."
+        )
+    named: dict[str, list[Any]] = {
+        "methods": [method.label for method in variants],
+        "metrics": [name_of(metric) for metric in metrics],
+        "seeds": asked,
+    }
+    for what, names in named.items():
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"Given twice, so that results could not be told apart: the {what} {twice}.")
+    widths = {site: _width(backbone, site, pairs.test) for one in assignments for site in one.values()}
+    for assignment in assignments:
+        for method in variants:
+            method.check(assignment, widths)
+    return assignments, variants, asked, widths
+
+
+def _width(backbone: Backbone, site: Site, pairs: Counterfactuals) -> int:
+    """The width of the states at a site: from the model's structure, or else from a run of one pair."""
+    width = backbone.hook_point(site).width
+    if width is None:
+        base = pairs.base.rows(torch.arange(1)).to(backbone.device)
+        width = collect(backbone, base, [site])[site].shape[-1]
+    return width
+
+
+def check_types(
+    backbone: Any, pairs: Any, sites: Any, methods: Any, seeds: Any, config: Any, loss: Any, metrics: Any
+) -> None:
+    """TypeError, in one sentence, for an argument of another kind."""
     if not isinstance(backbone, Backbone):
         raise TypeError(f"The model is given as Backbone(model), found {type(backbone).__name__}.")
     if not isinstance(pairs, Pairs):
@@ -34,13 +86,6 @@ def check_kinds(backbone: Any, pairs: Any) -> None:
             f"Pairs in three splits are needed, found {type(pairs).__name__}: make them with Pairs(train=…, dev=…, "
             "test=…), Pairs.split(…), or a task's pairs(tokenizer)."
         )
-
-
-def check_types(
-    backbone: Any, pairs: Any, sites: Any, methods: Any, seeds: Any, config: Any, loss: Any, metrics: Any
-) -> None:
-    """TypeError, in one sentence, for an argument of another kind."""
-    check_kinds(backbone, pairs)
     for name, given, kind in (("sites", sites, Site | Mapping), ("methods", methods, Method)):
         wanted = getattr(kind, "__name__", "Site")
         if isinstance(given, str | Site | Method | Mapping) or not isinstance(given, Sequence):

@@ -1,13 +1,14 @@
 """The fits of one place: all methods, ranks and seeds at one site, or at one site for each variable.
 
-They train together, in one run over a stacked batch, each as if it were alone.
+They train together, in one run over a stacked batch, each as if it were alone. So do those of a cohort of places, where
+the engine finds that cheaper (`engine/cohorts.py`).
 """
 
 from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
@@ -78,14 +79,39 @@ class Places:
         """None where training pairs are drawn afresh."""
         return None if callable(self.pairs.train) else self._prepared(self.pairs.train)
 
+    @cached_property
+    def _ready(self) -> dict[int, tuple[list[_Cell], list[Failure]]]:
+        """Of a cohort, by the number of a place: what was trained there and is not scored yet."""
+        return {}
+
     def _prepared(self, data: Counterfactuals) -> PreparedPairs:
         return PreparedPairs.of(
             self.backbone, data, self.assignments, memory=self.memory, unmatched=self.unmatched
         )
 
-    def fits_at(self, number: int, on_step: Callable[[], Any] = lambda: None) -> Fits:
-        """All that is found at one place, each alignment with its evidence."""
-        found, failed = self.at(self.assignments[number], on_step)
+    def cohorts(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Which of some places are trained side by side; the same whichever of them are done already."""
+        trained = [m for m in self.methods if not m.control and len(m.seeds([0, 1])) == 2]  # from a random start
+        rows = self.config.batch_size * sum(len(method.seeds(self.seeds)) for method in trained)
+        if callable(self.pairs.train) or not rows:
+            return [[number] for number in numbers]
+        sets = [tuple(dict.fromkeys(self.assignments[number].values())) for number in numbers]
+        return [[numbers[i] for i in cohort] for cohort in self.dev.engine.cohorts(sets, rows)]
+
+    def fits_of(
+        self, cohort: Sequence[int], wanted: Container[int], on_step: Callable[[], Any] = lambda: None
+    ) -> Iterator[tuple[int, Fits]]:
+        """(number, all that is found there) of the places of a cohort that are wanted, trained side by side."""
+        if len(cohort) > 1:
+            together = self._searched([self.assignments[number] for number in cohort], on_step)
+            self._ready.update(zip(cohort, together, strict=True))
+        for number in cohort:
+            if number in wanted:
+                yield number, self._evident(number, *self.at(self.assignments[number], on_step))
+        self._ready.clear()
+
+    def _evident(self, number: int, found: list[Fit], failed: list[Failure]) -> Fits:
+        """What is found at one place, each alignment with its evidence."""
         done = {(fit.method.label, fit.seed) for fit in found} | {(one.method, one.seed) for one in failed}
         place = place_of(self.assignments[number])
         screened = [
@@ -136,6 +162,26 @@ class Places:
         self, assignment: Assignment, on_step: Callable[[], Any], splits: Sequence[str] = SPLITS
     ) -> tuple[list[Fit], list[Failure]]:
         """Every fit at one place, and the searches that gave none."""
+        ready = self._ready.pop(self.assignments.index(dict(assignment)), None)
+        cells, failures = ready or self._searched([assignment], on_step)[0]
+        fits, unscored = self._scored(assignment, cells, splits)
+        return fits, failures + [cell.failure(why) for cell, why in unscored]
+
+    def _searched(
+        self, assignments: Sequence[Assignment], on_step: Callable[[], Any]
+    ) -> list[tuple[list[_Cell], list[Failure]]]:
+        """For each of some places its searches, trained, and those that gave nothing."""
+        searched = [self._cells(assignment) for assignment in assignments]
+        trained = [cell for cells, _ in searched for cell in cells if cell.learner.parameter_groups()]
+        reasons = {id(cell): why for cell, why in self._train(trained, on_step)}
+        found = []
+        for cells, failures in searched:
+            lost = [cell.failure(reasons[id(cell)]) for cell in cells if id(cell) in reasons]
+            found.append(([cell for cell in cells if id(cell) not in reasons], failures + lost))
+        return found
+
+    def _cells(self, assignment: Assignment) -> tuple[list[_Cell], list[Failure]]:
+        """The searches of one place before their training."""
         spared = self.assignments.index(dict(assignment)) in self.left_out
         cells: list[_Cell] = []
         failures: list[Failure] = []
@@ -155,7 +201,7 @@ class Places:
                     learner = method.learner(problem)
                     if not isinstance(learner, Learner):
                         raise TypeError(f"`learner` should return a Learner, found {type(learner).__name__}.")
-                    cells.append(_Cell(method, seed, learner))
+                    cells.append(_Cell(assignment, method, seed, learner))
                 except ValueError as error:
                     failures.append(Failure(method.label, place, seed, " ".join(str(error).split())))
                 except Exception as error:
@@ -163,16 +209,9 @@ class Places:
                     raise
         if spared:
             cells = [cell for cell in cells if not cell.learner.parameter_groups()]
-        failed = self._train(assignment, [cell for cell in cells if cell.learner.parameter_groups()], on_step)
-        failures += [Failure(cell.method.label, place, cell.seed, why) for cell, why in failed]
-        lost = [cell for cell, _ in failed]
-        cells = [cell for cell in cells if cell not in lost]
-        fits, unscored = self._scored(assignment, cells, splits)
-        return fits, failures + [Failure(cell.method.label, place, cell.seed, why) for cell, why in unscored]
+        return cells, failures
 
-    def _train(
-        self, assignment: Assignment, cells: list[_Cell], on_step: Callable[[], Any]
-    ) -> list[tuple[_Cell, str]]:
+    def _train(self, cells: list[_Cell], on_step: Callable[[], Any]) -> list[tuple[_Cell, str]]:
         """Train some cells, as many together as a step should hold; those whose loss is no number, and why."""
         failed = []
         size = max(1, STACKED // self.config.batch_size)
@@ -184,7 +223,7 @@ class Places:
                 {k: v.clone() for k, v in nn.ModuleList(one.edits.values()).state_dict().items()} for one in begun
             ]
             try:
-                self._train_together(assignment, group, report)
+                self._train_together(group, report)
             except FloatingPointError as error:
                 if len(group) == 1:
                     failed.append((group[0], str(error)))
@@ -192,18 +231,20 @@ class Places:
                 # One of them ends the run for all: each begins again, alone.
                 for cell, state in zip(group, states, strict=True):
                     _numbers(cell.learner).load_state_dict(state)
-                    failed += self._train(assignment, [cell], lambda: None)
+                    failed += self._train([cell], lambda: None)
         return failed
 
-    def _train_together(self, assignment: Assignment, cells: list[_Cell], on_step: Callable[[], Any]) -> None:
+    def _train_together(self, cells: list[_Cell], on_step: Callable[[], Any]) -> None:
         configs = [replace(self.config, seed=cell.seed) for cell in cells]
         draws: list[Draw]
         if self.train is None:
             assert callable(self.pairs.train)
-            # One for all, so that the pairs of a step are made once.
-            draws = [from_stream(self.backbone, self.pairs.train, assignment, self.unmatched)] * len(cells)
+            # One for all, which are at one place, so that the pairs of a step are made once.
+            draws = [from_stream(self.backbone, self.pairs.train, cells[0].assignment, self.unmatched)] * len(
+                cells
+            )
         else:
-            draws = [from_pool(self.train, assignment, config) for config in configs]
+            draws = [from_pool(self.train, c.assignment, own) for c, own in zip(cells, configs, strict=True)]
         learners = [cell.learner for cell in cells]
         losses = fit(learners, draws, configs, self.loss, lambda *_: on_step(), self.unmatched)
         for cell, own in zip(cells, losses, strict=True):
@@ -282,10 +323,14 @@ class Places:
 class _Cell:
     """One search while it runs."""
 
+    assignment: Assignment
     method: Method
     seed: int
     learner: Learner
     losses: tuple[float, ...] = ()
+
+    def failure(self, why: str) -> Failure:
+        return Failure(self.method.label, place_of(self.assignment), self.seed, why)
 
 
 @dataclass(frozen=True)

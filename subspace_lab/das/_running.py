@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from subspace_lab.das._executing import Parcel, Work, distribute
 from subspace_lab.das._places import Places
 from subspace_lab.das._progress import progress
-from subspace_lab.das._sweep_files import SweepFiles, read_hope, screen_place, search_place, write_hope
+from subspace_lab.das._sweep_files import SweepFiles, read_hope, screen_place, search_places, write_hope
 from subspace_lab.das.fits import Fits, place_of
 from subspace_lab.das.screens import Screen
 
@@ -37,14 +37,17 @@ class Run(ABC):
         """{number of a place: its score} in a round of the screen, with a share of the steps."""
 
     @abstractmethod
-    def search(self, numbers: Sequence[int]) -> None:
-        """Search places, which stand in `found` then."""
+    def search(self, cohorts: Sequence[Sequence[int]]) -> None:
+        """Search those places of some cohorts that are not in `found` yet, and put them there."""
 
     def go(self, screen: Screen | None) -> None:
         """Screen the places, then search those that are not found yet."""
         if screen is not None:
             self._screen(screen)
-        self.search([number for number in range(len(self.places.assignments)) if number not in self.found])
+        every = range(len(self.places.assignments))
+        cohorts = [*([n] for n in self.places.left_out)]
+        cohorts += self.places.cohorts([n for n in every if n not in self.places.left_out])
+        self.search([cohort for cohort in cohorts if not set(cohort) <= set(self.found)])
 
     def _screen(self, screen: Screen) -> None:
         left = list(range(len(self.places.assignments)))
@@ -83,14 +86,16 @@ class InTurn(Run):
                 shown.end()
         return scores
 
-    def search(self, numbers: Sequence[int]) -> None:
-        with progress(self.label, len(numbers), self.places.config.steps, quiet=self.quiet) as shown:
-            for number in numbers:
-                shown.begin(place_of(self.places.assignments[number]))
-                self.found[number] = self.places.fits_at(number, shown.step)
-                if self.files is not None:
-                    self.files.keep(number, self.found[number])
-                shown.end()
+    def search(self, cohorts: Sequence[Sequence[int]]) -> None:
+        left = [[number for number in cohort if number not in self.found] for cohort in cohorts]
+        with progress(self.label, sum(map(len, left)), self.places.config.steps, quiet=self.quiet) as shown:
+            for cohort, wanted in zip(cohorts, left, strict=True):
+                shown.begin(place_of(self.places.assignments[wanted[0]]))
+                for number, fits in self.places.fits_of(cohort, wanted, shown.step):
+                    self.found[number] = fits
+                    if self.files is not None:
+                        self.files.keep(number, fits)
+                    shown.end()
 
 
 @dataclass
@@ -131,16 +136,21 @@ class OnExecutor(Run):
             distribute(self.executor, self.parcel, works, lambda _: shown.end())
         return _known(self.files.folder, numbers, turn)
 
-    def search(self, numbers: Sequence[int]) -> None:
+    def search(self, cohorts: Sequence[Sequence[int]]) -> None:
+        left = {cohort[0]: [number for number in cohort if number not in self.found] for cohort in cohorts}
         works: dict[int, Work] = {
-            number: partial(search_place, number=number, left_out=self.places.left_out.get(number))
-            for number in numbers
+            cohort[0]: partial(
+                search_places, cohort=cohort, wanted=left[cohort[0]], left_out=self.places.left_out.get(cohort[0])
+            )
+            for cohort in cohorts
         }
-        with progress(self.label, len(works), self.places.config.steps, quiet=self.quiet) as shown:
+        places = sum(map(len, left.values()))
+        with progress(self.label, places, self.places.config.steps, quiet=self.quiet) as shown:
 
-            def finished(number: int) -> None:
-                self.found[number] = self.files.read_place(number)
-                shown.end()
+            def finished(first: int) -> None:
+                for number in left[first]:
+                    self.found[number] = self.files.read_place(number)
+                    shown.end()
 
             distribute(self.executor, self.parcel, works, finished)
 

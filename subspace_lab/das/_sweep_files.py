@@ -156,11 +156,19 @@ def write_place(folder: Path, number: int, fits: Fits) -> None:
     write(path_of(folder, number))
 
 
-def search_place(places: Places, folder: Path, *, number: int, left_out: tuple[float, str] | None) -> None:
-    """Search a place and leave its fits in the folder."""
+def search_places(
+    places: Places,
+    folder: Path,
+    *,
+    cohort: Sequence[int],
+    wanted: Sequence[int],
+    left_out: tuple[float, str] | None,
+) -> None:
+    """Search a cohort and leave the fits of the wanted places in the folder; what is left out is alone in its own."""
     if left_out is not None:
-        places.left_out[number] = left_out
-    write_place(folder, number, places.fits_at(number))
+        places.left_out[cohort[0]] = left_out
+    for number, fits in places.fits_of(cohort, wanted):
+        write_place(folder, number, fits)
 
 
 def screen_place(places: Places, folder: Path, *, number: int, turn: int, share: float) -> None:

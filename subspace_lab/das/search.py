@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from subspace_lab.core.sites import Site
-from subspace_lab.das._arguments import check_kinds
+from subspace_lab.das._arguments import check_types, searches_of
 from subspace_lab.das.answered import only_answered
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, Method, RandomSubspace
@@ -79,7 +79,9 @@ def search(
         )
         methods = default_methods(rank, shared_site=several and not apart)
     if (min_accuracy is not None) if right_only is None else right_only:
-        check_kinds(backbone, pairs)
+        # What a sweep refuses is refused before the model runs over the pairs.
+        check_types(backbone, pairs, sites, methods, seeds, config or TrainingConfig(), loss, metrics)
+        searches_of(backbone, pairs, sites, methods, seeds, metrics)
         pairs = only_answered(backbone, pairs, min_accuracy=min_accuracy)
     return sweep(
         backbone,

@@ -11,14 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from subspace_lab.core.sites import Site
-from subspace_lab.das._arguments import assignments_of, check_types
+from subspace_lab.das._arguments import check_types, searches_of
 from subspace_lab.das._fits_files import searched
-from subspace_lab.das._places import Places, name_of
+from subspace_lab.das._places import Places
 from subspace_lab.das._preparing import prepare
 from subspace_lab.das._recipe import recipe_of
 from subspace_lab.das._running import InTurn, OnExecutor
@@ -26,12 +23,11 @@ from subspace_lab.das._sweep_files import SweepFiles, SweepUnsaved
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods.method import Method
 from subspace_lab.das.objectives import Loss, Metric, cross_entropy, iia
-from subspace_lab.das.pairs import Counterfactuals, Pairs
+from subspace_lab.das.pairs import Pairs
 from subspace_lab.das.screens import Screen
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.identity import model_facts, versions
-from subspace_lab.model.intervene import collect
 from subspace_lab.model.sources import Unmatched
 
 __all__ = ["SweepInterrupted", "SweepUnsaved", "sweep"]
@@ -115,26 +111,7 @@ def sweep(
         raise TypeError(f"out names a folder, as text or Path; found {out!r}.")
     if screen is not None and not isinstance(screen, Screen):
         raise TypeError(f"screen is a Screen, such as Screen(); found {screen!r}.")
-    assignments = assignments_of(sites, pairs.variables)
-    variants = [variant for method in methods for variant in method.variants()]
-    asked = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not assignments or not variants or not asked or not metrics:
-        raise ValueError(
-            f"Nothing to search: {len(assignments)} sites, {len(variants)} methods, {len(asked)} seeds, "
-            f"{len(metrics)} metrics."
-        )
-    named: dict[str, list[Any]] = {
-        "methods": [method.label for method in variants],
-        "metrics": [name_of(metric) for metric in metrics],
-        "seeds": asked,
-    }
-    for what, names in named.items():
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"Given twice, so that results could not be told apart: the {what} {twice}.")
-    widths = {site: _width(backbone, site, pairs.test) for one in assignments for site in one.values()}
-    for assignment in assignments:
-        for method in variants:
-            method.check(assignment, widths)
+    assignments, variants, asked, widths = searches_of(backbone, pairs, sites, methods, seeds, metrics)
     places = Places(
         backbone, pairs, assignments, variants, asked, config, loss, metrics, widths, memory, unmatched, screen
     )
@@ -183,12 +160,3 @@ def _joined(places: Places, found: Mapping[int, Fits]) -> Fits:
 
 def _say(quiet: bool) -> Callable[[str], None]:
     return (lambda _: None) if quiet else (lambda text: print(text, file=sys.stderr))
-
-
-def _width(backbone: Backbone, site: Site, pairs: Counterfactuals) -> int:
-    """The width of the states at a site: from the model's structure, or else from a run of one pair."""
-    width = backbone.hook_point(site).width
-    if width is None:
-        base = pairs.base.rows(torch.arange(1)).to(backbone.device)
-        width = collect(backbone, base, [site])[site].shape[-1]
-    return width
