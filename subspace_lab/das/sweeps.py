@@ -1,7 +1,8 @@
 """Many searches in one call: sites × methods × ranks × seeds.
 
-The model runs once over the data for all sites. A place (a site, or a site for each variable) is the unit of work: all
-fits of one place train together. It is what an executor is given, and what is written to a folder once it is done.
+The model runs once over the data for all sites. All fits of a place (a site, or a site for each variable) train
+together, and so do those of a few places where that is cheaper. Such a cohort is what an executor is given; each of its
+places is written to a folder once it is done.
 """
 
 from __future__ import annotations
