@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from subspace_lab.model.backbone import Backbone
     from subspace_lab.model.batches import Batch
     from subspace_lab.model.intervene import collect, forward, generate
+    from subspace_lab.model.site_lists import list_sites
     from subspace_lab.reft.config import ReftConfig
     from subspace_lab.reft.data import tokenise
     from subspace_lab.reft.finetune import finetune
@@ -56,6 +57,7 @@ _ROOMS = {
         "forward",
         "generate",
     ),
+    "model.site_lists": ("list_sites",),
     "engine.training": ("TrainingConfig",),
     "das.causal_models": ("CausalModel",),
     "das.encoding": ("from_texts",),
@@ -118,6 +120,7 @@ __all__ = [
     "get_reft_model",
     "iia_heatmap",
     "interchange",
+    "list_sites",
     "load_task",
     "loreft",
     "overlap_heatmap",

@@ -218,11 +218,51 @@ def test_layers_are_lists_and_ranges(layers, tmp_path):
     assert result.exit_code == 0 and [one["site"] for one in found] == [f"block_output[{n}]@last" for n in numbers]
 
 
+def test_heads_are_searched_each_alone(tmp_path):
+    options = ["--component", "head_output", "--layers", "1-2", "--heads", "3,0-1", "--positions", "last", *PAIRS]
+    paths = ["--method", "FullVector,PathPatching", "--receiver", "mlp_output[3]@last", "--no-twin"]
+    result = search(*options, *paths, "--out", tmp_path)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    places = [f"head_output[{i}].heads({h})@last" for i in (1, 2) for h in (3, 0, 1)]
+    labels = ["FullVector", "PathPatching to mlp_output[3]@last"]
+    assert [(one["site"], one["label"]) for one in results["model"]["fits"]] == [
+        (p, m) for p in places for m in labels
+    ]
+    assert results["settings"]["heads"] == "3,0-1" and results["settings"]["receiver"] == "mlp_output[3]@last"
+    assert "head" in result.stdout and "mlp_output[3]@last" in result.stdout
+    assert (tmp_path / "iia.png").stat().st_size > 10_000
+
+
+def test_all_heads(tmp_path):
+    options = ["--component", "query_output", "--heads", "all", "--positions", "last", "--method", "FullVector"]
+    result = search(*TINY, *options, "--no-twin", "--out", tmp_path)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert [fit.place for fit in Fits.load(tmp_path / "model")] == [
+        f"query_output[1].heads({h})@last" for h in range(4)
+    ]
+
+
 BAD = {
     "task": (["--task", "prices"], ["'prices'", "price_tagging", "story_gender"]),
     "variable": (["--variable", "price"], ["price", "above_lower", "below_upper"]),
     "component": (["--component", "block"], ["'block'", "block_output", "mlp_output"]),
     "submodule": (["--component", "model.nothing.output", "--layers", "all"], ["model.nothing", "model.norm"]),
+    "heads of a block": (["--heads", "all"], ["'block_output'", "no heads", "head_output"]),
+    "head": (["--component", "head_output", "--heads", "1,4"], ["--heads 1,4", "'4'", "0 to 3"]),
+    "heads of a submodule": (
+        ["--component", "lm_head.input", "--layers", "all", "--heads", "0"],
+        ["--heads 0", "no heads"],
+    ),
+    "rank of a head": (["--component", "head_output", "--heads", "0", "--rank", "17"], ["17", "1 to 16"]),
+    "no receiver": (["--method", "PathPatching"], ["--receiver", "mlp_output[5]@last"]),
+    "receiver of nothing": (["--receiver", "mlp_output[2]@last"], ["--method PathPatching"]),
+    "receiver": (["--method", "PathPatching", "--receiver", "mlp[2]@last"], ["Unknown component 'mlp'"]),
+    "receiver in front": (
+        ["--method", "PathPatching", "--receiver", "mlp_output[0]@last"],
+        ["block_output[1]@amount", "mlp_output[0]@last", "behind"],
+    ),
+    "receiver nowhere": (["--method", "PathPatching", "--receiver", "mlp_output[2]@price"], ["'price'", "unit"]),
     "layers of a submodule": (["--component", "lm_head.output"], ["lm_head.output", "no layers"]),
     "layer": (["--layers", "4"], ["'4'", "0 to 3", "1-3"]),
     "layers": (["--layers", "3-1"], ["'3-1'", "0 to 3"]),

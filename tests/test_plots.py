@@ -13,6 +13,7 @@ from tiny_sweeps import made_fit, made_fits, score
 from subspace_lab.analysis.comparisons import Comparison, compare
 from subspace_lab.analysis.geometry import Chance
 from subspace_lab.analysis.plots import iia_heatmap, overlap_heatmap
+from subspace_lab.analysis.plots.heatmaps import SIGNED
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
 from subspace_lab.das.fits import Fits
@@ -20,6 +21,7 @@ from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, RandomSubspace
 
 POSITIONS = ("amount", "last")
 DAS_3 = DAS(3)
+EFFECTS = (-2.5, 0.0, 2.0, 1.0, 0.5, -1.0)
 
 
 def result(values: dict[Site, float], accuracy: float = 0.97) -> Fits:
@@ -139,8 +141,73 @@ def test_another_score_is_drawn_by_its_name():
     fits = made_fits([made_fit(scores={"dev": scored, "test": margins})])
     figure = iia_heatmap(fits, metric="share")
     assert texts(figure.axes[0])[0] == "0.77" and figure.axes[-1].get_ylabel() == "share"
-    with pytest.raises(ValueError, match=r"'margin' is -2\.5 somewhere: colours need a score between 0 and 1"):
-        iia_heatmap(fits, metric="margin")
+
+
+def test_a_score_that_is_no_share_has_colours_that_start_at_0():
+    effects = {
+        site: made_fit().iia.__class__(v, v - 0.2, v + 0.2, 9)
+        for site, v in zip(grid([0] * 6), EFFECTS, strict=True)
+    }
+    fits = made_fits(
+        [
+            made_fit(
+                site,
+                scores={"dev": {"iia": score(0.5), "effect": one}, "test": {"iia": score(0.5), "effect": one}},
+            )
+            for site, one in effects.items()
+        ]
+    )
+    figure = iia_heatmap(fits, metric="effect")
+    axis, bar = figure.axes
+    assert bar.get_ylim() == (-2.5, 2.5) and not bar.lines
+    assert cell(axis, 0, 0) == to_hex(SIGNED(0.0)) and cell(axis, 1, 0) == to_hex(SIGNED(0.5))
+    assert cell(axis, 0, 1) == to_hex(SIGNED(0.9)) and "−2.50" in texts(axis)
+    assert "start at 0" in caption(figure) and "Floors" not in caption(figure)
+
+
+def heads(positions: tuple[str, ...], layers=(0, 2), n: int = 3) -> dict[Site, float]:
+    sites = [Site("head_output", i, p, heads=h) for i in layers for h in (2, 0, 1)[:n] for p in positions]
+    return {site: 0.4 + 0.01 * i for i, site in enumerate(sites)}
+
+
+def test_heads_are_columns():
+    values = heads(("last",))
+    axis, _ = iia_heatmap(result(values)).axes
+    assert axis.get_xlabel() == "head  (position last)" and axis.get_ylabel() == "layer  (head_output)"
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["0", "1", "2"]
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["0", "2"]
+    numbers = {
+        (t.get_position()[0], round(t.get_position()[1])): t.get_text()
+        for t in axis.texts
+        if t.get_fontsize() == 10
+    }
+    assert numbers == {(site.heads[0], (0, 2).index(site.layer)): f"{value:.2f}" for site, value in values.items()}
+
+
+def test_heads_at_several_positions_have_a_panel_each():
+    values = heads(("amount", "last"))
+    amount, last, _ = iia_heatmap(result(values)).axes
+    assert [a.get_title(loc="left") for a in (amount, last)] == ["DAS 3, position amount", "DAS 3, position last"]
+    assert amount.get_xlabel() == "head" and len(amount.patches) == len(last.patches) == 6
+    assert texts(amount)[0] == "0.40" and texts(last)[0] == "0.41"
+    # What dev chose is framed in its own panel: the last site has the highest score.
+    assert not amount.lines and len(last.lines) == 1
+
+
+def test_one_head_or_several_together_are_rows():
+    alone, _ = iia_heatmap(result(heads(("last",), n=1))).axes
+    assert alone.get_xlabel() == "position" and "heads 2" in alone.get_ylabel()
+    two = result({Site("head_output", 0, "last", heads=h): 0.5 for h in ((0, 1), (2,))})
+    together, _ = iia_heatmap(two).axes
+    assert together.get_xlabel() == "position"
+
+
+def test_many_heads_are_drawn_without_numbers(tmp_path):
+    values = {Site("head_output", i, "last", heads=h): 0.5 for i in range(2) for h in range(20)}
+    figure = iia_heatmap(result(values), path=tmp_path / "heads.png")
+    assert not texts(figure.axes[0]) and len(figure.axes[0].patches) == 40
+    assert "Small:" not in caption(figure) and "Small:" in caption(iia_heatmap(result(heads(("last",)))))
+    check_file(tmp_path / "heads.png")
 
 
 def test_model_and_twin_share_one_colour_scale(tmp_path):

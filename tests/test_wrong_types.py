@@ -29,6 +29,8 @@ from subspace_lab.engine.training import TrainingConfig, train
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import collect, forward, generate
+from subspace_lab.model.site_lists import list_sites
+from subspace_lab.das.methods import PathPatching
 
 model = build("llama")
 backbone, batch = Backbone(model), Batch(inputs("llama", 3, 7))
@@ -78,6 +80,13 @@ for name, call in {
     "seed": lambda: TrainingConfig(seed=0.5),
     "one edit, train": lambda: train(edit, lambda step: 0, TrainingConfig()),
     "one edit, stack": lambda: Stack(edit),
+    "model, sites": lambda: list_sites(model),
+    "layer as text, sites": lambda: list_sites(backbone, layers=["1"]),
+    "layers in words": lambda: list_sites(backbone, layers="last"),
+    "positions, sites": lambda: list_sites(backbone, positions=1.5),
+    "component, sites": lambda: list_sites(backbone, 3),
+    "receiver": lambda: PathPatching(3),
+    "hold": lambda: PathPatching("block_output[1]@last", hold=[1]),
     "a batch without tensors": lambda: collect(backbone, {"use_cache": False}, [site.at("all")]),
 }.items():
     try:
@@ -92,7 +101,7 @@ print(json.dumps(found))
 EXPECTED = {
     **{
         f"model, {where}": ("TypeError", "A Backbone is needed, found LlamaForCausalLM: write Backbone(model)")
-        for where in ("forward", "collect", "generate", "past", "plain")
+        for where in ("forward", "collect", "generate", "past", "plain", "sites")
     },
     "no model": ("TypeError", "made from a torch module, not from str"),
     "backbone, backbone": ("TypeError", "a backbone already"),
@@ -129,6 +138,12 @@ EXPECTED = {
     "seed": ("TypeError", "seed=0.5: a whole number is needed, found float"),
     "one edit, train": ("TypeError", "several modules are expected, found one"),
     "one edit, stack": ("TypeError", "several interventions are expected, found one"),
+    "layer as text, sites": ("TypeError", "one of layers='1': a whole number is needed, found str"),
+    "layers in words": ("ValueError", "layers='last': possible are 'all'"),
+    "positions, sites": ("TypeError", "positions=1.5 is of type float"),
+    "component, sites": ("TypeError", "component=3 is of type int"),
+    "receiver": ("TypeError", "PathPatching(receiver=3): needed are sites"),
+    "hold": ("TypeError", "PathPatching(hold=[1]): needed are sites"),
     "a batch without tensors": ("ValueError", "without any tensor has no rows: its inputs are ['use_cache']"),
     "site in words": ("", "block_output[1]@last"),
 }

@@ -129,16 +129,19 @@ def check_numbers(positions: str) -> None:
 
 def layer_numbers(text: str, depth: int) -> list[int]:
     """The layers that 'all', '0,2' or '1-3' names in a model of this depth."""
-    if text == "all":
-        return list(range(depth))
+    return list(range(depth)) if text == "all" else numbers_below(depth, text, "--layers", "layer")
+
+
+def numbers_below(count: int, text: str, option: str, what: str) -> list[int]:
+    """The numbers from 0 to count − 1 that '0,2' or '1-3' names."""
     chosen: list[int] = []
     for part in text.split(","):
         span = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
         first, last = (int(span[1]), int(span[2] or span[1])) if span else (0, -1)
-        if not first <= last < depth:
+        if not first <= last < count:
             raise ValueError(
-                f"--layers {text}: {part!r} is no layer or range of this model, which has layers 0 to "
-                f"{depth - 1}; write 'all', '0,2' or '1-3'."
+                f"{option} {text}: {part!r} is no {what} or range of this model, which has {what}s 0 to "
+                f"{count - 1}; write 'all', '0,2' or '1-3'."
             )
         chosen += range(first, last + 1)
     return list(dict.fromkeys(chosen))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from subspace_lab.cli.common import (
     check_numbers,
     interruptible,
     layer_numbers,
+    numbers_below,
     refusing,
     say,
     threads,
@@ -80,12 +81,22 @@ def search(
         ),
     ] = None,
     component: Annotated[str, typer.Option(help="Of a block, or 'path.of.a.module.output'.")] = "block_output",
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            help="Each alone, of a component with heads: 'all', '0,2' or '1-3'.", show_default="together"
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
             help="Comma-separated, such as DAS,PCA; a wrong name is answered with those that exist.",
             show_default="DAS,DifferenceOfMeans,PCA,RandomSubspace,FullVector",
         ),
+    ] = None,
+    receiver: Annotated[
+        str | None,
+        typer.Option(help="Of PathPatching: what the effect passes, 'mlp_output[5]@last'.", show_default="none"),
     ] = None,
     rank: Annotated[str, typer.Option(help="Dimensions of each subspace: 8, or several as 2,4,8.")] = "8",
     steps: Annotated[int, typer.Option(help="Training steps at each site.")] = 60,
@@ -171,14 +182,14 @@ def search(
                 asked: Asked = of_task(task, variable, numbers, seeds[0], scored, chat, split_by)
             else:
                 asked = of_data(data, task, variable, numbers, seeds[0], scored, chat, split_by)
-            methods = _methods(method, ranks, several=len(asked.variables) > 1)
+            methods = _methods(method, ranks, receiver, several=len(asked.variables) > 1)
             check_numbers(positions or "")
             specs = _positions(positions or POSITIONS.get(asked.name), asked.spans)
             device, dtype = check_device(device), check_dtype(dtype)
             source = Source(model, trust_remote_code)
             tokenizer, network = load_tokenizer(source), load_causal(source, device, dtype)
             backbone = Backbone(network)
-            sites = _sites(backbone, component, layers, specs, max(ranks))
+            sites = _sites(backbone, component, layers, specs, heads, max(ranks))
             made = asked.pairs(tokenizer)
         finished = resume and is_finished(folder, number)
         searched = Searched()
@@ -259,13 +270,17 @@ def _answers(text: str) -> Literal["token", "sequence"]:
     return "token" if text == "token" else "sequence"
 
 
-def _methods(names: str | None, ranks: list[int], *, several: bool) -> list[Method]:
+def _methods(names: str | None, ranks: list[int], receiver: str | None, *, several: bool) -> list[Method]:
     """The methods asked for, those with a rank once for each rank; `several` variables are exchanged at each site."""
     from dataclasses import fields
 
     from subspace_lab.das import methods
     from subspace_lab.das.search import default_methods
 
+    if receiver is not None and "pathpatching" not in (names or "").lower():
+        raise ValueError(
+            f"--receiver {receiver}: it is of a method that is not asked for; add --method PathPatching."
+        )
     if names is None:
         return default_methods(ranks, shared_site=several)
     known = {
@@ -280,6 +295,13 @@ def _methods(names: str | None, ranks: list[int], *, several: bool) -> list[Meth
             raise ValueError(
                 f"--method {name}: possible are {', '.join(sorted(k.__name__ for k in known.values()))}."
             )
+        if kind is methods.PathPatching:
+            if receiver is None:
+                raise ValueError(
+                    f"--method {name}: needed is the site that the effect passes, as --receiver 'mlp_output[5]@last'."
+                )
+            found.append(methods.PathPatching(receiver))
+            continue
         # Where a rank is only an upper limit, all of the span is taken.
         ranked = any(f.name == "rank" and f.default is not None for f in fields(kind))
         found.append(kind(**({"rank": ranks} if ranked else {})))
@@ -308,21 +330,33 @@ def _positions(text: str | None, spans: list[str]) -> list[str]:
     return list(dict.fromkeys(specs))
 
 
-def _sites(backbone: Backbone, component: str, layers: str, specs: list[str], rank: int) -> list[Site]:
-    """Every layer at every position; checked to exist and to have room for the rank."""
+def _sites(
+    backbone: Backbone, component: str, layers: str, specs: list[str], heads: str | None, rank: int
+) -> list[Site]:
+    """Every layer, or every head alone, at every position; checked to exist and to have room for the rank."""
     from subspace_lab.core.orthonormal import check_rank
     from subspace_lab.core.sites import Site
+    from subspace_lab.model.site_lists import list_sites
 
-    numbers: Sequence[int | None] = [None]
-    if not component.endswith((".input", ".output")):
+    if component.endswith((".input", ".output")):
+        for option, given, default in (("layers", layers, "all"), ("heads", heads, None)):
+            if given != default:
+                raise ValueError(
+                    f"--{option} {given}: {component!r} names one module by its path and has no {option}."
+                )
+        found = list_sites(backbone, component, positions=specs)
+    else:
         Site(component, 0)  # an unknown component before the model's stacks are looked at
-        numbers = layer_numbers(layers, backbone.anatomy.depth(component.rpartition(".")[0]))
-    elif layers != "all":
-        raise ValueError(f"--layers {layers}: {component!r} names one module by its path and has no layers.")
-    sites = [Site(component, number, spec) for number in numbers for spec in specs]
-    widths = {site: backbone.width(site) for site in sites}
+        anatomy = backbone.anatomy
+        numbers = layer_numbers(layers, anatomy.depth(component.rpartition(".")[0]))
+        alone: Literal["all"] | list[int] | None = None
+        if heads is not None:
+            most = max(anatomy.head_count(Site(component, number, heads=0)) for number in numbers)
+            alone = "all" if heads == "all" else numbers_below(most, heads, "--heads", "head")
+        found = list_sites(backbone, component, layers=numbers, positions=specs, heads=alone)
+    widths = {site: backbone.width(site) for site in found}
     for width in widths.values():
         check_rank(rank, width)
     if len(set(widths.values())) > 1:
         raise ValueError(f"Sites of different widths cannot be compared, search them apart: {widths}.")
-    return sites
+    return found

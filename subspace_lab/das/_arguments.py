@@ -41,7 +41,8 @@ def searches_of(
     """The places, the methods with single settings, the seeds, and the width of each site.
 
     Raises:
-        ValueError: nothing to search, something named twice, a method that does not fit a site.
+        ValueError: nothing to search, something named twice, a method that does not fit a site, a receiver that no path
+            reaches.
     """
     assignments = assignments_of(sites, pairs.variables)
     variants = [variant for method in methods for variant in method.variants()]
@@ -63,6 +64,8 @@ def searches_of(
     for assignment in assignments:
         for method in variants:
             method.check(assignment, widths)
+            if method.path is not None:
+                method.path.check(backbone, assignment.values())
     return assignments, variants, asked, widths
 
 

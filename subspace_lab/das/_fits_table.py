@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from io import StringIO
+from textwrap import fill
 from typing import Any, TypeAlias
 
 from rich import box
@@ -73,7 +74,10 @@ def _screened(fits: Fits) -> dict[tuple[str, str], str]:
 
 def _folded(heading: str) -> str:
     """A long heading in several lines, broken at its words: DifferenceOfMeans, RandomSubspace 8."""
-    return heading if len(heading) < 10 else re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=:) | (?=\(×)", "\n", heading)
+    if len(heading) < 10:
+        return heading
+    lines = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=:) | (?=\(×)", "\n", heading).split("\n")
+    return "\n".join(fill(line, 24, break_long_words=False, break_on_hyphens=False) for line in lines)
 
 
 def _names(fits: Fits) -> list[str]:
@@ -81,9 +85,12 @@ def _names(fits: Fits) -> list[str]:
     places = {fit.place: fit.sites for fit in fits}
     sites = {site for of in places.values() for site in of.values()}
     one_each = all(len(set(of.values())) == 1 for of in places.values())
-    components = {(site.component, site.heads) for site in sites}
+    components, heads = {site.component for site in sites}, {site.heads for site in sites}
     if one_each and len(components) == 1 and None not in {site.layer for site in sites}:
-        return ["layer", "position"]
+        if len(heads) == 1:
+            return ["layer", "position"]
+        if all(of is not None and len(of) == 1 for of in heads):
+            return ["layer", "head", "position"]
     return ["site"]
 
 
@@ -91,7 +98,8 @@ def _parts(fits: Fits, place: str, names: list[str]) -> list[str]:
     if names == ["site"]:
         return [place]
     site = next((fit.site for fit in fits if fit.place == place), None) or Site.parse(place)
-    return [str(site.layer), site.positions]
+    head = map(str, site.heads or ()) if "head" in names else ()
+    return [str(site.layer), *head, site.positions]
 
 
 def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
@@ -176,7 +184,8 @@ def text(fits: Fits) -> str:
     if not fits:
         return "\n".join(notes_of(fits))
     # Plain text everywhere: in a notebook rich would show the table by itself, and in colours.
-    width = max(100, 24 + 18 * len(_methods(fits)))
+    headings = [_folded(method).split("\n") for method in _methods(fits)]
+    width = max(100, 24 + sum(max(18, 2 + max(map(len, lines))) for lines in headings))
     console = Console(file=StringIO(), width=width, highlight=False, color_system=None, force_jupyter=False)
     console.print(table_of(fits))
     for line in notes_of(fits):

@@ -23,7 +23,7 @@ from subspace_lab.das.estimates import Clusters, Estimate, estimate
 from subspace_lab.das.fits import Failure, Fit, Fits, Floors, place_of
 from subspace_lab.das.methods import DifferenceOfMeans, FullVector
 from subspace_lab.das.methods.method import Learner, Method, Problem
-from subspace_lab.das.objectives import Loss, Metric
+from subspace_lab.das.objectives import Loss, Metric, Outcome
 from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.das.prepared_pairs import Assignment, Draw, PreparedPairs, fit, from_pool, from_stream
 from subspace_lab.das.screens import Screen, Screened
@@ -85,8 +85,9 @@ class Places:
         return {}
 
     def _prepared(self, data: Counterfactuals) -> PreparedPairs:
+        paths = [method.path for method in self.methods if method.path is not None]
         return PreparedPairs.of(
-            self.backbone, data, self.assignments, memory=self.memory, unmatched=self.unmatched
+            self.backbone, data, self.assignments, memory=self.memory, unmatched=self.unmatched, paths=paths
         )
 
     def cohorts(self, numbers: Sequence[int]) -> list[list[int]]:
@@ -201,6 +202,8 @@ class Places:
                     learner = method.learner(problem)
                     if not isinstance(learner, Learner):
                         raise TypeError(f"`learner` should return a Learner, found {type(learner).__name__}.")
+                    if method.path is not None and learner.parameter_groups():
+                        raise TypeError("A method whose exchange takes a path is not trained along it.")
                     cells.append(_Cell(assignment, method, seed, learner))
                 except ValueError as error:
                     failures.append(Failure(method.label, place, seed, " ".join(str(error).split())))
@@ -269,7 +272,12 @@ class Places:
             chosen = [i for i, cell in enumerate(cells) if split != "train" or not cell.method.control]
             if not chosen:
                 continue
-            outcomes = prepared.outcomes(assignment, [cells[i].learner.edits for i in chosen], some)
+            by_cell: dict[int, Outcome] = {}
+            for path in dict.fromkeys(cells[i].method.path for i in chosen):
+                along = [i for i in chosen if cells[i].method.path == path]
+                told = prepared.outcomes(assignment, [cells[i].learner.edits for i in along], some, path)
+                by_cell |= dict(zip(along, told, strict=True))
+            outcomes = [by_cell[i] for i in chosen]
             for i, outcome in zip(chosen, outcomes, strict=True):
                 wrong = int(outcome.logits.isnan().any(-1).sum())
                 if wrong:

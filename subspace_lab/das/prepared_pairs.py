@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import groupby
@@ -17,6 +17,7 @@ from subspace_lab.das.answer_engine import SpelledAnswers, answer_engine, rows_a
 from subspace_lab.das.methods.method import Learner
 from subspace_lab.das.objectives import Loss, Outcome, Towards
 from subspace_lab.das.pairs import Counterfactuals, Stream
+from subspace_lab.das.paths import Path
 from subspace_lab.engine.frozen_past import FrozenPast
 from subspace_lab.engine.plain import PlainEngine
 from subspace_lab.engine.protocol import Engine, Part
@@ -25,6 +26,7 @@ from subspace_lab.engine.stacking import Stack, rows_of
 from subspace_lab.engine.training import TrainingConfig, shuffled_rows, train_together
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
+from subspace_lab.model.edits import Edits
 from subspace_lab.model.intervene import collect
 from subspace_lab.model.resolved_sites import resolve
 from subspace_lab.model.sources import Unmatched, all_rows, expect_unmatched, fitted
@@ -66,6 +68,7 @@ class PreparedPairs:
         memory: int | str | None = None,
         frozen: bool = True,
         unmatched: Unmatched = "refuse",
+        paths: Iterable[Path] = (),
     ) -> PreparedPairs:
         """One pass over the bases and one over each variable's sources, for all sites.
 
@@ -74,6 +77,7 @@ class PreparedPairs:
             memory: budget of the frozen past.
             frozen: compute once what comes before the edits; without, every run is a plain one.
             unmatched: "refuse" pairs whose base and source have different numbers of positions, or "keep_base" there.
+            paths: that exchanges will take.
 
         Raises:
             ValueError: a pair whose base and source differ in that way; the message names it.
@@ -81,6 +85,9 @@ class PreparedPairs:
         expect_unmatched(unmatched)
         data = data.to(backbone.device)
         together = [tuple(dict.fromkeys(one.values())) for one in assignments]
+        for path in paths:
+            ways = [tuple(dict.fromkeys((*one.values(), path.receiver))) for one in assignments]
+            together += [(path.receiver,), *ways]
 
         def build(base: Batch, readout: Readout) -> Engine:
             if frozen:
@@ -111,15 +118,22 @@ class PreparedPairs:
         return found
 
     def outcomes(
-        self, assignment: Assignment, edits: Sequence[Mapping[Site, nn.Module]], pairs: Tensor | None = None
+        self,
+        assignment: Assignment,
+        edits: Sequence[Mapping[Site, nn.Module]],
+        pairs: Tensor | None = None,
+        path: Path | None = None,
     ) -> list[Outcome]:
-        """What the model says with each of several sets of edits, all in one run; by default about all pairs."""
+        """What the model says with each of several sets of edits, all in one run; by default about all pairs.
+
+        Args:
+            path: that the edits' effect takes to the answer; all ways by default.
+        """
         pairs = torch.arange(len(self)) if pairs is None else pairs
-        logits = self._runs(assignment, stacked_edits(edits), len(edits), pairs)
-        vocabulary = cache(
-            lambda: self._runs(assignment, stacked_edits(edits), len(edits), pairs, vocabulary=True)
-        )
-        complement = cache(lambda: self._runs(assignment, self._complements(assignment, edits), len(edits), pairs))
+        runs = partial(self._runs, assignment, edits=len(edits), pairs=pairs, path=path)
+        logits = runs(stacked_edits(edits))
+        vocabulary = cache(lambda: runs(stacked_edits(edits), vocabulary=True))
+        complement = cache(lambda: runs(self._complements(assignment, edits)))
         return [
             self._outcome(pairs, of, partial(_one_of, vocabulary, i), partial(_one_of, complement, i))
             for i, of in enumerate(logits)
@@ -163,6 +177,7 @@ class PreparedPairs:
         pairs: Tensor,
         *,
         vocabulary: bool = False,
+        path: Path | None = None,
     ) -> Tensor:
         """(edits, pairs, answers) logits of each of several stacked sets of edits.
 
@@ -173,10 +188,14 @@ class PreparedPairs:
         with torch.no_grad():
             for some in pairs.split(max(1, _chunk(self.data) // edits)):
                 again = some.repeat(edits)
+                these: Edits = stacked
                 sources = self.sources(assignment, again)
-                logits = one_read(
-                    self.engine.logits(again, stacked, sources, self.unmatched, vocabulary=vocabulary)
-                )
+                if path is not None:
+                    engine = self.engine if isinstance(self.engine, FrozenPast) else None
+                    these, sources = path.exchange(
+                        self.backbone, self.data.base, again, stacked, sources, self.unmatched, engine
+                    )
+                logits = one_read(self.engine.logits(again, these, sources, self.unmatched, vocabulary=vocabulary))
                 found = self._answers_of(logits.argmax(-1).cpu()) if vocabulary else logits.cpu()
                 parts.append(rearrange(found, "(edit pair) ... -> edit pair ...", edit=edits))
         return torch.cat(parts, 1)

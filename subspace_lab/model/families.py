@@ -147,6 +147,16 @@ class Anatomy:
             order = (self._end(block), len(COMPONENTS) + 1)
         return HookPoint(path, side, None if columns is None else tuple(columns), width, order, stack)
 
+    def head_count(self, site: Site) -> int:
+        """How many heads the component of a site has in its layer.
+
+        Raises:
+            ValueError, IndexError: as `hook_point`; a component without heads.
+        """
+        whole, one = (self.hook_point(Site(site.component, site.layer, "all", heads)) for heads in (None, 0))
+        assert whole.width is not None and one.width is not None  # or there would be no single head
+        return whole.width // one.width
+
     def _stacks(self, lists: list[str], model: nn.Module) -> dict[str, list[str]]:
         """{name: its blocks}.
 

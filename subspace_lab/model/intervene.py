@@ -99,10 +99,21 @@ def collect(
     expect_backbone(backbone)
     batch = Batch.of(batch)
     resolved = [resolve(backbone, batch, site) for site in dict.fromkeys(expect_sites(sites))]
+    return states_at(backbone, batch, resolved)
+
+
+def states_at(
+    backbone: Backbone, batch: Batch, resolved: Sequence[ResolvedSite], also: Sequence[Hook] = ()
+) -> dict[Site, Tensor]:
+    """The states at sites that are resolved in this batch; as `collect`, whose errors it raises.
+
+    Args:
+        also: hooks such as `edit_hooks` gives. What they change on a site's stream is changed before it is read.
+    """
     found: dict[Site, Tensor] = {}
-    hooks = [Hook(p.hook_point.path, p.hook_point.side, p.hook_point.order, _reader(p, found)) for p in resolved]
+    readers = [Hook(p.hook_point.path, p.hook_point.side, p.hook_point.order, _reader(p, found)) for p in resolved]
     with torch.no_grad():
-        backbone.run(model_inputs(backbone.model, batch), grouped(hooks), stop=True)
+        backbone.run(model_inputs(backbone.model, batch), grouped([*also, *readers]), stop=True)
     for place in resolved:
         expect_numbers(place, found[place.site])
     return found

@@ -5,9 +5,9 @@ The text under each picture says what it can and cannot show.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from subspace_lab.analysis.comparisons import Comparison
 from subspace_lab.analysis.geometry import Chance
 from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, new_figure, save_figure
+from subspace_lab.analysis.plots.grids import Grid
 from subspace_lab.core.sites import Site
 from subspace_lab.das.fits import Fits, Mean
 
@@ -26,11 +27,19 @@ from subspace_lab.das.fits import Fits, Mean
 COLOURS = LinearSegmentedColormap.from_list(
     "subspace_lab", ["#f4f2ec", "#cfdcdc", "#8fb3bd", "#4f82a0", "#2b557e", "#1b2f52"]
 )
+SIGNED = LinearSegmentedColormap.from_list(
+    "subspace_lab_signed", ["#7a3510", "#c26a35", "#e6bd98", "#f4f2ec", "#8fb3bd", "#4f82a0", "#1b2f52"]
+)
 MOST_NUMBERS = 16  # rows or columns beyond which numbers in the cells could not be read
 
 _IIA_CAUTION = (
     "A high IIA says that this subspace suffices to move the answer as the variable would; it does not say that "
     "the model has only this one, nor that its axes mean anything"
+)
+_SMALL = "Small: the 95 % interval of one fit, or ± the standard deviation over seeds or draws (×). "
+_EFFECT_CAUTION = (
+    "A large value says that the exchange moves the answer; it does not say that nothing else in the model would move "
+    "it, nor that the model does so by itself"
 )
 _OVERLAP_CAUTION = (
     "The subspaces were trained from independent starts. A low overlap at high IIA does not mean different "
@@ -38,47 +47,22 @@ _OVERLAP_CAUTION = (
 )
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """Which sites stand in which row and column of a heat map."""
-
-    rows: tuple[tuple[str, int | None, tuple[int, ...] | None], ...]
-    columns: tuple[str, ...]
-
-    @classmethod
-    def of(cls, sites: Sequence[Site]) -> _Grid:
-        rows = dict.fromkeys((s.component, s.layer, s.heads) for s in sites)
-        order = sorted(rows, key=lambda row: (row[1] is not None, row[1] or 0))
-        return cls(tuple(order), tuple(dict.fromkeys(s.positions for s in sites)))
-
-    def cell(self, site: Site) -> tuple[int, int]:
-        return self.rows.index((site.component, site.layer, site.heads)), self.columns.index(site.positions)
-
-    def names(self) -> tuple[str, list[str]]:
-        """The title of the rows' axis and their labels: layers alone where nothing else differs."""
-        kinds = {(component, heads) for component, _, heads in self.rows}
-        if len(kinds) == 1 and None not in {layer for _, layer, _ in self.rows}:
-            component, heads = next(iter(kinds))
-            which = f", heads {', '.join(map(str, heads))}" if heads else ""
-            return f"layer  ({component}{which})", [str(layer) for _, layer, _ in self.rows]
-        return "", [str(Site(c, layer, "all", heads)).removesuffix("@all") for c, layer, heads in self.rows]
-
-
 def iia_heatmap(
     fits: Fits, twin: Fits | None = None, path: str | Path | None = None, *, metric: str = "iia"
 ) -> Figure:
     """Scores on the test pairs by layer and position: a panel for each method, all on the same colours.
 
-    A cell holds the mean over seeds and, small, the 95 % interval of a single fit or the standard deviation over
-    seeds. The colours start at the higher of the two floors (no intervention, best constant answer): what is no
-    better has none.
+    Where the sites are single heads, the columns are the heads, and each position has panels of its own. A cell holds
+    the mean over seeds and, small, the 95 % interval of a single fit or the standard deviation over seeds. The
+    colours start at the higher of the two floors (no intervention, best constant answer): what is no better has none.
+    Scores that are no shares, such as log odds, have colours that start at 0, one for each side.
 
     Args:
         fits: of a sweep. Methods, ranks, seeds and learning rates may be several.
         twin: of the same sweep on a randomly initialised twin of the model; None where none was searched. Shown is
             the method of the best fit.
         path: of a PNG; without one the figure is only returned, as a notebook shows it.
-        metric: a score between 0 and 1.
+        metric: the score that is drawn.
 
     Raises:
         ValueError: nothing to draw, variables at several sites, or a twin without the same method and sites.
@@ -87,51 +71,57 @@ def iia_heatmap(
         raise ValueError("No fits to draw.")
     best = fits.best(metric)
     # By label: `where` takes "DifferenceOfMeans" for every rank of it.
-    panels = {label: [m for m in fits.mean(metric=metric) if m.method.label == label] for label in fits.methods}
-    outside = [m.value for means in panels.values() for m in means if not 0 <= m.value <= 1]
-    if outside:
-        raise ValueError(f"{metric!r} is {outside[0]:.3g} somewhere: colours need a score between 0 and 1.")
+    grid = Grid.with_heads([fit.site for fit in fits])
+    drawn = [(label, m) for label in fits.methods for m in fits.mean(metric=metric) if m.method.label == label]
     if twin is not None:
         same = twin.where(method=best.method)
         if twin.places != fits.places:
             raise ValueError(f"The model was searched at {fits.places}, its twin at {twin.places}.")
-        panels[f"randomly initialised twin: {best.method.label}"] = same.mean(metric=metric)
-    grid = _Grid.of([fit.site for fit in fits])
-    legible = len(grid.rows) <= MOST_NUMBERS
-    wide = max(2.4, 0.85 * len(grid.columns))
+        drawn += [(f"randomly initialised twin: {best.method.label}", m) for m in same.mean(metric=metric)]
+    panels: dict[str, list[Mean]] = {}
+    for label, mean in drawn:
+        panels.setdefault(grid.panel(label, mean.fits[0].site), []).append(mean)
+    legible = max(len(grid.rows), len(grid.columns)) <= MOST_NUMBERS
+    wide = max(2.4, (0.85 if not grid.by_head else 0.64 if legible else 0.24) * len(grid.columns))
     across = min(len(panels), max(1, int(11 / wide)))
+    if grid.by_head and across > len(grid.positions):
+        across -= across % len(grid.positions)  # the positions of a method beside each other
     down = -(-len(panels) // across)
     size = wide * across, max(0.7, len(grid.rows) * (0.6 if legible else 0.2)) * down
     beside = "; no twin was searched" if twin is None else ": see the controls and the twin"
+    lowest = min(fits.floors["test"].highest, 0.9)
+    largest = _size_of_effects([mean for _, mean in drawn], metric)
+    scale, colours = (Normalize(lowest, 1), COLOURS) if largest is None else (Normalize(-largest, largest), SIGNED)
     figure = new_figure(
         (size[0] + 1.9, size[1] + 1.05 + 0.4 * down),
         f"{fits.facts.get('task') or 'Search'}: where is {' and '.join(fits.variables)}?",
-        f"{best.score(metric).n} test pairs. Small: the 95 % interval of one fit, or ± the standard deviation over "
-        f"seeds or draws (×). Framed: chosen on the dev pairs. {_floors(fits, twin)}",
-        f"{_IIA_CAUTION}{beside}.",
+        f"{best.score(metric).n} test pairs. {_SMALL if legible else ''}Framed: chosen on the dev pairs. "
+        + (_floors(fits, twin) if largest is None else "The colours start at 0, blue above and brown below."),
+        f"{_IIA_CAUTION if largest is None else _EFFECT_CAUTION}{beside}.",
     )
     axes = figure.subplots(down, across, sharey=True, squeeze=False)
-    lowest = min(fits.floors["test"].highest, 0.9)
-    scale = Normalize(lowest, 1)
+    to = "–" if largest is None else ", "
     for axis, (name, means) in zip(axes.flat, panels.items(), strict=False):
-        _draw_grid(axis, grid, means, scale, legible, metric)
-        if name == best.method.label:
+        _draw_grid(axis, grid, means, lambda value: colours(scale(value)), metric, to if legible else None)
+        if name == grid.panel(best.method.label, best.site):
             row, column = grid.cell(best.site)
             xs, ys = (-0.5, 0.5, 0.5, -0.5, -0.5), (-0.5, -0.5, 0.5, 0.5, -0.5)
             axis.plot([column + x for x in xs], [row + y for y in ys], color=ACCENT, linewidth=2, clip_on=False)
         most = max(mean.n for mean in means)
-        axis.set_title(name if most == 1 else f"{name} (×{most})", fontsize=9, color=INK, loc="left")
+        title = name if most == 1 else f"{name} (×{most})"
+        axis.set_title(fill(title, int(14 * wide), break_long_words=False), fontsize=9, color=INK, loc="left")
     for axis in axes[:, 0]:
         axis.set_ylabel(grid.names()[0], fontsize=9, color=INK)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    below = any(mean.value < lowest for means in panels.values() for mean in means)
+    below = largest is None and any(mean.value < lowest for _, mean in drawn)
     bar = figure.colorbar(
-        ScalarMappable(scale, COLOURS), ax=list(axes.flat), aspect=16 * down, pad=0.02,
+        ScalarMappable(scale, colours), ax=list(axes.flat), aspect=16 * down, pad=0.02,
         extend="min" if below else "neither",
     )  # fmt: skip
     _finish(bar, "IIA on test pairs" if metric == "iia" else metric)
-    bar.ax.axhline(lowest, color=ACCENT, linewidth=2.4, clip_on=False)
+    if largest is None:
+        bar.ax.axhline(lowest, color=ACCENT, linewidth=2.4, clip_on=False)
     save_figure(figure, path)
     return figure
 
@@ -177,20 +167,40 @@ def overlap_heatmap(comparison: Comparison, path: str | Path | None = None) -> F
     return figure
 
 
+def _size_of_effects(means: Sequence[Mean], metric: str) -> float | None:
+    """The largest size of a score whose values or intervals leave 0 to 1, so that it is no share; None of shares."""
+    scores = [fit.score(metric) for mean in means for fit in mean.fits]
+    if all(0 <= limit <= 1 for one in scores for limit in (one.low, one.value, one.high)):
+        return None
+    return max(abs(mean.value) for mean in means) or 1.0
+
+
 def _draw_grid(
-    axis: Axes, grid: _Grid, means: Sequence[Mean], scale: Normalize, legible: bool, metric: str
+    axis: Axes,
+    grid: Grid,
+    means: Sequence[Mean],
+    colour_of: Callable[[float], tuple[float, ...]],
+    metric: str,
+    to: str | None,
 ) -> None:
+    """One panel; `to` stands between the limits of an interval, None where numbers could not be read."""
     _frame(axis, grid.columns, grid.names()[1])
-    axis.set_xlabel("position", fontsize=9, color=INK)
+    axis.set_xlabel(grid.column_axis(), fontsize=9, color=INK)
     for mean in means:
         row, column = grid.cell(mean.fits[0].site)
-        colour = COLOURS(scale(mean.value))
+        colour = colour_of(mean.value)
         _cell(axis, column, row, colour)
-        if legible:
+        if to is not None:
             one = mean.fits[0].score(metric)
-            small = f"{one.low:.2f}–{one.high:.2f}" if mean.spread is None else f"± {mean.spread:.2f}"
-            _write(axis, column, row + 0.1, f"{mean.value:.2f}", _ink(colour), 10)
+            limits = f"{_number(one.low)}{to}{_number(one.high)}"
+            small = limits if mean.spread is None else f"± {mean.spread:.2f}"
+            _write(axis, column, row + 0.1, _number(mean.value), _ink(colour), 10)
             _write(axis, column, row - 0.24, small, _ink(colour), 6.5)
+
+
+def _number(value: float) -> str:
+    """Two decimals; what rounds to 0 has no sign."""
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
 
 
 def _draw_triangle(
@@ -227,7 +237,7 @@ def _panels(labels: Sequence[str]) -> tuple[str, dict[str, tuple[list[int], list
         sites = [Site.parse(label) for label in labels]
     except ValueError:
         return whole
-    grid = _Grid.of(sites)
+    grid = Grid.of(sites)
     axis, names = grid.names()
     panels = {}
     for column, position in enumerate(grid.columns):

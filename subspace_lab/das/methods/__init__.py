@@ -27,6 +27,7 @@ from subspace_lab.das.methods.lda import LDA
 from subspace_lab.das.methods.mask import Mask
 from subspace_lab.das.methods.mdas import MDAS
 from subspace_lab.das.methods.method import Learner, Method, Problem
+from subspace_lab.das.methods.path_patching import PathPatching
 from subspace_lab.das.methods.pca import PCA
 from subspace_lab.das.methods.probe import Probe
 from subspace_lab.das.methods.random_subspace import RandomSubspace
@@ -44,6 +45,7 @@ __all__ = [
     "Learner",
     "Mask",
     "Method",
+    "PathPatching",
     "Probe",
     "Problem",
     "RandomSubspace",

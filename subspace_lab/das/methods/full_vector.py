@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import Axes
+from subspace_lab.core.subspaces import Axes, Subspace
 from subspace_lab.das.methods.method import Learner, Method, Problem
 
 
@@ -25,12 +25,22 @@ class FullVector(Method):
         return [0]
 
     def check(self, sites: Mapping[str, Site], widths: Mapping[Site, int]) -> None:
-        if len(set(sites.values())) < len(sites):
-            raise ValueError(
-                f"FullVector for {list(sites)} at {sorted(set(sites.values()))}: variables that share a site cannot "
-                "each have all of it. Leave the method out, or search one variable at a time."
-            )
+        expect_apart(self, sites)
 
     def learner(self, problem: Problem) -> Learner:
-        whole = {name: Axes(problem.width(name)).to(problem.device) for name in problem.sites}
-        return Learner({name: (problem.sites[name], axes) for name, axes in whole.items()})
+        return Learner(whole_states(problem))
+
+
+def expect_apart(method: Method, sites: Mapping[str, Site]) -> None:
+    """ValueError where variables share a site, of which each would exchange all."""
+    if len(set(sites.values())) < len(sites):
+        raise ValueError(
+            f"{type(method).__name__} for {list(sites)} at {sorted(set(sites.values()))}: variables that share a site "
+            "cannot each have all of it. Leave the method out, or search one variable at a time."
+        )
+
+
+def whole_states(problem: Problem) -> dict[str, tuple[Site, Subspace]]:
+    """{variable: (its site, all dimensions there)}."""
+    whole = {name: Axes(problem.width(name)).to(problem.device) for name in problem.sites}
+    return {name: (problem.sites[name], axes) for name, axes in whole.items()}

@@ -21,6 +21,7 @@ from subspace_lab.core.arguments import whole_number
 from subspace_lab.core.interventions import interchange
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import FixedSubspace, Subspace
+from subspace_lab.das.paths import Path
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,11 @@ class Method(ABC):
     def seeds(self, asked: Sequence[int]) -> list[int]:
         """The seeds that it is run with; one that draws nothing at random runs once."""
         return list(asked)
+
+    @property
+    def path(self) -> Path | None:
+        """The way that the exchange takes to the answer, of a method that trains nothing; None for all ways."""
+        return None
 
     def check(self, sites: Mapping[str, Site], widths: Mapping[Site, int]) -> None:  # noqa: B027 (most need none)
         """ValueError where it cannot be fitted at sites of these widths."""
