@@ -11,7 +11,8 @@
 
 Places are chosen on dev pairs; scores are of test pairs. Prompts count where the model is right on base and source.
 With --json the figures of the parts that ran replace those in the file, and the others stay; pictures go beside it.
-`smollm2_model.py` says where the model comes from. Quiet, on two cores: agreement 15 minutes, the others 5 each.
+`smollm2_model.py` says where the model comes from. The whole map of agreement takes about an hour on two cores, most of
+it in the lower layers; --layers takes some of them.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ def scores(fits: Fits, methods: Sequence[Method], metrics: Sequence[str], name: 
     return found
 
 
+def numbers(text: str, depth: int) -> list[int]:
+    """The layers of "all" or "0,8,14"."""
+    return list(range(depth)) if text == "all" else [int(part) for part in text.split(",")]
+
+
 def floors(fits: Fits) -> dict[str, float]:
     of = fits.floors["test"]
     return {
@@ -75,7 +81,7 @@ def agreement(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Fig
     sizes = {"train": 32, "dev": 24, "test": 24} if args.quick else {"train": 192, "dev": 80, "test": 160}
     pairs = task.pairs(tokenizer, **sizes, seed=args.seed)
     depth = model.config.num_hidden_layers
-    layers = [0, depth // 2, depth - 2] if args.quick else range(depth)
+    layers = [0, depth // 2, depth - 2] if args.quick else numbers(args.layers, depth)
     sites = [Site("block_output", i, p) for i in layers for p in ("subject", "preposition", "last")]
     # Batches of 16, as small as the subspace: 48 steps show each pair four times.
     config = TrainingConfig(steps=5 if args.quick else 48, batch_size=16, learning_rate=5e-2)
@@ -176,6 +182,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", help="a folder or a name on the Hub instead of the package's copy")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", default="all", help="of `agreement`: all, or some as 0,14,28")
     parser.add_argument("--workers", type=int, default=0, help="processes that share the sites of `agreement`")
     parser.add_argument("--threads", type=int, help="of the processor; torch's choice by default")
     parser.add_argument("--quick", action="store_true", help="few pairs, layers and steps: does it run?")
