@@ -5,6 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -161,3 +165,39 @@ def test_a_parcel_holds_no_numbers_and_becomes_the_same_model(tmp_path: Path) ->
     for one, other in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(one, other) and type(one) is type(other) and one.requires_grad == other.requires_grad
     assert read.pairs.fingerprint() == places.pairs.fingerprint()
+
+
+def test_workers_end_with_a_process_that_is_killed() -> None:
+    program = (
+        "import os, time\n"
+        "from subspace_lab.das.workers import local_workers\n"
+        "if __name__ == '__main__':\n"
+        "    with local_workers(2) as pool:\n"
+        "        print(*{pool.submit(os.getpid).result() for _ in range(8)}, flush=True)\n"
+        "        pool.submit(time.sleep, 600)\n"
+        "        time.sleep(600)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "killed.py"
+        path.write_text(program, encoding="utf-8")
+        process = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        workers = [int(word) for word in process.stdout.readline().split()]
+        assert workers
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        for _ in range(300):
+            if not any(running(worker) for worker in workers):
+                return
+            time.sleep(0.1)
+    pytest.fail(f"of the workers {workers} some go on")
+
+
+def running(process: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody waits for does not."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
