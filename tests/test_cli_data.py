@@ -36,6 +36,7 @@ def rows(**changes: str) -> list[dict[str, Any]]:
                     "base_answer": row["base_answer"],
                     "source_answer": {name: row["source_answers"][name]},
                     "position": {at: {side: of[at] for side, of in spans.items()} for at in ("amount", "last")},
+                    "entity": row["entity"],
                     "template": row["template"],
                     "split": split,
                     **changes,

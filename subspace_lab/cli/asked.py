@@ -56,7 +56,7 @@ def of_task(
     n = {name: PAIRS[name] if given is None else given for name, given in numbers.items()}
     if (most := max(n.values())) > MOST_PAIRS:
         raise ValueError(f"{most} pairs are more than a task is sampled for: possible are {MOST_PAIRS:,}.")
-    chosen = load_task(task or TASK)
+    chosen = load_task(TASK if task is None else task)
     possible = [*chosen.causal_model.inputs, *chosen.causal_model.variables]
     if variable is not None and variable not in possible:
         raise ValueError(f"--variable {variable}: the task {chosen.name!r} has {possible}.")
