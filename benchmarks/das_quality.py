@@ -1,6 +1,6 @@
 """How well the searches find what is there: planted variables, compiled programs, equality, and against pyvene.
 
-    python benchmarks/das_quality.py [--part planted,compiled,equality,pyvene] [--quick] [--json PATH]
+    python benchmarks/das_quality.py [--part planted,…] [--take-over] [--quick] [--json PATH]
 
     planted     a variable written into a rotated subspace: the angle to it, and whether a map's highest is its site
     compiled    twelve programs compiled by torchwright into Phi-3 models: does the search name a site that holds
@@ -8,9 +8,13 @@
     equality    hierarchical equality over 20 networks: both equalities by layer, two searches of one network, and
                 the first argument, a variable that the networks do not have
     pyvene      the same task, data, site, rank, steps and batches, each with the better of its learning rates
+    isolation   `isolation.py`: is an entity's country exchanged without its food, on entities never seen?
+    screen      `screening.py`: what a screen saves, and how often it loses the best site
 
 Sites and learning rates are chosen on dev pairs; what is reported is of test pairs. With --json, the figures of the
 parts that ran replace those in the file, and the others stay. One thread; --quick asks only whether it runs.
+The last two parts are scripts of their own: with --take-over their figures are those of benchmarks/results, measured
+by these scripts, and the file says so; without, they are measured here.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import isolation
+import screening
 import torch
 from compiled_programs import PROGRAMS
 from harness import figure, machine, report
@@ -356,6 +362,44 @@ def against_pyvene(args: argparse.Namespace) -> tuple[Figures, dict[str, Any]]:
     }
 
 
+# --- scripts of their own -----------------------------------------------------------------------------------
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def isolated(args: argparse.Namespace) -> tuple[Figures, dict[str, Any]]:
+    """Cause and isolation of MDAS, and the isolation of DAS that was trained without it."""
+    names = {"mdas_cause": "mdas_cause", "mdas_isolation": "mdas_isolation", "das_isolation": "DAS 16, iso"}
+    if args.take_over:
+        results, of_part = taken_over("isolation")
+    else:
+        of_part, results = isolation.measured(args.quick)
+    return {name: results[own] for name, own in names.items()}, of_part
+
+
+def screened(args: argparse.Namespace) -> tuple[Figures, dict[str, Any]]:
+    """What a screen saves and loses."""
+    if args.take_over:
+        return taken_over("screening")
+    cases = screening.all_measured(args.quick)
+    return screening.figures(cases), screening.settings(cases)
+
+
+def taken_over(name: str) -> tuple[Figures, dict[str, Any]]:
+    """(figures, settings) that a script wrote among the results, with where they are from.
+
+    Raises:
+        FileNotFoundError: the script has not written any.
+        ValueError: the figures are of a quick run.
+    """
+    path = RESULTS / f"{name}.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if written["settings"].get("quick"):
+        raise ValueError(f"{path} is of a quick run, whose figures say nothing.")
+    taken = {"taken_over_from": f"benchmarks/results/{path.name}", "measured_on": written["machine"]}
+    return written["results"], {**written["settings"], **taken}
+
+
 # --- the file -----------------------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[argparse.Namespace], tuple[Figures, dict[str, Any]]]] = {
@@ -363,6 +407,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], tuple[Figures, dict[str, Any]]]]
     "compiled": compiled,
     "equality": equality,
     "pyvene": against_pyvene,
+    "isolation": isolated,
+    "screen": screened,
 }
 
 
@@ -388,6 +434,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
     parser.add_argument("--quick", action="store_true", help="few seeds and steps: does it run?")
+    parser.add_argument(
+        "--take-over", action="store_true", help="of isolation and screen: the figures in benchmarks/results"
+    )
     parser.add_argument("--part", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     args = parser.parse_args()
     parts = args.part.split(",")

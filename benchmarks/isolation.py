@@ -102,23 +102,24 @@ def results(fits: Fits) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--quick", action="store_true", help="fewer pairs, steps and seeds")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+def measured(quick: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(settings, results) of the search.
+
+    Args:
+        quick: one place and seed, fewer pairs and steps.
+    """
     source = Source(None, trust_remote_code=False)
     tokenizer, model = load_tokenizer(source), load_causal(source, "cpu", "auto")
-    sizes = {"train": 100, "dev": 60, "test": 60} if args.quick else {"train": 800, "dev": 240, "test": 480}
+    sizes = {"train": 100, "dev": 60, "test": 60} if quick else {"train": 800, "dev": 240, "test": 480}
     data = Pairs(**{split: pairs(tokenizer, n, split, seed=0) for split, n in sizes.items()}, task="isolation")
-    config = TrainingConfig(steps=5 if args.quick else 150, learning_rate=0.05)
+    config = TrainingConfig(steps=5 if quick else 150, learning_rate=0.05)
+    sites = SITES[1:2] if quick else SITES
     fits = sweep(
         Backbone(model),
         data,
-        SITES[1:2] if args.quick else SITES,
+        sites,
         list(METHODS.values()),
-        seeds=1 if args.quick else 3,
+        seeds=1 if quick else 3,
         config=config,
         metrics=SCORES,
     )
@@ -126,12 +127,23 @@ def main() -> None:
     settings = {
         "task": ENTITY_ATTRIBUTE.name,
         "pairs": sizes,
-        "sites": [str(site) for site in SITES],
+        "sites": [str(site) for site in sites],
         "training": fits.facts["training"],
         "seeds": fits.facts["seeds"],
         "rank of mdas_cause and mdas_isolation": COMPARED,
+        "quick": quick,
     }
-    report("isolation", settings, results(fits), "cpu", args.json)
+    return settings, results(fits)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--quick", action="store_true", help="fewer pairs, steps and seeds")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    settings, found = measured(args.quick)
+    report("isolation", settings, found, "cpu", args.json)
 
 
 if __name__ == "__main__":

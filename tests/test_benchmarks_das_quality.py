@@ -8,6 +8,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from tiny_sweeps import made_fit, made_fits
+
+from subspace_lab.core.sites import Site
+from subspace_lab.das.methods import DAS
 
 BENCHMARKS = str(Path(__file__).resolve().parents[1] / "benchmarks")
 
@@ -74,6 +78,56 @@ def test_pairs_of_the_first_argument(quality: ModuleType) -> None:
         of_a.eq(of_b).all(1)[~fits],
     ):
         assert abs(share.float().mean() - 0.5) < 0.06
+
+
+def test_figures_of_a_script_are_taken_over_and_the_file_says_so(
+    quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "RESULTS", tmp_path)
+    figures = {"screen_saving": figure(0.7), "screen_lost": figure(0.0)}
+    quality.report("screening", {"tie": 0.02, "quick": False}, figures, "cpu", str(tmp_path / "screening.json"))
+    path = tmp_path / "figures.json"
+    monkeypatch.setattr("sys.argv", ["das_quality.py", "--take-over", "--part", "screen", "--json", str(path)])
+    quality.main()
+    written = json.loads(path.read_text())
+    assert written["results"] == figures
+    of_part = written["settings"]["screen"]
+    assert of_part["taken_over_from"] == "benchmarks/results/screening.json" and of_part["tie"] == 0.02
+    assert "torch" in of_part["measured_on"]
+    quality.report("screening", {"quick": True}, figures, "cpu", str(tmp_path / "screening.json"))
+    with pytest.raises(ValueError, match="quick run"):
+        quality.main()
+
+
+def test_what_a_screen_saved_and_lost_is_of_the_cases_on_which_nothing_was_chosen(quality: ModuleType) -> None:
+    def case(chosen_on: bool, lost: bool, saving: float) -> dict[str, object]:
+        return {"chosen_on": chosen_on, "lost": lost, "saving": saving}
+
+    cases = {"a": case(True, True, 0.0), "b": case(False, False, 0.5), "c": case(False, True, 0.7)}
+    found = quality.screening.figures(cases)
+    assert found["screen_lost"]["median"] == 0.5
+    assert found["screen_saving"] == {"median": 0.6, "low": 0.5, "high": 0.7, "n": 2}
+    names = [one.name for one in quality.screening.CASES]
+    assert len(set(names)) == len(names)
+    chosen_on = sum(one.chosen_on for one in quality.screening.CASES)
+    assert chosen_on >= 3 and len(names) - chosen_on >= 6
+
+
+def test_a_case_is_lost_where_no_trained_site_is_near_the_best(
+    quality: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the dev scores of the complete sweep, whatever the screened one says and the test pairs say."""
+    screening, sites = quality.screening, [Site("block_output", layer, "last") for layer in range(3)]
+    full = made_fits(
+        [made_fit(s, DAS(1), dev=dev, test=0.5) for s, dev in zip(sites, (0.9, 0.87, 0.89), strict=True)]
+    )
+    case = screening.Case("one", False, lambda: (None, None, sites))
+    for trained, lost in ((sites[1], True), (sites[2], False), (sites[0], False)):
+        screened = made_fits([made_fit(trained, DAS(1), dev=0.99)])
+        monkeypatch.setattr(screening, "sweep", lambda *_, screen, found=screened, **__: found if screen else full)
+        for first in (True, False):
+            measured = screening.measured(case, screening.Screen(), screening.CONFIG, screened_first=first)
+            assert measured["lost"] is lost and measured["trained"] == 1 and measured["near_best"] == 2
 
 
 def test_what_a_part_measured_is_written(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from matplotlib.colors import to_hex
@@ -17,7 +19,8 @@ from subspace_lab.analysis.plots.heatmaps import SIGNED
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
 from subspace_lab.das.fits import Fits
-from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, RandomSubspace
+from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, RandomSubspace
+from subspace_lab.das.screens import Screened
 
 POSITIONS = ("amount", "last")
 DAS_3 = DAS(3)
@@ -133,6 +136,41 @@ def test_a_site_without_a_result_stays_empty():
     )
     das, components = (axis for axis in iia_heatmap(fits).axes if axis.get_title(loc="left"))
     assert len(das.patches) == 6 and len(components.patches) == 1
+
+
+def test_a_screened_cell_is_hatched_with_the_score_of_its_site():
+    """No colour of the ramp and no number of a score: in brackets what the screen said, once for all seeds."""
+    sites = list(grid([0] * 6))
+    trained = [made_fit(site, DAS(2), seed, test=0.8, dev=0.8) for site in sites[4:] for seed in (0, 1)]
+    swaps = [made_fit(site, FullVector(), test=0.7) for site in sites]
+    left_out = tuple(
+        Screened("DAS 2", str(site), seed, 0.41 + i / 100, "left out") for i, site in enumerate(sites[:4])
+        for seed in (0, 1)
+    )  # fmt: skip
+    fits = made_fits([*trained, *swaps], screened=left_out)
+    figure = iia_heatmap(fits)
+    das, full = (axis for axis in figure.axes if axis.get_title(loc="left"))
+    hatched = {p.get_xy(): p for p in das.patches if p.get_hatch()}
+    assert set(hatched) == {(x - 0.5, y - 0.5) for x in (0, 1) for y in (0, 1)} and len(das.patches) == 6
+    assert [t for t in texts(das) if t.startswith("(")] == ["(0.41)", "(0.42)", "(0.43)", "(0.44)"]
+    assert not [p for p in full.patches if p.get_hatch()] and len(full.patches) == 6
+    assert figure.legends[0].get_texts()[0].get_text() == "screened: spared"
+    assert "Hatched: spared" in caption(figure)
+    plain = iia_heatmap(made_fits([*trained, *swaps]))
+    assert not plain.legends and "Hatched" not in caption(plain)
+
+
+def test_a_screened_model_and_its_twin_may_be_trained_at_different_sites():
+    sites = list(grid([0] * 6))
+
+    def of(trained: list[Site]) -> Fits:
+        left_out = tuple(Screened("DAS 2", str(site), 0, 0.3, "left out") for site in sites if site not in trained)
+        return made_fits([made_fit(site, DAS(2)) for site in trained], screened=left_out)
+
+    _, twin = (axis for axis in iia_heatmap(of(sites[4:]), of(sites[:1])).axes if axis.get_title(loc="left"))
+    assert len([p for p in twin.patches if p.get_hatch()]) == 5 and len(twin.patches) == 6
+    with pytest.raises(ValueError, match="its twin at"):
+        iia_heatmap(of(sites[4:]), replace(of(sites[:1]), screened=()))
 
 
 def test_another_score_is_drawn_by_its_name():

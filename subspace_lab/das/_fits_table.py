@@ -127,7 +127,7 @@ def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
     if fits.screened:
         places = {one.place for one in fits.screened}
         lines.append(
-            f"Screened: {len(fits.screened)} cells at {len(places)} sites were not trained, since a cheap first pass "
+            f"Screened: {len(fits.screened)} cells at {len(places)} sites were spared, since a cheap first pass "
             "reached little there; in brackets what it reached on dev, no score of the cell. See `screened`."
         )
     if len(_places(fits)) > MOST_ROWS:

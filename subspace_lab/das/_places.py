@@ -35,6 +35,7 @@ SPLITS = ("dev", "test", "train")  # on which a fit is scored
 STACKED = 1024  # at most so many examples in one training step of several fits
 POOL = 1000  # training pairs, at least, that methods without training see where pairs are drawn afresh
 TRAINING_SCORED = 400  # training pairs, at most, on which fits are scored
+CHEAP: tuple[Method, ...] = (FullVector(), DifferenceOfMeans())  # by which a screen judges places besides
 
 
 @dataclass
@@ -130,27 +131,47 @@ class Places:
             tuple(screened),
         )
 
-    def hope(self, number: int, share: float) -> float:
-        """The highest score on dev that anything reaches at a place, untrained or with a share of the steps."""
-        assignment = self.assignments[number]
-        cheap: list[Method] = [FullVector(), DifferenceOfMeans()]
-        methods = [method for method in [*cheap, *self.methods] if not method.control or method in cheap]
+    def hopes_of(self, cohort: Sequence[int], turn: int, share: float) -> dict[int, float]:
+        """{number of a place: the highest score on dev that is reached there in a round of the screen}.
+
+        In the first round by what needs no training and by a share of the training, in later ones by the training
+        alone: the rest would say the same again.
+        """
+        found: dict[int, list[_Cell]] = {}
+        for number in cohort:
+            cells, _ = self._short(number, share)._cells(self.assignments[number])
+            found[number] = [cell for cell in cells if turn == 0 or cell.learner.parameter_groups()]
+        short = self._short(cohort[0], share)
+        trained = [cell for cells in found.values() for cell in cells if cell.learner.parameter_groups()]
+        lost = {id(cell) for cell, _ in short._train(trained, lambda: None)}
+        metric = name_of(self.metrics[0])
+        # Where nothing can be fitted at all the search says why. In a later round it is no better than it was.
+        nothing = sys.float_info.max if turn == 0 else -sys.float_info.max
+        scores = {}
+        for number, cells in found.items():
+            left = [cell for cell in cells if id(cell) not in lost]
+            fits, _ = short._scored(self.assignments[number], left, ("dev",))
+            scores[number] = max((fit.score(metric, "dev").value for fit in fits), default=nothing)
+        return scores
+
+    def screen_cohorts(self, numbers: Sequence[int], share: float) -> list[list[int]]:
+        """Which of some places the screen trains side by side."""
+        return self._short(numbers[0], share).cohorts(numbers)
+
+    def _short(self, number: int, share: float) -> Places:
+        """What a round of the screen asks of a place: a share of the steps, one seed, no random subspaces."""
         possible = []
-        for method in dict.fromkeys(methods):
+        for method in dict.fromkeys([*CHEAP, *self.methods]):
             with suppress(ValueError):  # such as the full vector for each of two variables
-                method.check(assignment, self.widths)
-                possible.append(method)
+                method.check(self.assignments[number], self.widths)
+                possible += [method] if method in CHEAP or not method.control else []
         config = replace(self.config, steps=max(1, round(share * self.config.steps)))
         short = replace(
             self, methods=possible, seeds=self.seeds[:1], config=config, metrics=self.metrics[:1], left_out={}
         )
         # The passes over the pairs are those of the sweep.
         vars(short).update({split: getattr(self, split) for split in ("dev", "train")})
-        fits, _ = short.at(assignment, lambda: None, ("dev",))
-        metric = name_of(self.metrics[0])
-        return max(
-            (fit.score(metric, "dev").value for fit in fits), default=sys.float_info.max
-        )  # nothing can be fitted: the search says why
+        return short
 
     @property
     def labels(self) -> dict[str, tuple[str, ...]]:
@@ -211,7 +232,9 @@ class Places:
                     error.add_note(f"in {method.label} at {place}, seed {seed}")
                     raise
         if spared:
-            cells = [cell for cell in cells if not cell.learner.parameter_groups()]
+            # Random subspaces say what chance gives beside what is trained; here nothing is.
+            untrained = [cell for cell in cells if not cell.learner.parameter_groups()]
+            cells = [cell for cell in untrained if cell.method in CHEAP or not cell.method.control]
         return cells, failures
 
     def _train(self, cells: list[_Cell], on_step: Callable[[], Any]) -> list[tuple[_Cell, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from subspace_lab.das._executing import Parcel, Work, distribute
 from subspace_lab.das._places import Places
 from subspace_lab.das._progress import progress
-from subspace_lab.das._sweep_files import SweepFiles, read_hope, screen_place, search_places, write_hope
+from subspace_lab.das._sweep_files import SweepFiles, read_hope, screen_places, search_places, write_hope
 from subspace_lab.das.fits import Fits, place_of
 from subspace_lab.das.screens import Screen
 
@@ -49,10 +49,20 @@ class Run(ABC):
         cohorts += self.places.cohorts([n for n in every if n not in self.places.left_out])
         self.search([cohort for cohort in cohorts if not set(cohort) <= set(self.found)])
 
+    def _missing(self, numbers: Sequence[int], share: float, known: Container[int]) -> list[list[int]]:
+        """The cohorts of a round of the screen in which a score is not known yet."""
+        cohorts = self.places.screen_cohorts(numbers, share)
+        return [cohort for cohort in cohorts if any(number not in known for number in cohort)]
+
+    def _round(self, turn: int) -> str:
+        return f"{self.label.strip()} screen {turn + 1}"
+
     def _screen(self, screen: Screen) -> None:
         left = list(range(len(self.places.assignments)))
+        before: dict[int, float] = {}
         for turn, share in enumerate(screen.steps):
-            scores = self.hopes(left, turn, share)
+            found = self.hopes(left, turn, share)
+            scores = before = {number: max(found[number], before.get(number, found[number])) for number in left}
             kept, best = screen.kept(scores), max(scores.values())
             steps = self.places.config.steps
             for number in set(left) - set(kept):
@@ -76,14 +86,16 @@ class InTurn(Run):
 
     def hopes(self, numbers: Sequence[int], turn: int, share: float) -> dict[int, float]:
         scores = {} if self.files is None else _known(self.files.folder, numbers, turn)
-        missing = [number for number in numbers if number not in scores]
-        with progress(f"{self.label.strip()} screen {turn + 1}", len(missing), 1, quiet=self.quiet) as shown:
-            for number in missing:
-                shown.begin(place_of(self.places.assignments[number]))
-                scores[number] = self.places.hope(number, share)
-                if self.files is not None:
-                    write_hope(self.files.folder, turn, number, scores[number])
-                shown.end()
+        cohorts = self._missing(numbers, share, scores)
+        with progress(self._round(turn), sum(map(len, cohorts)), 1, quiet=self.quiet) as shown:
+            for cohort in cohorts:
+                shown.begin(place_of(self.places.assignments[cohort[0]]))
+                found = self.places.hopes_of(cohort, turn, share)
+                scores |= found
+                for number, score in found.items():
+                    if self.files is not None:
+                        write_hope(self.files.folder, turn, number, score)
+                    shown.end()
         return scores
 
     def search(self, cohorts: Sequence[Sequence[int]]) -> None:
@@ -126,14 +138,18 @@ class OnExecutor(Run):
             yield cls(places, found, label, quiet, executor, files, parcel)
 
     def hopes(self, numbers: Sequence[int], turn: int, share: float) -> dict[int, float]:
-        known = _known(self.files.folder, numbers, turn)
+        cohorts = self._missing(numbers, share, _known(self.files.folder, numbers, turn))
         works: dict[int, Work] = {
-            number: partial(screen_place, number=number, turn=turn, share=share)
-            for number in numbers
-            if number not in known
+            cohort[0]: partial(screen_places, cohort=cohort, turn=turn, share=share) for cohort in cohorts
         }
-        with progress(f"{self.label.strip()} screen {turn + 1}", len(works), 1, quiet=self.quiet) as shown:
-            distribute(self.executor, self.parcel, works, lambda _: shown.end())
+        lengths = {cohort[0]: len(cohort) for cohort in cohorts}
+        with progress(self._round(turn), sum(lengths.values()), 1, quiet=self.quiet) as shown:
+
+            def finished(first: int) -> None:
+                for _ in range(lengths[first]):
+                    shown.end()
+
+            distribute(self.executor, self.parcel, works, finished)
         return _known(self.files.folder, numbers, turn)
 
     def search(self, cohorts: Sequence[Sequence[int]]) -> None:

@@ -171,9 +171,10 @@ def search_places(
         write_place(folder, number, fits)
 
 
-def screen_place(places: Places, folder: Path, *, number: int, turn: int, share: float) -> None:
-    """Score a place in a round of the screen and leave the score in the folder."""
-    write_hope(folder, turn, number, places.hope(number, share))
+def screen_places(places: Places, folder: Path, *, cohort: Sequence[int], turn: int, share: float) -> None:
+    """Score the places of a cohort in a round of the screen and leave the scores in the folder."""
+    for number, score in places.hopes_of(cohort, turn, share).items():
+        write_hope(folder, turn, number, score)
 
 
 def write_hope(folder: Path, turn: int, number: int, score: float) -> None:

@@ -193,7 +193,7 @@ class Fits(Sequence[Fit]):
         facts: the recipe: task, model, data fingerprint, training settings, versions, how it was computed.
         labels: {name: for each test pair a text}: its "kind", the variables "exchanged" where there are several, and
             what else the pairs know, such as "entity" and "template".
-        screened: cells that were not trained, since a screen left out their site.
+        screened: cells that were spared, since a screen left out their site.
     """
 
     fits: tuple[Fit, ...]
@@ -238,7 +238,7 @@ class Fits(Sequence[Fit]):
         positions: str | int | None = None,
         learning_rate: float | None = None,
     ) -> Fits:
-        """The fits for which all conditions hold.
+        """The fits for which all conditions hold; of the screened cells those of the method.
 
         Args:
             method: the name ("DAS"), the label ("DAS 4"), the class, or the value.
@@ -249,10 +249,13 @@ class Fits(Sequence[Fit]):
             ValueError: a condition that no fit meets, so that a misspelt name is no empty result.
         """
         found: list[Fit] = list(self.fits)
+        screened = self.screened
         if method is not None:
             found = [fit for fit in found if _is_method(fit.method, method)]
             if not found and self.fits:
                 raise ValueError(f"No fit of method {method!r}; there are {self.methods}.")
+            labels = {fit.method.label for fit in found}
+            screened = tuple(one for one in screened if one.method in labels)
         if site is not None and found:
             found = [fit for fit in found if site in (fit.place, *fit.sites.values()) or str(site) == fit.place]
             if not found:
@@ -271,7 +274,7 @@ class Fits(Sequence[Fit]):
                 found = [fit for fit in found if wanted in of(fit)]
                 if not found:
                     raise ValueError(f"No fit with {name}={wanted!r}; there are {there}.")
-        return replace(self, fits=tuple(found))
+        return replace(self, fits=tuple(found), screened=screened)
 
     @property
     def methods(self) -> list[str]:

@@ -1,9 +1,12 @@
 """A cheap first pass over the sites of a sweep: training is spent where it leaves hope.
 
 Successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943): in each round the sites that are left are trained for
-a few steps, and those that score lowest on the dev pairs are left out. Beside the trained methods a site is judged by
-what costs no training: the swap of the full vector and the difference of means. Its score is the highest of them all,
-so a site is left out only where nothing works.
+a few steps, and those that score lowest on the dev pairs are left out. In the first round a site is judged by what
+costs no training as well: the swap of the full vector, the difference of means, and what else the sweep has. Its score
+is the highest of all that was reached there in any round, so a site is left out only where nothing works.
+
+At a site that is left out what needs no training is still fitted and scored, such as the swap of the full vector;
+what is trained is not, nor are random subspaces, which say what chance gives beside it.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ class Screen:
 
 @dataclass(frozen=True)
 class Screened:
-    """A cell that was not trained since its site was left out: no score of the cell, and no zero.
+    """A cell that was spared since its site was left out: no score of the cell, and no zero.
 
     Attributes:
         method, place, seed: which cell.

@@ -81,7 +81,7 @@ def sweep(
         memory: budget of the frozen past, as in `FrozenPast`.
         unmatched: what becomes of positions that a base has and its source has not, or the other way round: "refuse"
             raises, "keep_base" leaves them as they are in the base.
-        screen: spend training only where a cheap first pass leaves hope; cells that are not trained are told in
+        screen: spend training only where a cheap first pass leaves hope; cells that are spared are told in
             `screened` and in the table. None trains at every site.
         out: a folder in which every site is kept as soon as it is searched. A new or empty one; or that of the same
             sweep, which then goes on where it ended, however it ended. `Fits.load` reads it at any time.

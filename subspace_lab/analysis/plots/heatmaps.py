@@ -5,9 +5,10 @@ The text under each picture says what it can and cannot show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -22,6 +23,7 @@ from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, new_figure, sa
 from subspace_lab.analysis.plots.grids import Grid
 from subspace_lab.core.sites import Site
 from subspace_lab.das.fits import Fits, Mean
+from subspace_lab.das.screens import Screened
 
 # One ramp of lightness: the same to eyes that do not tell red from green, and in grey print.
 COLOURS = LinearSegmentedColormap.from_list(
@@ -32,6 +34,9 @@ SIGNED = LinearSegmentedColormap.from_list(
 )
 MOST_NUMBERS = 16  # rows or columns beyond which numbers in the cells could not be read
 
+# Of a cell without a score: grey, which the ramp of the scores does not have.
+_SCREENED: dict[str, Any] = {"facecolor": "#fafafa", "edgecolor": "#d6d6d6", "hatch": "////", "linewidth": 0}
+_HATCHED = "Hatched: spared, in brackets the site's score in the screen, on dev. "
 _IIA_CAUTION = (
     "A high IIA says that this subspace suffices to move the answer as the variable would; it does not say that "
     "the model has only this one, nor that its axes mean anything"
@@ -55,7 +60,9 @@ def iia_heatmap(
     Where the sites are single heads, the columns are the heads, and each position has panels of its own. A cell holds
     the mean over seeds and, small, the 95 % interval of a single fit or the standard deviation over seeds. The
     colours start at the higher of the two floors (no intervention, best constant answer): what is no better has none.
-    Scores that are no shares, such as log odds, have colours that start at 0, one for each side.
+    Scores that are no shares, such as log odds, have colours that start at 0, one for each side. A hatched cell was
+    spared, since a screen left out its site; in it stands, in brackets, what the site reached in the screen on the dev
+    pairs, which is no score of the cell.
 
     Args:
         fits: of a sweep. Methods, ranks, seeds and learning rates may be several.
@@ -71,16 +78,22 @@ def iia_heatmap(
         raise ValueError("No fits to draw.")
     best = fits.best(metric)
     # By label: `where` takes "DifferenceOfMeans" for every rank of it.
-    grid = Grid.with_heads([fit.site for fit in fits])
+    grid = Grid.with_heads([*(fit.site for fit in fits), *(Site.parse(one.place) for one in fits.screened)])
+    spared = [(one.method, one) for one in fits.screened if one.method in fits.methods]
     drawn = [(label, m) for label in fits.methods for m in fits.mean(metric=metric) if m.method.label == label]
     if twin is not None:
         same = twin.where(method=best.method)
-        if twin.places != fits.places:
-            raise ValueError(f"The model was searched at {fits.places}, its twin at {twin.places}.")
-        drawn += [(f"randomly initialised twin: {best.method.label}", m) for m in same.mean(metric=metric)]
+        if set(_places(twin)) != set(_places(fits)):
+            raise ValueError(f"The model was searched at {_places(fits)}, its twin at {_places(twin)}.")
+        name = f"randomly initialised twin: {best.method.label}"
+        drawn += [(name, m) for m in same.mean(metric=metric)]
+        spared += [(name, one) for one in same.screened]
     panels: dict[str, list[Mean]] = {}
     for label, mean in drawn:
         panels.setdefault(grid.panel(label, mean.fits[0].site), []).append(mean)
+    hatched: dict[str, dict[Site, Screened]] = {}
+    for label, one in spared:  # the seeds of a cell stand in it once
+        hatched.setdefault(grid.panel(label, Site.parse(one.place)), {})[Site.parse(one.place)] = one
     legible = max(len(grid.rows), len(grid.columns)) <= MOST_NUMBERS
     wide = max(2.4, (0.85 if not grid.by_head else 0.64 if legible else 0.24) * len(grid.columns))
     across = min(len(panels), max(1, int(11 / wide)))
@@ -96,6 +109,7 @@ def iia_heatmap(
         (size[0] + 1.9, size[1] + 1.05 + 0.4 * down),
         f"{fits.facts.get('task') or 'Search'}: where is {' and '.join(fits.variables)}?",
         f"{best.score(metric).n} test pairs. {_SMALL if legible else ''}Framed: chosen on the dev pairs. "
+        + (_HATCHED if hatched else "")
         + (_floors(fits, twin) if largest is None else "The colours start at 0, blue above and brown below."),
         f"{_IIA_CAUTION if largest is None else _EFFECT_CAUTION}{beside}.",
     )
@@ -103,6 +117,7 @@ def iia_heatmap(
     to = "–" if largest is None else ", "
     for axis, (name, means) in zip(axes.flat, panels.items(), strict=False):
         _draw_grid(axis, grid, means, lambda value: colours(scale(value)), metric, to if legible else None)
+        _draw_screened(axis, grid, hatched.get(name, {}), legible)
         if name == grid.panel(best.method.label, best.site):
             row, column = grid.cell(best.site)
             xs, ys = (-0.5, 0.5, 0.5, -0.5, -0.5), (-0.5, -0.5, 0.5, 0.5, -0.5)
@@ -122,6 +137,11 @@ def iia_heatmap(
     _finish(bar, "IIA on test pairs" if metric == "iia" else metric)
     if largest is None:
         bar.ax.axhline(lowest, color=ACCENT, linewidth=2.4, clip_on=False)
+    if hatched:
+        figure.legend(
+            handles=[Rectangle((0, 0), 1, 1, label="screened: spared", **_SCREENED)],
+            loc="upper right", fontsize=7.5, labelcolor=INK, frameon=False,
+        )  # fmt: skip
     save_figure(figure, path)
     return figure
 
@@ -203,6 +223,18 @@ def _number(value: float) -> str:
     return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
 
 
+def _draw_screened(axis: Axes, grid: Grid, cells: Mapping[Site, Screened], legible: bool) -> None:
+    """Cells without a score of their own."""
+    for site, one in cells.items():
+        row, column = grid.cell(site)
+        axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **_SCREENED))
+        if legible:
+            axis.text(
+                column, row, f"({one.score:.2f})", color=GREY, fontsize=6.5, ha="center", va="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+            )  # fmt: skip
+
+
 def _draw_triangle(
     axis: Axes,
     comparison: Comparison,
@@ -228,6 +260,11 @@ def _draw_triangle(
                 _write(axis, column, row - 0.08 * pale, f"{value:.2f}", GREY if pale else _ink(colour), 9)
             if legible and pale:
                 _write(axis, column, row + 0.24, "chance" if chance else "below", GREY, 6.5)
+
+
+def _places(fits: Fits) -> list[str]:
+    """The places of all cells, those that were spared among them."""
+    return list(dict.fromkeys([*fits.places, *(one.place for one in fits.screened)]))
 
 
 def _panels(labels: Sequence[str]) -> tuple[str, dict[str, tuple[list[int], list[str]]]]:
