@@ -78,7 +78,7 @@ def floors(fits: Fits) -> dict[str, float]:
 
 def agreement(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Figures, dict[str, Any]]:
     task = load_task("number_agreement")
-    sizes = {"train": 32, "dev": 24, "test": 24} if args.quick else {"train": 192, "dev": 80, "test": 160}
+    sizes = {"train": 32, "dev": 24, "test": 24} if args.quick else {"train": 144, "dev": 64, "test": 128}
     pairs = task.pairs(tokenizer, **sizes, seed=args.seed)
     depth = model.config.num_hidden_layers
     layers = [0, depth // 2, depth - 2] if args.quick else numbers(args.layers, depth)
