@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
@@ -100,17 +100,12 @@ class Places:
         sets = [tuple(dict.fromkeys(self.assignments[number].values())) for number in numbers]
         return [[numbers[i] for i in cohort] for cohort in self.dev.engine.cohorts(sets, rows)]
 
-    def fits_of(
-        self, cohort: Sequence[int], wanted: Container[int], on_step: Callable[[], Any] = lambda: None
-    ) -> Iterator[tuple[int, Fits]]:
-        """(number, all that is found there) of the places of a cohort that are wanted, trained side by side."""
-        if len(cohort) > 1:
-            together = self._searched([self.assignments[number] for number in cohort], on_step)
+    def fits_at(self, number: int, cohort: Sequence[int], on_step: Callable[[], Any] = lambda: None) -> Fits:
+        """All that is found at one place, which is trained with its cohort when the first of them is asked for."""
+        if len(cohort) > 1 and number not in self._ready:
+            together = self._searched([self.assignments[one] for one in cohort], on_step)
             self._ready.update(zip(cohort, together, strict=True))
-        for number in cohort:
-            if number in wanted:
-                yield number, self._evident(number, *self.at(self.assignments[number], on_step))
-        self._ready.clear()
+        return self._evident(number, *self.at(self.assignments[number], on_step))
 
     def _evident(self, number: int, found: list[Fit], failed: list[Failure]) -> Fits:
         """What is found at one place, each alignment with its evidence."""

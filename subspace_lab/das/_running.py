@@ -99,15 +99,15 @@ class InTurn(Run):
         return scores
 
     def search(self, cohorts: Sequence[Sequence[int]]) -> None:
-        left = [[number for number in cohort if number not in self.found] for cohort in cohorts]
-        with progress(self.label, sum(map(len, left)), self.places.config.steps, quiet=self.quiet) as shown:
-            for cohort, wanted in zip(cohorts, left, strict=True):
-                shown.begin(place_of(self.places.assignments[wanted[0]]))
-                for number, fits in self.places.fits_of(cohort, wanted, shown.step):
-                    self.found[number] = fits
-                    if self.files is not None:
-                        self.files.keep(number, fits)
-                    shown.end()
+        cohort_of = {number: cohort for cohort in cohorts for number in cohort}
+        left = sorted(number for number in cohort_of if number not in self.found)
+        with progress(self.label, len(left), self.places.config.steps, quiet=self.quiet) as shown:
+            for number in left:
+                shown.begin(place_of(self.places.assignments[number]))
+                self.found[number] = self.places.fits_at(number, cohort_of[number], shown.step)
+                if self.files is not None:
+                    self.files.keep(number, self.found[number])
+                shown.end()
 
 
 @dataclass

@@ -167,8 +167,8 @@ def search_places(
     """Search a cohort and leave the fits of the wanted places in the folder; what is left out is alone in its own."""
     if left_out is not None:
         places.left_out[cohort[0]] = left_out
-    for number, fits in places.fits_of(cohort, wanted):
-        write_place(folder, number, fits)
+    for number in wanted:
+        write_place(folder, number, places.fits_at(number, cohort))
 
 
 def screen_places(places: Places, folder: Path, *, cohort: Sequence[int], turn: int, share: float) -> None:
