@@ -417,3 +417,12 @@ def test_tasks_know_the_answers_of_their_sources() -> None:
     for row, answer in zip(rows, made.source_answers["gender"], strict=True):
         assert row["source_answers"]["gender"] == ("▁She" if "girl" in row["sources"]["gender"] else "▁He")
         assert made.answers[int(answer)] == row["source_answers"]["gender"]
+
+
+def test_a_token_that_joins_prompt_and_answer_is_not_taken_for_the_answers() -> None:
+    """With "(b" in one token, "(be" is longer than "(" and does not begin with it: "e" alone is not the answer."""
+    pieces = ["<unk>", "(", ".", ":", "\n", "b", "e", "(b"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[("(", "b")], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>")
+    assert Speller(tokenizer)("(", "be") == (vocabulary["b"], vocabulary["e"])
