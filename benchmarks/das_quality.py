@@ -10,10 +10,11 @@
     pyvene      the same task, data, site, rank, steps and batches, each with the better of its learning rates
     isolation   `isolation.py`: is an entity's country exchanged without its food, on entities never seen?
     screen      `screening.py`: what a screen saves, and how often it loses the best site
+    smollm2     `das_smollm2.py`, agreement: DAS of rank 1 at the site below the last layer that dev chooses
 
 Sites and learning rates are chosen on dev pairs; what is reported is of test pairs. With --json, the figures of the
 parts that ran replace those in the file, and the others stay. One thread; --quick asks only whether it runs.
-The last two parts are scripts of their own: with --take-over their figures are those of benchmarks/results, measured
+The last three parts are scripts of their own: with --take-over their figures are those of benchmarks/results, measured
 by these scripts, and the file says so; without, they are measured here.
 """
 
@@ -32,11 +33,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import das_smollm2
 import isolation
 import screening
 import torch
 from compiled_programs import PROGRAMS
 from harness import figure, machine, report
+from smollm2_model import smollm2
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -385,6 +388,18 @@ def screened(args: argparse.Namespace) -> tuple[Figures, dict[str, Any]]:
     return screening.figures(cases), screening.settings(cases)
 
 
+def in_a_language_model(args: argparse.Namespace) -> tuple[Figures, dict[str, Any]]:
+    """Number agreement in SmolLM2-135M."""
+    if args.take_over:
+        results, of_part = taken_over("das_smollm2")
+        of_part = {**of_part["parts"]["agreement"], **{k: v for k, v in of_part.items() if k != "parts"}}
+    else:
+        asked = argparse.Namespace(quick=args.quick, seed=args.seed, layers="all", workers=0, json=None)
+        results, of_part = das_smollm2.agreement(asked, *smollm2())
+    names = {"smollm2_agreement_iia": "smollm2_agreement_iia", "smollm2_twin_iia": "twin: DAS 1, iia"}
+    return {name: results[own] for name, own in names.items()}, of_part
+
+
 def taken_over(name: str) -> tuple[Figures, dict[str, Any]]:
     """(figures, settings) that a script wrote among the results, with where they are from.
 
@@ -409,6 +424,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], tuple[Figures, dict[str, Any]]]]
     "pyvene": against_pyvene,
     "isolation": isolated,
     "screen": screened,
+    "smollm2": in_a_language_model,
 }
 
 
