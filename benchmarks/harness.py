@@ -32,6 +32,13 @@ def figure(values: list[float]) -> dict[str, float]:
     }
 
 
+def summary(values: list[float]) -> dict[str, float]:
+    """`figure` with mean and standard deviation, all to four places."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    found = {**figure(values), "mean": statistics.mean(values), "sd": spread}
+    return {name: value if name == "n" else round(value, 4) for name, value in found.items()}
+
+
 def interleaved(
     contenders: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu", warmup: int = 1
 ) -> dict[str, list[float]]:

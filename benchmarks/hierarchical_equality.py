@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from harness import summary
 
 from subspace_lab.core.files import write_json
 from subspace_lab.das.methods import DAS, RandomSubspace
@@ -114,17 +115,7 @@ for name, values in figures.items():
 print(f"{time.perf_counter() - started:.0f} s")
 
 if options.json:
-    results = {
-        name: {
-            "median": round(statistics.median(values), 4),
-            "low": round(min(values), 4),
-            "high": round(max(values), 4),
-            "n": len(values),
-            "mean": round(statistics.mean(values), 4),
-            "sd": round(statistics.stdev(values), 4) if len(values) > 1 else 0.0,
-        }
-        for name, values in figures.items()
-    }
+    results = {name: summary(values) for name, values in figures.items()}
     settings = {
         "rank of each variable": RANK,
         "width": 16,

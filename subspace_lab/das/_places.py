@@ -27,12 +27,13 @@ from subspace_lab.das.objectives import Loss, Metric, Outcome
 from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.das.prepared_pairs import Assignment, Draw, PreparedPairs, fit, from_pool, from_stream
 from subspace_lab.das.screens import Screen, Screened
+from subspace_lab.engine.cohorts import MOST_ROWS
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.sources import Unmatched, all_rows, missing_entries
 
 SPLITS = ("dev", "test", "train")  # on which a fit is scored
-STACKED = 1024  # at most so many examples in one training step of several fits
+STACKED = MOST_ROWS  # at most so many examples in one training step of several fits
 POOL = 1000  # training pairs, at least, that methods without training see where pairs are drawn afresh
 TRAINING_SCORED = 400  # training pairs, at most, on which fits are scored
 CHEAP: tuple[Method, ...] = (FullVector(), DifferenceOfMeans())  # by which a screen judges places besides
