@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import subspace_lab
 from subspace_lab.core import files
 from subspace_lab.core.checkpoints import load_edits, load_subspaces, save_edits, save_subspaces
+from subspace_lab.core.dictionaries import Dictionary
 from subspace_lab.core.files import read_json, write_json
 from subspace_lab.core.interventions import (
     Intervention,
@@ -80,6 +81,9 @@ EVERY: dict[str, Callable[[], Intervention]] = {
     "boundary": lambda: Intervention(LearnedSubspace(WIDTH, 5, seed=1), Masked(Boundaries(5, 1, 0.5, 0.4))),
     "gates": lambda: Intervention(Axes(WIDTH), Masked(Gates(WIDTH, 1, 0.5))),
     "invertible map": lambda: interchange(InvertibleMap(WIDTH, 3, blocks=2, hidden=5, scale=1.5, seed=1)),
+    "dictionary": lambda: interchange(
+        Dictionary(rows(20, WIDTH), rows(20, WIDTH, seed=5), threshold=rows(20).abs())
+    ),
     "full vector": lambda: full_vector(WIDTH),
     "neurons": lambda: interchange(Axes(WIDTH, [7, 2, 11])),
     "LoReFT": lambda: loreft(WIDTH, 3, seed=1),

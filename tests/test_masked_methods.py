@@ -191,7 +191,10 @@ def test_settings_that_make_no_sense_are_refused(method: Any, message: str) -> N
         (Mask("features"), "no features are given"),
         (Mask(features=torch.eye(WIDTH)[:1]), "1 feature.* for 2 variables"),
         (Mask(features=torch.eye(5)), r"shape \(5, 5\).*width 32"),
-        (Mask(features=torch.randn(WIDTH + 4, WIDTH)), "36 features in states of width 32 cannot be orthonormal"),
+        (
+            Mask(features=torch.randn(WIDTH + 4, WIDTH)),
+            "36 features in states of width 32 cannot be orthonormal.*Dictionary",
+        ),
         (Mask(features=torch.ones(3, WIDTH)), "the features overlap"),
         (MDAS(17), "rank 17 for 2"),
     ],

@@ -175,7 +175,8 @@ class Masked(Value):
                         "positions and width must agree."
                     )
                 states = states.to(h.dtype)
-                change = change + weight * subspace.read(states - h if write else states)
+                found = subspace.difference(h, states) if write else subspace.read(states)
+                change = change + weight * found
         return change
 
     def _by_name(self, source: Source) -> Mapping[str, Tensor]:

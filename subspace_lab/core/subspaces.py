@@ -45,7 +45,7 @@ class Subspace(Kind, ABC):
         rank: k.
         moving: of a learned basis in parts those that train, None for others.
         copies: whether `swap` copies the source's coordinates to the bit, where others add a rounded difference.
-        linear: whether it is a subspace, with a basis. `core/nonlinear.py` has what is none.
+        linear: whether it is a subspace, with a basis. `nonlinear.py` and `dictionaries.py` have what is none.
     """
 
     width: int
@@ -89,6 +89,12 @@ class Subspace(Kind, ABC):
             exact = wide(h, basis)
             basis = basis.to(exact.dtype)
             return h + (((source.to(exact.dtype) - exact) @ basis.T) @ basis).to(h.dtype)
+
+    def difference(
+        self, h: Float[Tensor, "*batch width"], source: Float[Tensor, "*batch width"]
+    ) -> Float[Tensor, "*batch rank"]:
+        """read(source) − read(h), computed as R(source − h): exactly 0 where source is h."""
+        return self.read(source - h)
 
     def partition(self, sizes: Mapping[str, int]) -> dict[str, Subspace]:
         """Split the basis into parts, {name: number of basis vectors}, in this order from the first vector on.

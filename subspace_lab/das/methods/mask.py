@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from subspace_lab.core.dictionaries import Dictionary
 from subspace_lab.core.masks import Gates
 from subspace_lab.core.orthonormal import check_orthonormal
 from subspace_lab.core.sites import Site
@@ -32,16 +33,16 @@ class Mask(Method):
     Attributes:
         axes: "neurons", the axes of the stream; "pca", the principal components of the sources' states in the
             training pairs; "features", those that are given. A list runs once for each.
-        features: (features, width) orthonormal directions. The directions of a sparse autoencoder overlap, so
-            that exchanging some of them is no exchange of a subspace; orthonormalise those that you mean (their span
-            is what is exchanged), or take them one at a time.
+        features: (features, width) orthonormal directions, or the `Dictionary` of a sparse autoencoder. Features of a
+            dictionary are encoded, exchanged and decoded; what they leave unexplained stays the base's. It is no
+            subspace then, so it has no overlaps with others.
         penalty: what the sum of m is multiplied with before it is added to the loss, so that fewer axes are preferred.
         first_temperature, last_temperature: T at the start and at the end.
         learning_rate: of a, the sweep's by default.
     """
 
     axes: str | Sequence[str] = "neurons"
-    features: Tensor | None = field(default=None, compare=False, repr=False)
+    features: Tensor | Dictionary | None = field(default=None, compare=False, repr=False)
     penalty: float | Sequence[float] = 1e-4
     first_temperature: float = 1.0
     last_temperature: float = 0.01
@@ -69,6 +70,9 @@ class Mask(Method):
             return
         if self.features is None:
             raise ValueError(f"{self.label}: no features are given; write Mask(features=directions).")
+        if isinstance(self.features, Dictionary):
+            self._check_dictionary(self.features, sites, widths)
+            return
         for site in dict.fromkeys(sites.values()):
             if self.features.ndim != 2 or self.features.shape[1] != widths[site]:
                 raise ValueError(
@@ -82,16 +86,31 @@ class Mask(Method):
                 )
             if n > widths[site]:
                 raise ValueError(
-                    f"{self.label}: {n} features in states of width {widths[site]} cannot be orthonormal. The "
-                    "directions of a dictionary overlap, so exchanging some of them is no exchange of a subspace: "
-                    "give an orthonormal basis of those that you mean."
+                    f"{self.label}: {n} features in states of width {widths[site]} cannot be orthonormal. For those "
+                    "of a sparse autoencoder give Mask(features=Dictionary(encoder, decoder, …))."
                 )
             try:
                 check_orthonormal(self.features, (n, widths[site]))
             except ValueError as error:
                 raise ValueError(
-                    f"{self.label}: the features overlap ({error}); give an orthonormal basis of those that you mean."
+                    f"{self.label}: the features overlap ({error}); give an orthonormal basis of those that you mean, "
+                    "or the Dictionary of a sparse autoencoder."
                 ) from error
+
+    def _check_dictionary(
+        self, features: Dictionary, sites: Mapping[str, Site], widths: Mapping[Site, int]
+    ) -> None:
+        for site in dict.fromkeys(sites.values()):
+            if features.width != widths[site]:
+                raise ValueError(
+                    f"{self.label}: a dictionary of states of width {features.width}; at {site} they have width "
+                    f"{widths[site]}."
+                )
+        if len(set(sites.values())) < len(sites):
+            raise ValueError(
+                f"{self.label} for {list(sites)} at {sorted(set(map(str, sites.values())))}: variables that share a "
+                "site need parts of one basis, and a dictionary has none. Search one variable at a time."
+            )
 
     def learner(self, problem: Problem) -> Learner:
         wholes = {site: self._basis(problem, site) for site in dict.fromkeys(problem.sites.values())}
@@ -109,6 +128,8 @@ class Mask(Method):
     def _basis(self, problem: Problem, site: Site) -> Subspace:
         if self.axes == "neurons":
             return Axes(problem.widths[site])
+        if isinstance(self.features, Dictionary):
+            return self.features.frozen()
         if self.features is not None:
             return FixedSubspace(self.features)
         states = problem.states(problem.at(site)[0])
