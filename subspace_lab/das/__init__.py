@@ -51,6 +51,7 @@ from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.das.ranking import Ranking, Standing, rank_hypotheses
 from subspace_lab.das.screens import Screen, Screened
 from subspace_lab.das.search import default_methods, search
+from subspace_lab.das.several_sites import at_several_sites
 from subspace_lab.das.sweeps import SweepInterrupted, SweepUnsaved, sweep
 from subspace_lab.das.workers import local_workers
 
@@ -93,6 +94,7 @@ __all__ = [
     "SweepUnsaved",
     "Task",
     "Towards",
+    "at_several_sites",
     "cause",
     "complement_stays",
     "counterfactual_dataset",

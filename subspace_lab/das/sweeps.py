@@ -71,7 +71,8 @@ def sweep(
         backbone: of the model.
         pairs: in three splits: fits are trained on `train`, chosen by `dev`, and reported on `test`.
         sites: each is searched on its own. A site holds all variables, as parts of one basis; a mapping {variable:
-            site} gives each variable a site of its own, all exchanged at once.
+            site} gives each variable a site of its own, all exchanged at once. For one variable at
+            several sites see `at_several_sites`.
         methods: a setting that is a list, such as `DAS(rank=[1, 4])`, runs once for each of its values.
         seeds: how many, or which: of random starts and of the order of the pairs.
         config: of the training; its `seed` is replaced by each of the seeds.
