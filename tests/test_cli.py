@@ -104,7 +104,7 @@ def test_fits_reload_and_are_those_compared(done):
     assert compared["labels"] == SITES
     first, second = (fits.where(method="DAS", site=site)[0].subspace("above_lower") for site in SITES)
     assert first.rank == 8 and first.width == compared["width"] == 64
-    assert overlap(first, second) == pytest.approx(compared["overlap"][0][1], abs=1e-9)
+    assert overlap(first, second) == pytest.approx(compared["matrix"][0][1], abs=1e-9)
     (chance,) = compared["chance"]
     assert chance["mean"] == pytest.approx(first.rank / 64) and chance["low"] < chance["mean"] < chance["high"]
 

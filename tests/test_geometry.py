@@ -13,7 +13,14 @@ from torch import Tensor
 
 from subspace_lab.analysis.geometry import (
     Chance,
+    _haar_squared_cosines,
     _haar_traces,
+    chordal,
+    consensus,
+    containment,
+    geodesic,
+    haar_angles,
+    haar_largest_cosine,
     haar_overlap,
     overlap,
     principal_angles,
@@ -94,7 +101,15 @@ def test_simulated_chance_has_the_moments_of_haar(d, k1, k2):
     error = math.sqrt(variance / 20_000)
     assert traces.mean() == pytest.approx(k1 * k2 / d, abs=4 * error)
     assert traces.std() == pytest.approx(math.sqrt(variance), rel=0.03)
-    assert haar_overlap(d, k1, k2).mean == pytest.approx(k1 * k2 / d / small)
+    closed = haar_overlap(d, k1, k2)
+    assert closed.mean == pytest.approx(k1 * k2 / d / small)
+    assert closed.sd == pytest.approx(math.sqrt(variance) / small)
+    drawn = np.array(
+        [overlap(random_subspace(d, k1, 2 * i), random_subspace(d, k2, 2 * i + 1)) for i in range(400)]
+    )
+    # Of so many subspaces the mean is known to sd/20 and the standard deviation to 4 to 5 %.
+    assert drawn.mean() == pytest.approx(closed.mean, abs=4 * closed.sd / 20)
+    assert drawn.std() == pytest.approx(closed.sd, rel=0.2)
 
 
 @pytest.mark.parametrize(("d", "k1", "k2"), [(64, 8, 8), (16, 10, 12), (8, 2, 5)])
@@ -109,7 +124,7 @@ def test_the_band_holds_95_percent_of_subspaces_drawn_anew(d, k1, k2):
 def test_chance_is_a_value_of_its_seed():
     assert haar_overlap(32, 4, 6) == haar_overlap(32, 6, 4) == haar_overlap(32, 4, 6, seed=0)
     assert haar_overlap(32, 4, 6) != haar_overlap(32, 4, 6, seed=1)
-    assert haar_overlap(32, 32, 6) == Chance(1.0, 1.0, 1.0, 2000)
+    assert haar_overlap(32, 32, 6) == Chance(1.0, 1.0, 1.0, 2000, 0.0)
     assert haar_overlap(10**6, 16, 16).mean == pytest.approx(1.6e-5)  # no d × d matrix
 
 
@@ -123,3 +138,114 @@ def test_what_has_no_overlap_is_refused():
         haar_overlap(8, 9, 1)
     with pytest.raises(ValueError, match="100 or more"):
         haar_overlap(8, 2, 1, draws=10)
+
+
+# --- containment and distances ----------------------------------------------------------------------------------
+
+
+def test_containment_tells_the_part_from_the_whole():
+    part, whole = Axes(12, [1, 2]), Axes(12, [0, 1, 2, 3, 4])
+    assert containment(part, whole) == 1 and containment(whole, part) == pytest.approx(2 / 5)
+    a, b = random_subspace(12, 3, 0), random_subspace(12, 5, 1)
+    assert 3 * containment(a, b) == pytest.approx(5 * containment(b, a))  # both are the trace
+    assert containment(a, b) == pytest.approx(overlap(a, b)) and containment(b, a) < overlap(a, b)
+
+
+@pytest.mark.parametrize("angles", [[0.0, 0.3, 1.2], [1e-7, 2e-7], [math.pi / 2, math.pi / 2]])
+def test_distances_are_those_of_the_angles(angles):
+    a, b = turned(torch.tensor(angles, dtype=torch.float64), 9)
+    assert geodesic(a, b) == pytest.approx(math.hypot(*angles), rel=1e-6)
+    assert chordal(a, b) == pytest.approx(math.hypot(*(math.sin(one) for one in angles)), rel=1e-6)
+    difference = a.T @ a - b.T @ b
+    assert chordal(a, b) == pytest.approx(float(difference.norm()) / math.sqrt(2), abs=1e-12)
+
+
+def test_distances_of_a_span_inside_another_are_0():
+    part, whole = Axes(12, [1, 2]), Axes(12, [0, 1, 2, 3, 4])
+    assert chordal(part, whole) == geodesic(whole, part) == 0
+    assert chordal(Axes(4, [0]), Axes(4, [1])) == 1 and geodesic(Axes(4, [0]), Axes(4, [1])) == pytest.approx(
+        math.pi / 2
+    )
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-5, 1e-7])
+def test_angles_are_those_of_scipy(size):
+    linalg = pytest.importorskip("scipy.linalg")
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        a = torch.linalg.qr(torch.randn(20, 4, dtype=torch.float64, generator=g))[0]
+        b = torch.linalg.qr(a + size * torch.randn(20, 4, dtype=torch.float64, generator=g))[0]
+        expected = torch.tensor(sorted(linalg.subspace_angles(a.numpy(), b.numpy())))
+        torch.testing.assert_close(principal_angles(a.T, b.T), expected, rtol=1e-6, atol=1e-14)
+
+
+# --- the nulls of angles ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("d", "k1", "k2"), [(64, 4, 4), (32, 3, 9), (12, 8, 7), (10, 10, 4), (6, 5, 5)])
+def test_the_cosines_that_are_drawn_are_those_of_subspaces(d, k1, k2):
+    small, large = sorted((k1, k2))
+    squares = _haar_squared_cosines(d, large, small, 4000, np.random.default_rng(2))
+    assert squares.shape == (4000, small) and (np.diff(squares) <= 1e-12).all()
+    direct = np.array(
+        [
+            principal_angles(random_subspace(d, k1, 2 * i), random_subspace(d, k2, 2 * i + 1))
+            .cos()
+            .square()
+            .numpy()
+            for i in range(400)
+        ]
+    )
+    np.testing.assert_allclose(squares.mean(0), direct.mean(0), atol=0.05)
+    np.testing.assert_allclose(squares.std(0), direct.std(0), atol=0.05)
+    traces = _haar_traces(d, large, small, 4000, np.random.default_rng(2))
+    np.testing.assert_allclose(squares.sum(1), traces, atol=1e-9)  # of one draw
+
+
+@pytest.mark.parametrize(("d", "k", "expected"), [(64, 4, 0.385), (64, 16, 0.833), (768, 16, 0.264)])
+def test_the_largest_cosine_of_random_subspaces_is_far_from_0(d, k, expected):
+    found = haar_largest_cosine(d, k, k)
+    assert found.mean == pytest.approx(expected, abs=0.01) and found.low < found.mean < found.high
+    band = haar_angles(d, k, k)
+    assert band.mean[0] == pytest.approx(math.acos(expected), abs=0.03) and list(band.mean) == sorted(band.mean)
+    assert all(low < mean < high for low, mean, high in zip(band.low, band.mean, band.high, strict=True))
+
+
+def test_spans_too_large_to_miss_each_other_share_directions():
+    band = haar_angles(10, 7, 6)
+    assert band.mean[:3] == (0.0, 0.0, 0.0) and band.mean[3] > 0.01
+    assert haar_largest_cosine(10, 7, 6).mean == 1 == haar_largest_cosine(4, 4, 2).low
+
+
+# --- consensus --------------------------------------------------------------------------------------------------
+
+
+def test_the_consensus_finds_what_all_hold():
+    """Four subspaces share two directions and have one of their own each."""
+    frame = rotation(40, 3)
+    spans = [frame[[0, 1, 2 + i]] for i in range(4)]
+    found = consensus(spans)
+    assert found.eigenvalues == pytest.approx((1, 1, 0.25), abs=1e-6) and found.n == 4
+    assert found.dimensions == 2
+    assert overlap(found.subspace(), frame[:2]) == pytest.approx(1, abs=1e-6)
+    mean = sum(span.T @ span for span in spans) / 4
+    exact = torch.linalg.eigvalsh(mean.double()).flip(0)[:3]
+    assert found.eigenvalues == pytest.approx(exact.tolist(), abs=1e-6)
+
+
+def test_strangers_have_no_consensus():
+    found = consensus([random_subspace(40, 3, i) for i in range(4)])
+    assert found.dimensions <= 1 and found.null.low <= found.eigenvalues[0] <= 1.1 * found.null.high
+    apart = consensus([Axes(40, [i]) for i in range(4)])
+    assert apart.eigenvalues == pytest.approx((0.25,)) and apart.dimensions == 0
+    with pytest.raises(ValueError, match="No direction is agreed on"):
+        apart.subspace()
+
+
+def test_a_consensus_needs_two_of_one_width():
+    with pytest.raises(ValueError, match="needed are two or more"):
+        consensus([random_subspace(8, 2, 0)])
+    with pytest.raises(ValueError, match=r"widths \[8, 9\]"):
+        consensus([random_subspace(8, 2, 0), random_subspace(9, 2, 0)])
+    with pytest.raises(ValueError, match="no value"):
+        Chance.of([])

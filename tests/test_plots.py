@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from matplotlib.patches import Rectangle
 from tiny_sweeps import made_fit, made_fits, score
 
 from subspace_lab.analysis.comparisons import Comparison, compare
-from subspace_lab.analysis.geometry import Chance
-from subspace_lab.analysis.plots import iia_heatmap, overlap_heatmap
+from subspace_lab.analysis.geometry import Chance, chordal, containment, haar_angles
+from subspace_lab.analysis.plots import angle_spectrum, iia_heatmap, overlap_heatmap
 from subspace_lab.analysis.plots.heatmaps import SIGNED
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
@@ -334,6 +335,82 @@ def test_overlaps_of_anything_else_are_one_matrix(tmp_path):
         assert [t for t in texts(panel) if t != "chance"] == ["0.11", "0.12", "0.63"]
         assert [t.get_text() for t in panel.get_yticklabels()] == labels[1:]
         assert cell(panel, 0, 0) == cell(panel, 0, 1) != cell(panel, 1, 1)
+
+
+@pytest.mark.parametrize("n", [4, 20, 60])
+def test_a_matrix_of_any_size_has_a_cell_a_pair_and_every_label(n, tmp_path):
+    fits = [made_fit(Site("block_output", i // 2, "last"), DAS_3, i % 2, test=0.9) for i in range(n)]
+    found = compare(made_fits(fits), across="layer", within="seed")
+    figure = overlap_heatmap(found, tmp_path / "overlap.png")
+    check_file(tmp_path / "overlap.png")
+    levels, panel, _ = figure.axes
+    assert len([p for p in panel.patches if isinstance(p, Rectangle)]) == n * (n - 1) // 2
+    assert [t.get_text() for t in panel.get_yticklabels()] == list(found.labels[1:])
+    numbers = [t for t in texts(panel) if t not in ("chance", "below")]
+    assert len(numbers) == (n * (n - 1) // 2 if n <= 24 else 0)
+    # No label lies on another one.
+    figure.canvas.draw()
+    for labels, side in ((panel.get_yticklabels(), "y"), (panel.get_xticklabels(), "x")):
+        boxes = [label.get_window_extent() for label in labels]
+        starts = [(b.y0, b.y1) if side == "y" else (b.x0, b.x1) for b in boxes]
+        if n > 16:
+            ordered = sorted(starts)
+            assert all(a[1] <= b[0] + 1 for a, b in pairwise(ordered))
+    assert found.sentence.split(";")[0] in caption(figure)
+    names = [t.get_text().split("\n")[0] for t in levels.get_yticklabels()]
+    assert names == ["across layers", "two seeds at one site", "random subspaces"]
+
+
+def test_the_means_stand_beside_their_nulls():
+    fits = [made_fit(Site("block_output", i // 3, "last"), DAS_3, i % 3, test=0.9) for i in range(6)]
+    twin = made_fits([replace(fit, start=100 + i) for i, fit in enumerate(fits)])
+    found = compare(made_fits(fits), across="layer", within="seed", null={"twin": twin})
+    levels = found.plot().axes[0]
+    means = [line.get_xdata()[0] for line in levels.lines if line.get_marker() == "o"]
+    assert means == [found.across.mean, found.within.mean]
+    bands = [(p.get_x(), p.get_x() + p.get_width()) for p in levels.patches]
+    assert bands[0] == pytest.approx((found.null.low, found.null.high))
+    assert bands[1] == pytest.approx((found.nulls["twin"].low, found.nulls["twin"].high))
+    marks = [line for line in levels.lines if line.get_marker() == "|"]
+    assert list(marks[0].get_xdata()) == list(found.across.values)
+    assert "9 pairs, 6 fits" in levels.get_yticklabels()[0].get_text()
+
+
+def test_cells_of_fits_at_their_floor_are_hatched():
+    fits = [made_fit(Site("block_output", i, "last"), DAS_3, test=0.3 if i == 1 else 0.9) for i in range(3)]
+    figure = overlap_heatmap(compare(made_fits(fits)))
+    panel = figure.axes[0]
+    hatched = {p.get_xy() for p in panel.patches if p.get_hatch()}
+    assert hatched == {(-0.5, -0.5), (0.5, 0.5)}  # layer 1 with 0, layer 2 with 1
+    assert len([t for t in texts(panel) if t not in ("chance", "below")]) == 1
+    assert "Hatched: the IIA is at its floor" in caption(figure)
+    assert "Hatched" not in caption(overlap_heatmap(compare(made_fits(fits[::2]))))
+
+
+def test_a_measure_that_is_not_the_same_both_ways_has_all_its_cells():
+    spans = {"small": random_subspace(16, 2, 0), "large": random_subspace(16, 6, 1)}
+    panel, bar = overlap_heatmap(compare(spans, measure=containment)).axes
+    assert len(panel.patches) == 4 and "in the column" in bar.get_ylabel()
+    assert [t.get_text() for t in panel.get_xticklabels()] == ["small", "large"]
+    far, bar = overlap_heatmap(compare(spans, measure=chordal)).axes
+    assert len(far.patches) == 1 and "chordal" in bar.get_ylabel()
+
+
+def test_angles_stand_in_their_band(tmp_path):
+    null = haar_angles(16, 3, 3)
+    figure = angle_spectrum({"a": (0.1, 0.5, 1.0), "b": (0.2, 0.6, 1.5)}, null, tmp_path / "angles.png")
+    check_file(tmp_path / "angles.png")
+    axis = figure.axes[0]
+    a = next(line for line in axis.lines if line.get_label() == "a")
+    assert list(a.get_ydata()) == pytest.approx([0.1 * 180 / 3.14159265, 0.5 * 180 / 3.14159265, 57.29577951])
+    assert len({line.get_marker() for line in axis.lines}) == 3  # told apart in grey: the null has none
+    assert axis.get_ylabel() == "degrees" and "2000 draws" in caption(figure)
+    drawn = angle_spectrum({"a": (0.1, 0.5, 1.0)}, null, axis=axis)
+    assert drawn is figure
+    with pytest.raises(ValueError, match=r"The null has 3 angles; there are \{'a': 2\}"):
+        angle_spectrum({"a": (0.1, 0.5)}, null)
+    with pytest.raises(ValueError, match="No angles"):
+        angle_spectrum({}, null)
 
 
 def test_one_subspace_alone_is_said_to_be_alone(tmp_path):

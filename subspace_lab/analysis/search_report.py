@@ -16,7 +16,8 @@ from typing import Any
 
 from subspace_lab.analysis.comparisons import Comparison
 from subspace_lab.analysis.plots.canvas import console
-from subspace_lab.analysis.plots.heatmaps import iia_heatmap, overlap_heatmap
+from subspace_lab.analysis.plots.heatmaps import iia_heatmap
+from subspace_lab.analysis.plots.matrices import overlap_heatmap
 from subspace_lab.analysis.saves import Saves
 from subspace_lab.core.files import write_json
 from subspace_lab.core.texts import printable
@@ -113,5 +114,5 @@ def _remarks(fits: Fits, twins: Sequence[Fits], comparison: Comparison) -> list[
             "The site that dev chose is not above the floors: nothing was found, the pictures show noise."
         )
     if n > 1:
-        remarks.append(f"Overlap of the trained subspaces: {comparison.summary()}")
+        remarks.append(f"Overlap of the trained subspaces: {comparison.sentence}")
     return [*remarks, f"Engine: {fits.facts.get('engine')}."]

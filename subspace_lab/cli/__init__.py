@@ -1,4 +1,4 @@
-"""The terminal: `subspace-lab search` and `subspace-lab finetune`, a file each.
+"""The terminal: `subspace-lab search`, `compare` and `finetune`, a file each.
 
 Only the terminal's own libraries are imported at the top of these files; torch and what needs it wait until a
 command runs, so that `--help` answers at once. Results go to standard output, progress and complaints to
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import typer
 
+from subspace_lab.cli.compare import compare as _compare
 from subspace_lab.cli.finetune import finetune as _finetune
 from subspace_lab.cli.search import search as _search
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # which fills paragraphs
 )
 app.command("search")(_search)
+app.command("compare")(_compare)
 app.command("finetune")(_finetune)
 
 

@@ -12,27 +12,20 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from subspace_lab.analysis.comparisons import Comparison
-from subspace_lab.analysis.geometry import Chance
 from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, new_figure, save_figure
+from subspace_lab.analysis.plots.cells import COLOURS, MOST_NUMBERS, cell, finish, frame, ink, write
 from subspace_lab.analysis.plots.grids import Grid
 from subspace_lab.core.sites import Site
 from subspace_lab.das.fits import Fits, Mean
 from subspace_lab.das.screens import Screened
 
-# One ramp of lightness: the same to eyes that do not tell red from green, and in grey print.
-COLOURS = LinearSegmentedColormap.from_list(
-    "subspace_lab", ["#f4f2ec", "#cfdcdc", "#8fb3bd", "#4f82a0", "#2b557e", "#1b2f52"]
-)
 SIGNED = LinearSegmentedColormap.from_list(
     "subspace_lab_signed", ["#7a3510", "#c26a35", "#e6bd98", "#f4f2ec", "#8fb3bd", "#4f82a0", "#1b2f52"]
 )
-MOST_NUMBERS = 16  # rows or columns beyond which numbers in the cells could not be read
 
 # Of a cell without a score: grey, which the ramp of the scores does not have.
 _SCREENED: dict[str, Any] = {"facecolor": "#fafafa", "edgecolor": "#d6d6d6", "hatch": "////", "linewidth": 0}
@@ -45,10 +38,6 @@ _SMALL = "Small: the 95 % interval of one fit, or ± the standard deviation over
 _EFFECT_CAUTION = (
     "A large value says that the exchange moves the answer; it does not say that nothing else in the model would move "
     "it, nor that the model does so by itself"
-)
-_OVERLAP_CAUTION = (
-    "The subspaces were trained from independent starts. A low overlap at high IIA does not mean different "
-    "mechanisms, since the data do not identify the span; where the IIA is at its floor an overlap means nothing."
 )
 
 
@@ -134,7 +123,7 @@ def iia_heatmap(
         ScalarMappable(scale, colours), ax=list(axes.flat), aspect=16 * down, pad=0.02,
         extend="min" if below else "neither",
     )  # fmt: skip
-    _finish(bar, "IIA on test pairs" if metric == "iia" else metric)
+    finish(bar, "IIA on test pairs" if metric == "iia" else metric)
     if largest is None:
         bar.ax.axhline(lowest, color=ACCENT, linewidth=2.4, clip_on=False)
     if hatched:
@@ -142,47 +131,6 @@ def iia_heatmap(
             handles=[Rectangle((0, 0), 1, 1, label="screened: spared", **_SCREENED)],
             loc="upper right", fontsize=7.5, labelcolor=INK, frameon=False,
         )  # fmt: skip
-    save_figure(figure, path)
-    return figure
-
-
-def overlap_heatmap(comparison: Comparison, path: str | Path | None = None) -> Figure:
-    """Overlaps of the subspaces of different sites; those that chance explains are told apart.
-
-    One panel a position, layer against layer, where the labels are sites and every position has several
-    layers; else one matrix of all. Cells inside the 95 % band of random subspaces are pale and marked.
-
-    Args:
-        comparison: of subspaces from independent starts.
-        path: as of `iia_heatmap`.
-    """
-    compared, panels = _panels(comparison.labels)
-    largest = max(len(members) for members, _ in panels.values())
-    legible = largest <= MOST_NUMBERS
-    size = max(1, largest - 1) * (0.6 if legible else 0.2) + 0.6
-    down = -(-len(panels) // max(1, int(11 / size)))
-    across = -(-len(panels) // down)
-    bands = "; ".join(_band(ranks, chance) for ranks, chance in comparison.chance.items())
-    figure = new_figure(
-        (across * size + 1.9, down * size + 1.1),
-        f"Overlap of the subspaces found{f', {compared}' if compared else ''}",
-        f"Independent random (Haar) subspaces of a stream of width {comparison.width}: {bands} (marked on the "
-        "colour bar). Cells in the band or below it are pale; one random pair of twenty falls outside the band.",
-        _OVERLAP_CAUTION,
-    )
-    axes = figure.subplots(down, across, squeeze=False).flatten()
-    scale = Normalize(0, 1)
-    for axis, (name, (members, ticks)) in zip(axes, panels.items(), strict=False):
-        _draw_triangle(axis, comparison, members, ticks, scale, legible)
-        axis.set_title(name, fontsize=9.5, color=INK, loc="left")
-        axis.set_xlabel("layer" if compared else "", fontsize=9, color=INK)
-    for axis in axes[len(panels) :]:
-        axis.axis("off")
-    bar = figure.colorbar(ScalarMappable(scale, COLOURS), ax=list(axes), aspect=16 * down, pad=0.02)
-    _finish(bar, "overlap  tr(P₁P₂) / min(k₁, k₂)")
-    for chance in comparison.chance.values():
-        bar.ax.axhspan(chance.low, chance.high, facecolor="none", edgecolor=ACCENT, linewidth=1.2)
-        bar.ax.axhline(chance.mean, color=ACCENT, linewidth=1.2)
     save_figure(figure, path)
     return figure
 
@@ -204,18 +152,18 @@ def _draw_grid(
     to: str | None,
 ) -> None:
     """One panel; `to` stands between the limits of an interval, None where numbers could not be read."""
-    _frame(axis, grid.columns, grid.names()[1])
+    frame(axis, grid.columns, grid.names()[1])
     axis.set_xlabel(grid.column_axis(), fontsize=9, color=INK)
     for mean in means:
         row, column = grid.cell(mean.fits[0].site)
         colour = colour_of(mean.value)
-        _cell(axis, column, row, colour)
+        cell(axis, column, row, colour)
         if to is not None:
             one = mean.fits[0].score(metric)
             limits = f"{_number(one.low)}{to}{_number(one.high)}"
             small = limits if mean.spread is None else f"± {mean.spread:.2f}"
-            _write(axis, column, row + 0.1, _number(mean.value), _ink(colour), 10)
-            _write(axis, column, row - 0.24, small, _ink(colour), 6.5)
+            write(axis, column, row + 0.1, _number(mean.value), ink(colour), 10)
+            write(axis, column, row - 0.24, small, ink(colour), 6.5)
 
 
 def _number(value: float) -> str:
@@ -235,88 +183,9 @@ def _draw_screened(axis: Axes, grid: Grid, cells: Mapping[Site, Screened], legib
             )  # fmt: skip
 
 
-def _draw_triangle(
-    axis: Axes,
-    comparison: Comparison,
-    members: Sequence[int],
-    ticks: Sequence[str],
-    scale: Normalize,
-    legible: bool,
-) -> None:
-    """The triangle below the diagonal: an overlap is symmetric, and 1 with itself."""
-    if len(members) == 1:
-        axis.axis("off")
-        axis.text(0, 0.5, f"{ticks[0]} alone:\nnothing to compare", fontsize=9, color=INK, va="center")
-        return
-    _frame(axis, ticks[:-1], ticks[1:])
-    axis.invert_yaxis()
-    for row, i in enumerate(members[1:]):
-        for column, j in enumerate(members[: row + 1]):
-            value, chance = comparison.matrix[i][j], comparison.within_chance(i, j)
-            pale = chance or value < comparison.chance_of(i, j).mean
-            colour = (0.945, 0.945, 0.945, 1.0) if pale else COLOURS(scale(value))
-            _cell(axis, column, row, colour)
-            if legible:
-                _write(axis, column, row - 0.08 * pale, f"{value:.2f}", GREY if pale else _ink(colour), 9)
-            if legible and pale:
-                _write(axis, column, row + 0.24, "chance" if chance else "below", GREY, 6.5)
-
-
 def _places(fits: Fits) -> list[str]:
     """The places of all cells, those that were spared among them."""
     return list(dict.fromkeys([*fits.places, *(one.place for one in fits.screened)]))
-
-
-def _panels(labels: Sequence[str]) -> tuple[str, dict[str, tuple[list[int], list[str]]]]:
-    """(what is compared, {title of a panel: (its members, their ticks)})."""
-    whole = "", {"": (list(range(len(labels))), list(labels))}
-    try:
-        sites = [Site.parse(label) for label in labels]
-    except ValueError:
-        return whole
-    grid = Grid.of(sites)
-    axis, names = grid.names()
-    panels = {}
-    for column, position in enumerate(grid.columns):
-        rows = {grid.cell(site)[0]: i for i, site in enumerate(sites) if grid.cell(site)[1] == column}
-        panels[f"position {position}"] = ([rows[r] for r in sorted(rows)], [names[r] for r in sorted(rows)])
-    if min(len(members) for members, _ in panels.values()) < 2:
-        return whole
-    return (f"{axis.replace('  ', ' ')} against layer" if axis else ""), panels
-
-
-def _frame(axis: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
-    axis.set_xlim(-0.5, len(columns) - 0.5)
-    axis.set_ylim(-0.5, len(rows) - 0.5)
-    if max(map(len, columns)) > 10:
-        axis.set_xticks(
-            range(len(columns)), columns, fontsize=8.5, rotation=40, ha="right", rotation_mode="anchor"
-        )
-    else:
-        axis.set_xticks(range(len(columns)), columns, fontsize=8.5)
-    axis.set_yticks(range(len(rows)), rows, fontsize=8.5)
-    axis.tick_params(length=0, colors=INK)
-    axis.spines[:].set_visible(False)
-
-
-def _cell(axis: Axes, column: int, row: int, colour: tuple[float, ...]) -> None:
-    axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=1.2))
-
-
-def _write(axis: Axes, x: float, y: float, text: str, colour: str, size: float) -> None:
-    axis.text(x, y, text, color=colour, fontsize=size, ha="center", va="center")
-
-
-def _ink(colour: tuple[float, ...]) -> str:
-    """Black or white, whichever is read on a colour (its luma, Rec. 601)."""
-    red, green, blue, *_ = colour
-    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
-
-
-def _finish(bar: Colorbar, label: str) -> None:
-    bar.set_label(label, fontsize=9, color=INK)
-    bar.ax.tick_params(labelsize=8, length=2, colors=INK)
-    bar.outline.set_visible(False)
 
 
 def _floors(fits: Fits, twin: Fits | None) -> str:
@@ -326,8 +195,3 @@ def _floors(fits: Fits, twin: Fits | None) -> str:
         f"Floors: no intervention {floors.no_intervention.value:.2f}{of_twin}, best constant answer "
         f"{floors.constant.value:.2f}; the colours start at the higher of the two."
     )
-
-
-def _band(ranks: tuple[int, int], chance: Chance) -> str:
-    which = f"rank {ranks[0]}" if ranks[0] == ranks[1] else f"ranks {ranks[0]} and {ranks[1]}"
-    return f"{which}, mean {chance.mean:.3f}, 95 % band {chance.low:.3f} to {chance.high:.3f}"

@@ -1,0 +1,204 @@
+"""What a comparison gives: a value that says in one sentence how near subspaces are, and beside what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from subspace_lab.analysis.geometry import CONFIDENCE, Chance
+from subspace_lab.analysis.plots.matrices import overlap_heatmap
+
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Level:
+    """The mean of a measure over some pairs of fits.
+
+    Attributes:
+        mean: over the pairs; of a measure that is not the same both ways over both.
+        low, high: its 95 % interval, by a jackknife over the fits, since pairs share them: it says how the mean would
+            vary with other random starts at these sites. None where a fit is in every pair.
+        fits: how many there are in these pairs.
+        values: of each pair.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    fits: int
+    values: tuple[float, ...] = field(repr=False)
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs."""
+        return len(self.values)
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.mean:.2f}{interval} ({self.pairs} pairs of {self.fits} fits)"
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """A measure of each of several subspaces with each, with its yardstick and its nulls.
+
+    Attributes:
+        labels: of the subspaces, in the order of rows and columns.
+        ranks: theirs.
+        width: of the states that they are subspaces of.
+        matrix: the measure of each with each, of the row's with the column's.
+        chance: by pair of ranks, what independent random subspaces give. A band holds for one pair: of twenty pairs
+            of random subspaces one falls outside.
+        measure: its name.
+        counts: of each subspace whether it takes part in means; the others are at their floor.
+        facets: (what differs across, what differs within); None where nothing was asked.
+        across, within: the means of both; None of what was not asked.
+        null: chance over the pairs that were compared across.
+        nulls: {name: of other nulls}, such as fits on a random model.
+    """
+
+    labels: tuple[str, ...]
+    ranks: tuple[int, ...]
+    width: int
+    matrix: tuple[tuple[float, ...], ...]
+    chance: Mapping[tuple[int, int], Chance]
+    measure: str = "overlap"
+    counts: tuple[bool, ...] = ()
+    facets: tuple[str | None, str | None] = (None, None)
+    across: Level | None = None
+    within: Level | None = None
+    null: Chance | None = None
+    nulls: Mapping[str, Chance] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.counts:
+            object.__setattr__(self, "counts", (True,) * len(self.labels))
+
+    def __repr__(self) -> str:
+        return f"Comparison of {len(self.labels)} subspaces of width {self.width}: {self.sentence}"
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the measure of two is the same both ways."""
+        n = range(len(self.labels))
+        return all(abs(self.matrix[i][j] - self.matrix[j][i]) <= ROUNDING for i in n for j in n)
+
+    @property
+    def distance(self) -> bool:
+        """Whether the measure is smaller the nearer two subspaces are: each is at less than chance from itself."""
+        n = range(len(self.labels))
+        return fmean(self.matrix[i][i] - self.chance_of(i, i).mean for i in n) < -ROUNDING
+
+    @property
+    def masked(self) -> int:
+        """How many of the subspaces are at their floor, and not counted."""
+        return self.counts.count(False)
+
+    @property
+    def sentence(self) -> str:
+        """What was found, in plain words."""
+        left_out = (
+            f" {self.masked} of {len(self.labels)} fits are at their floor and are not counted."
+            if self.masked
+            else ""
+        )
+        if self.across is None:
+            return self._count() + left_out
+        what, yardstick = self.facets
+        told = [f"The {self.measure} across {what}s is {self.across}"]
+        if self.within is not None:
+            told.append(f"that of two {yardstick}s at one site {self.within}")
+        if self.null is not None:
+            told.append(f"that of random subspaces {_band_text(self.null)}")
+        told += [f"that of {name} {_band_text(chance)}" for name, chance in self.nulls.items()]
+        return f"{'; '.join(told)}. {self._verdict()}{left_out}"
+
+    def chance_of(self, i: int, j: int) -> Chance:
+        """What chance gives for the ranks of two of the subspaces."""
+        ordered = self.ranks[i], self.ranks[j]
+        one, other = sorted(ordered)
+        return self.chance[ordered] if ordered in self.chance else self.chance[one, other]
+
+    def within_chance(self, i: int, j: int) -> bool:
+        """Whether a cell lies in the 95 % band of independent random subspaces."""
+        chance = self.chance_of(i, j)  # at full rank the band is a point
+        return chance.low - ROUNDING <= self.matrix[i][j] <= chance.high + ROUNDING
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a program reads."""
+        levels = {"across": self.across, "within": self.within, "null": self.null}
+        return {
+            "measure": self.measure,
+            "labels": list(self.labels),
+            "ranks": list(self.ranks),
+            "width": self.width,
+            "matrix": [list(row) for row in self.matrix],
+            "counts": list(self.counts),
+            "chance": [{"ranks": list(ranks), **asdict(chance)} for ranks, chance in self.chance.items()],
+            "confidence": CONFIDENCE,
+            "facets": list(self.facets),
+            **{name: None if one is None else asdict(one) for name, one in levels.items()},
+            "nulls": {name: asdict(chance) for name, chance in self.nulls.items()},
+            "sentence": self.sentence,
+        }
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """The matrix as a picture, beside it the means and the nulls (`analysis/plots/matrices.py`)."""
+        return overlap_heatmap(self, path)
+
+    def _count(self) -> str:
+        """How many of the pairs are above chance."""
+        n = [i for i, counts in enumerate(self.counts) if counts]
+        pairs = [(i, j) for i in n for j in n if (j < i if self.symmetric else i != j)]
+        if not pairs:
+            return "No two subspaces to compare."
+        if self.distance:
+            near = sum(self.matrix[i][j] < self.chance_of(i, j).low - ROUNDING for i, j in pairs)
+        else:
+            near = sum(self.matrix[i][j] > self.chance_of(i, j).high + ROUNDING for i, j in pairs)
+        which = "smaller" if self.distance else "higher"
+        return f"{near} of {len(pairs)} pairs have a {which} {self.measure} than 97.5 % of random subspaces have."
+
+    def _verdict(self) -> str:
+        """Where the mean across stands against yardstick and null."""
+        assert self.across is not None
+        told, one = [], self.across
+        if self.within is not None:
+            other = self.within
+            if one.low is None or one.high is None or other.low is None or other.high is None:
+                told.append("not to be told from the yardstick without more fits")
+            elif one.high < other.low:
+                told.append(f"lower than that of two {self.facets[1]}s at one site")
+            elif one.low > other.high:
+                told.append(f"higher than that of two {self.facets[1]}s at one site")
+            else:
+                told.append(f"not to be told from that of two {self.facets[1]}s at one site")
+        for name, null in {"chance": self.null, **self.nulls}.items():
+            if null is not None:
+                told.append(f"{_against(one, null)} {name}")
+        return f"Across {self.facets[0]}s it is {_listed(told)}." if told else ""
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+
+
+def _against(level: Level, null: Chance) -> str:
+    """Where a mean stands against a null: outside of what one pair in twenty gives, or told from the null's mean."""
+    if not null.low <= level.mean <= null.high:
+        return "above" if level.mean > null.high else "below"
+    if level.low is not None and level.low > null.mean:
+        return "a little above"
+    if level.high is not None and level.high < null.mean:
+        return "a little below"
+    return "not to be told from"
+
+
+def _band_text(chance: Chance) -> str:
+    return f"{chance.mean:.2f} (95 % of pairs {chance.low:.2f} to {chance.high:.2f})"

@@ -1,0 +1,252 @@
+"""What is compared: subspaces, each with what tells it from the others, from any result that holds some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.sites import Site
+from subspace_lab.core.subspaces import Subspace
+from subspace_lab.das.fits import Fit, Fits
+
+FACETS = ("layer", "seed", "method", "model")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One of the subspaces that are compared.
+
+    Attributes:
+        label: its name in tables and pictures.
+        subspace: what is compared.
+        site: where it is; None of a subspace alone.
+        variable: what it is the subspace of.
+        method: by which it was found.
+        seed: with which.
+        start: tells its random start from every other; None where nothing was drawn.
+        model: in which it is, where several are compared.
+        counts: whether it takes part in means; not where the score of its fit is at the floor.
+    """
+
+    label: str
+    subspace: Subspace
+    site: Site | None = None
+    variable: str = ""
+    method: str = ""
+    seed: int | str | None = None
+    start: int | str | None = None
+    model: str = ""
+    counts: bool = True
+
+    def facet(self, name: str) -> Any:
+        """Its layer, seed, method or model."""
+        if name == "layer":
+            return None if self.site is None else self.site.layer
+        return getattr(self, name)
+
+    def place(self) -> tuple[Any, ...]:
+        """All of its site but the layer, and its variable."""
+        site = self.site
+        return (self.variable, *(() if site is None else (site.component, site.positions, site.heads)))
+
+
+Group = (
+    Fits | Fit | Alignment | Subspace | Sequence[Fits] | Sequence[Fit] | Sequence[Alignment] | Sequence[Subspace]
+)
+"""Results that hold subspaces."""
+
+
+def read(
+    given: Group | Mapping[str, Any],
+    across: str | None = None,
+    *,
+    variable: str | None = None,
+    min_effect: float | None = 0.0,
+) -> list[Compared]:
+    """The subspaces of some results. Of a sweep those that began at a random start (all linear ones, if none did).
+
+    Args:
+        given: the results, or {name: results}. The name is that of the method where methods are compared, and of the
+            model where models are.
+        across: what is compared.
+        variable: of alignments with several variables.
+        min_effect: a fit counts if the lower limit of its IIA on test is above floor + min_effect · (1 − floor); None
+            counts all.
+
+    Raises:
+        TypeError: something that holds no subspaces.
+        ValueError: nothing, results of different tasks or models, several variables and none named.
+    """
+    groups = _groups(given)
+    _check_facts({name: _facts(one) for name, one in groups.items()}, across)
+    found: list[Compared] = []
+    for name, one in groups.items():
+        items = _items(name, one, variable, min_effect)
+        if across == "method" and name:
+            items = [replace(item, method=name) for item in items]
+        if across == "model":
+            items = [replace(item, model=name) for item in items]
+        found += _labelled(name, items)
+    if not found:
+        raise ValueError("No subspaces to compare.")
+    labels = [item.label for item in found]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ValueError(f"Several subspaces have the labels {twice}: name them, as {{name: fit}}.")
+    return found
+
+
+def unlabelled(given: Group | Mapping[str, Any], *, variable: str | None = None) -> list[Compared]:
+    """The subspaces of a null: whatever models they are of, each told from the others; errors as of `read`."""
+    found = []
+    for name, one in _groups(given).items():
+        several = isinstance(one, Sequence) and not isinstance(one, Fits | str)
+        for number, part in enumerate(one if several else [one]):
+            model = f"{name}{number}" if isinstance(part, Fits) else name
+            found += [replace(item, model=model) for item in _items(name, part, variable, None)]
+    if not found:
+        raise ValueError("The null has no subspaces.")
+    return found
+
+
+def cells_of(items: Sequence[Compared], facet: str | None) -> list[tuple[int, int]]:
+    """The pairs (i, j), j < i, that differ in a facet and in nothing else but the seed; none without a facet."""
+    if facet is None:
+        return []
+    same = [name for name in FACETS if name not in (facet, "seed")]
+    return [
+        (i, j)
+        for i, one in enumerate(items)
+        for j, other in enumerate(items[:i])
+        if one.facet(facet) != other.facet(facet)
+        and one.place() == other.place()
+        and all(one.facet(name) == other.facet(name) for name in same)
+    ]
+
+
+def check_starts(items: Sequence[Compared]) -> None:
+    """ValueError where two subspaces were trained from one start."""
+    by_start: dict[int | str, list[str]] = {}
+    for item in items:
+        if item.start is not None:
+            by_start.setdefault(item.start, []).append(item.label)
+    shared = {start: group for start, group in by_start.items() if len(group) > 1}
+    if shared:
+        raise ValueError(
+            f"Trained from one start (start: subspaces): {shared}. Such subspaces overlap because each stays near "
+            "its start. Train them from different seeds (two models too), or compare them all the same with "
+            "same_start=True."
+        )
+
+
+def _groups(given: Any) -> dict[str, Any]:
+    return dict(given) if isinstance(given, Mapping) else {"": given}
+
+
+def _items(name: str, one: Any, variable: str | None, min_effect: float | None) -> list[Compared]:
+    if isinstance(one, Fits):
+        floor = one.floors["test"].highest if "test" in one.floors else None
+        return [_of_fit(fit, variable, min_effect, floor) for fit in _chosen(one, variable)]
+    if isinstance(one, Fit):
+        return [_of_fit(one, variable, min_effect)]
+    if isinstance(one, Alignment):
+        return [_of_alignment(one, variable)]
+    if isinstance(one, Subspace):
+        return [Compared(name, one)]
+    if isinstance(one, Sequence) and not isinstance(one, str):
+        return [item for part in one for item in _items(name, part, variable, min_effect)]
+    raise TypeError(
+        f"{name or 'What is compared'} is a {type(one).__name__}; needed are Fits, a fit, an alignment, a subspace, or "
+        "a list of these."
+    )
+
+
+def _of_fit(fit: Fit, variable: str | None, min_effect: float | None, floor: float | None = None) -> Compared:
+    told = fit.alignment.facts.get("controls", {})
+    known = [told[name]["iia"] for name in ("no intervention", "best constant answer") if name in told]
+    floor = max(known, default=None) if floor is None else floor
+    score = fit.scores.get("test", {}).get("iia")
+    counts = True
+    if score is not None and floor is not None and min_effect is not None:
+        counts = score.low > floor + min_effect * (1 - floor)
+    found = _of_alignment(fit.alignment, variable)
+    return replace(found, method=fit.method.label, seed=fit.seed, start=fit.start, counts=counts)
+
+
+def _of_alignment(alignment: Alignment, variable: str | None) -> Compared:
+    name = variable or next(iter(alignment.variables))
+    start = alignment.facts.get("start")
+    return Compared(
+        label=name,
+        subspace=alignment.subspace(variable),
+        site=alignment.site(variable),
+        variable=name,
+        method=str(alignment.facts.get("method", "")),
+        seed=alignment.facts.get("seed"),
+        start=start if isinstance(start, int | str) else None,
+    )
+
+
+def _chosen(fits: Fits, variable: str | None) -> list[Fit]:
+    """The linear fits that were trained, or all linear ones."""
+
+    def linear(fit: Fit) -> bool:
+        of = fit.alignment.variables
+        return all(subspace.linear for name, (_, subspace) in of.items() if variable in (None, name))
+
+    found = [fit for fit in fits if linear(fit)]
+    return [fit for fit in found if fit.start is not None and not fit.method.control] or found
+
+
+def _labelled(name: str, items: list[Compared]) -> list[Compared]:
+    """Each under the parts of its name that others of its group do not share, behind the name of the group."""
+    parts = [(str(item.site) if item.site else item.label, item.method, f"seed {item.seed}") for item in items]
+    differing = [k for k in range(3) if len({part[k] for part in parts}) > 1]
+    differing = differing or ([] if name else [0])
+    return [
+        replace(item, label=", ".join([*([name] if name else []), *(part[k] for k in differing)]))
+        for item, part in zip(items, parts, strict=True)
+    ]
+
+
+def _facts(one: Any) -> list[Mapping[str, Any]]:
+    """What is known of where results come from, as {"task", "variables", "weights"}."""
+    if isinstance(one, Fits):
+        model = one.facts.get("model") or {}
+        return [
+            {
+                "task": one.facts.get("task"),
+                "variables": one.facts.get("variables"),
+                "weights": model.get("weights"),
+            }
+        ]
+    if isinstance(one, Fit | Alignment):
+        facts = one.facts if isinstance(one, Alignment) else one.alignment.facts
+        model = facts.get("model_facts") or {}
+        return [{"task": facts.get("task"), "weights": model.get("weights")}]
+    if isinstance(one, Sequence) and not isinstance(one, str):
+        return [facts for part in one for facts in _facts(part)]
+    return []
+
+
+def _check_facts(groups: Mapping[str, list[Mapping[str, Any]]], across: str | None) -> None:
+    """ValueError for results of different tasks, and of different models unless these are compared."""
+    for what, noun in (("task", "tasks"), ("variables", "variables")):
+        found = {name: of[what] for name, facts in groups.items() for of in facts if of.get(what) is not None}
+        told = [of[what] for facts in groups.values() for of in facts if of.get(what) is not None]
+        if any(one != told[0] for one in told):
+            raise ValueError(f"Results of different {noun} say nothing of each other: {found}.")
+    weights = {name: {of["weights"] for of in facts if of.get("weights")} for name, facts in groups.items()}
+    every = set().union(*weights.values()) if weights else set()
+    if across != "model" and len(every) > 1:
+        raise ValueError(
+            f"Results of {len(every)} models (weights {sorted(every)}): compare them as {{model: fits}} with "
+            "across='model'."
+        )
+    if across == "model":
+        if len(groups) < 2:
+            raise ValueError("across='model' needs {model: fits} of two models or more; found is one.")
+        names = [name for name, of in weights.items() for _ in of]
+        if len(every) < len(names):
+            raise ValueError(f"Among {names} is one model twice, by its weights: these are no different models.")

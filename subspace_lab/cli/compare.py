@@ -1,0 +1,177 @@
+"""`subspace-lab compare`: how near are the subspaces that searches found?"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from subspace_lab.cli.common import interruptible, refusing, say
+from subspace_lab.cli.searching import MODEL, TWIN
+
+if TYPE_CHECKING:
+    from subspace_lab.analysis.comparisons import Comparison
+    from subspace_lab.das.fits import Fits
+else:  # names in annotations have to exist at run time as well, and importing these takes seconds
+    Comparison = Fits = Any
+
+MEASURES = ("overlap", "containment", "chordal", "geodesic")
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that subspace-lab search left, or a sweep.")],
+    across: Annotated[
+        str | None,
+        typer.Option(help="layer, seed, method or model.", show_default="layers of one folder, models of several"),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="As DAS, or with its rank as 'DAS 4'.", show_default="all that are trained")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the subspaces.", show_default="all")] = None,
+    positions: Annotated[str | None, typer.Option(help="Of the sites.", show_default="all")] = None,
+    variable: Annotated[
+        str | None, typer.Option(help="Of searches for several variables.", show_default="the only one")
+    ] = None,
+    measure: Annotated[str, typer.Option(help=f"{', '.join(MEASURES)}.")] = "overlap",
+    min_effect: Annotated[
+        float, typer.Option(help="Fits count whose IIA is surely this share of the way above the floor.")
+    ] = 0.0,
+    same_start: Annotated[
+        bool, typer.Option("--same-start", help="Also fits from one random start, which overlap for that alone.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")] = Path("subspace_compare"),
+) -> None:
+    """Compare the subspaces that searches found: across layers, seeds, methods, or models.
+
+    Beside them stand two seeds at one site (search with --seed 0,1,2), random subspaces, and the fits of the randomly
+    initialised twin where one was searched. Fits at their floor do not count.
+
+    Writes into --out: compare.json, compare.png (every pair, and the means), angles.png (principal angles).
+    """
+    with interruptible(), ExitStack() as stack:
+        with refusing({"same_start=True": "--same-start", "across='model'": "--across model"}):
+            from subspace_lab.analysis import geometry
+            from subspace_lab.analysis.comparisons import compare as compare_fits
+            from subspace_lab.analysis.comparisons import spectra
+            from subspace_lab.analysis.plots.matrices import angle_spectrum, overlap_heatmap
+            from subspace_lab.analysis.saves import Saves
+            from subspace_lab.core.files import taken_folder, write_json
+
+            if measure not in MEASURES:
+                raise ValueError(f"--measure {measure}: possible are {', '.join(MEASURES)}.")
+            choose = partial(_chosen, method=method, rank=rank, positions=positions)
+            fits = {name: choose(_fits(folder)) for name, folder in _named(runs).items()}
+            twins = [choose(one) for folder in runs for one in _twins(folder)]
+            asked = across or _question(fits)
+            within = "seed" if asked != "seed" and _several_seeds(fits) else None
+            if asked != "seed" and within is None:
+                say("One seed a site: there is no yardstick. Search with --seed 0,1,2 for one.")
+            options: dict[str, Any] = {
+                "across": asked,
+                "within": within,
+                "same_start": same_start,
+                "min_effect": min_effect,
+                "variable": variable,
+            }
+            given: Any = fits if len(fits) > 1 else next(iter(fits.values()))
+            null = {"random twin" if len(twins) == 1 else f"{len(twins)} random twins": twins} if twins else None
+            found = compare_fits(given, measure=getattr(geometry, measure), null=null, **options)
+            folder = stack.enter_context(taken_folder(out, say))
+        saves = Saves(folder)
+        saves.save("compare.png", lambda: overlap_heatmap(found, folder / "compare.png"))
+        if len(set(found.ranks)) == 1:
+            angles = spectra(given, **options)
+            saves.save("angles.png", lambda: angle_spectrum(angles.angles, angles.null, folder / "angles.png"))
+        told = {"runs": [str(run) for run in runs], "settings": options | {"measure": measure}, **found.as_dict()}
+        saves.save("compare.json", lambda: write_json(folder / "compare.json", told))
+        _print(found)
+        say_saved(saves.line())
+        with refusing():
+            saves.finish()
+
+
+def say_saved(line: str) -> None:
+    """Where the files lie, on standard output."""
+    from subspace_lab.analysis.plots.canvas import console
+    from subspace_lab.core.texts import printable
+
+    console().print(printable(line), markup=False)
+
+
+def _named(runs: list[Path]) -> dict[str, Path]:
+    """The folders by their names, or by their paths where two have one name."""
+    names = [run.resolve().name for run in runs]
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise ValueError(f"One folder is given twice: {', '.join(map(str, runs))}.")
+    return {name if names.count(name) == 1 else str(run): run for name, run in zip(names, runs, strict=True)}
+
+
+def _fits(folder: Path) -> Fits:
+    from subspace_lab.das.fits import Fits
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; needed is one that subspace-lab search left.")
+    inside = folder / MODEL
+    return Fits.load(inside if inside.is_dir() else folder)
+
+
+def _twins(folder: Path) -> list[Fits]:
+    from subspace_lab.das.fits import Fits
+
+    inside = sorted(path for path in folder.iterdir() if TWIN.fullmatch(path.name))
+    return [Fits.load(path) for path in inside if (path / "fits.json").is_file()]
+
+
+def _chosen(fits: Fits, method: str | None, rank: int | None, positions: str | None) -> Fits:
+    trained = fits if method is None else fits.where(method=method)
+    return trained.where(rank=rank, positions=positions)
+
+
+def _question(fits: dict[str, Fits]) -> str:
+    """Across what, where nobody said."""
+    weights = {(one.facts.get("model") or {}).get("weights") for one in fits.values()}
+    if len(fits) > 1 and len(weights) > 1:
+        return "model"
+    layers = {site.layer for one in fits.values() for fit in one for site in fit.sites.values()}
+    return "layer" if len(layers) > 1 else "seed"
+
+
+def _several_seeds(fits: dict[str, Fits]) -> bool:
+    """Whether two trained fits differ in their seed alone, in one model."""
+    found: dict[tuple[Any, ...], set[int]] = {}
+    for one in fits.values():
+        weights = (one.facts.get("model") or {}).get("weights")
+        for fit in one:
+            if fit.start is not None and not fit.method.control:
+                found.setdefault((weights, fit.place, fit.method.label), set()).add(fit.seed)
+    return any(len(seeds) > 1 for seeds in found.values())
+
+
+def _print(found: Comparison) -> None:
+    from rich.table import Table
+
+    from subspace_lab.analysis.plots.canvas import console
+    from subspace_lab.core.texts import printable
+
+    terminal = console()
+    table = Table(title=printable(f"{found.measure} of {len(found.labels)} subspaces"))
+    for column in ("pairs", "mean", "95 %", "n"):
+        table.add_column(column, justify="left" if column == "pairs" else "right")
+    what, yardstick = found.facets
+    for name, level in ((f"across {what}s", found.across), (f"two {yardstick}s at one site", found.within)):
+        if level is not None:
+            interval = "" if level.low is None else f"interval {level.low:.2f} to {level.high:.2f}"
+            table.add_row(name, f"{level.mean:.2f}", interval, f"{level.pairs} pairs of {level.fits} fits")
+    nulls = {} if found.null is None else {"random subspaces": found.null}
+    for name, null in {**nulls, **found.nulls}.items():
+        table.add_row(
+            printable(name),
+            f"{null.mean:.2f}",
+            f"of pairs {null.low:.2f} to {null.high:.2f}",
+            f"{null.draws} pairs",
+        )
+    terminal.print(table)
+    terminal.print(printable(found.sentence), markup=False)
