@@ -342,12 +342,6 @@ def test_subspaces_of_sites_without_an_edit_are_refused():
         model.subspace("block_output[0]@last")
 
 
-def test_no_merging():
-    model = get_reft_model(build("gpt2"), ReftConfig(rank=3))
-    with pytest.raises(TypeError, match="cannot be merged into the weights: it changes the hidden states at some"):
-        model.merge_and_unload()
-
-
 @pytest.mark.parametrize("options", [*METHODS, "tanh", "parts"])
 def test_folded_edits_are_the_same_function_in_plain_matrices(options):
     base, given = build("llama"), inputs("llama", lengths=(11, 5, 9), padding="left")

@@ -79,6 +79,11 @@ class Intervention(Kind):
         """Whether it takes the states of a source."""
         return self.value.needs_source
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether it is one affine map of every state, A h + c, without a source (dropout aside)."""
+        return self.subspace.linear and self.value.is_affine and not self.needs_source
+
     def forward(self, h: Float[Tensor, "*batch width"], source: Source = None) -> Float[Tensor, "*batch width"]:
         """The edited states, in the dtype of h.
 
@@ -170,6 +175,7 @@ def loreft(
     start: Start = "identity",
     activation: str = "linear",
     dropout: float = 0.0,
+    bias: bool = True,
 ) -> Intervention:
     """LoReFT: h + Rᵀ(W h + b − R h), 2dk + k parameters (Wu et al. 2024, eq. 2).
 
@@ -181,13 +187,14 @@ def loreft(
             `nn.Linear` does.
         activation: σ. With another one than "linear" no W, b make the edit the identity, so start="paper".
         dropout: as in `Intervention`.
+        bias: whether there is a b. Without it the edit merges into weights that have no bias either.
 
     Raises:
         TypeError: a width that is neither a whole number nor a subspace.
         ValueError: no rank, one that the width does not have, or an activation or start that is not possible.
     """
     subspace = width if isinstance(width, Subspace) else LearnedSubspace(width, _given(rank), seed=seed)
-    return _with_map(subspace, start, activation, dropout, seed, write=True)
+    return _with_map(subspace, start, activation, dropout, seed, write=True, bias=bias)
 
 
 def noreft(
@@ -198,10 +205,11 @@ def noreft(
     start: Start = "identity",
     activation: str = "linear",
     dropout: float = 0.0,
+    bias: bool = True,
 ) -> Intervention:
     """NoReFT: h + Dᵀ(W h + b − D h) with D free, 2dk + k parameters (pyreft)."""
     directions = FreeDirections(width, rank, seed=seed)
-    return _with_map(directions, start, activation, dropout, seed, write=True)
+    return _with_map(directions, start, activation, dropout, seed, write=True, bias=bias)
 
 
 def direft(
@@ -212,13 +220,14 @@ def direft(
     start: Start = "identity",
     activation: str = "linear",
     dropout: float = 0.0,
+    bias: bool = True,
 ) -> Intervention:
     """DiReFT: h + Dᵀ(W h + b) with D free, 2dk + k parameters (Wu et al. 2024, eq. 3).
 
     pyreft calls this `NodireftIntervention`. Its `start="identity"` has W = 0.
     """
     directions = FreeDirections(width, rank, seed=seed)
-    return _with_map(directions, start, activation, dropout, seed, write=False)
+    return _with_map(directions, start, activation, dropout, seed, write=False, bias=bias)
 
 
 def consreft(
@@ -238,9 +247,12 @@ def lobireft(
     return Intervention(subspace, value, write=False, dropout=dropout)
 
 
-def red(width: int, *, dropout: float = 0.0) -> Intervention:
-    """RED: s ⊙ h + b, 2d parameters (Wu et al. 2024, arXiv 2402.15179). Starts as the identity."""
-    return Intervention(Axes(width), Diagonal(width), dropout=dropout)
+def red(width: int, *, dropout: float = 0.0, bias: bool = True) -> Intervention:
+    """RED: s ⊙ h + b, 2d parameters (Wu et al. 2024, arXiv 2402.15179). Starts as the identity.
+
+    Without b it is s ⊙ h, what (IA)³ learns (Liu et al. 2022, arXiv 2205.05638).
+    """
+    return Intervention(Axes(width), Diagonal(width, bias), dropout=dropout)
 
 
 def steer(subspace: Subspace, amount: Float[Tensor, "*batch rank"] | float) -> Intervention:
@@ -287,9 +299,16 @@ def steering_vector(vector: Float[Tensor, " width"]) -> tuple[FixedSubspace, Ten
 
 
 def _with_map(
-    subspace: Subspace, start: Start, activation: str, dropout: float, seed: int | None, *, write: bool
+    subspace: Subspace,
+    start: Start,
+    activation: str,
+    dropout: float,
+    seed: int | None,
+    *,
+    write: bool,
+    bias: bool = True,
 ) -> Intervention:
-    value = Affine(subspace.width, subspace.rank, activation, seed)
+    value = Affine(subspace.width, subspace.rank, activation, seed, bias)
     if start not in ("identity", "paper"):
         raise ValueError(f"start={start!r}: possible are 'identity' and 'paper'.")
     if start == "identity":

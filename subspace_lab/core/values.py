@@ -41,6 +41,14 @@ class Value(Kind, ABC):
 
     needs_source: bool = False
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether the change is M h + v with the same M and v for every state h of every example.
+
+        Such edits can be merged into weights (`model/merging.py`). A value of your own says so itself.
+        """
+        return False
+
     @abstractmethod
     def change(self, subspace: Subspace, h: Tensor, source: Source, write: bool) -> Tensor:
         """z − D h for a write, z for an addition.
@@ -149,15 +157,18 @@ class Affine(Value):
         rank: k.
         activation: σ, a name in `ACTIVATIONS` (ValueError otherwise).
         seed: of the random W, drawn as `nn.Linear` draws it. b starts at 0.
+        bias: whether there is a b.
     """
 
-    def __init__(self, width: int, rank: int, activation: str = "linear", seed: int | None = None) -> None:
+    def __init__(
+        self, width: int, rank: int, activation: str = "linear", seed: int | None = None, bias: bool = True
+    ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: possible are {sorted(ACTIVATIONS)}.")
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(rank, width))
-        self.bias = nn.Parameter(torch.zeros(rank))
+        self.bias = nn.Parameter(torch.zeros(rank)) if bias else None
         # Far from the seed of a basis drawn with the same one, so that the two share no random numbers.
         generator = None if seed is None else torch.Generator().manual_seed(whole_number(seed, "seed") + 2**32)
         nn.init.kaiming_uniform_(self.weight, a=5**0.5, generator=generator)
@@ -166,8 +177,8 @@ class Affine(Value):
         if self.activation == "linear":
             # (W − R) h + b is one product instead of two, and exactly b where W is R.
             weight = self.weight - subspace.basis() if write else self.weight
-            return nn.functional.linear(h, weight.to(h.dtype), self.bias.to(h.dtype))
-        z = nn.functional.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype))
+            return nn.functional.linear(h, weight.to(h.dtype), self._shift(h.dtype))
+        z = nn.functional.linear(h, self.weight.to(h.dtype), self._shift(h.dtype))
         z = ACTIVATIONS[self.activation](z)
         return z - h @ subspace.basis().to(h.dtype).T if write else z
 
@@ -175,11 +186,23 @@ class Affine(Value):
         if self.activation != "linear":
             return None
         weight = self.weight.detach()
-        return weight - subspace.basis().detach() if write else weight, self.bias.detach()
+        shift = weight.new_zeros(len(weight)) if self.bias is None else self.bias.detach()
+        return weight - subspace.basis().detach() if write else weight, shift
+
+    @property
+    def is_affine(self) -> bool:
+        return self.activation == "linear"
 
     def description(self) -> dict[str, Any]:
         rank, width = self.weight.shape
-        return {"width": width, "rank": rank, "activation": self.activation}
+        # Left out where there is a b, as in files from before there could be none.
+        return {
+            **{"width": width, "rank": rank, "activation": self.activation},
+            **({"bias": False} if self.bias is None else {}),
+        }
+
+    def _shift(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
 
 
 class Constant(Value):
@@ -217,6 +240,10 @@ class Constant(Value):
         basis, z = subspace.basis().detach(), self.z.detach()
         return -basis if write else torch.zeros_like(basis), z
 
+    @property
+    def is_affine(self) -> bool:
+        return self.z.ndim == 1
+
     def description(self) -> dict[str, Any]:
         return {"learned": isinstance(self.z, nn.Parameter)}
 
@@ -230,19 +257,25 @@ class Diagonal(Value):
 
     Args:
         width: k, the rank of the subspace: the width of the stream for the whole of it.
+        bias: whether there is a b.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, bias: bool = True) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def change(self, subspace: Subspace, h: Tensor, source: Source, write: bool) -> Tensor:
         scale = self.scale - 1 if write else self.scale
-        return scale.to(h.dtype) * subspace.read(h) + self.bias.to(h.dtype)
+        scaled = scale.to(h.dtype) * subspace.read(h)
+        return scaled if self.bias is None else scaled + self.bias.to(h.dtype)
+
+    @property
+    def is_affine(self) -> bool:
+        return True
 
     def description(self) -> dict[str, Any]:
-        return {"width": self.scale.numel()}
+        return {"width": self.scale.numel(), **({"bias": False} if self.bias is None else {})}
 
 
 class ByPart(Value):
@@ -294,6 +327,10 @@ class ByPart(Value):
             maps.append(used * found[0])
             shifts.append(used * found[1])
         return torch.cat(maps), torch.cat(shifts)
+
+    @property
+    def is_affine(self) -> bool:
+        return all(self._of(name).is_affine for name in self.in_use)
 
     def coordinates(self, rank: int) -> list[int]:
         return [i for name, span in spans(self.sizes).items() if name in self.in_use for i in range(*span)]

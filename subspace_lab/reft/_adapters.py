@@ -120,7 +120,7 @@ class Adapter(nn.Module):
 
     def refuse_numbers_of(self, config: ReftConfig, backbone: Backbone) -> None:
         """Raise ValueError where another configuration's numbers would mean something else here."""
-        same = ("method", "activation", "basis", "parts", "modules_to_save")
+        same = ("method", "activation", "bias", "basis", "parts", "modules_to_save", "every_token")
         there, here = ({n: getattr(c, n) for n in same} for c in (config, self.config))
         there |= {"sites": list(map(str, adapter_sites(config, backbone)))}
         here |= {"sites": list(map(str, self.sites))}

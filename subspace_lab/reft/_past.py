@@ -23,6 +23,7 @@ class AnswersPast:
     Args:
         examples: `input_ids`, `labels` (−100 over the prompt) and the rest, as `reft.data.tokenise` gives them.
         edits: the edits that will be trained; their sites decide what is computed once.
+        every_token: whether they edit answers too, so that it plays no part where prompts end.
         memory: budget, as in `FrozenPast`.
 
     Raises:
@@ -35,6 +36,7 @@ class AnswersPast:
         examples: Iterable[Mapping[str, Any]],
         edits: Edits,
         *,
+        every_token: bool = False,
         memory: int | str | None = None,
     ) -> None:
         examples = list(examples)
@@ -43,7 +45,9 @@ class AnswersPast:
         data = pad(examples, getattr(getattr(backbone.model, "config", None), "pad_token_id", None))
         labels = data.pop("labels")
         lengths = data.pop("prompt_lengths", None)
-        if lengths is None:
+        if every_token:
+            lengths = None
+        elif lengths is None:
             positions = [site.positions for site in edits]
             lengths = lengths_from_labels({**data, "labels": labels}, positions)
         readout, self.targets = Readout.before_labels(labels)

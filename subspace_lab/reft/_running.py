@@ -43,9 +43,15 @@ class Running(Wrapper):
     """A base model that runs with the edits of some adapters."""
 
     active_adapters: list[str]
+    merged_adapters: Sequence[str] = ()
     _said: Lengths | str | None = None  # prompt lengths, by the method of that name
     _labelled: dict[str, Tensor] | None = None  # the labels of a call by TRL's forward
     _warned: bool = False
+
+    @property
+    def running_adapters(self) -> list[str]:
+        """The names of the active adapters that are not in the weights: those whose edits are made in each run."""
+        return [name for name in self.active_adapters if name not in self.merged_adapters]
 
     @abstractmethod
     def edits(self) -> dict[Site, Intervention]:
@@ -105,7 +111,7 @@ class Running(Wrapper):
         """The base model's output with the edits of the active adapters.
 
         In a causal language model the tokens before the first label that is not −100 are the prompt, in which
-        positions are counted.
+        positions are counted. Adapters with `every_token` edit all tokens, whatever is the prompt.
 
         Args:
             inputs, named: as the base model takes them; what it does not know is refused. The key-value cache may
@@ -118,7 +124,8 @@ class Running(Wrapper):
         Raises:
             TypeError: an argument that the base model does not know.
             ValueError: labels or lengths that do not tell where the prompt ends; several answers in one example,
-                whose prompts would be edited at different positions; a name that is no adapter's.
+                whose prompts would be edited at different positions; a name that is no adapter's; adapters that
+                edit every token together with such that edit the prompt alone.
         """
         if row is not None:
             return self._past_loss(row, named.get("num_items_in_batch"))
@@ -126,7 +133,7 @@ class Running(Wrapper):
         if adapter_names is None:
             return self._run(given, prompt_lengths, None, self.hooks())
         groups = self._groups(adapter_names, given)
-        return self._run(given, prompt_lengths, None, [], groups)
+        return self._run(given, prompt_lengths, None, [], groups, adapter_names)
 
     def _run(
         self,
@@ -135,10 +142,12 @@ class Running(Wrapper):
         call: nn.Module | None,
         hooks: Sequence[Hook],
         groups: RowEdits | None = None,
+        names: Sequence[str] | None = None,
     ) -> Any:
         edits = self.edits() if groups is None else {}
         sites = [*edits, *(site for _, some in groups or () for site in some)]
-        lengths = self._lengths(given, lengths, [site.positions for site in sites])
+        whole = self.edits_every_token(names)
+        lengths = None if whole else self._lengths(given, lengths, [site.positions for site in sites])
         self.check_checkpointing(sites, hooks)
         if call is not None:
             given = {k: v for k, v in given.items() if k not in ("labels", "shift_labels")}
@@ -173,6 +182,21 @@ class Running(Wrapper):
             warn_of_whole_examples(positions)
         return None
 
+    def edits_every_token(self, names: Sequence[str] | None = None) -> bool:
+        """Whether adapters edit answers and generated tokens too, the active ones or those of these names.
+
+        Raises:
+            ValueError: some do and some do not, so that one prompt length cannot serve them all.
+        """
+        chosen = self.running_adapters if names is None else [n for n in dict.fromkeys(names) if n != NO_ADAPTER]
+        told = {name: self.adapter(name).config.every_token for name in chosen}
+        if len(set(told.values())) > 1 and hasattr(self.base_model, "generate"):
+            raise ValueError(
+                f"Adapters that edit every token and such that edit the prompt alone in one call: every_token is "
+                f"{told}. Call the model once for each kind, or train them alike."
+            )
+        return any(told.values())
+
     @contextmanager
     def prompt_lengths(self, lengths: Lengths | str) -> Iterator[None]:
         """Say where the prompts end, for the calls inside the block that do not say it themselves.
@@ -205,7 +229,7 @@ class Running(Wrapper):
         *,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        every_token: bool = False,
+        every_token: bool | None = None,
         adapter_names: Sequence[str] | None = None,
         **generation: Any,
     ) -> Any:
@@ -218,7 +242,7 @@ class Running(Wrapper):
         Args:
             inputs: the model's main input, token ids as a rule; by name `input_ids` (`input_features` and so on).
             attention_mask: without it pad tokens are taken as padding, as `generate` itself does it.
-            every_token: edit each generated token as well.
+            every_token: edit each generated token as well; as the adapters' configurations say by default.
             adapter_names: for each example the adapter that edits it, active or not; "__base__" for none.
             generation: keyword arguments of the base model's `generate`, which checks them.
 
@@ -238,6 +262,8 @@ class Running(Wrapper):
             given["attention_mask"] = padding_mask(given["input_ids"], self.base_model, generation)
         batch = Batch({name: value for name, value in given.items() if value is not None})
         groups = None if adapter_names is None else self._groups(adapter_names, batch.inputs)
+        if every_token is None:
+            every_token = self.edits_every_token(adapter_names)
         return generate(
             self.backbone,
             batch,
@@ -253,6 +279,11 @@ class Running(Wrapper):
     ) -> list[tuple[Tensor, dict[Site, Intervention]]]:
         """The edits of a batch whose examples have adapters of their own: (the examples' numbers, their edits)."""
         instance(adapter_names, (list, tuple), "adapter_names", "a list with a name for each example")
+        if self.merged_adapters:
+            raise ValueError(
+                f"adapter_names: the adapters {list(self.merged_adapters)} are in the weights, so in every example: "
+                "call `unmerge_adapter()` first."
+            )
         tensors = [v for name in MAIN for v in [given.get(name)] if isinstance(v, Tensor)]
         if not tensors or len(tensors[0]) != len(adapter_names) or (tensors[0].ndim == 3 and "input_ids" in given):
             raise ValueError(
@@ -284,5 +315,5 @@ class Running(Wrapper):
 
     def _stand_in(self, module: Any) -> Any:
         path = next((p for p, m in self.backbone.anatomy.modules.items() if m is module), None)
-        found = [self.adapter(name).saved_at(path) for name in self.active_adapters if path is not None]
+        found = [self.adapter(name).saved_at(path) for name in self.running_adapters if path is not None]
         return next((m for m in found if m is not None), module)

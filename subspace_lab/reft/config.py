@@ -40,6 +40,8 @@ class ReftConfig:
         layers: "all", or the blocks, counted from 0, negative from the end.
         positions: of the prompt, see `core/positions.py`. "f7+l7" is the paper's for reasoning, "all" suits
             encoders that are pooled over all tokens.
+        every_token: edit the tokens of answers too, in training and in generation, with positions "all". Only
+            such an edit can be merged into weights (`ReftModel.merge_and_unload`).
         tied: which positions of a layer share one intervention: "all"; "group", one for the prefix and one for
             the suffix (what the paper's code calls untied); "position", one each (what its text says).
         component: where in the block, "block_output" in the paper.
@@ -49,6 +51,8 @@ class ReftConfig:
             trained and used one by one (`ReftModel.train_parts`, `use_parts`); the numbers add up to the rank.
         dropout: probability with which a coordinate of the change is dropped in training.
         activation: σ, of LoReFT, NoReFT and DiReFT.
+        bias: whether there is a b, of these three and of RED. Without it an edit merges also where the model's
+            own projection has no bias.
         start: "identity" starts training from the model as it is; "paper" has W as `nn.Linear` starts it.
         modules_to_save: submodules of the base model that are trained with the edits and saved, such as a head.
         base_model_name_or_path, revision: of the model that the adapter is for.
@@ -70,6 +74,8 @@ class ReftConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     seed: int = 0
+    every_token: bool = False
+    bias: bool = True
 
     def __post_init__(self) -> None:
         known = {m.lower(): m for m in METHODS}
@@ -92,6 +98,18 @@ class ReftConfig:
             raise ValueError(
                 f"activation={self.activation!r} of {self.method}; possible are {sorted(ACTIVATIONS)}, "
                 f"other than linear with {', '.join(MAPPED)}."
+            )
+        for name in ("every_token", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}; possible are True and False.")
+        if self.every_token and self.positions != "all":
+            raise ValueError(
+                f"every_token=True edits all tokens, positions={self.positions!r} only some of the prompt's: write "
+                "positions='all' with it."
+            )
+        if not self.bias and self.method not in (*MAPPED, "RED"):
+            raise ValueError(
+                f"bias=False leaves {self.method} nothing to write; possible with {', '.join(MAPPED)}, RED."
             )
         if self.start not in ("identity", "paper"):
             raise ValueError(f"start={self.start!r}; possible are 'identity' and 'paper'.")
@@ -166,7 +184,7 @@ class ReftConfig:
             subspace: to start in, or to stay in where the basis is fixed; a random one by default.
         """
         if self.method == "RED":
-            return iv.red(width, dropout=self.dropout)
+            return iv.red(width, dropout=self.dropout, bias=self.bias)
         if self.method not in ORTHONORMAL:
             make = iv.noreft if self.method == "NoReFT" else iv.direft
             return make(width, self.rank, seed=seed, **self._mapped())  # type: ignore[arg-type]
@@ -198,7 +216,7 @@ class ReftConfig:
         return make(subspace, dropout=self.dropout)
 
     def _mapped(self) -> dict[str, object]:
-        return {"start": self.start, "activation": self.activation, "dropout": self.dropout}
+        return {"start": self.start, "activation": self.activation, "dropout": self.dropout, "bias": self.bias}
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, as JSON takes them."""

@@ -50,7 +50,8 @@ def finetune(
         raise ValueError("No active adapter: nothing would be trained.")
     if any(model.adapter(name).config.modules_to_save for name in model.active_adapters):
         raise ValueError("This loop trains only edits; train modules_to_save with transformers.Trainer.")
-    past = AnswersPast(model.backbone, examples, edits, memory=memory)
+    whole = model.edits_every_token()
+    past = AnswersPast(model.backbone, examples, edits, every_token=whole, memory=memory)
     order = shuffled_rows(len(past), config)
 
     with progress_bar(quiet=quiet) as bar:

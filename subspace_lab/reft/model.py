@@ -24,11 +24,13 @@ from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
 from subspace_lab.model.backbone import Hook
+from subspace_lab.model.merging import Merged
 from subspace_lab.reft._adapters import Adapter, Adapters, alignment_of, base_facts
 from subspace_lab.reft._past import AnswersPast
 from subspace_lab.reft._running import Running
 from subspace_lab.reft._wrapper import Wrapper
 from subspace_lab.reft.config import ReftConfig
+from subspace_lab.reft.merging import merge_adapters
 from subspace_lab.reft.storage import as_tensor, from_tensor, read_adapter, write_adapter
 
 
@@ -40,9 +42,11 @@ class ReftModel(Running):
             it back as it was.
         adapters: {name: adapter}.
         active_adapters: the names of those that edit. Several at once need disjoint positions.
+        merged_adapters: the names of those that are in the base model's weights.
     """
 
     _past: AnswersPast | None = None
+    _merged: Merged | None = None
 
     def __init__(
         self,
@@ -80,6 +84,7 @@ class ReftModel(Running):
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Make one adapter, or several, the active and trainable ones (ValueError if two share a site)."""
+        self._expect_unmerged("set_adapter")
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.adapters.edits(names)
         self.active_adapters = names
@@ -95,10 +100,13 @@ class ReftModel(Running):
         self._with_parts(adapter_name).use_parts([parts] if isinstance(parts, str) else parts)
 
     def _with_parts(self, name: str | None) -> Adapter:
+        self._expect_unmerged("parts")
         return self.adapters.with_parts(self.active_adapters if name is None else [name])
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter."""
+        """Remove an adapter (ValueError while it is in the weights)."""
+        if adapter_name in self.merged_adapters:
+            self._expect_unmerged("delete_adapter")
         self.adapter(adapter_name)
         del self.adapters[adapter_name]
         self.active_adapters = [n for n in self.active_adapters if n != adapter_name]
@@ -114,7 +122,8 @@ class ReftModel(Running):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model is the base model."""
+        """Within the block the model is the base model (ValueError while adapters are in its weights)."""
+        self._expect_unmerged("disable_adapter")
         active, self.active_adapters = self.active_adapters, []
         try:
             yield
@@ -122,8 +131,8 @@ class ReftModel(Running):
             self.active_adapters = active
 
     def edits(self) -> dict[Site, Intervention]:
-        """{site: intervention} of the active adapters."""
-        return self.adapters.edits(self.active_adapters)
+        """{site: intervention} of the active adapters that are not merged."""
+        return self.adapters.edits(self.running_adapters)
 
     def fold(self) -> dict[Site, Intervention]:
         """The active adapters' edits in plain matrices, to serve from: h + Dᵀ(M h + v), M = W − R for LoReFT.
@@ -133,13 +142,66 @@ class ReftModel(Running):
         """
         return {site: edit.folded() for site, edit in self.edits().items()}
 
-    def merge_and_unload(self) -> nn.Module:
-        """Refused: no weights do what an edit does."""
-        raise TypeError(
-            "A ReFT edit cannot be merged into the weights: it changes the hidden states at some positions of the "
-            "prompt, while weights act at all positions, those that are generated included. `fold()` gives the "
-            "edits as plain matrices, `unload()` the base model."
-        )
+    # --- in the weights -------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Put adapters into the base model's weights, the active ones by default; `unmerge_adapter` takes them out.
+
+        An edit of all tokens at a projection (`mlp_output`, `attention_output`, `value_output`, `head_output`,
+        `mlp_activation`) is exactly that projection with other weights, see `model/merging.py`. Language models
+        are merged from adapters with `every_token=True`, since weights act at generated tokens too; classifiers
+        and encoders from adapters with positions="all". Modules that were trained along take their places.
+
+        Raises:
+            ValueError: an adapter that no weights stand for, with the reason, see `model.merging.merge`; adapters
+                that are merged already; another active adapter at the same projection; a name that is no adapter's.
+        """
+        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        if self._merged is not None:
+            raise ValueError(
+                f"The adapters {list(self.merged_adapters)} are in the weights already"
+                f"{': call `unmerge_adapter()` first.' if self._merged.is_kept else ' for good.'}"
+            )
+        if not names:
+            raise ValueError("No adapter is active, so nothing would be merged.")
+        self.forget_past()
+        others = [name for name in self.active_adapters if name not in names]
+        chosen = {name: self.adapter(name) for name in names}
+        self._merged = merge_adapters(self.backbone, chosen, list(self.adapters.edits(others)))
+        self.merged_adapters = names
+
+    def unmerge_adapter(self) -> None:
+        """Give the base model the weights that it had before `merge_adapter`, to the bit (ValueError if it was not)."""
+        if self._merged is None:
+            raise ValueError("No adapter is merged.")
+        self._merged.undo()
+        self._merged, self.merged_adapters = None, []
+
+    def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> nn.Module:
+        """The base model with adapters in its weights: the same object, a plain transformers model again.
+
+        Save it with its own `save_pretrained`; nothing of this package is needed to load and run it. The arguments
+        and errors are those of `merge_adapter`; the former weights are not kept.
+        """
+        self.merge_adapter(adapter_names)
+        assert self._merged is not None
+        model = super().unload()
+        self._merged.keep_nothing()
+        return model
+
+    def unload(self) -> nn.Module:
+        """The base model as it was before it was wrapped; after `merge_and_unload` the merged one."""
+        if self._merged is not None and self._merged.is_kept:
+            self.unmerge_adapter()
+        return super().unload()
+
+    def _expect_unmerged(self, what: str) -> None:
+        if self.merged_adapters:
+            raise ValueError(
+                f"{what}: the adapters {list(self.merged_adapters)} are in the weights; unmerge first."
+            )
+
+    # --- what is edited -------------------------------------------------------------------------------------
 
     def subspace(self, site: Site | str) -> Subspace:
         """The subspace that the active adapters edit at a site; its basis does not train.
@@ -169,7 +231,7 @@ class ReftModel(Running):
 
     def hooks(self) -> list[Hook]:
         """The modules of the active adapters that replace those of the base model."""
-        return [v for name in self.active_adapters for v in self.adapter(name).hooks(self.backbone)]
+        return [v for name in self.running_adapters for v in self.adapter(name).hooks(self.backbone)]
 
     # --- on disk and on the Hub ---------------------------------------------------------------------------
 
@@ -263,7 +325,8 @@ class ReftModel(Running):
                 "keep_past needs active adapters without modules_to_save, which change what it computes once."
             )
         self.base_model.eval()
-        self._past = AnswersPast(self.backbone, list(examples), edits, memory=memory)
+        whole = self.edits_every_token()
+        self._past = AnswersPast(self.backbone, list(examples), edits, every_token=whole, memory=memory)
         return examples.add_column("row", list(range(len(examples))))
 
     def forget_past(self) -> None:

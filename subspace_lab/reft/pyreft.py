@@ -195,6 +195,7 @@ def _state(edit: Intervention, method: str) -> dict[str, Tensor]:
         holder.weight = basis.T.contiguous()
         turned = {f"rotate_layer.{k}": v for k, v in holder.state_dict().items()}
         return {"learned_source": value["z"], **size, **turned}
+    value.setdefault("bias", torch.zeros(len(basis)))  # pyreft's maps always have one
     if method == "LoReFT":
         return {**value, "rotate_layer": basis.T.contiguous()}
     return {**{f"learned_source.{k}": v for k, v in value.items()}, "proj_layer.weight": basis, **size}

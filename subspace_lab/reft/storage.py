@@ -35,6 +35,8 @@ NEXT = f".{CONFIG}.next"
 CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")  # what Trainer writes
 EXTRA = "_extra_state"  # PyTorch's name
 FORMAT = 1
+# Fields that earlier versions did not have, with what these did: left out of the digest, which stays theirs.
+LATER = {"every_token": False, "bias": True}
 
 CARD = """---
 base_model: {base}
@@ -187,6 +189,7 @@ def _refuse_two(one: Mapping[str, Tensor], other: Mapping[str, Tensor], first: P
 def digest(config: ReftConfig) -> str:
     """A digest of the configuration, which no file may change, except for the name of the base model."""
     facts = {k: v for k, v in config.as_dict().items() if k not in ("base_model_name_or_path", "revision")}
+    facts = {k: v for k, v in facts.items() if k not in LATER or v != LATER[k]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
