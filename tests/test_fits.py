@@ -257,6 +257,7 @@ def test_records_make_a_data_frame_and_json() -> None:
     first = records[0]
     expected = {
         "method": "DAS", "label": "DAS 1", "rank": 3, "learning_rate": None, "orthonormalise": "qr",
+        "natural": 0.0,
         "site": str(FIRST), "component": "block_output", "layer": 0, "positions": "2", "variables": "above",
         "seed": 0, "start": SEVERAL[0].start, "loss": 1.0, "start_overlap": None,
         "iia_dev": 0.5, "iia_dev_low": 0.47, "iia_dev_high": 0.52,

@@ -438,7 +438,7 @@ def test_a_method_is_a_value_and_json() -> None:
     with pytest.raises(AttributeError):
         DAS(2).rank = 3  # type: ignore[misc]
     told = json.loads(json.dumps(DAS(2, 0.1, start=torch.eye(2, 4)).as_dict()))
-    assert told == {"method": "DAS", "rank": 2, "learning_rate": 0.1, "orthonormalise": "qr"}
+    assert told == {"method": "DAS", "rank": 2, "learning_rate": 0.1, "orthonormalise": "qr", "natural": 0.0}
     assert RandomSubspace(3).as_dict() == {"method": "RandomSubspace", "rank": 3, "draws": 5}
 
 

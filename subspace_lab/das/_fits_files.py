@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -210,7 +210,8 @@ def _method(one: Mapping[str, Any], own: Sequence[type[Method]]) -> Method:
     if kind is None or not issubclass(kind, Method):
         return SavedMethod(name, one["label"], one["control"], tuple(settings.items()))
     names = {f.name for f in fields(kind) if f.compare}
-    if set(settings) != names:
+    later = {f.name for f in fields(kind) if f.compare and f.default is not MISSING}  # it may be older than these
+    if not names - later <= set(settings) <= names:
         raise ValueError(f"{name} was saved with the settings {sorted(settings)}; here it has {sorted(names)}")
     return kind(**settings)
 

@@ -3,6 +3,15 @@
 Source: Geiger et al. 2023, "Finding alignments between interpretable causal variables and distributed neural
 representations" (arXiv 2303.02536). R is trained by gradient descent so that the model answers after the interchange
 h + Rᵀ(R h_source − R h) as the causal model says.
+
+Such a training may leave the states that the model knows. `natural` adds a counterfactual latent loss (Grant et al.
+2025, "Addressing divergent representations from causal interventions on neural networks", arXiv 2511.04638), which
+draws each edited state h′ to a natural state x in which the variable has the source's value:
+
+    natural · mean( ½ |h′ − x|² / s² − ½ cos(h′, x) )        s² the variance of the natural states
+
+x is the nearest to h′ of the training sources with that value. (In the paper it is the mean of natural states in which
+all variables have the values of the counterfactual; here the other variables need not be known.)
 """
 
 from __future__ import annotations
@@ -18,6 +27,7 @@ from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.orthonormal import Orthonormalise, check_orthonormal
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace, Subspace
+from subspace_lab.das.methods._natural import NearNatural
 from subspace_lab.das.methods.method import (
     Learner,
     Method,
@@ -37,6 +47,7 @@ class DAS(Method):
         rank: dimensions of each variable's subspace; a list runs once for each.
         learning_rate: of the basis, the sweep's by default; a list runs once for each.
         orthonormalise: how the basis is kept orthonormal, "qr" or "polar" (see `LearnedSubspace`).
+        natural: weight of the loss above that keeps edited states near natural ones; 0 leaves it out.
         start: what to start from instead of a random basis: an alignment that was found earlier, with the same
             variables and ranks, or for a single variable a basis of shape (rank, width).
     """
@@ -44,16 +55,23 @@ class DAS(Method):
     rank: int | Sequence[int] = 1
     learning_rate: float | Sequence[float] | None = None
     orthonormalise: Orthonormalise = "qr"
+    natural: float | Sequence[float] = 0.0
     start: Alignment | Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_setting(self, "rank")
         if self.learning_rate is not None:
             check_setting(self, "learning_rate", float)
+        check_setting(self, "natural", float, least=0.0)
 
     def check(self, sites: Mapping[str, Site], widths: Mapping[Site, int]) -> None:
         assert isinstance(self.rank, int)
         check_rank_fits(self, self.rank, sites, widths)
+        if self.natural and len(set(sites.values())) < len(sites):
+            raise ValueError(
+                f"{self.label}: natural={self.natural} for {list(sites)}, of which some share a site: the natural "
+                "states with the values of all of them are not known. Search one variable at a time, or take natural=0."
+            )
         for name, basis in self._starts(sites).items():
             if tuple(basis.shape) != (self.rank, widths[sites[name]]):
                 raise ValueError(
@@ -81,7 +99,11 @@ class DAS(Method):
             )
 
         subspaces = joined_at_sites(problem, basis_of, dict.fromkeys(problem.sites, rank))
-        return _DASLearner(subspaces, _digest(starts) if starts else problem.seed, self.learning_rate)
+        learner = _DASLearner(subspaces, _digest(starts) if starts else problem.seed, self.learning_rate)
+        if self.natural:
+            assert isinstance(self.natural, int | float)
+            learner.keep_natural(problem, self.natural)
+        return learner
 
     def _starts(self, sites: Mapping[str, Site]) -> dict[str, Tensor]:
         if self.start is None:
@@ -108,6 +130,26 @@ class _DASLearner(Learner):
         super().__init__(subspaces, start)
         assert learning_rate is None or isinstance(learning_rate, int | float)
         self._learning_rate = learning_rate
+        self._near: dict[Site, NearNatural] = {}
+        self._natural = 0.0
+
+    def keep_natural(self, problem: Problem, weight: float) -> None:
+        """From now on edited states are drawn to natural ones."""
+        self._natural = weight
+        for name, site in problem.sites.items():
+            states, values = problem.states(name), problem.values(name)
+            self._near[site] = NearNatural(self.edits[site], states, values)
+            self.edits[site] = self._near[site]
+
+    def penalty(self) -> Tensor | None:
+        if not self._near:
+            return None
+        return self._natural * torch.stack([near.loss() for near in self._near.values()]).mean()
+
+    def finish(self) -> None:
+        for site, near in self._near.items():
+            self.edits[site] = near.edit
+        self._near = {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         return [ParameterGroup(group.parameters, self._learning_rate) for group in super().parameter_groups()]
