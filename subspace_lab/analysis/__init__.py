@@ -16,10 +16,12 @@ from subspace_lab.analysis.geometry import (
     overlap,
     principal_angles,
 )
+from subspace_lab.analysis.illusions import IllusionReport, illusion
 from subspace_lab.analysis.looks import prepared, principal_null
 from subspace_lab.analysis.measures import Measure
 from subspace_lab.analysis.mediation import Mediation, carried, mediation, mediations
 from subspace_lab.analysis.plots import angle_spectrum, iia_heatmap, overlap_heatmap
+from subspace_lab.analysis.purifying import purify
 from subspace_lab.analysis.reft_subspaces import directions, reft_alignments
 from subspace_lab.analysis.similarity import Agreement, ClassMeans, DataWeighted, Functional, Transfer
 from subspace_lab.analysis.twins import reinitialised
@@ -31,6 +33,7 @@ __all__ = [
     "DataWeighted",
     "DriftCorrected",
     "Functional",
+    "IllusionReport",
     "Level",
     "Measure",
     "Mediation",
@@ -48,6 +51,7 @@ __all__ = [
     "haar_largest_cosine",
     "haar_overlap",
     "iia_heatmap",
+    "illusion",
     "mediation",
     "mediations",
     "overlap",
@@ -56,6 +60,7 @@ __all__ = [
     "principal_angles",
     "principal_null",
     "procrustes",
+    "purify",
     "reft_alignments",
     "reinitialised",
     "ridge",

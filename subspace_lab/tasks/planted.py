@@ -94,31 +94,48 @@ def squared_error(logits: Float[Tensor, "pair value"], answer: Int[Tensor, " pai
 
 
 def planted_regression(
-    seed: int = 0, *, width: int = 32, rank: int = 4, batch: int = 256, dev: int = 256, test: int = 512
+    seed: int = 0,
+    *,
+    width: int = 32,
+    rank: int = 4,
+    copy: float = 0.0,
+    batch: int = 256,
+    dev: int = 256,
+    test: int = 512,
 ) -> Planted:
     """A `PlantedRegression` whose variable has one of rank + 1 values, among nuisances of N(0, 1).
 
     All directions of the stream have variance 1, so their variance tells nothing. The variable fills k of them: of
     rank k only R₀ gives the expected output, since any other direction brings the source's nuisances with it.
 
+    With `copy` = s above 0, k of the nuisances are s · z + N(0, 1) for the variable's z: a copy that nothing reads. A
+    direction turned from the variable's by arctan s towards its copy exchanges the variable as well, but for the
+    noise. A search ends there if the copy is strong, and has the wrong span; if it is as strong as the variable it
+    finds the variable (for the construction see Makelov et al. 2023, arXiv 2311.17030).
+
     Args:
         seed: of the rotation and of the pairs.
         width, rank: d and k.
+        copy: s, how strong the copy is; 0 has none.
         batch: fresh training pairs a step.
         dev, test: held-out pairs.
 
     Raises:
-        ValueError: a rank that leaves no room for nuisances.
+        ValueError: a rank that leaves no room for nuisances, or none for the copy.
     """
     width, rank = whole_number(width, "width"), whole_number(rank, "rank")
     if not 1 <= rank < width:
         raise ValueError(f"rank={rank} in a width of {width}: possible are 1 to {width - 1}.")
+    if copy and 2 * rank > width:
+        raise ValueError(f"rank={rank} and a copy of it in a width of {width}: possible are 1 to {width // 2}.")
     model = PlantedRegression(width, rank, seed).eval().requires_grad_(False)
     corners = simplex(rank)
 
     def draw(n: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
         value = torch.randint(rank + 1, (n,), generator=generator)
         nuisance = torch.randn(n, width - rank, generator=generator)
+        if copy:
+            nuisance[:, :rank] += copy * corners[value]
         return Batch.of(torch.cat([corners[value], nuisance], 1)), value
 
     def counterfactuals(n: int, which: int) -> Counterfactuals:
