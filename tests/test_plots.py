@@ -16,7 +16,8 @@ from tiny_sweeps import made_fit, made_fits, score
 from subspace_lab.analysis.comparisons import Comparison, compare
 from subspace_lab.analysis.geometry import Chance, chordal, containment, haar_angles
 from subspace_lab.analysis.plots import angle_spectrum, iia_heatmap, overlap_heatmap
-from subspace_lab.analysis.plots.heatmaps import SIGNED
+from subspace_lab.analysis.plots.cells import COLOURS
+from subspace_lab.analysis.plots.heatmaps import MASKED, SIGNED
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
 from subspace_lab.das.fits import Fits
@@ -251,10 +252,36 @@ def test_many_heads_are_drawn_without_numbers(tmp_path):
 
 def test_model_and_twin_share_one_colour_scale(tmp_path):
     figure = iia_heatmap(MODEL, TWIN, tmp_path / "iia.png")
-    model, twin, bar = figure.axes
-    assert cell(model, 1, 1) == cell(twin, 1, 2)  # 0.64 in both
+    assert figure.axes[-1].get_ylim() == (0.64, 1.0)
+    higher = result(grid([0.65, 0.42, 0.75, 0.64, 0.85, 0.75]))
+    model, *_ = iia_heatmap(higher, TWIN).axes
     assert len({cell(model, 0, row) for row in range(3)}) == 3
-    assert bar.get_ylim() == (0.38, 1.0)
+    assert cell(model, 0, 1) == cell(model, 1, 2) == to_hex(COLOURS((0.75 - 0.64) / 0.36))
+
+
+def test_cells_that_are_no_higher_than_the_highest_null_are_grey():
+    """The null is the twin's highest score, a random subspace's highest draw, or a floor, whichever is highest."""
+    grey = to_hex(MASKED)
+    model, twin, _ = iia_heatmap(MODEL, TWIN).axes
+    places = [(x, y) for y in range(3) for x in range(2)]
+    assert [cell(model, *place) == grey for place in places] == [True, True, True, True, False, False]
+    assert all(cell(twin, *place) == grey for place in places)
+    assert "Grey: not above the highest null, 0.64 (the twin)" in caption(iia_heatmap(MODEL, TWIN))
+    alone, _ = iia_heatmap(MODEL).axes
+    assert not any(cell(alone, *place) == grey for place in places)
+    assert "0.38 (the higher floor)" in caption(iia_heatmap(MODEL))
+    draws = [
+        made_fit(fit.site, RandomSubspace(3, draws=2), seed, test=0.5 + 0.14 * seed * (i == 2))
+        for i, fit in enumerate(MODEL) for seed in (0, 1)
+    ]  # fmt: skip
+    figure = iia_heatmap(made_fits([*MODEL, *draws]))
+    assert "0.64 (a random subspace)" in caption(figure) and figure.axes[-1].get_ylim() == (0.64, 1)
+    assert [cell(figure.axes[0], *place) == grey for place in places] == [True] * 4 + [False] * 2
+    full = made_fits([*MODEL, made_fit(MODEL[0].site, FullVector(), test=0.9)])
+    assert "(the higher floor)" in caption(iia_heatmap(full))  # a full vector is no null
+    assert iia_heatmap(MODEL, made_fits([made_fit(f.site, DAS_3, test=1.0) for f in MODEL])).axes[-1].get_ylim() == (
+        0.95, 1.0,
+    )  # fmt: skip
 
 
 def test_title_floors_and_caution_are_stated(tmp_path):
@@ -270,8 +297,7 @@ def test_title_floors_and_caution_are_stated(tmp_path):
         assert part in told
     assert "does not say that the model has only this one" in told and "see the controls and the twin" in told
     (mark,) = figure.axes[-1].lines
-    assert mark.get_ydata()[0] == 0.38 == figure.axes[-1].get_ylim()[0]
-    assert cell(figure.axes[1], 0, 0) == cell(figure.axes[1], 0, 2)  # 0.30 and 0.36, both below the floor
+    assert mark.get_ydata()[0] == 0.64 == figure.axes[-1].get_ylim()[0]
     alone = caption(iia_heatmap(MODEL, None, tmp_path / "iia.png"))
     assert "no twin was searched" in alone and "see the twin" not in alone
 

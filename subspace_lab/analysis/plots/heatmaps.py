@@ -5,6 +5,7 @@ The text under each picture says what it can and cannot show.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -21,11 +22,13 @@ from subspace_lab.analysis.plots.cells import COLOURS, MOST_NUMBERS, cell, finis
 from subspace_lab.analysis.plots.grids import Grid
 from subspace_lab.core.sites import Site
 from subspace_lab.das.fits import Fits, Mean
+from subspace_lab.das.methods import RandomSubspace
 from subspace_lab.das.screens import Screened
 
 SIGNED = LinearSegmentedColormap.from_list(
     "subspace_lab_signed", ["#7a3510", "#c26a35", "#e6bd98", "#f4f2ec", "#8fb3bd", "#4f82a0", "#1b2f52"]
 )
+MASKED = (0.89, 0.89, 0.89, 1.0)  # grey: a cell that is no higher than the highest null
 
 # Of a cell without a score: grey, which the ramp of the scores does not have.
 _SCREENED: dict[str, Any] = {"facecolor": "#fafafa", "edgecolor": "#d6d6d6", "hatch": "////", "linewidth": 0}
@@ -48,10 +51,10 @@ def iia_heatmap(
 
     Where the sites are single heads, the columns are the heads, and each position has panels of its own. A cell holds
     the mean over seeds and, small, the 95 % interval of a single fit or the standard deviation over seeds. The
-    colours start at the higher of the two floors (no intervention, best constant answer): what is no better has none.
-    Scores that are no shares, such as log odds, have colours that start at 0, one for each side. A hatched cell was
-    spared, since a screen left out its site; in it stands, in brackets, what the site reached in the screen on the dev
-    pairs, which is no score of the cell.
+    colours start at the highest null: the floors (no intervention, best constant answer), the highest draw of a random
+    subspace, the twin's highest score. A cell that is no higher is grey. Scores that are no shares, such as log odds,
+    have colours that start at 0, one for each side. A hatched cell was spared, since a screen left out its site; in it
+    stands, in brackets, what the site reached in the screen on the dev pairs, which is no score of the cell.
 
     Args:
         fits: of a sweep. Methods, ranks, seeds and learning rates may be several.
@@ -91,7 +94,8 @@ def iia_heatmap(
     down = -(-len(panels) // across)
     size = wide * across, max(0.7, len(grid.rows) * (0.6 if legible else 0.2)) * down
     beside = "; no twin was searched" if twin is None else ": see the controls and the twin"
-    lowest = min(fits.floors["test"].highest, 0.9)
+    null, null_is = _highest_null(fits, twin, metric)
+    lowest = min(null, 0.95)  # a scale needs a length
     largest = _size_of_effects([mean for _, mean in drawn], metric)
     scale, colours = (Normalize(lowest, 1), COLOURS) if largest is None else (Normalize(-largest, largest), SIGNED)
     figure = new_figure(
@@ -99,13 +103,18 @@ def iia_heatmap(
         f"{fits.facts.get('task') or 'Search'}: where is {' and '.join(fits.variables)}?",
         f"{best.score(metric).n} test pairs. {_SMALL if legible else ''}Framed: chosen on the dev pairs. "
         + (_HATCHED if hatched else "")
-        + (_floors(fits, twin) if largest is None else "The colours start at 0, blue above and brown below."),
+        + (
+            f"{_floors(fits, twin)} {null_is}"
+            if largest is None
+            else "The colours start at 0, blue above and brown below."
+        ),
         f"{_IIA_CAUTION if largest is None else _EFFECT_CAUTION}{beside}.",
     )
     axes = figure.subplots(down, across, sharey=True, squeeze=False)
     to = "–" if largest is None else ", "
     for axis, (name, means) in zip(axes.flat, panels.items(), strict=False):
-        _draw_grid(axis, grid, means, lambda value: colours(scale(value)), metric, to if legible else None)
+        masked = null if largest is None else -math.inf
+        _draw_grid(axis, grid, means, lambda value: colours(scale(value)), metric, to if legible else None, masked)
         _draw_screened(axis, grid, hatched.get(name, {}), legible)
         if name == grid.panel(best.method.label, best.site):
             row, column = grid.cell(best.site)
@@ -118,11 +127,7 @@ def iia_heatmap(
         axis.set_ylabel(grid.names()[0], fontsize=9, color=INK)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    below = largest is None and any(mean.value < lowest for _, mean in drawn)
-    bar = figure.colorbar(
-        ScalarMappable(scale, colours), ax=list(axes.flat), aspect=16 * down, pad=0.02,
-        extend="min" if below else "neither",
-    )  # fmt: skip
+    bar = figure.colorbar(ScalarMappable(scale, colours), ax=list(axes.flat), aspect=16 * down, pad=0.02)
     finish(bar, "IIA on test pairs" if metric == "iia" else metric)
     if largest is None:
         bar.ax.axhline(lowest, color=ACCENT, linewidth=2.4, clip_on=False)
@@ -150,20 +155,22 @@ def _draw_grid(
     colour_of: Callable[[float], tuple[float, ...]],
     metric: str,
     to: str | None,
+    null: float,
 ) -> None:
     """One panel; `to` stands between the limits of an interval, None where numbers could not be read."""
     frame(axis, grid.columns, grid.names()[1])
     axis.set_xlabel(grid.column_axis(), fontsize=9, color=INK)
     for mean in means:
         row, column = grid.cell(mean.fits[0].site)
-        colour = colour_of(mean.value)
+        colour = colour_of(mean.value) if mean.value > null else MASKED
         cell(axis, column, row, colour)
         if to is not None:
             one = mean.fits[0].score(metric)
             limits = f"{_number(one.low)}{to}{_number(one.high)}"
             small = limits if mean.spread is None else f"± {mean.spread:.2f}"
-            write(axis, column, row + 0.1, _number(mean.value), ink(colour), 10)
-            write(axis, column, row - 0.24, small, ink(colour), 6.5)
+            on = GREY if colour == MASKED else ink(colour)
+            write(axis, column, row + 0.1, _number(mean.value), on, 10)
+            write(axis, column, row - 0.24, small, on, 6.5)
 
 
 def _number(value: float) -> str:
@@ -193,5 +200,18 @@ def _floors(fits: Fits, twin: Fits | None) -> str:
     of_twin = "" if twin is None else f" (twin {twin.floors['test'].no_intervention.value:.2f})"
     return (
         f"Floors: no intervention {floors.no_intervention.value:.2f}{of_twin}, best constant answer "
-        f"{floors.constant.value:.2f}; the colours start at the higher of the two."
+        f"{floors.constant.value:.2f}."
     )
+
+
+def _highest_null(fits: Fits, twin: Fits | None, metric: str) -> tuple[float, str]:
+    """The highest score that is reached without the variable, and what it is."""
+    nulls = {"the higher floor": fits.floors["test"].highest}
+    for name, of in (
+        ("a random subspace", [fit for fit in fits if isinstance(fit.method, RandomSubspace)]),
+        ("the twin", [] if twin is None else list(twin.where(method=fits.best(metric).method))),
+    ):
+        if of:
+            nulls[name] = max(fit.score(metric).value for fit in of)
+    highest = max(nulls, key=lambda name: nulls[name])
+    return nulls[highest], f"Grey: not above the highest null, {nulls[highest]:.2f} ({highest})."

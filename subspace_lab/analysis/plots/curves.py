@@ -1,0 +1,352 @@
+"""Scores against rank and against the number of pairs, methods beside each other, training, and edits by layer.
+
+Each function takes results and a path, an axis of a figure of one's own, or neither, and gives the figure. On an axis
+of one's own only the curves are drawn, without the sentences below. Nothing is computed but means, lowest and highest
+of the seeds that were run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from subspace_lab.analysis.edit_effects import EditEffect
+from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, new_figure, save_figure
+from subspace_lab.das.estimates import Estimate
+from subspace_lab.das.fits import Fit, Fits
+from subspace_lab.das.methods import RandomSubspace
+
+# Told apart by dash and marker too, in grey print and by eyes that do not see the colours.
+LINES: tuple[dict[str, Any], ...] = (
+    {"color": "#1b2f52", "linestyle": "-", "marker": "o"},
+    {"color": "#4f82a0", "linestyle": "--", "marker": "s"},
+    {"color": "#7a3510", "linestyle": "-.", "marker": "^"},
+    {"color": "#8fb3bd", "linestyle": ":", "marker": "D"},
+    {"color": "#c26a35", "linestyle": (0, (5, 1, 1, 1)), "marker": "v"},
+    {"color": "#222222", "linestyle": (0, (1, 1)), "marker": "P"},
+)
+NULL = "#d9d9d9"
+ONE_PLACE = "Filter them, as in fits.where(site=...)."
+
+
+def iia_by_rank(fits: Fits, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
+    """The score of each method by its rank at one place, on held-out and on training pairs, above the nulls.
+
+    A point is the mean over seeds, its bar from the lowest seed to the highest, or of one seed the 95 % interval. The
+    grey band holds the random subspaces, from the lowest draw to the highest.
+
+    Args:
+        fits: of one place, with one method or several at two ranks or more.
+        path: of a PNG; without one the figure is only returned.
+        ax: draw there, instead of into a figure of its own.
+
+    Raises:
+        ValueError: several places, or no method with several ranks.
+    """
+    place = _one_place(fits)
+    by_kind = _grouped([fit for fit in fits if not fit.method.control], lambda fit: type(fit.method).__name__)
+    by_kind = {name: of for name, of in by_kind.items() if len({fit.rank for fit in of}) > 1}
+    if not by_kind:
+        raise ValueError(f"No method has several ranks at {place}; there are {fits.methods}.")
+    random = [fit for fit in fits if isinstance(fit.method, RandomSubspace)]
+    figure, axis = _canvas(
+        ax,
+        (6.4, 3.6),
+        f"{_task(fits)}: score by rank at {place}",
+        f"{_held_out(fits)} {_bars(fits)} Hollow: the same on training pairs. Grey band: random subspaces, lowest to "
+        "highest draw. A training score far above the held-out one is memory.",
+    )
+    if random:
+        by_rank = _grouped(random, lambda fit: fit.rank)
+        ranks = sorted(by_rank)
+        scores = [[fit.score(fits.metric).value for fit in by_rank[rank]] for rank in ranks]
+        if len(ranks) > 1:
+            axis.fill_between(ranks, [min(s) for s in scores], [max(s) for s in scores], color=NULL, linewidth=0)
+        else:  # of one rank a band has no width
+            axis.vlines(ranks, min(scores[0]), max(scores[0]), color=NULL, linewidth=9)
+        axis.plot(ranks, [statistics.fmean(s) for s in scores], color=GREY, linewidth=1, label="random subspace")
+    for (name, of), style in zip(by_kind.items(), _styles(len(by_kind)), strict=True):
+        by_rank = _grouped(of, lambda fit: fit.rank)
+        _curve(axis, by_rank, fits.metric, "test", name, style)
+        if all("train" in fit.scores for fit in of):
+            _curve(axis, by_rank, fits.metric, "train", None, style)
+    _floor(axis, fits)
+    ranks = sorted({fit.rank for of in by_kind.values() for fit in of})
+    axis.set_xscale("log", base=2)
+    _ticks(axis, ranks)
+    _dress(axis, "rank (dimensions)", _unit(fits.metric))
+    save_figure(figure, path)
+    return figure
+
+
+def iia_by_pairs(sweeps: Mapping[int, Fits], path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
+    """The score by the number of training pairs, on held-out and on training pairs: a gap between them is memory.
+
+    Args:
+        sweeps: {number of training pairs: the fits of one place}, two or more, with the same dev and test pairs.
+        path, ax: as of `iia_by_rank`.
+
+    Raises:
+        ValueError: fewer than two numbers of pairs, or several places.
+    """
+    if len(sweeps) < 2:
+        raise ValueError(
+            f"Fits of {list(sweeps)} training pairs; needed are those of two numbers of pairs or more."
+        )
+    places = {_one_place(fits) for fits in sweeps.values()}
+    if len(places) > 1:
+        raise ValueError(f"Fits at the places {sorted(places)}; needed is one place. {ONE_PLACE}")
+    some = next(iter(sweeps.values()))
+    methods = list(dict.fromkeys(m for fits in sweeps.values() for m in fits.methods))
+    figure, axis = _canvas(
+        ax,
+        (6.4, 3.6),
+        f"{_task(some)}: score by number of training pairs at {places.pop()}",
+        f"{_held_out(some)} {_bars(some)} Hollow: the same on training pairs. Where these are far above, the fits have "
+        "learned their pairs by heart.",
+    )
+    for method, style in zip(methods, _styles(len(methods)), strict=True):
+        by_number = {n: [fit for fit in fits if fit.method.label == method] for n, fits in sorted(sweeps.items())}
+        by_number = {n: of for n, of in by_number.items() if of}
+        _curve(axis, by_number, some.metric, "test", method, style)
+        if all("train" in fit.scores for of in by_number.values() for fit in of):
+            _curve(axis, by_number, some.metric, "train", None, style)
+    _floor(axis, some)
+    axis.set_xscale("log")
+    _ticks(axis, sorted(sweeps))
+    _dress(axis, "training pairs", _unit(some.metric))
+    save_figure(figure, path)
+    return figure
+
+
+def methods_beside(fits: Fits, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
+    """All methods at one place, one below the other, with their intervals; controls are hollow.
+
+    Args:
+        fits: of one place.
+        path, ax: as of `iia_by_rank`.
+
+    Raises:
+        ValueError: no fits, or several places.
+    """
+    place = _one_place(fits)
+    means = fits.mean(metric=fits.metric)
+    means.sort(key=lambda mean: (mean.method.control, -mean.value))
+    rows = list(range(len(means)))[::-1]
+    figure, axis = _canvas(
+        ax,
+        (6.4, 0.3 * len(means) + 0.9),
+        f"{_task(fits)}: methods at {place}",
+        f"{_held_out(fits)} Bar: 95 % interval of one fit, or the lowest to the highest of several seeds or draws (×); "
+        "small dots are the seeds. Hollow: controls, which say what chance or the whole state gives.",
+    )
+    for row, mean in zip(rows, means, strict=True):
+        one = mean.fits[0].score(fits.metric)
+        low, high = (one.low, one.high) if mean.n == 1 else (mean.low, mean.high)
+        control = mean.method.control
+        axis.plot([low, high], [row, row], color=GREY if control else INK, linewidth=1.4, zorder=2)
+        if mean.n > 1:
+            seeds = [fit.score(fits.metric).value for fit in mean.fits]
+            axis.scatter(seeds, [row] * mean.n, s=7, color=GREY, zorder=3)
+        face = "white" if control else LINES[0]["color"]
+        axis.scatter([mean.value], [row], s=40, facecolor=face, edgecolor=INK, zorder=4)
+        axis.annotate(
+            f"{mean.value:.2f}",
+            (high, row),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=INK,
+        )
+    axis.axvline(fits.floors["test"].highest, color=ACCENT, linewidth=1.2, linestyle="--", label="higher floor")
+    axis.legend(fontsize=7.5, frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1))
+    axis.set_yticks(rows, [f"{m.method.label}{f' (×{m.n})' if m.n > 1 else ''}" for m in means])
+    axis.set_ylim(-0.6, len(means) - 0.4)
+    _dress(axis, _unit(fits.metric), "", grid="x")
+    save_figure(figure, path)
+    return figure
+
+
+def training_curves(fits: Fits, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
+    """The training loss at each step of every fit that was trained, at one place.
+
+    Args:
+        fits: of one place; fits that were not trained are left out.
+        path, ax: as of `iia_by_rank`.
+
+    Raises:
+        ValueError: nothing that was trained, or several places.
+    """
+    place = _one_place(fits)
+    by_method = _grouped([fit for fit in fits if fit.losses], lambda fit: fit.method.label)
+    if not by_method:
+        raise ValueError(f"None of the methods {fits.methods} was trained at {place}: there is no loss.")
+    window = max(1, max(len(fit.losses) for of in by_method.values() for fit in of) // 20)
+    figure, axis = _canvas(
+        ax,
+        (6.4, 3.6),
+        f"{_task(fits)}: training at {place}",
+        f"Loss of the expected answer on the batch of each step, a line for each seed; mean over {window} steps. Of "
+        "fresh or held-out pairs it says nothing.",
+    )
+    for (label, of), style in zip(by_method.items(), _styles(len(by_method)), strict=True):
+        for i, fit in enumerate(of):
+            losses = fit.losses
+            smooth = [statistics.fmean(losses[max(0, j - window + 1) : j + 1]) for j in range(len(losses))]
+            name = f"{label}{f' (×{len(of)})' if len(of) > 1 else ''}" if i == 0 else None
+            axis.plot(
+                range(1, len(losses) + 1), smooth, color=style["color"], linestyle=style["linestyle"], linewidth=1.2,
+                alpha=0.85, label=name,
+            )  # fmt: skip
+    _dress(axis, "training step", f"loss ({fits.facts.get('loss', 'nats')})")
+    axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    save_figure(figure, path)
+    return figure
+
+
+def edits_by_layer(
+    effects: Sequence[EditEffect], path: str | Path | None = None, *, ax: Axes | None = None
+) -> Figure:
+    """What each edit of an adapter does alone, and what is lost without it, by layer.
+
+    Args:
+        effects: as `edit_effects` gives them.
+        path, ax: as of `iia_by_rank`.
+
+    Raises:
+        ValueError: no effects.
+    """
+    if not effects:
+        raise ValueError("No effects to draw: `edit_effects` gives one for each edit.")
+    names = [str(one.site) if one.site.layer is None else str(one.site.layer) for one in effects]
+    if len(set(names)) < len(names):
+        names = [str(one.site) for one in effects]
+    figure, axis = _canvas(
+        ax,
+        (max(6.4, 0.42 * len(effects) + 1.6), 3.5),
+        "Edits by layer: by how much each lowers the loss",
+        f"Mean cross-entropy of the answer's tokens over {effects[0].alone.n} rows, in nats; bars are 95 % intervals "
+        f"over the rows. Dashed: all {len(effects)} edits together, {effects[0].together.value:.3f}. Filled: an edit "
+        "alone. Hollow: what all lose without it. Where the first is large and the second small, others do the same.",
+    )
+    places = list(range(len(effects)))
+    for offset, name, label, face in (
+        (-0.12, "alone", "alone", LINES[0]["color"]),
+        (0.12, "lost", "lost without it", "white"),
+    ):
+        told: list[Estimate] = [getattr(one, name) for one in effects]
+        xs = [place + offset for place in places]
+        axis.vlines(xs, [one.low for one in told], [one.high for one in told], color=GREY, linewidth=1.2, zorder=2)
+        axis.scatter(xs, [one.value for one in told], s=34, facecolor=face, edgecolor=INK, zorder=3, label=label)
+    axis.axhline(0, color=GREY, linewidth=0.8)
+    axis.axhline(effects[0].together.value, color=ACCENT, linewidth=1.2, linestyle="--", label="all together")
+    upright = max(map(len, names)) <= 4
+    axis.set_xticks(places, names, rotation=0 if upright else 40, ha="center" if upright else "right")
+    _dress(axis, "layer" if upright else "", "fall of the loss (nats)")
+    save_figure(figure, path)
+    return figure
+
+
+# --- what they share ----------------------------------------------------------------------------------------
+
+
+def _canvas(ax: Axes | None, size: tuple[float, float], title: str, *sentences: str) -> tuple[Figure, Axes]:
+    if ax is not None:
+        ax.set_title(title, fontsize=9.5, color=INK, loc="left")
+        figure = ax.figure
+        assert isinstance(figure, Figure)
+        return figure, ax
+    figure = new_figure(size, title, *sentences)
+    return figure, figure.subplots()
+
+
+def _curve(
+    axis: Axes,
+    groups: Mapping[int, Sequence[Fit]],
+    metric: str,
+    split: str,
+    label: str | None,
+    style: dict[str, Any],
+) -> None:
+    """Means with their bars, from the lowest x on."""
+    xs = sorted(groups)
+    told = [[fit.score(metric, split) for fit in groups[x]] for x in xs]
+    means = [statistics.fmean(one.value for one in of) for of in told]
+    held_out = split == "test"
+    face = style["color"] if held_out else "white"
+    axis.plot(
+        xs, means, color=style["color"], linestyle=style["linestyle"], linewidth=1.6 if held_out else 0.8,
+        marker=style["marker"], markersize=5, markerfacecolor=face, label=label, zorder=3, alpha=1 if held_out else 0.8,
+    )  # fmt: skip
+    if held_out:
+        lows = [of[0].low if len(of) == 1 else min(one.value for one in of) for of in told]
+        highs = [of[0].high if len(of) == 1 else max(one.value for one in of) for of in told]
+        axis.vlines(xs, lows, highs, color=style["color"], linewidth=1, zorder=2)
+
+
+def _floor(axis: Axes, fits: Fits) -> None:
+    axis.axhline(
+        fits.floors["test"].highest, color=ACCENT, linewidth=1.2, linestyle="--", label="higher floor", zorder=1
+    )
+
+
+def _dress(axis: Axes, across: str, up: str, grid: str = "y") -> None:
+    axis.set_xlabel(across, fontsize=9, color=INK)
+    axis.set_ylabel(up, fontsize=9, color=INK)
+    axis.tick_params(labelsize=8.5, length=2, colors=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(GREY)
+    axis.grid(axis="x" if grid == "x" else "y", color="#e8e8e8", linewidth=0.6)
+    axis.set_axisbelow(True)
+    if grid == "y":
+        axis.legend(fontsize=7.5, frameon=False, labelcolor=INK, loc="best")
+
+
+def _ticks(axis: Axes, values: Sequence[int]) -> None:
+    axis.xaxis.set_major_locator(FixedLocator(list(values)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+
+
+def _styles(n: int) -> list[dict[str, Any]]:
+    return [LINES[i % len(LINES)] for i in range(n)]
+
+
+def _grouped(fits: Sequence[Fit], of: Callable[[Fit], Any]) -> dict[Any, list[Fit]]:
+    found: dict[Any, list[Fit]] = {}
+    for fit in fits:
+        found.setdefault(of(fit), []).append(fit)
+    return found
+
+
+def _one_place(fits: Fits) -> str:
+    if not fits:
+        raise ValueError("No fits to draw.")
+    if len(fits.places) > 1:
+        raise ValueError(f"Fits at {len(fits.places)} places, {fits.places[:4]}; needed is one. {ONE_PLACE}")
+    return fits.places[0]
+
+
+def _task(fits: Fits) -> str:
+    return str(fits.facts.get("task") or "Search")
+
+
+def _held_out(fits: Fits) -> str:
+    return f"{fits[0].score(fits.metric).n} test pairs, {' and '.join(fits.variables)}."
+
+
+def _bars(fits: Fits) -> str:
+    seeds = len({fit.seed for fit in fits if not fit.method.control})
+    several = f"mean of {seeds} seeds, from the lowest to the highest"
+    return f"Filled: {several}." if seeds > 1 else "Filled: one seed with its 95 % interval."
+
+
+def _unit(metric: str) -> str:
+    return "IIA" if metric == "iia" else metric
