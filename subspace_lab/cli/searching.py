@@ -12,6 +12,7 @@ from typing import Any
 from subspace_lab.cli.common import SMALL
 
 RESULTS, MODEL, PICTURES = "results.json", "model", ("iia.png", "overlap.png")
+REPORT = "report.html"
 TWIN = re.compile(r"twin\d*")
 
 
@@ -66,7 +67,7 @@ def resumable(folder: Path) -> None:
         path.name
         for path in sorted(folder.iterdir())
         if not path.name.startswith(".")
-        and path.name not in (RESULTS, MODEL, *PICTURES)
+        and path.name not in (RESULTS, MODEL, REPORT, *PICTURES)
         and not TWIN.fullmatch(path.name)
     ]
     if strangers:
