@@ -1,4 +1,4 @@
-"""The terminal: `subspace-lab search`, `compare`, `finetune` and `report`, a file each.
+"""The terminal: `subspace-lab search`, `compare`, `finetune`, `merge` and `report`, a file each.
 
 Only the terminal's own libraries are imported at the top of these files; torch and what needs it wait until a
 command runs, so that `--help` answers at once. Results go to standard output, progress and complaints to
@@ -11,6 +11,7 @@ import typer
 
 from subspace_lab.cli.compare import compare as _compare
 from subspace_lab.cli.finetune import finetune as _finetune
+from subspace_lab.cli.merge import merge as _merge
 from subspace_lab.cli.report import report as _report
 from subspace_lab.cli.search import search as _search
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command("search")(_search)
 app.command("compare")(_compare)
 app.command("finetune")(_finetune)
+app.command("merge")(_merge)
 app.command("report")(_report)
 
 

@@ -57,6 +57,15 @@ def finetune(
     rank: Annotated[int, typer.Option(help="Dimensions of each intervention.")] = 4,
     layers: Annotated[str, typer.Option(help="'all', '0,2' or '1-3'.")] = "all",
     component: Annotated[str, typer.Option(help="Of a block.")] = "block_output",
+    every_token: Annotated[
+        bool,
+        typer.Option(
+            "--every-token", help="Edit answers and generated tokens too, with --positions all: can merge."
+        ),
+    ] = False,
+    bias: Annotated[
+        bool, typer.Option("--bias/--no-bias", help="Whether edits have a b; without, they merge into any model.")
+    ] = True,
     epochs: Annotated[
         int | None, typer.Option(help="Times that each row is seen.", show_default=f"{EPOCHS}, or see --steps")
     ] = None,
@@ -114,7 +123,15 @@ def finetune(
         check_numbers(positions)
         if not 0 <= seed < 2**32:
             raise ValueError(f"--seed {seed}: possible are whole numbers from 0 to 2**32 - 1.")
-        config = ReftConfig(method=method, rank=rank, positions=positions, component=component, seed=seed)
+        config = ReftConfig(
+            method=method,
+            rank=rank,
+            positions=positions,
+            component=component,
+            seed=seed,
+            every_token=every_token,
+            bias=bias,
+        )
         if min(samples, max_new_tokens - 1) < 0:
             raise ValueError(f"--samples {samples}, --max-new-tokens {max_new_tokens}: needed are ≥ 0 and ≥ 1.")
         rows = read_examples(data)

@@ -14,8 +14,9 @@ from torch import nn
 from subspace_lab.core.sites import Site
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.families import HookPoint
-from subspace_lab.model.merging import Merged, merge, overlap, refuse_model
+from subspace_lab.model.merging import Merged, merge, overlap, refuse_edit, refuse_model
 from subspace_lab.reft._adapters import Adapter
+from subspace_lab.reft.config import ReftConfig
 
 
 def merge_adapters(backbone: Backbone, adapters: Mapping[str, Adapter], others: Sequence[Site] = ()) -> Merged:
@@ -48,6 +49,18 @@ def merge_adapters(backbone: Backbone, adapters: Mapping[str, Adapter], others: 
         merged.undo()
         raise
     return merged
+
+
+def refuse_config(config: ReftConfig) -> None:
+    """ValueError for adapters that no model can take into its weights: what can be said before one is loaded."""
+    for group in config.groups():
+        refuse_edit(Site(config.component, 0, group), config.intervention(max(config.rank, 1), 0).eval())
+    if config.component.endswith(("block_input", "block_output")):
+        raise ValueError(
+            f"An adapter at {config.component} cannot be merged into weights: the residual stream is the sum of what "
+            "several modules give. That can be done at mlp_output, attention_output, value_output, head_output and "
+            "mlp_activation; serve this one with `generate`."
+        )
 
 
 def _refuse_prompts(name: str, adapter: Adapter, site: Site, point: HookPoint, model: nn.Module) -> None:

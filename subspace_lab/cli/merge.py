@@ -1,0 +1,140 @@
+"""`subspace-lab merge`: an adapter put into the weights of its base model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from subspace_lab.cli.common import check_device, check_dtype, interruptible, refusing, threads
+from subspace_lab.cli.loading import Source, load_causal, load_classifier, load_tokenizer
+
+if TYPE_CHECKING:
+    from subspace_lab.reft.config import ReftConfig
+    from subspace_lab.reft.model import ReftModel
+else:  # names in annotations have to exist at run time as well, and importing these takes seconds
+    ReftConfig = ReftModel = Any
+
+PROBE = 16  # tokens on which the merged model is compared with the edited one
+
+
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A folder with an adapter, or its name on the Hub.")],
+    out: Annotated[Path, typer.Option(help="A new or empty folder for the merged model.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model: a folder, a .gguf file, a name on the Hub.", show_default="as the adapter says"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="As torch names it.", show_default="cuda if there is one, else cpu")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the model: float32, bfloat16, float16.", show_default="the checkpoint's")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+) -> None:
+    """Put an adapter into the weights of its base model, to be served by anything that reads transformers' models.
+
+    It has to edit every token at a projection: `finetune --every-token --positions all --component mlp_output`, and
+    --no-bias where the model's projections have no bias. Other adapters are refused, with the reason.
+
+    Writes the model and its tokenizer into --out.
+    """
+    with interruptible(), refusing(), ExitStack() as stack:
+        from subspace_lab.core.files import taken_folder
+        from subspace_lab.core.hub import local_folder
+        from subspace_lab.reft.merging import refuse_config
+        from subspace_lab.reft.model import ReftModel
+        from subspace_lab.reft.storage import read_adapter
+
+        folder = local_folder(adapter, "an adapter")
+        config = read_adapter(folder, {}).config
+        source = Source(model or _base_of(config, adapter), trust_remote_code)
+        for what, taken in (("the adapter's", folder), ("the base model's", Path(source.where))):
+            if os.path.exists(taken) and out.resolve() == taken.resolve():
+                raise FileExistsError(f"--out {out}: this is {what} own folder; name a new one.")
+        into = stack.enter_context(taken_folder(out))
+        refuse_config(config)
+        device, dtype = check_device(device), check_dtype(dtype)
+        tokenizer = load_tokenizer(source)
+        network = _network(source, folder, device, dtype, tokenizer)
+        with threads(network):
+            reft = ReftModel.from_pretrained(network, folder)
+            told = _merged(reft)
+        with _aside(into) as provisional:
+            network.save_pretrained(provisional)
+            tokenizer.save_pretrained(provisional)
+        typer.echo(
+            f"{config.method}, rank {config.rank}, {config.component} of layers {_layers(config)}, is in the weights "
+            f"of {source.where}.\n{told}\nWritten to {out}; "
+            f"{type(network).__name__}.from_pretrained({str(out)!r}) reads it, without this package."
+        )
+
+
+def _base_of(config: ReftConfig, adapter: Path) -> str:
+    if config.base_model_name_or_path is None:
+        raise ValueError(f"{adapter} does not say which its base model is: give --model.")
+    return config.base_model_name_or_path
+
+
+def _network(source: Source, adapter: Path, device: str, dtype: str, tokenizer: Any) -> Any:
+    """The base model: a classifier where the adapter was trained to classify, else a language model."""
+    from subspace_lab.core.files import read_json
+    from subspace_lab.reft.jobs import pad_token
+
+    results = adapter / "results.json"
+    classes = read_json(results).get("classes") if results.is_file() else None
+    if not classes:
+        return load_causal(source, device, dtype)
+    # Its head, drawn at random here, is the adapter's.
+    network, _ = load_classifier(source, device, dtype, list(classes.values()), seed=0)
+    text_config = network.config.get_text_config()
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = pad_token(tokenizer)
+    return network
+
+
+def _merged(reft: ReftModel) -> str:
+    """Merge the adapter; what a few tokens say of it."""
+    import torch
+
+    embeddings: Any = reft.get_input_embeddings()
+    known = min(PROBE, embeddings.weight.shape[0])
+    ids = torch.arange(known, device=reft.device)[None]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    reft.eval()
+    with torch.no_grad(), reft.prompt_lengths("all"):
+        edited = reft(**given).logits.float()
+        with reft.disable_adapter():
+            plain = reft(**given).logits.float()
+        found = reft.merge_and_unload()(**given).logits.float()
+    moved, apart = (float((one - edited).abs().max()) for one in (plain, found))
+    return (
+        f"On {known} tokens the edit moves logits by up to {moved:.2g}; merged and edited differ by {apart:.1e}."
+    )
+
+
+def _layers(config: ReftConfig) -> str:
+    return config.layers if isinstance(config.layers, str) else ", ".join(map(str, config.layers))
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A provisional folder, whose files come to stand in `folder` when all are written; the configuration last."""
+    provisional = folder / f".merged.{os.getpid()}"
+    provisional.mkdir()
+    try:
+        yield provisional
+        for path in sorted(provisional.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(provisional, ignore_errors=True)

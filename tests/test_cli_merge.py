@@ -1,0 +1,132 @@
+"""The terminal: an adapter in the weights of its base model, and which adapters are refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import differ
+from test_cli import SHIPPED
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
+
+from subspace_lab.cli import app
+from subspace_lab.reft import ReftConfig, ReftModel, get_reft_model
+
+IDS = torch.arange(3, 15)[None]
+
+
+def merged(*options: str | Path):
+    return CliRunner().invoke(app, ["merge", *map(str, options)])
+
+
+def adapter(folder: Path, **options) -> Path:
+    """An adapter of the shipped model with some numbers."""
+    given = {"rank": 2, "layers": (0, 2), "positions": "all", "component": "mlp_output", "every_token": True}
+    given = {**given, "start": "paper", **options}
+    model = get_reft_model(AutoModelForCausalLM.from_pretrained(SHIPPED), ReftConfig(**given))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.adapters.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_merged_model_is_a_plain_one_with_the_edits(tmp_path, bias, named):
+    folder, out = adapter(tmp_path / "adapter", bias=bias), tmp_path / "nested" / "out"
+    done = merged(folder, "--out", out, *(["--model", SHIPPED] if named else []))
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    assert "mlp_output of layers 0, 2" in done.stdout and str(out) in done.stdout.replace("\n", "")
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+    base = AutoModelForCausalLM.from_pretrained(SHIPPED)
+    found, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(told.values()) and type(found) is type(base)
+    assert found.config.mlp_bias == bias
+    with torch.no_grad():
+        plain = base(IDS).logits
+        edited = ReftModel.from_pretrained(base, folder)(IDS).logits
+        assert differ(found(IDS).logits, edited) < 1e-4 < 0.02 < differ(plain, edited)
+    text = "a fair price is from 3 to 9 dollars ."
+    assert AutoTokenizer.from_pretrained(out)(text) == AutoTokenizer.from_pretrained(SHIPPED)(text)
+
+
+def test_a_finetuned_classifier_is_merged_with_its_head(tmp_path):
+    rows = [{"text": f"a price of {n} dollars .", "label": "low" if n < 5 else "high"} for n in range(12)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["--steps", "3", "--every-token", "--positions", "all", "--component", "mlp_output", "--no-bias"]
+    options += ["--learning-rate", "0.1", "--out", tmp_path / "adapter"]
+    trained = CliRunner().invoke(app, ["finetune", "--data", str(data), *map(str, options)])
+    assert trained.exit_code == 0, (trained.stderr, trained.exception)
+    done = merged(tmp_path / "adapter", "--out", tmp_path / "out")
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    assert "ForSequenceClassification.from_pretrained" in done.stdout
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert sorted(found.config.id2label.values()) == ["high", "low"]
+    base = AutoModelForSequenceClassification.from_pretrained(SHIPPED, num_labels=2)
+    base.config.pad_token_id = found.config.pad_token_id
+    with torch.no_grad():
+        expected = ReftModel.from_pretrained(base.eval(), tmp_path / "adapter")(IDS).logits
+        assert differ(found(IDS).logits, expected) < 1e-4
+        assert not torch.equal(base(IDS).logits, expected)
+
+
+def refused(message: str, *options: str | Path) -> None:
+    done = merged(*options)
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert done.stdout == "" and done.stderr.count("\n") == 1
+    assert message in done.stderr, done.stderr
+
+
+def test_adapters_that_do_not_merge_are_refused_in_one_line(tmp_path):
+    out = tmp_path / "out"
+    refused("neither a folder nor an adapter on the Hub", tmp_path / "nowhere", "--out", out)
+    (tmp_path / "empty").mkdir()
+    refused("is not a whole adapter", tmp_path / "empty", "--out", out)
+    for i, (options, message) in enumerate(
+        [
+            ({"positions": "f3+l3", "every_token": False}, "acts at the positions 'f3+l3'"),
+            ({"every_token": False}, "edits the prompt alone"),
+            ({"component": "block_output"}, "residual stream is the sum"),
+            ({"activation": "tanh"}, "not one affine map"),
+        ]
+    ):
+        refused(message, adapter(tmp_path / f"adapter{i}", **options), "--out", out)
+    unnamed = adapter(tmp_path / "unnamed")
+    config = json.loads((unnamed / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None
+    (unnamed / "adapter_config.json").write_text(json.dumps(config))
+    refused("does not say which its base model is: give --model", unnamed, "--out", out)
+    refused("--model", unnamed, "--out", out, "--model", tmp_path / "empty")
+    assert not out.exists()
+
+
+def test_nothing_is_written_over(tmp_path):
+    folder, base = adapter(tmp_path / "adapter"), tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(SHIPPED).save_pretrained(base)
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(base)
+    before = {path: path.read_bytes() for path in [*base.iterdir(), *folder.iterdir()]}
+    refused("the adapter's own folder", folder, "--out", folder)
+    refused("the base model's own folder", folder, "--out", base, "--model", base)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    refused("is not empty", folder, "--out", full)
+    assert {path: path.read_bytes() for path in before} == before
+    assert [path.name for path in full.iterdir()] == ["notes.txt"]
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError("No space left on device")
+
+    folder = adapter(tmp_path / "adapter")
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", fails)
+    done = merged(folder, "--out", tmp_path / "out")
+    assert done.exit_code == 2 and done.stderr.splitlines()[-1] == "subspace-lab: No space left on device"
+    assert not (tmp_path / "out").exists()
