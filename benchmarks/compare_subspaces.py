@@ -27,6 +27,7 @@ import random
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -147,10 +148,17 @@ def layers(quick: bool, pictures: Path | None) -> Found:
     seeds = [0, 1] if quick else [0, 1, 2]
     fits = searched(backbone, pairs, seeds, quick)
     twin = searched(Backbone(reinitialised(model, 0)), pairs, seeds, quick, min_accuracy=None)
+    found: Found = {}
+    spans = compare(fits, across="layer", within="seed", null={"twin": twin})
+    if pictures is not None:
+        spans.plot(pictures / "compare_layers.png")
+        angles = spectra(fits, across="layer", within="seed")
+        angle_spectrum(angles.angles, angles.null, pictures / "compare_angles.png")
+    found["fits above their floor"] = single(len(fits) - spans.masked, len(fits))
+    fits = replace(fits, fits=tuple(fit for fit, item in zip(fits, read(fits), strict=True) if item.counts))
     look, trained_on = prepared(backbone, pairs.test, fits), prepared(backbone, pairs.train, fits)
     null = {f"top {TOP} components": principal_null(look, fits, TOP), "twin": twin}
     asked = partial(compare, fits, across="layer", within="seed")
-    found: Found = {}
     for name, measure in {
         "overlap": overlap,
         "data-weighted": DataWeighted(look),
@@ -165,10 +173,6 @@ def layers(quick: bool, pictures: Path | None) -> Found:
         one = asked(measure=measure, null=nulls)
         found |= figures(name, one)
         say(one)
-        if measure is overlap and pictures is not None:
-            one.plot(pictures / "compare_layers.png")
-            angles = spectra(fits, across="layer", within="seed")
-            angle_spectrum(angles.angles, angles.null, pictures / "compare_angles.png")
     found |= passing(backbone, pairs, fits, quick)
     best = fits.best()
     agreed = consensus([fit.subspace() for fit in fits.where(site=best.place)])
@@ -325,6 +329,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     found: Found = {}
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     if args.json is not None and args.json.is_file():
         found = json.loads(args.json.read_text())["results"]
     for name, part in PARTS.items():

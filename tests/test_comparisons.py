@@ -170,8 +170,10 @@ def near(start: torch.Tensor, share: float, seed: int) -> FixedSubspace:
 
 
 def test_layers_are_compared_with_layers_at_one_position_and_seeds_with_seeds_at_one_site():
-    fits = grid()
-    found = compare(fits, across="layer", within="seed")
+    found = compare(grid(), across="layer", within="seed")
+    # What is compared stands together: first all of one position.
+    fits = [grid().where(site=label.split(",")[0], seed=int(label[-1]))[0] for label in found.labels]
+    assert [fit.site.positions for fit in fits] == ["amount"] * 6 + ["last"] * 6
     position = [fit.site.positions for fit in fits]
     layer = [fit.site.layer for fit in fits]
     values = {"across": [], "within": []}
@@ -215,6 +217,15 @@ def test_the_interval_covers_the_mean_of_other_starts():
     truth = fmean(one.mean for one in drawn)
     inside = sum(one.low <= truth <= one.high for one in drawn)
     assert inside >= 24  # rather too wide than too narrow
+
+
+def test_the_interval_of_shares_stays_among_them():
+    one = [made_fit(LAYERS[0], DAS(3), seed, test=0.9) for seed in range(3)]
+    same = replace(one[1], alignment=one[0].alignment)
+    found = compare(made_fits([one[0], same, one[2]]), across="seed").across
+    assert (found.low, found.high) == (0, 1) and 0.3 < found.mean < 0.6  # of the values 1, x and x
+    far = compare(made_fits([one[0], same, one[2]]), across="seed", measure=chordal).across
+    assert far.high > 1
 
 
 def test_methods_and_models_are_compared_at_one_site():
@@ -262,7 +273,7 @@ def test_fits_at_their_floor_do_not_count():
     at_floor = [made_fit(site, DAS(3), seed, test=0.4) for site in LAYERS[4:] for seed in (0, 1)]  # 0.37 to 0.42
     fits = made_fits([*grid(sites=LAYERS[:4]), *at_floor])
     found = compare(fits, across="layer", within="seed")
-    assert found.counts == (True,) * 8 + (False,) * 4 and found.masked == 4
+    assert found.counts == ((True,) * 4 + (False,) * 2) * 2 and found.masked == 4
     assert found.across.pairs == 2 * 4 and found.within.pairs == 4
     assert "4 of 12 fits are at their floor and are not counted" in found.sentence
     kept = compare(grid(sites=LAYERS[:4]), across="layer", within="seed")

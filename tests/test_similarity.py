@@ -82,13 +82,23 @@ def test_an_interchange_that_moves_nothing_has_cosine_0():
     assert matrix[1][1] == pytest.approx(1) and abs(matrix[0][1]) < 1e-3
 
 
-def test_agreement_is_the_share_of_equal_answers(fits, look):
+def test_agreement_is_the_share_of_equal_answers_among_those_that_change(fits, look):
     items, data = read(fits), pairs().test
-    answers = [swapped(fit, data).argmax(1) for fit in fits]
+    answers, before = [swapped(fit, data).argmax(1) for fit in fits], unedited(data).argmax(1)
     matrix = Agreement(look).matrix(items)
     for i, one in enumerate(answers):
         for j, other in enumerate(answers):
-            assert matrix[i][j] == pytest.approx(float((one == other).double().mean()))
+            either = (one != before) | (other != before)
+            assert 0 < either.sum() < len(before)
+            assert matrix[i][j] == pytest.approx(float((one == other)[either].double().mean()))
+
+
+def test_what_changes_no_answer_agrees_with_nothing():
+    model, data = chain(), chain_pairs()
+    last = model.model[2].weight.detach()
+    unread = torch.linalg.svd(last)[2][len(last) :]
+    items = {"one": at(SECOND, unread[:1]), "other": at(SECOND, unread[1:2])}
+    assert Agreement(prepared(model, data, items)).matrix(read(items)) == [[0, 0], [0, 0]]
 
 
 def test_transfer_at_home_is_the_iia_and_elsewhere_that_of_the_same_basis(fits, look):

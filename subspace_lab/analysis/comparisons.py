@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from subspace_lab.analysis._comparison import Comparison, Level
+from subspace_lab.analysis._comparison import ROUNDING, Comparison, Level
 from subspace_lab.analysis.compared import FACETS, Compared, Group, cells_of, check_starts, read
 from subspace_lab.analysis.geometry import (
     AngleBand,
@@ -91,6 +91,9 @@ def compare(
             raise ValueError(f"No seed given for {unknown}; seeds are known of {told}.")
     if not same_start:
         check_starts(items)
+    if across == "layer":  # so that what is compared stands together
+        places = list(dict.fromkeys(item.place() for item in items))
+        items = sorted(items, key=lambda item: places.index(item.place()))
     cells = {"across": cells_of(items, across), "within": cells_of(items, within)}
     _check_cells(items, cells, across, within)
     matrix = measured(measure, items)
@@ -104,9 +107,9 @@ def compare(
         counts=tuple(item.counts for item in items),
         facets=(across, within),
     )
-    both_ways = not found.symmetric
+    both_ways, shares = not found.symmetric, not found.distance
     counted = {which: _counted(items, of) for which, of in cells.items()}
-    levels = {which: _level(matrix, of, both_ways) for which, of in counted.items()}
+    levels = {which: _level(matrix, of, both_ways, shares) for which, of in counted.items()}
     compared = [*counted["across"], *((j, i) for i, j in counted["across"] if both_ways)]
     other = {} if null is None else null if isinstance(null, Mapping) else {"the null": null}
     return replace(
@@ -162,8 +165,13 @@ def _check_cells(
         )
 
 
-def _level(matrix: Sequence[Sequence[float]], cells: Sequence[tuple[int, int]], both_ways: bool) -> Level | None:
-    """The mean over some cells, with the delete-one jackknife over the fits (Arvesen 1969)."""
+def _level(
+    matrix: Sequence[Sequence[float]], cells: Sequence[tuple[int, int]], both_ways: bool, shares: bool
+) -> Level | None:
+    """The mean over some cells, with the delete-one jackknife over the fits (Arvesen 1969).
+
+    The interval of values that are shares or cosines does not leave what these can be.
+    """
     if not cells:
         return None
     values = {(i, j): (matrix[i][j] + matrix[j][i]) / 2 if both_ways else matrix[i][j] for i, j in cells}
@@ -174,7 +182,11 @@ def _level(matrix: Sequence[Sequence[float]], cells: Sequence[tuple[int, int]], 
         return Level(mean, None, None, n, tuple(values.values()))
     means = [fmean(rest) for rest in without]
     error = ((n - 1) / n * sum((one - fmean(means)) ** 2 for one in means)) ** 0.5
-    return Level(mean, mean - 1.96 * error, mean + 1.96 * error, n, tuple(values.values()))
+    low, high = mean - 1.96 * error, mean + 1.96 * error
+    if shares and max(map(max, matrix)) <= 1 + ROUNDING:
+        lowest = 0.0 if min(map(min, matrix)) >= 0 else -1.0
+        low, high = max(low, min(lowest, mean)), min(high, max(1.0, mean))
+    return Level(mean, low, high, n, tuple(values.values()))
 
 
 @dataclass(frozen=True)

@@ -52,14 +52,15 @@ def measured(measure: OfTwo | Measure, items: Sequence[Compared]) -> tuple[tuple
 
 
 def chance_by_ranks(
-    measure: OfTwo | Measure, items: Sequence[Compared], across: str | None
+    measure: OfTwo | Measure, every: Sequence[Compared], across: str | None
 ) -> dict[tuple[int, int], Chance]:
     """What independent random (Haar) subspaces of the same ranks give, by pair of ranks.
 
-    Of a measure that runs the model: random subspaces in the place of all that are compared, at their sites, over the
-    pairs that are compared across.
+    Of a measure that runs the model: random subspaces in the place of all that count, at their sites, over the pairs
+    that are compared across.
     """
-    ranks, width = sorted({item.subspace.rank for item in items}), items[0].subspace.width
+    items = [item for item in every if item.counts] or every
+    ranks, width = sorted({item.subspace.rank for item in every}), every[0].subspace.width
     pairs = [(a, b) for a in ranks for b in ranks]
     if measure is overlap:
         return {(a, b): haar_overlap(width, a, b) for a, b in pairs if a <= b}

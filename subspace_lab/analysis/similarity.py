@@ -6,7 +6,7 @@ states. Each is a `Measure` for `compare(fits, measure=…)`, which puts beside 
 give under the same measure.
 
     Functional      cosine of the effects on the logits
-    Agreement       share of pairs with the same answer after the interchange
+    Agreement       share of the changed answers that are the same
     Transfer        IIA of the basis of one site used at another
     DataWeighted    overlap, each direction counting as much as the interchange moves the state along it
     ClassMeans      overlap of what the variable's class means span inside each subspace
@@ -102,9 +102,10 @@ class Functional:
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """The share of pairs in which the answer is the same after the two interchanges.
+    """Of the pairs in which one of the two interchanges changes the model's answer, the share with the same answer.
 
-    Where the answer rarely changes it is high for any two; read it beside its null.
+    Pairs in which both leave the answer as it was would count any two that do nothing as agreed. 0 where neither of the
+    two changes any answer.
     """
 
     pairs: Looks
@@ -113,8 +114,12 @@ class Agreement:
     def matrix(self, items: Sequence[Compared]) -> list[list[float]]:
         """As `Measure.matrix`."""
         _expect_one_data_set(self.pairs)
-        answers = torch.stack([outcome.logits.argmax(-1) for outcome in outcomes(self.pairs, items)])
-        found: list[list[float]] = (answers[:, None] == answers).double().mean(-1).tolist()
+        told = outcomes(self.pairs, items)
+        answers = torch.stack([outcome.logits.argmax(-1) for outcome in told])
+        changed = torch.stack([outcome.logits.argmax(-1) != outcome.unedited.argmax(-1) for outcome in told])
+        either = changed[:, None] | changed
+        same = (answers[:, None] == answers) & either
+        found: list[list[float]] = (same.sum(-1) / either.sum(-1).clamp_min(1)).double().tolist()
         return found
 
 
