@@ -1,11 +1,12 @@
 """Training steps and generation with LoReFT: ours, pyreft's, and the frozen model with nothing in it.
 
-    python benchmarks/reft_speed.py [--quick] [--device cuda] [--json PATH]
+    python benchmarks/reft_speed.py [--quick] [--device cuda] [--part merged] [--json PATH]
 
     width4096        two Llama-7B layers, edits on all layers at f3+l3, rank 8: one training step
     width1024        eight layers of width 1024, likewise
     last_position    the same model, one middle layer, the last prompt position: a step from the second epoch on
     generate         64 tokens greedily, edits of the prompt on all layers; and of every token as well
+    merged           the same with edits of every token that were put into the weights, alone by --part merged
 
 "bare" is the frozen model's own forward and backward pass to an input that asks for a gradient: what any method
 that edits the first layer must pay. Ours trains through the frozen past; "ours_trainer" is the same model called
@@ -191,12 +192,30 @@ def generation(shape: str, device: str, tokens: int, rounds: int) -> dict[str, d
     }
 
 
+def merged_generation(shape: str, device: str, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+    """A model with an adapter in its weights against the same model that nothing has ever wrapped."""
+    case = Case(shape, device, 2, 32, 1, "all", "all")
+    config = ReftConfig(
+        rank=RANK, positions="all", every_token=True, bias=False, component="mlp_output", start="paper"
+    )
+    merged = get_reft_model(model_of(shape, device), config).merge_and_unload()
+    prompt = case.ids[:, :32]
+    common = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    common |= {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    contenders = {
+        "native": lambda: case.model.generate(**common),
+        "merged": lambda: merged.generate(**common),
+    }
+    return {"generate_merged_cost": ratio(interleaved(contenders, rounds, device), "merged", "native")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="a tiny model in place of every one")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--part", choices=("all", "merged"), default="all")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "cpu":
@@ -217,8 +236,9 @@ def main() -> None:
         step = getattr(Case(*cases["width1024"]), args.peak_of)()
         print_peak(args.device, lambda: (step(), step()))
         return
-    results = {}
-    for name, given in cases.items():
+    long = (8 if args.quick else 64, 2 if args.quick else args.rounds)
+    results = merged_generation(shape("width1024"), args.device, *long)
+    for name, given in (cases if args.part == "all" else {}).items():
         print(name, file=sys.stderr)
         case = Case(*given)
         steps = {n: getattr(case, n)() for n in ("ours", "ours_trainer", "pyreft", "bare")}
@@ -228,11 +248,10 @@ def main() -> None:
         results[f"cost_over_bare_{name}"] = ratio(times, "ours", "bare")
         results[f"seconds_ours_{name}"] = figure(times["ours"])
         del case, steps
-    results |= generation(
-        shape("width1024"), args.device, 8 if args.quick else 64, 2 if args.quick else args.rounds
-    )
+    if args.part == "all":
+        results |= generation(shape("width1024"), args.device, *long)
     forwarded = ["--device", args.device, *(["--quick"] if args.quick else [])]
-    for contender in ("ours", "pyreft"):
+    for contender in ("ours", "pyreft") if args.part == "all" else ():
         suffix = "" if contender == "ours" else f"_{contender}"
         results[f"peak_memory_mb{suffix}"] = figure([peak_memory(__file__, contender, forwarded)])
     settings = {k: v for k, v in vars(args).items() if k not in ("json", "peak_of")}

@@ -308,6 +308,15 @@ def test_one_of_two_adapters_merges_and_the_other_goes_on():
     assert model.merged_adapters == []
 
 
+def test_adapters_of_one_site_do_not_merge_together():
+    model = adapted("gpt2", layers=(0,))
+    model.add_adapter("twin", model.adapter("default").config)
+    with pytest.raises(ValueError, match=r"\['default', 'twin'\] edit mlp_output\[0\]@all"):
+        model.merge_adapter(["default", "twin"])
+    model.merge_adapter("twin")  # by its name alone, active or not
+    assert model.merged_adapters == ["twin"]
+
+
 def test_two_adapters_merge_together():
     model = adapted("gpt2")
     more = ReftConfig(

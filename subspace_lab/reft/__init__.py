@@ -2,6 +2,7 @@
 
 from subspace_lab.reft.adapters_hub import from_adapters
 from subspace_lab.reft.config import METHODS, ReftConfig
+from subspace_lab.reft.control_vectors import load_control_vector, save_control_vector
 from subspace_lab.reft.data import PromptCollator, tokenise
 from subspace_lab.reft.finetune import finetune
 from subspace_lab.reft.model import ReftModel, get_reft_model
@@ -16,6 +17,8 @@ __all__ = [
     "from_adapters",
     "from_pyreft",
     "get_reft_model",
+    "load_control_vector",
+    "save_control_vector",
     "to_pyreft",
     "tokenise",
 ]

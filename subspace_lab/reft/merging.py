@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.families import HookPoint
@@ -34,12 +35,14 @@ def merge_adapters(backbone: Backbone, adapters: Mapping[str, Adapter], others: 
             trained along and holds the projection; otherwise as `model.merging.merge`.
     """
     refuse_model(backbone.model)
-    edits = {}
+    edits: dict[Site, Intervention] = {}
     for name, adapter in adapters.items():
         for site, edit in adapter.by_site().items():
             point = backbone.hook_point(site)
             _refuse_prompts(name, adapter, site, point, backbone.model)
             _refuse_neighbours(backbone, name, site, point, adapters, others)
+            if site in edits:
+                raise ValueError(f"Two of the adapters {list(adapters)} edit {site}; merge one of them.")
             edits[site] = edit
     merged = merge(backbone, edits)
     try:

@@ -144,7 +144,7 @@ class ReftModel(Running):
 
     # --- in the weights -------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None) -> None:
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None) -> None:
         """Put adapters into the base model's weights, the active ones by default; `unmerge_adapter` takes them out.
 
         An edit of all tokens at a projection (`mlp_output`, `attention_output`, `value_output`, `head_output`,
@@ -156,7 +156,8 @@ class ReftModel(Running):
             ValueError: an adapter that no weights stand for, with the reason, see `model.merging.merge`; adapters
                 that are merged already; another active adapter at the same projection; a name that is no adapter's.
         """
-        names = list(self.active_adapters if adapter_names is None else adapter_names)
+        given = self.active_adapters if adapter_names is None else adapter_names
+        names = [given] if isinstance(given, str) else list(given)
         if self._merged is not None:
             raise ValueError(
                 f"The adapters {list(self.merged_adapters)} are in the weights already"
@@ -177,7 +178,7 @@ class ReftModel(Running):
         self._merged.undo()
         self._merged, self.merged_adapters = None, []
 
-    def merge_and_unload(self, adapter_names: Sequence[str] | None = None) -> nn.Module:
+    def merge_and_unload(self, adapter_names: str | Sequence[str] | None = None) -> nn.Module:
         """The base model with adapters in its weights: the same object, a plain transformers model again.
 
         Save it with its own `save_pretrained`; nothing of this package is needed to load and run it. The arguments
