@@ -19,6 +19,12 @@ training pairs either way, and with the same names in .95 of the test pairs; wit
 floor. It has learned where these names are, not where "the name" is; the whole state of layer 28 carries new names
 too (1.00).
 
+Cities: the whole state at the city's last token in layer 16 moves the country in .97 of the pairs that ask for it, and
+takes language and continent with it (they stay in .27). With 32 of 576 dimensions DAS moves .67 and keeps .40; with
+isolation losses it moves .48 and keeps .64, and a random subspace moves .01 and keeps .91. So isolation can be bought,
+but of cities that are held out no subspace of this size, learned from 211 pairs of a model this small, moves the
+country alone: `disentangle` is .56 [.32, .79] at best, against .62 [.51, .73] for the whole state.
+
 Places are chosen on dev pairs; scores are of test pairs. Prompts count where the model is right on base and source.
 With --json the figures of the parts that ran replace those in the file, and the others stay; pictures go beside it.
 All of agreement, with its twin, took 15 minutes with --workers 2 --threads 1 on two cores; --layers takes some of its

@@ -54,7 +54,8 @@ def filled_cache(found: KeysAndValues, depth: int, rows: int, tokens: int, devic
     """A cache of so many earlier tokens, as if the model had just read them.
 
     Args:
-        found: keys and values; other blocks are not run, and only the length of their layer is asked for.
+        found: keys and values, with room behind those of the earlier tokens for the tokens that will run; other
+            blocks are not run, and only the length of their layer is asked for.
         depth: how many blocks the model has.
     """
     from transformers import DynamicCache
@@ -63,9 +64,9 @@ def filled_cache(found: KeysAndValues, depth: int, rows: int, tokens: int, devic
     if not tokens:
         return made
     nothing = torch.zeros(1, device=device).expand(rows, 1, tokens, 1)
-    skipped = _filled_layer(nothing, nothing)
+    skipped = _with_room()(nothing, nothing, tokens)
     made.layers = [
-        _filled_layer(found[i, "keys"], found[i, "values"]) if (i, "keys") in found else skipped
+        _with_room()(found[i, "keys"], found[i, "values"], tokens) if (i, "keys") in found else skipped
         for i in range(depth)
     ]
     return made
@@ -132,14 +133,49 @@ def caches_all_states(model: nn.Module, depth: int, state_blocks: Sequence[int])
     return with_state == list(state_blocks)
 
 
-def _filled_layer(keys: Tensor, values: Tensor) -> Any:
+class _Behind(torch.autograd.Function):
+    """New tokens written behind the earlier ones, into the room that is there: `torch.cat` would copy those too."""
+
+    @staticmethod
+    def forward(ctx: Any, new: Tensor, whole: Tensor) -> Tensor:
+        ctx.count = new.shape[-2]
+        whole[..., -ctx.count :, :].copy_(new)
+        return whole.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0][..., -ctx.count :, :], None
+
+
+@cache
+def _with_room() -> type:
+    """The class below, made when transformers is first needed."""
     from transformers.cache_utils import DynamicLayer
 
-    layer = DynamicLayer()
-    layer.keys, layer.values = keys, values
-    layer.dtype, layer.device = keys.dtype, keys.device  # type: ignore[attr-defined]
-    layer.is_initialized = True
-    return layer
+    class WithRoom(DynamicLayer):
+        """A layer that holds earlier tokens, and has room for those of the one run that it serves."""
+
+        def __init__(self, keys: Tensor, values: Tensor, tokens: int) -> None:
+            super().__init__()
+            self._whole: tuple[Tensor, Tensor] | None = (keys, values)
+            self.keys, self.values = keys[..., :tokens, :], values[..., :tokens, :]
+            self.dtype, self.device = keys.dtype, keys.device
+            self.is_initialized = True
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **named: Any
+        ) -> tuple[Tensor, Tensor]:
+            whole, self._whole = self._whole, None
+            new = (key_states, value_states)
+            if whole is None or not all(
+                one.shape[-2] + self.get_seq_length() == into.shape[-2] and one.dtype == into.dtype
+                for one, into in zip(new, whole, strict=True)
+            ):
+                return super().update(key_states, value_states, *args, **named)
+            self.keys, self.values = (_Behind.apply(one, into) for one, into in zip(new, whole, strict=True))
+            return self.keys, self.values
+
+    return WithRoom
 
 
 @cache

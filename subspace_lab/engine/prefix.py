@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -103,8 +103,10 @@ def gather_tokens(stored: Tensor, at: Tensor, tokens: Tensor, axis: int) -> Tens
 
 def _of_group(
     group: Group, at: Tensor, tokens: Tensor, boundary: int, device: torch.device
-) -> Iterable[tuple[tuple[int, str], Tensor]]:
-    start = next((i for i, (block, _) in enumerate(group.labels) if block >= boundary), len(group.labels))
-    chosen = gather_tokens(group.tensor[start:], at, tokens, 1).to(device, non_blocking=True)
-    parts: Iterator[Tensor] = iter(chosen.transpose(2, 3).unbind(0))
-    return zip(group.labels[start:], parts, strict=True)
+) -> Iterator[tuple[tuple[int, str], Tensor]]:
+    for label, stored in zip(group.labels, group.tensor.unbind(0), strict=True):
+        if label[0] >= boundary:
+            # One by one: the allocator gives memory of all blocks together back to the system after each step, and to
+            # ask for it again costs several times the copying.
+            chosen = gather_tokens(stored, at, tokens, 0).to(device, non_blocking=True)
+            yield label, chosen.transpose(1, 2)

@@ -124,8 +124,13 @@ class Suffix:
         return inputs if self.mask is None else {**inputs, "attention_mask": self.mask.long()}
 
     def earlier(self) -> Tensor:
-        """(rows, before) the numbers of the earlier tokens; rows with fewer of them have theirs on the right."""
-        return (torch.arange(self.before) - (self.before - self.first)[:, None]).clamp_min(0)
+        """(rows, before + tokens) the numbers of the earlier tokens, and behind them columns for those that run.
+
+        Rows with fewer earlier tokens have theirs on the right. The keys and values of the tokens that run will be
+        written over what the columns behind name, which is the row's first token.
+        """
+        numbers = (torch.arange(self.before) - (self.before - self.first)[:, None]).clamp_min(0)
+        return torch.nn.functional.pad(numbers, (0, self.ids.shape[1]))
 
     def stored(self, count: int) -> Tensor:
         """(rows, tokens) at which of `count` stored tokens the states of these tokens are."""
