@@ -313,7 +313,10 @@ def test_adapters_of_one_site_do_not_merge_together():
     model.add_adapter("twin", model.adapter("default").config)
     with pytest.raises(ValueError, match=r"\['default', 'twin'\] edit mlp_output\[0\]@all"):
         model.merge_adapter(["default", "twin"])
-    model.merge_adapter("twin")  # by its name alone, active or not
+    with pytest.raises(ValueError, match="another active adapter edits"):
+        model.merge_adapter("twin")
+    model.set_adapter("twin")
+    model.merge_adapter("twin")
     assert model.merged_adapters == ["twin"]
 
 
