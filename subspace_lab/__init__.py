@@ -1,8 +1,8 @@
-"""subspace_lab: where in a model does a variable live, does it do anything there, and can it be edited?
+"""subspace_lab: where does a model represent a variable, does it use it there, and can it be edited?
 
-The names below are what most experiments need; they are imported from their rooms when first used, so that
-`import subspace_lab` is light and does not yet import nnsight (which patches torch). More stand in the rooms:
-`subspace_lab.das`, `.reft`, `.analysis`, `.engine`, `.core`.
+The names below are enough for most experiments. They are imported when they are first used, so that `import
+subspace_lab` is fast and does not import nnsight (which patches torch). There are more in `subspace_lab.das`, `.reft`,
+`.analysis`, `.engine` and `.core`.
 """
 
 from __future__ import annotations
