@@ -1,4 +1,4 @@
-"""Worker processes on this machine for a sweep."""
+"""Worker processes of this machine for a sweep."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from subspace_lab.core.arguments import whole_number
 
 @contextmanager
 def local_workers(workers: int, *, threads: int | None = None) -> Iterator[Executor]:
-    """Processes for `sweep(..., executor=…)`.
+    """Some processes that `sweep(..., executor=…)` may use.
 
-    They are started as new processes, not forked from this one. On a machine with one GPU they share it.
+    They are begun anew, not forked from this one. On a GPU they share it.
 
     Args:
-        workers: the number of processes.
-        threads: threads of each process; by default the processor's cores are divided among them.
+        workers: how many.
+        threads: of each; by default the processor's cores are shared out among them.
 
     Raises:
-        TypeError, ValueError: not a whole number of 1 or more.
+        TypeError, ValueError: anything but a number from 1 on.
     """
     threads = max(1, (os.cpu_count() or 1) // max(1, workers)) if threads is None else threads
     for name, number in (("workers", workers), ("threads", threads)):
@@ -46,7 +46,7 @@ def _begin(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent ends: a killed parent cannot do that, and the worker would run on uselessly."""
+    """A process that is killed cannot end its workers, which would go on for nobody."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
