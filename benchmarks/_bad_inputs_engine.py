@@ -719,9 +719,7 @@ NOTHING = [
         (ValueError, "4 of 4 states"),
     ),
     Case("NaN logits are no answers", "5", nan_is_no_answer),
-    Case(
-        "a model of NaN logits", "5", of_nan(None), (ValueError, "gives NaN in the place of logits for 24 of 24")
-    ),
+    Case("a model of NaN logits", "5", of_nan(None), (ValueError, "gives NaN instead of logits for 24 of 24")),
     Case("a model of NaN states", "5", of_nan(0), (ValueError, "states are NaN in 24 of 24 rows")),
 ]
 
@@ -1027,7 +1025,7 @@ OTHERS = [
         "an edit that cannot be called",
         "19",
         lambda _: forward(lab(), rows(4), {SITE: 3}),
-        (TypeError, "an edit is an intervention or a function"),
+        (TypeError, "an edit must be an intervention or a function"),
     ),
     Case(
         "two edits of one place",
@@ -1058,7 +1056,7 @@ OTHERS = [
         "a memory of nothing",
         "19",
         lambda _: FrozenPast(lab(), rows(4), [LAST], Readout.at(rows(4)), memory="3 bananas"),
-        (ValueError, "write bytes or"),
+        (ValueError, "write a number of bytes"),
     ),
     Case(
         "no site to prepare",

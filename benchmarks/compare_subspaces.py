@@ -39,7 +39,7 @@ from harness import machine
 from subspace_lab.analysis.compared import read
 from subspace_lab.analysis.comparisons import Comparison, compare, spectra
 from subspace_lab.analysis.drift import DriftCorrected, procrustes, ridge
-from subspace_lab.analysis.geometry import Chance, consensus, containment, overlap
+from subspace_lab.analysis.geometry import Chance, consensus, overlap
 from subspace_lab.analysis.looks import prepared, principal_null
 from subspace_lab.analysis.mediation import carried, mediation
 from subspace_lab.analysis.plots import angle_spectrum
@@ -275,7 +275,6 @@ def loreft(quick: bool, pictures: Path | None) -> Found:
     top = {f"top {TOP} components": principal_null(look, fits, TOP)}
     for name, measure in {
         "overlap": overlap,
-        "containment": containment,
         "data-weighted": DataWeighted(look),
         "class means": ClassMeans(look),
         "effects": Functional(look),
@@ -287,7 +286,7 @@ def loreft(quick: bool, pictures: Path | None) -> Found:
             found |= figures(f"LoReFT {side}, {name}", one)
             say(one)
         if measure is overlap and pictures is not None:
-            compare(groups, across="method", within="seed", same_start=True).plot(pictures / "compare_loreft.png")
+            compare(groups, across="method", within="seed").plot(pictures / "compare_loreft.png")
     for name, group in groups.items():
         scores = [float(iia(one).mean()) for one in outcomes(look, read({"x": group}))]
         found[f"interchange in {name}, IIA"] = {

@@ -1,8 +1,8 @@
-"""subspace_lab: where in a model does a variable live, does it do anything there, and can it be edited?
+"""subspace_lab: where does a model represent a variable, does it use it there, and can it be edited?
 
-The names below are what most experiments need; they are imported from their rooms when first used, so that
-`import subspace_lab` is light and does not yet import nnsight (which patches torch). More stand in the rooms:
-`subspace_lab.das`, `.reft`, `.analysis`, `.engine`, `.core`.
+The names below are enough for most experiments. They are imported when they are first used, so that `import
+subspace_lab` is fast and does not import nnsight (which patches torch). There are more in `subspace_lab.das`, `.reft`,
+`.analysis`, `.engine` and `.core`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from subspace_lab.analysis.checking import check
     from subspace_lab.analysis.comparisons import compare
     from subspace_lab.analysis.plots import iia_heatmap, overlap_heatmap
     from subspace_lab.analysis.twins import reinitialised
@@ -84,7 +83,6 @@ _ROOMS = {
         "get_reft_model",
     ),
     "tasks": ("load_task",),
-    "analysis.checking": ("check",),
     "analysis.comparisons": ("compare",),
     "analysis.plots": (
         "iia_heatmap",
@@ -112,7 +110,6 @@ __all__ = [
     "ReftModel",
     "Site",
     "TrainingConfig",
-    "check",
     "collect",
     "compare",
     "finetune",

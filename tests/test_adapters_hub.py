@@ -225,7 +225,7 @@ def test_folders_of_pyreft_that_cannot_be_read(copied, tmp_path):
 
     refused(tmp_path, "config.json is missing", FileNotFoundError)
     folder = copied("pyreft_LoReFT")
-    refused(HERE / "pyreft_LoReFT_untied", "no prefix and suffix", positions="all")
+    refused(HERE / "pyreft_LoReFT_untied", "not a prefix and a suffix", positions="all")
     refused(HERE / "pyreft_NoReFT_bias", "add_bias and an activation", activation="relu")
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace("pyreft.interventions.Loreft", "__main__.Loreft"))
@@ -275,7 +275,7 @@ def test_folders_of_adapters_that_cannot_be_read(copied, tmp_path):
     changed()
     state = load_file(folder / "adapter.safetensors")
     save_file({**state, "lora_A": torch.ones(2)}, folder / "adapter.safetensors")
-    refused(folder, "'lora_A' is not of a ReFT layer")
+    refused(folder, "'lora_A' does not belong to a ReFT layer")
     twice = {**state, **{k.replace("model.layers", "encoder.layers"): v.clone() for k, v in state.items()}}
     save_file(twice, folder / "adapter.safetensors")
     refused(folder, r"\['encoder.layers', 'model.layers'\]")

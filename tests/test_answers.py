@@ -18,7 +18,7 @@ from subspace_lab.core.interventions import full_vector
 from subspace_lab.core.sites import Site
 from subspace_lab.das.answer_engine import SpelledAnswers, answer_engine
 from subspace_lab.das.answered import only_answered, right
-from subspace_lab.das.answers import Speller, as_spelled, as_tensor, clashes, serving, telling
+from subspace_lab.das.answers import Speller, as_spelled, as_tensor, clashes, distinguishing, serving
 from subspace_lab.das.encoding import as_message, encode, from_texts
 from subspace_lab.das.methods import DAS, FullVector
 from subspace_lab.das.pairs import Counterfactuals, Pairs
@@ -129,7 +129,7 @@ def test_answers_are_told_apart_by_their_shortest_beginnings(seed: int) -> None:
     assert {longer for _, longer in found} == {j for j in begun if j not in first}
     apart = [every[i] for i in first]
     assert not clashes(apart)
-    for one, short in zip(apart, telling(apart), strict=True):
+    for one, short in zip(apart, distinguishing(apart), strict=True):
         others = [two for two in apart if two != one]
         assert one[: len(short)] == short and not any(two[: len(short)] == short for two in others)
         assert len(short) == 1 or any(two[: len(short) - 1] == short[:-1] for two in others)
@@ -174,7 +174,7 @@ def test_splits_with_other_answers_are_joined_by_all_their_tokens() -> None:
     assert joined.test.answers == joined.train.answers and len(set(as_spelled(joined.test.tokens))) == 4
     told = [split.answers[int(split.answer)] for split in (joined.train, joined.dev, joined.test)]
     assert told == ["New York", "New Jersey", "Oslo"]
-    with pytest.raises(ValueError, match="Some splits have their answers scored whole"):
+    with pytest.raises(ValueError, match="Some splits score their answers whole"):
         Pairs(made("Oslo"), made("Oslo"), replace(made("Oslo"), whole=True))
 
 
@@ -266,7 +266,7 @@ def scores_by_hand(ids: Tensor, whole: bool, state: Tensor | None = None) -> Ten
     found = torch.zeros(len(ids), len(SPELLED))
     for i, row in enumerate(ids):
         for a, answer in enumerate(SPELLED):
-            short = answer if whole else telling(SPELLED)[a]
+            short = answer if whole else distinguishing(SPELLED)[a]
             for j, token in enumerate(short):
                 given = torch.cat([row, torch.tensor(short[:j], dtype=torch.long)])[None]
 
@@ -399,7 +399,7 @@ def test_a_search_counts_them_and_says_so() -> None:
     options: dict[str, Any] = {"methods": [FullVector()], "config": QUICK, "quiet": True}
     fits = search(tiny(), fixed, SITES[:1], min_accuracy=0.5, **options)
     assert fits[0].iia.n == 30 and fits.facts["answered"]["test"]["of"] == 60
-    assert "30 of 60 test pairs; of their bases it answers 40 right" in " ".join(str(fits).split())
+    assert "30 of 60 test pairs. It answers 40 of their bases right" in " ".join(str(fits).split())
     for more in ({"min_accuracy": 0.5, "right_only": False}, {"min_accuracy": None}):
         every = search(tiny(), fixed, SITES[:1], **options, **more)
         assert every[0].iia.n == 60 and every.facts["answered"] == {} and "Left out" not in str(every)

@@ -63,7 +63,7 @@ def test_all_files_are_written_and_nothing_else(done):
 
 def test_results_have_the_documented_keys(done):
     _, _, results = done
-    assert set(results) == {"settings", "model", "twin", "comparison", "verdict"}
+    assert set(results) == {"settings", "model", "twin", "comparison"}
     settings = results["settings"]
     expected = {
         "model": "tiny_decoder", "task": "price_tagging", "variable": PRICE_TAGGING.variable, "layers": "1",
@@ -260,7 +260,7 @@ BAD = {
     "receiver": (["--method", "PathPatching", "--receiver", "mlp[2]@last"], ["Unknown component 'mlp'"]),
     "receiver in front": (
         ["--method", "PathPatching", "--receiver", "mlp_output[0]@last"],
-        ["block_output[1]@amount", "mlp_output[0]@last", "behind"],
+        ["block_output[1]@amount", "mlp_output[0]@last", "must come after"],
     ),
     "receiver nowhere": (["--method", "PathPatching", "--receiver", "mlp_output[2]@price"], ["'price'", "unit"]),
     "layers of a submodule": (["--component", "lm_head.output"], ["lm_head.output", "no layers"]),
@@ -296,7 +296,7 @@ BAD = {
             "RandomSubspace",
         ],
     ),
-    "map alone": (["--method", "RevNet"], ["RevNet", "no evidence", "DAS,RevNet"]),
+    "map alone": (["--method", "RevNet"], ["RevNet", "not evidence", "DAS,RevNet"]),
     "no method": (["--method", ""], ["--method", "RandomSubspace"]),
     "method twice": (["--method", "PCA,pca"], ["twice", "PCA 8"]),
     "dev pairs": (["--dev-pairs", "0"], ["0 pairs", "1 or more"]),

@@ -99,7 +99,7 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
         (["--task", "price_tagging"], ["--task price_tagging and --data", "not both"]),
         (["--variable", "price"], ["--variable price", "the data have ['above_lower']"]),
         (["--positions", "unit"], ["no span is called 'unit'", "amount"]),
-        (["--pairs", "10"], ["--pairs", "is for --task"]),
+        (["--pairs", "10"], ["--pairs", "are for --task"]),
         (["--split-by", "entity"], ["by='entity'", "column 'split' already"]),
         (["--answers", "words"], ["--answers words", "token and sequence"]),
         (["--chat"], ["no chat template"]),

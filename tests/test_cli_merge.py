@@ -91,7 +91,7 @@ def test_adapters_that_do_not_merge_are_refused_in_one_line(tmp_path):
     for i, (options, message) in enumerate(
         [
             ({"positions": "f3+l3", "every_token": False}, "acts at the positions 'f3+l3'"),
-            ({"every_token": False}, "edits the prompt alone"),
+            ({"every_token": False}, "edits only the prompt"),
             ({"component": "block_output"}, "residual stream is the sum"),
             ({"activation": "tanh"}, "not one affine map"),
         ]

@@ -58,7 +58,7 @@ def test_an_interrupted_search_goes_on_and_leaves_what_an_undisturbed_one_leaves
     with monkeypatch.context() as patched:
         stop_at(patched, number)
         result = search(*OPTIONS, "--out", out)
-        assert result.exit_code == 130 and "--resume goes on" in result.stderr, (result.stderr, result.exception)
+        assert result.exit_code == 130 and "--resume continues" in result.stderr, (result.stderr, result.exception)
     assert search(*OPTIONS, "--out", out).exit_code == 2  # not without --resume
     with monkeypatch.context() as patched:
         calls = stop_at(patched, 99)
@@ -117,7 +117,7 @@ def test_another_search_is_refused(changes, message, whole):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     result = search(*OPTIONS, "--resume", "--out", tmp_path)
-    assert result.exit_code == 2 and "'notes.txt', which no search leaves" in result.stderr
+    assert result.exit_code == 2 and "'notes.txt', which no search writes" in result.stderr
 
 
 def test_twins_are_each_saved_and_more_can_follow(whole, tmp_path):
@@ -163,4 +163,4 @@ def test_a_screen_spares_sites_and_says_so(tmp_path):
     trained = [one for one in found["fits"] if one["method"] == "DAS"]
     assert len(trained) + len(found["screened"]) == 8 and found["screened"]
     assert all(one["method"] == "DAS 8" and 0 <= one["score"] <= 1 for one in found["screened"])
-    assert "screened" in result.stdout and "sites were spared" in " ".join(result.stdout.split())
+    assert "screened" in result.stdout and "sites were skipped" in " ".join(result.stdout.split())

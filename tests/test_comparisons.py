@@ -144,12 +144,25 @@ def test_fits_from_a_given_start_share_it():
     assert len(compare(fits, same_start=True).labels) == 2
 
 
-def test_fits_of_several_variables_are_compared_one_variable_at_a_time():
-    fits = swept(DAS(2), pairs=pairs(("v", "w")))
-    with pytest.raises(ValueError, match=r"\['v', 'w'\]"):
-        compare(fits)
-    found = compare({f"{fit.place} {name}": fit.subspace(name) for fit in fits for name in ("v", "w")})
-    assert found.matrix[0][1] < 1e-6 < found.matrix[0][2]
+def test_fits_of_several_variables_are_compared_by_variable():
+    fits = swept(DAS(2), pairs=pairs(("v", "w")), seeds=2)
+    found = compare(fits, across="seed", min_effect=None)
+    assert len(found.labels) == 8 and found.labels[1] == "block_output[0]@2, seed 0, w"
+    assert found.matrix[0][1] < 1e-6  # parts of one basis
+    assert found.across.pairs == 4  # each variable with itself, at two sites
+    alone = compare(fits, variable="w")
+    assert alone.labels[0] == "block_output[0]@2, seed 0"
+    assert alone.matrix[0][1] == pytest.approx(overlap(fits[0].subspace("w"), fits[1].subspace("w")))
+    with pytest.raises(ValueError, match=r"variable='x'.*\['v', 'w'\]"):
+        compare(fits, variable="x")
+    with pytest.raises(ValueError, match="Trained from one start"):
+        compare({"a": fits[0], "b": replace(fits[1], start=fits[0].start)})
+
+
+def test_the_start_of_an_adapter_that_is_not_told_is_none():
+    told = {"method": "LoReFT", "start": "random", "seed": 0}
+    given = {str(i): Alignment({"v": (SITES[0], random_subspace(8, 2, i))}, told) for i in range(2)}
+    assert compare(given).labels == ("0", "1")
 
 
 # --- across and within ------------------------------------------------------------------------------------------
@@ -441,9 +454,3 @@ def test_results_that_do_not_belong_together_are_refused():
         compare({"a": random_subspace(8, 2, 0), "b": 3})
     with pytest.raises(ValueError, match=r"Several subspaces have the labels"):
         compare({"a": [lone, replace(lone, start=5)]})
-
-
-def test_one_of_several_variables_is_compared():
-    fits = swept(DAS(2), pairs=pairs(("v", "w")))
-    found = compare(fits, variable="w")
-    assert found.matrix[0][1] == pytest.approx(overlap(fits[0].subspace("w"), fits[1].subspace("w")))

@@ -77,7 +77,7 @@ def test_a_slice_of_a_node_and_several_homes() -> None:
     [
         ("z", r"0 nodes are called 'z'.*\['a', 'b', 'c', 'd', 'e'\]"),
         ("e", "2 nodes are called 'e'; needed is one"),
-        ("d", "'d' never stands in the residual stream"),
+        ("d", "'d' is never in the residual stream"),
     ],
 )
 def test_nodes_that_tell_nothing_are_refused(name: str, message: str) -> None:

@@ -142,7 +142,7 @@ def test_a_name_is_the_last_token_of_its_span(kind: str) -> None:
 def test_a_span_without_a_token_is_refused() -> None:
     data = pairs("She", "He").to_list()
     data[1]["base_spans"]["name"] = [4, 5]  # a space, to which no word belongs
-    with pytest.raises(ValueError, match=r"No token stands in the span 'name' \(4 to 5\) of 'Once upon"):
+    with pytest.raises(ValueError, match=r"No token is in the span 'name' \(4 to 5\) of 'Once upon"):
         encode(Dataset.from_list(data), word_level(), ["She", "He"])
 
 
@@ -167,7 +167,9 @@ def test_an_answer_of_the_data_that_was_not_listed_is_named() -> None:
 
 
 def test_a_tokenizer_that_cannot_tell_positions_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"ByT5Tokenizer does not tell where its tokens stand.*a fast one does"):
+    with pytest.raises(
+        ValueError, match=r"ByT5Tokenizer does not give the places of its tokens.*a fast tokenizer does"
+    ):
         encode(pairs("She", "He"), ByT5Tokenizer(), ["She", "He"])
 
 

@@ -169,7 +169,7 @@ def test_adapters_of_both_kinds_do_not_run_in_one_call():
         lambda: finetune(model, examples(), TrainingConfig(steps=1), quiet=True),
         lambda: model(**given, adapter_names=["default", "prompt", "__base__"]),
     ):
-        with pytest.raises(ValueError, match="every token and such that edit the prompt alone"):
+        with pytest.raises(ValueError, match="every token and adapters that edit only the prompt"):
             call()
     model.set_adapter("default")
     with torch.no_grad():

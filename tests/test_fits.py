@@ -506,5 +506,5 @@ def test_a_subspace_that_works_where_the_whole_state_does_nothing_is_remarked() 
     """A swap of everything that changes nothing, and a subspace that changes everything: the mark of an illusion."""
     strange = made_fits([made_fit(method=DAS(1), test=0.95), made_fit(method=FullVector(), test=0.30)])
     usual = made_fits([made_fit(method=DAS(1), test=0.95), made_fit(method=FullVector(), test=0.60)])
-    assert "the swap of the full vector is at its floor (0.30)" in words(repr(strange))
+    assert "the interchange of the full vector is at its floor (0.30)" in words(repr(strange))
     assert "Caution" not in repr(usual)

@@ -49,7 +49,7 @@ def test_positions_by_a_piece_of_text(tokenizer: Any) -> None:
     ("changes", "told"),
     [
         ({"source": ["price : 7"]}, "'variable': 1"),
-        ({"spans": {"amount": ["45", "45"]}}, "'amount' is at '45'"),
+        ({"spans": {"amount": ["45", "45"]}}, "'amount' is the text '45'"),
         ({"answer": ["not a token", "yes"]}, "'not a token' cannot be written"),
         ({"base": [], "source": [], "answer": [], "base_answer": []}, "at least one"),
         ({"base": ["price : 45 dollars", ""]}, "Text 1 is '': it has no token"),
@@ -57,7 +57,7 @@ def test_positions_by_a_piece_of_text(tokenizer: Any) -> None:
             {"source_answer": {"other": ["no", "yes"]}},
             r"source_answer has \['other'\]; the variables are",
         ),
-        ({"spans": {"amount": [[0, 1, 2], [0, 1]]}}, r"is at \[0, 1, 2\]; needed is a piece of text, or its"),
+        ({"spans": {"amount": [[0, 1, 2], [0, 1]]}}, r"is \[0, 1, 2\]; needed is a piece of text, or its"),
         ({"answer": ["\ud800", "yes"]}, "half of a character"),
     ],
 )

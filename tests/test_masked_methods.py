@@ -291,7 +291,7 @@ def test_kinds_that_are_missing_are_a_failure_with_its_reason() -> None:
     assert [(f.method, f.reason) for f in found.failures] == [
         (
             "MDAS 2",
-            "MDAS 2 needs training pairs of the kind 'isolate' or 'stays'; those here are of the kinds ['cause'].",
+            "MDAS 2 needs training pairs of the kind 'isolate' or 'stays'; the kinds here are ['cause'].",
         )
     ]
     assert [fit.method.label for fit in found] == ["MDAS 2 isolate=0.0", "PCA 2"]

@@ -355,13 +355,13 @@ def test_modules_that_were_trained_along_take_their_places(undone):
     [
         (
             {"positions": "f3+l3", "every_token": False},
-            r"positions 'f3\+l3', weights at all tokens; serve it with",
+            r"positions 'f3\+l3', weights at all tokens; use it with",
         ),
         ({"positions": "f3+l3", "every_token": False, "tied": "group"}, r"'f3\(l3\)', weights at all tokens"),
-        ({"every_token": False}, "edits the prompt alone.*every_token=True"),
+        ({"every_token": False}, "edits only the prompt.*every_token=True"),
         ({"component": "block_output"}, "GPT2Block, not a linear map.*mlp_output, attention_output"),
         ({"activation": "tanh", "start": "paper"}, "not one affine map"),
-        ({"modules_to_save": ("mlp",)}, r"modules_to_save of 'default' names transformer.h.0.mlp"),
+        ({"modules_to_save": ("mlp",)}, r"transformer.h.0.mlp is one of the modules_to_save of 'default'"),
     ],
     ids=str,
 )
@@ -419,7 +419,7 @@ def test_edits_that_no_weights_stand_for_are_refused():
     refused(
         fresh("gpt2"), {site: iv.steer(random_subspace(8, 1, 1), 1.0)}, "width 32, the intervention was made for 8"
     )
-    refused(fresh("gpt2"), {site: good, Site("transformer.h.0.mlp.c_proj.output"): good}, "the same numbers")
+    refused(fresh("gpt2"), {site: good, Site("transformer.h.0.mlp.c_proj.output"): good}, "the same dimensions")
     # The second is refused before the first has changed anything.
     refused(fresh("gpt2"), {site: good, Site("block_output", 1): good}, "GPT2Block")
     with pytest.raises(TypeError, match="edits"):

@@ -264,7 +264,7 @@ def test_an_alignment_is_a_start(place: dict[str, Site]) -> None:
         (random_orthonormal(WIDTH, 2, 0), ("v",), r"start of 'v' has shape \(2, 32\); needed at .* \(3, 32\)"),
         (random_orthonormal(16, 3, 0), ("v",), r"shape \(3, 16\)"),
         (2 * random_orthonormal(WIDTH, 3, 0), ("v",), "not orthonormal"),
-        (random_orthonormal(WIDTH, 3, 0), TWO, r"variables \['v', 'w'\] is an Alignment"),
+        (random_orthonormal(WIDTH, 3, 0), TWO, r"variables, \['v', 'w'\], must be an Alignment"),
         (Alignment({"v": (SITE, random_subspace(WIDTH, 3, 0))}), TWO, r"variables \['v'\] and lacks \['w'\]"),
         (
             Alignment({name: (SITE, random_subspace(WIDTH, 3, 0)) for name in TWO}),

@@ -263,7 +263,7 @@ def test_states_of_every_start(name, padding, models):
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_sites_that_are_edited_together(padding, models, capsys, monkeypatch):
     """Named as a tuple, they are resumed too; not named, they are run plainly, and that is said once."""
-    monkeypatch.setattr(notices, "_said", set())
+    monkeypatch.setattr(notices, "_printed", set())
     model = models("lfm2")
     backbone, columns = Backbone(model), {"early": torch.tensor([0, 8, 1, 7, 0, 9])}
     batch = Batch(inputs("gpt2", 6, 12, lengths=LENGTHS, padding=padding), columns=columns)
@@ -286,7 +286,7 @@ def test_sites_that_are_edited_together(padding, models, capsys, monkeypatch):
             past.logits(torch.tensor([2, 0, 4]), edits)
             assert len(ran) == blocks
         said = capsys.readouterr().err
-        assert said.count("\n") == blocks and ("Name them as a tuple" in said) == bool(blocks)
+        assert said.count("\n") == blocks and ("Give them as a tuple" in said) == bool(blocks)
         compare(past, plain, torch.tensor([2, 0, 4, 1, 2]), edits)
         for site in (early, late, others[0]):  # each alone as well
             compare(past, plain, torch.tensor([1, 3]), {site: loreft(WIDTH, 2, seed=3, start="paper")})

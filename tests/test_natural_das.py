@@ -111,7 +111,7 @@ def test_fits_that_are_older_than_the_setting_are_read(tmp_path: Path) -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    with pytest.raises(ValueError, match="of which some share a site"):
+    with pytest.raises(ValueError, match="some of which share a site"):
         swept(DAS(2, natural=0.1), SITES[:1], pairs=pairs(("a", "b")))
     assert len(swept(DAS(2, natural=0.1), [{"a": SITES[0], "b": SITES[1]}], pairs=pairs(("a", "b")))) == 1
     with pytest.raises(ValueError, match="natural=-1"):

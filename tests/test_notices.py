@@ -19,7 +19,7 @@ SITE = Site("block_output", 0, "last")
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notices, "_said", set())
+    monkeypatch.setattr(notices, "_printed", set())
 
 
 def make(model: nn.Module, batch: Batch, positions: str = "last", **options) -> FrozenPast:

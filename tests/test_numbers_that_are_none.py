@@ -223,7 +223,7 @@ def test_a_model_that_gives_nan():
     with torch.no_grad():
         model.transformer.ln_f.weight[5] = NAN
     options = {"config": QUICK, "min_accuracy": None, "quiet": True}
-    with pytest.raises(ValueError, match="The model gives NaN in the place of logits for 60 of 60 bases"):
+    with pytest.raises(ValueError, match="The model gives NaN instead of logits for 60 of 60 bases"):
         sweep(Backbone(model), pairs(), SITES[:1], [DAS(1)], **options)
     with torch.no_grad():
         model.transformer.h[0].ln_1.weight[5] = NAN

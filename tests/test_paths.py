@@ -271,7 +271,7 @@ def test_rows_of_different_lengths():
     full = scores(FullVector(), at, pairs=unequal, unmatched="keep_base")
     for receiver in ("block_output[0]@all", "block_output[1]@all", "block_output[2]@last"):
         assert same(scores(PathPatching(receiver), at, pairs=unequal, unmatched="keep_base"), full)
-    with pytest.raises(ValueError, match="as many of both"):
+    with pytest.raises(ValueError, match="the same number in both"):
         scores(PathPatching("block_output[1]@all"), at, pairs=unequal)
     # A base and its source of one length need no leave.
     paired = replace(data, sources={"v": ragged(3, ids=4)})
@@ -289,9 +289,9 @@ def test_rows_of_different_lengths():
         (
             "block_output[1]@last",
             "block_output[0]@last",
-            r"block_output\[1\]@last to block_output\[0\]@last.*behind",
+            r"block_output\[1\]@last to block_output\[0\]@last.*must come after",
         ),
-        ("mlp_output[1]@last", "query_output[1].heads(0)@last", "behind"),
+        ("mlp_output[1]@last", "query_output[1].heads(0)@last", "must come after"),
         ("head_output[1].heads(0)@last", "head_output[1].heads(1,2)@last", "side by side"),
         ("head_output[1].heads(0)@last", "head_output[2].heads(4)@last", "possible are 0 to 3"),
         ("block_output[0]@last", "block_output[1]@subject", "subject"),

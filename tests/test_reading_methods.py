@@ -154,7 +154,7 @@ def test_states_without_a_difference_are_refused() -> None:
     for method in (LDA(), Probe()):
         with pytest.raises(ValueError, match="has 1 value here"):
             method.learner(with_states(torch.randn(20, WIDTH), one_value))
-    with pytest.raises(ValueError, match="2 clusters of 20 states, of which fewer than that differ"):
+    with pytest.raises(ValueError, match="2 clusters of 20 states: fewer than that are different"):
         KMeans().learner(with_states(same, one_value))
     with pytest.raises(ValueError, match="do not vary within the values"):
         LDA().learner(with_states(same, torch.arange(20) % 2))

@@ -150,10 +150,10 @@ ONE = random_subspace(32, 3, 5)
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"a": (SITE, ONE), "b": (Site("block_output", 2, "first"), ONE)}, "No one adapter can have"),
+        ({"a": (SITE, ONE), "b": (Site("block_output", 2, "first"), ONE)}, "No single adapter can have"),
         ({"a": (SITE, ONE), "b": (Site("mlp_output", 2, "last"), ONE)}, "one component, one set of positions"),
         ({"a": (SITE, ONE), "b": (Site("block_output", 2, "last"), random_subspace(32, 2, 5))}, "rank 2"),
-        ({"a": (Site("model.norm.output"), ONE)}, "No one adapter can have"),
+        ({"a": (Site("model.norm.output"), ONE)}, "No single adapter can have"),
         ({"a": (Site("head_output", 1, "last", heads=0), random_subspace(8, 3, 5))}, "no single heads"),
         (
             {
@@ -212,7 +212,7 @@ CASES = [
     (lambda: ReftConfig(parts={"a": 1.0, "b": 3}), "the size of part 'a'=1.0: a whole number is needed, found float"),
     (lambda: get_reft_model(model, {"rank": 2}), "config_or_alignment is of type dict; needed is ReftConfig or A"),
     (lambda: get_reft_model(model, found, config={"rank": 2}), "config is of type dict; needed is ReftConfig"),
-    (lambda: get_reft_model(model, ReftConfig(), config=ReftConfig()), "Two configurations: config= goes with an"),
+    (lambda: get_reft_model(model, ReftConfig(), config=ReftConfig()), "Two configurations: config= is only for an"),
     (lambda: get_reft_model("gpt2", ReftConfig()), "model is of type str; needed is Module: the base"),
     (lambda: LearnedSubspace(8, 2.0), "rank=2.0: a whole number is needed, found float."),
     (lambda: LearnedSubspace(8.0, 2), "width=8.0: a whole number is needed, found float"),

@@ -122,7 +122,7 @@ def tied(*modules):
 
 @pytest.mark.parametrize("name", ["wte", "transformer.wte", "lm_head"])
 def test_one_of_two_tied_modules_is_refused(name):
-    with pytest.raises(ValueError, match=r"tied no longer. Name all of \['transformer.wte', 'lm_head'\]"):
+    with pytest.raises(ValueError, match=r"no longer tied. Name all of \['transformer.wte', 'lm_head'\]"):
         tied(name)
 
 

@@ -40,7 +40,7 @@ def test_presets_are_named_as_in_the_literature():
         ({"basis": "fixed", "method": "DiReFT"}, "no orthonormal basis"),
         ({"parts": {"a": 2, "b": 3}}, "4 together"),
         ({"parts": {"a": 4, "b": 0}}, "1 or more"),
-        ({"parts": {"a": 4}, "method": "NoReFT"}, "no orthonormal basis to part"),
+        ({"parts": {"a": 4}, "method": "NoReFT"}, "no orthonormal basis to split"),
         ({"parts": (("a", 2), ("a", 2))}, "distinct"),
         ({"parts": {"a.b": 4}}, "identifiers"),
     ],

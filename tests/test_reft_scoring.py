@@ -134,9 +134,9 @@ def test_lengths_around_calls_are_those_of_the_argument():
 def test_lengths_that_do_not_fit_are_refused():
     model, batch = decoder("l2"), collate(list(answers(4)))
     for said, error, sentence in (
-        ([3, 3], ValueError, "said for 2 examples, and a call inside has 4"),
-        (lambda ids: [1], ValueError, "said for 1 examples"),
-        ("none", ValueError, "the only word is 'all'"),
+        ([3, 3], ValueError, "given for 2 examples, and a call inside has 4"),
+        (lambda ids: [1], ValueError, "given for 1 examples"),
+        ("none", ValueError, "the only possible text is 'all'"),
         (2.5, TypeError, "lengths"),
         (99, ValueError, "Prompt lengths"),
     ):
@@ -146,7 +146,7 @@ def test_lengths_that_do_not_fit_are_refused():
         with model.prompt_lengths(3):
             raise KeyError("inside")
     except KeyError:
-        assert model._said is None
+        assert model._outer_lengths is None
 
 
 def test_training_without_labels_inside_the_block():

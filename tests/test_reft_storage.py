@@ -165,7 +165,7 @@ def test_adapters_of_other_base_models_are_refused(saved):
         (llama(hidden_size=64), "hidden_size 32, here 64"),
         (llama(num_hidden_layers=2), "num_hidden_layers 3, here 2"),
         (fresh("mistral"), "model_type 'llama', here 'mistral'"),
-        (llama(seed=1), r"embeddings are others \(cosine"),
+        (llama(seed=1), r"embeddings are different \(cosine"),
     ):
         with pytest.raises(ValueError, match=message):
             ReftModel.from_pretrained(base, folder)

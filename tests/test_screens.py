@@ -86,7 +86,7 @@ def test_the_screen_looks_at_dev_and_keeps_what_scores_highest(
 def test_the_table_tells_screened_cells_from_missing_ones(screened: Fits) -> None:
     one = screened.screened[0]
     for shown in (repr(screened), screened._repr_html_()):
-        assert f"screened ({one.score:.2f})" in shown and "sites were spared" in shown
+        assert f"screened ({one.score:.2f})" in shown and "sites were skipped" in shown
     assert screened.best() in screened.fits
     only = screened.where(method=DAS)
     assert len(only.places) <= 3  # the other sites have no fit at all, and stand in the table all the same
@@ -101,17 +101,17 @@ def test_screened_cells_are_saved(screened: Fits, tmp_path: Path) -> None:
 
 def test_a_screened_sweep_goes_on(screened: Fits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted in the screen, and then in the search."""
-    hopes_of, calls = _places.Places.hopes_of, []
+    screen_scores_of, calls = _places.Places.screen_scores_of, []
 
     def counted(places: Any, cohort: Any, turn: int, share: float) -> Any:
         calls.extend((number, share) for number in cohort)
         if len(set(calls)) >= 4 and not interrupted:
             interrupted.append(len(cohort))
             interrupt()
-        return hopes_of(places, cohort, turn, share)
+        return screen_scores_of(places, cohort, turn, share)
 
     interrupted: list[int] = []
-    monkeypatch.setattr(_places.Places, "hopes_of", counted)
+    monkeypatch.setattr(_places.Places, "screen_scores_of", counted)
     with pytest.raises(KeyboardInterrupt):
         swept(METHODS, SIX, seeds=2, screen=STRICT, out=tmp_path)
     with monkeypatch.context() as patched:
@@ -151,7 +151,7 @@ def test_a_later_round_takes_nothing_back(monkeypatch: pytest.MonkeyPatch) -> No
     said = {0: {0: 0.9, 1: 0.5, 2: 0.4, 3: 0.3}, 1: {0: 0.2, 1: 0.6, 2: 0.5}}
     monkeypatch.setattr(
         _places.Places,
-        "hopes_of",
+        "screen_scores_of",
         lambda _, cohort, turn, share: {number: said[turn][number] for number in cohort},
     )
     left = swept([DAS(1)], SIX[:4], screen=Screen(steps=(0.2, 0.4), keep=0.7, margin=0, least=1))

@@ -156,7 +156,7 @@ def test_every_component_is_where_the_architecture_has_it(name):
             ValueError,
             r"no stack 'middle'; the model has \['encoder\.', 'decoder\.'\]",
         ),
-        ("mlp", Site("block_output", 1), ValueError, r"no stack of transformer blocks .* as in 'first\.output'"),
+        ("mlp", Site("block_output", 1), ValueError, r"no stack of transformer blocks .* such as 'first\.output'"),
         ("mlp", Site("third.output"), ValueError, r"no submodule 'third'; it has \['bend', 'bend_again', 'first'"),
         ("gpt2", Site("transformer.h.9.output"), ValueError, r"no submodule 'transformer\.h\.9'; it has \["),
     ],

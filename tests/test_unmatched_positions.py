@@ -140,7 +140,7 @@ def test_the_message_names_the_example_and_both_counts(lab):
     site = Site("block_output", 1)
     states = collect(lab, source, [site])
     edits = {site: interchange(Axes(WIDTH))}
-    sentence = r"row 1 of the base has 4 positions and its source has 3; an interchange needs as many"
+    sentence = r"row 1 of the base has 4 positions and its source has 3; an interchange needs the same number"
     for run in (
         lambda: forward(lab, base, edits, sources=states),
         lambda: generate(lab, base, edits, sources=states, max_new_tokens=1),
@@ -255,7 +255,7 @@ def test_what_the_counts_cannot_tell_is_refused():
         match("name+last", torch.tensor([3]), torch.tensor([2]), 3)
     assert match("name+last", torch.tensor([3]), torch.tensor([3]), 3).tolist() == [[0, 1, 2]]
     for mixed in ("2:-2+4", "-3:5", "a+b", "f3[0]+l2[1]"):
-        with pytest.raises(ValueError, match="cannot be told"):
+        with pytest.raises(ValueError, match="it is not clear which position"):
             match(mixed, torch.tensor([3]), torch.tensor([2]), 3)
 
 

@@ -126,8 +126,11 @@ EXPECTED = {
     "no chunk": ("ValueError", "chunk=0: at least 1"),
     "memory": ("TypeError", "memory=1.5: a whole number is needed, found float"),
     "memory, true": ("TypeError", "memory=True: a whole number is needed, found bool"),
-    "rows as fractions": ("TypeError", "tensor of indices with one axis, torch.tensor([0, 3]) say; found (2,) "),
-    "rows as list": ("TypeError", "tensor of indices with one axis, torch.tensor([0, 3]) say; found list"),
+    "rows as fractions": (
+        "TypeError",
+        "tensor of indices with one axis, such as torch.tensor([0, 3]); found (2,) ",
+    ),
+    "rows as list": ("TypeError", "tensor of indices with one axis, such as torch.tensor([0, 3]); found list"),
     "row alone": ("TypeError", "found () torch.int64"),
     "tokens": ("TypeError", "tokens=[1.5]: a list of token ids"),
     "tokens as text": ("TypeError", "tokens=['yes', 'no']: a list of token ids"),

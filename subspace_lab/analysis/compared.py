@@ -71,13 +71,13 @@ def read(
         given: the results, or {name: results}. The name is that of the method where methods are compared, and of the
             model where models are.
         across: what is compared.
-        variable: of alignments with several variables.
+        variable: the one that is taken of several, all by default.
         min_effect: a fit counts if the lower limit of its IIA on test is above floor + min_effect · (1 − floor); None
             counts all.
 
     Raises:
         TypeError: something that holds no subspaces.
-        ValueError: nothing, results of different tasks or models, several variables and none named.
+        ValueError: nothing, results of different tasks or models, a variable that is not there.
     """
     groups = _groups(given)
     _check_facts({name: _facts(one) for name, one in groups.items()}, across)
@@ -147,11 +147,11 @@ def _groups(given: Any) -> dict[str, Any]:
 def _items(name: str, one: Any, variable: str | None, min_effect: float | None) -> list[Compared]:
     if isinstance(one, Fits):
         floor = one.floors["test"].highest if "test" in one.floors else None
-        return [_of_fit(fit, variable, min_effect, floor) for fit in _chosen(one, variable)]
+        return [item for fit in _chosen(one, variable) for item in _of_fit(fit, variable, min_effect, floor)]
     if isinstance(one, Fit):
-        return [_of_fit(one, variable, min_effect)]
+        return _of_fit(one, variable, min_effect)
     if isinstance(one, Alignment):
-        return [_of_alignment(one, variable)]
+        return _of_alignment(one, variable)
     if isinstance(one, Subspace):
         return [Compared(name, one)]
     if isinstance(one, Sequence) and not isinstance(one, str):
@@ -162,7 +162,9 @@ def _items(name: str, one: Any, variable: str | None, min_effect: float | None) 
     )
 
 
-def _of_fit(fit: Fit, variable: str | None, min_effect: float | None, floor: float | None = None) -> Compared:
+def _of_fit(
+    fit: Fit, variable: str | None, min_effect: float | None, floor: float | None = None
+) -> list[Compared]:
     told = fit.alignment.facts.get("controls", {})
     known = [told[name]["iia"] for name in ("no intervention", "best constant answer") if name in told]
     floor = max(known, default=None) if floor is None else floor
@@ -170,22 +172,28 @@ def _of_fit(fit: Fit, variable: str | None, min_effect: float | None, floor: flo
     counts = True
     if score is not None and floor is not None and min_effect is not None:
         counts = score.low > floor + min_effect * (1 - floor)
-    found = _of_alignment(fit.alignment, variable)
-    return replace(found, method=fit.method.label, seed=fit.seed, start=fit.start, counts=counts)
+    found = {"method": fit.method.label, "seed": fit.seed, "counts": counts}
+    return [replace(item, **found) for item in _of_alignment(fit.alignment, variable, fit.start)]  # type: ignore[arg-type]
 
 
-def _of_alignment(alignment: Alignment, variable: str | None) -> Compared:
-    name = variable or next(iter(alignment.variables))
-    start = alignment.facts.get("start")
-    return Compared(
-        label=name,
-        subspace=alignment.subspace(variable),
-        site=alignment.site(variable),
-        variable=name,
-        method=str(alignment.facts.get("method", "")),
-        seed=alignment.facts.get("seed"),
-        start=start if isinstance(start, int | str) else None,
-    )
+def _of_alignment(alignment: Alignment, variable: str | None, start: int | str | None = None) -> list[Compared]:
+    """Each variable, or the one that is named; those of one search are parts of one start, orthogonal to each other."""
+    facts, names = alignment.facts, list(alignment.variables) if variable is None else [variable]
+    told = facts.get("start") if start is None else start
+    # An adapter of ReFT says "random", which does not tell one start from another.
+    known = told if isinstance(told, int | str) and told != "random" else None
+    return [
+        Compared(
+            label=name,
+            subspace=alignment.subspace(name),
+            site=alignment.site(name),
+            variable=name,
+            method=str(facts.get("method", "")),
+            seed=facts.get("seed"),
+            start=known if known is None or len(alignment.variables) == 1 else f"{known} of {name}",
+        )
+        for name in names
+    ]
 
 
 def _chosen(fits: Fits, variable: str | None) -> list[Fit]:
@@ -201,8 +209,11 @@ def _chosen(fits: Fits, variable: str | None) -> list[Fit]:
 
 def _labelled(name: str, items: list[Compared]) -> list[Compared]:
     """Each under the parts of its name that others of its group do not share, behind the name of the group."""
-    parts = [(str(item.site) if item.site else item.label, item.method, f"seed {item.seed}") for item in items]
-    differing = [k for k in range(3) if len({part[k] for part in parts}) > 1]
+    parts = [
+        (str(item.site) if item.site else item.label, item.method, f"seed {item.seed}", item.variable)
+        for item in items
+    ]
+    differing = [k for k in range(4) if len({part[k] for part in parts}) > 1]
     differing = differing or ([] if name else [0])
     return [
         replace(item, label=", ".join([*([name] if name else []), *(part[k] for k in differing)]))

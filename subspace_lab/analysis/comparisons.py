@@ -70,13 +70,13 @@ def compare(
         same_start: compare also what was trained from one start.
         min_effect: of the IIA on test, as a share of the way from the floor to 1, that its interval must be above;
             None counts all fits, whatever they do.
-        variable: which one is compared, of fits with several.
+        variable: the one that is compared, of fits with several; by default all are, each with itself.
         same_start_allowed: the former name of `same_start`.
 
     Raises:
         TypeError: something that holds no subspaces.
-        ValueError: nothing to compare, different widths, tasks or models, a subspace without a seed, several variables
-            in a fit, all fits at their floor, one seed where two are needed; or two subspaces from one start: a
+        ValueError: nothing to compare, different widths, tasks or models, a subspace without a seed, a variable that
+            is not there, all fits at their floor, one seed where two are needed; or two subspaces from one start: a
             basis stays near its start, so they overlap whatever the model does.
     """
     if same_start_allowed is not None:

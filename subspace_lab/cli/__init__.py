@@ -1,15 +1,14 @@
-"""The terminal: `subspace-lab search`, `check`, `compare`, `finetune`, `merge` and `report`, a file each.
+"""The command line: `subspace-lab search`, `compare`, `finetune`, `merge` and `report`, one file each.
 
-Only the terminal's own libraries are imported at the top of these files; torch and what needs it wait until a
-command runs, so that `--help` answers at once. Results go to standard output, progress and complaints to
-standard error. What cannot be done is said in one line before any long work, with exit code 2.
+Only the libraries of the command line are imported at the top of these files. torch, and everything that needs it, is
+imported when a command runs, so that `--help` answers at once. Results go to standard output; progress and errors go to
+standard error. An error is one line, printed before any long work, with exit code 2.
 """
 
 from __future__ import annotations
 
 import typer
 
-from subspace_lab.cli.check import check as _check
 from subspace_lab.cli.compare import compare as _compare
 from subspace_lab.cli.finetune import finetune as _finetune
 from subspace_lab.cli.merge import merge as _merge
@@ -21,10 +20,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",  # which fills paragraphs
+    rich_markup_mode="markdown",  # it joins the lines of a paragraph
 )
 app.command("search")(_search)
-app.command("check")(_check)
 app.command("compare")(_compare)
 app.command("finetune")(_finetune)
 app.command("merge")(_merge)

@@ -1,4 +1,4 @@
-"""What `subspace-lab search` is asked to search for: a task, or pairs of a user's own."""
+"""The subject of a `subspace-lab search`: a task, or the user's own pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from subspace_lab.das.pairs import Pairs
-else:  # names in annotations have to exist at run time as well, and importing these takes seconds
+else:  # names in annotations must exist at run time too, but importing these takes seconds
     Pairs = Any
 
 Answers = Literal["token", "sequence"]
@@ -22,14 +22,14 @@ MOST_PAIRS = 1_000_000
 
 @dataclass(frozen=True)
 class Asked:
-    """What is searched for.
+    """The subject of a search.
 
     Attributes:
-        name: of the task, or of the file.
-        variables: that are exchanged.
+        name: the name of the task, or of the file.
+        variables: the variables that are exchanged.
         spans: the named positions.
         pairs: tokenizer → the pairs.
-        settings: what results tell of this.
+        settings: what the results say about this.
     """
 
     name: str
@@ -48,7 +48,7 @@ def of_task(
     chat: bool,
     split_by: str | None,
 ) -> Asked:
-    """A task that comes along (ValueError for one that does not exist, or without the variable)."""
+    """A task of this package. ValueError for an unknown task, or a task without the variable."""
     from subspace_lab.tasks import load_task
 
     if split_by is not None:
@@ -89,13 +89,13 @@ def of_data(
     chat: bool,
     split_by: str | None,
 ) -> Asked:
-    """Pairs of a file, which is read and checked at once."""
+    """Pairs from a file, which is read and checked at once."""
     from subspace_lab.das.datafiles import described, load_pairs
 
     if task is not None:
-        raise ValueError(f"--task {task} and --data {data}: one of the two is searched, not both.")
+        raise ValueError(f"--task {task} and --data {data}: give one of the two, not both.")
     if given := [OPTIONS[name] for name, n in numbers.items() if n is not None]:
-        raise ValueError(f"{', '.join(given)}: how many pairs are drawn is for --task; of --data all are taken.")
+        raise ValueError(f"{', '.join(given)}: numbers of pairs are for --task; with --data all pairs are used.")
     variables, spans = described(data)
     if variable is not None and variable not in variables:
         raise ValueError(f"--variable {variable}: the data have {variables}.")

@@ -1,4 +1,4 @@
-"""What the commands share: saying what cannot be done, ending early, the options that they have in common."""
+"""Shared parts of the commands: error messages, interrupts, and common options."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import typer
 
-SMALL = 10_000_000  # parameters of a model that one thread runs fastest
+SMALL = 10_000_000  # models with fewer parameters run fastest on one thread
 DTYPES = ("float32", "bfloat16", "float16")
-INTERRUPTED = 130  # the exit code of what Ctrl-C ended, as shells expect it
+INTERRUPTED = 130  # the exit code after Ctrl-C that shells expect
 
 
 def say(text: object) -> None:
-    """One line on standard error."""
+    """Print one line on standard error."""
     from subspace_lab.core.texts import printable
 
     typer.echo(f"subspace-lab: {printable(' '.join(str(text).split()))}", err=True)
@@ -26,10 +26,10 @@ def say(text: object) -> None:
 
 @contextmanager
 def refusing(spelled: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Say what cannot be done in one line, and exit with 2.
+    """Print an error as one line, and exit with code 2.
 
     Args:
-        spelled: {what the library calls something: what the terminal calls it}.
+        spelled: {name in the library: name on the command line}, to be replaced in messages.
     """
     try:
         yield
@@ -52,7 +52,7 @@ def refusing(spelled: Mapping[str, str] | None = None) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block SIGTERM is what Ctrl-C is; an interrupt that nothing else answers ends with 130."""
+    """Inside the block SIGTERM acts like Ctrl-C; an interrupt that is not handled elsewhere exits with code 130."""
     ours = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if ours else None
     try:
@@ -67,15 +67,15 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def undisturbed() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM wait for the end of the block; those that came are in the list that it gives."""
+    """Ctrl-C and SIGTERM are delayed until the block ends; the list contains those that came."""
     came: list[int] = []
 
-    def later(number: int, _: Any) -> None:
+    def note(number: int, _: Any) -> None:
         came.append(number)
         typer.echo("subspace-lab: interrupted while saving: it ends once all is saved.", err=True)
 
     kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {kind: signal.signal(kind, later) for kind in kinds}
+    before = {kind: signal.signal(kind, note) for kind in kinds}
     try:
         yield came
     finally:
@@ -85,10 +85,10 @@ def undisturbed() -> Iterator[list[int]]:
 
 @contextmanager
 def threads(network: Any) -> Iterator[None]:
-    """One thread for a small model, unless the user has said how many.
+    """One thread for a small model, unless the user has set the number of threads.
 
-    Its products are too small to share, and threads that wait for each other on busy cores made the search
-    eight times slower.
+    The matrix products of a small model are too small to divide. Threads that waited for each other on busy cores made
+    the search eight times slower.
     """
     import torch
 
@@ -102,38 +102,38 @@ def threads(network: Any) -> Iterator[None]:
 
 
 def check_device(device: str | None) -> str:
-    """The device asked for, a GPU by default where there is one."""
+    """The device from the option; by default a GPU if there is one."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=device).item()
-    except Exception as error:  # every kind of device is missing in its own way; meta has no numbers to give
+    except Exception as error:  # each kind of device fails in its own way; meta cannot return numbers
         why = "it holds no numbers" if device.startswith("meta") else str(error).strip().partition("\n")[0]
         raise ValueError(f"--device {device}: {why}") from None
     return device
 
 
 def check_dtype(dtype: str | None) -> str:
-    """The dtype asked for, as transformers takes it; by default the checkpoint's."""
+    """The dtype from the option, for transformers; by default that of the checkpoint."""
     if dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype {dtype}: possible are {', '.join(DTYPES)}.")
     return dtype or "auto"
 
 
 def check_numbers(positions: str) -> None:
-    """ValueError for positions of more digits than any prompt has tokens."""
+    """ValueError for positions with more digits than any prompt could have tokens."""
     if found := re.search(r"\d{10,}", positions):
         raise ValueError(f"--positions {positions}: no prompt has {found[0]} tokens; possible are 9 digits.")
 
 
 def layer_numbers(text: str, depth: int) -> list[int]:
-    """The layers that 'all', '0,2' or '1-3' names in a model of this depth."""
+    """The layers of a model of this depth that 'all', '0,2' or '1-3' means."""
     return list(range(depth)) if text == "all" else numbers_below(depth, text, "--layers", "layer")
 
 
 def numbers_below(count: int, text: str, option: str, what: str) -> list[int]:
-    """The numbers from 0 to count − 1 that '0,2' or '1-3' names."""
+    """The numbers from 0 to count − 1 that '0,2' or '1-3' means."""
     chosen: list[int] = []
     for part in text.split(","):
         span = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())

@@ -33,7 +33,7 @@ def compare(
     rank: Annotated[int | None, typer.Option(help="Of the subspaces.", show_default="all")] = None,
     positions: Annotated[str | None, typer.Option(help="Of the sites.", show_default="all")] = None,
     variable: Annotated[
-        str | None, typer.Option(help="Of searches for several variables.", show_default="the only one")
+        str | None, typer.Option(help="Of searches for several variables.", show_default="each with itself")
     ] = None,
     measure: Annotated[str, typer.Option(help=f"{', '.join(MEASURES)}.")] = "overlap",
     min_effect: Annotated[

@@ -1,4 +1,4 @@
-"""`subspace-lab finetune`: an adapter learned from rows of a file."""
+"""`subspace-lab finetune`: train an adapter on the rows of a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from subspace_lab.reft.datafiles import Examples
     from subspace_lab.reft.jobs import TrainingJob
     from subspace_lab.reft.model import ReftModel
-else:  # names in annotations have to exist at run time as well, and importing these takes seconds
+else:  # names in annotations must exist at run time too, but importing these takes seconds
     TrainingJob = ReftConfig = ReftModel = Examples = TrainingConfig = Any
 
 EPOCHS = 10
@@ -50,44 +50,50 @@ def finetune(
             help="A folder, a .gguf file, a name on the Hub.", show_default="a small decoder that comes along"
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="A wrong name is answered with those that exist.")] = "LoReFT",
+    method: Annotated[str, typer.Option(help="For a wrong name the error lists all methods.")] = "LoReFT",
     positions: Annotated[
-        str, typer.Option(help="Of the prompt: all, first, last, f3, l2, 7, 2:5; '+' joins several.")
+        str, typer.Option(help="In the prompt: all, first, last, f3, l2, 7, 2:5; '+' joins several.")
     ] = "f3+l3",
     rank: Annotated[int, typer.Option(help="Dimensions of each intervention.")] = 4,
     layers: Annotated[str, typer.Option(help="'all', '0,2' or '1-3'.")] = "all",
-    component: Annotated[str, typer.Option(help="Of a block.")] = "block_output",
+    component: Annotated[str, typer.Option(help="The component of a block.")] = "block_output",
     every_token: Annotated[
         bool,
         typer.Option(
-            "--every-token", help="Edit answers and generated tokens too, with --positions all: can merge."
+            "--every-token",
+            help="Edit answers and generated tokens too, so that the adapter can be merged. Needs --positions all.",
         ),
     ] = False,
     bias: Annotated[
-        bool, typer.Option("--bias/--no-bias", help="Whether edits have a b; without, they merge into any model.")
+        bool,
+        typer.Option(
+            "--bias/--no-bias", help="Whether edits have a b. Without b they can be merged into any model."
+        ),
     ] = True,
     epochs: Annotated[
-        int | None, typer.Option(help="Times that each row is seen.", show_default=f"{EPOCHS}, or see --steps")
+        int | None, typer.Option(help="How often each row is seen.", show_default=f"{EPOCHS}, or see --steps")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps, instead of --epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 4e-3,
+    batch_size: Annotated[int, typer.Option(help="Rows in one step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate of Adam.")] = 4e-3,
     held_out: Annotated[
         str,
-        typer.Option(help="Rows that are not trained on: a share as '0.1', or how many as '50'; '0' for none."),
+        typer.Option(help="Rows that are not trained on: a share ('0.1') or a number ('50'); '0' for none."),
     ] = "0.1",
     samples: Annotated[int, typer.Option(help="Prompts to generate from, before and after.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(help="Of each generation.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each generation, at most.")] = 32,
     end: Annotated[
         bool,
-        typer.Option(help="Learn to stop: the end-of-text token behind each answer (messages as their template)."),
+        typer.Option(
+            help="Learn to stop: put the end-of-text token after each answer (messages end as in their template)."
+        ),
     ] = True,
-    seed: Annotated[int, typer.Option(help="Of the rows held out, their order and the random starts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the held-out rows, the order and the random starts.")] = 0,
     out: Annotated[Path, typer.Option(help="A new or empty folder for the adapter.")] = Path("finetuned"),
     memory: Annotated[
         str | None,
         typer.Option(
-            help="What may be kept of computed states, as '2GiB'; for answers.",
+            help="Memory for computed states, such as '2GiB'; for answers.",
             show_default="half of what is free",
         ),
     ] = None,
@@ -101,13 +107,13 @@ def finetune(
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
 ) -> None:
-    """Teach a frozen model to answer, or to classify, by edits of its hidden states (ReFT).
+    """Train a frozen model to answer, or to classify, by edits of its hidden states (ReFT).
 
-    Rows of prompt and answer, or of messages, train a language model's edits; held-out loss and greedy
-    generations are shown before and after. Rows of text and label train a classifier with its head; shown is
-    the held-out accuracy beside that of the most frequent class. Ctrl-C ends the training early and saves.
+    Rows with prompt and answer, or with messages, train a language model's edits; the held-out loss and greedy
+    generations are shown before and after. Rows with text and label train a classifier with its head; the held-out
+    accuracy is shown together with that of the most frequent class. Ctrl-C ends the training early and saves.
 
-    Writes into --out the adapter, as `ReftModel.from_pretrained` and `load_adapter` read it, with results.json
+    Writes into --out the adapter, which `ReftModel.from_pretrained` and `load_adapter` can read, with results.json
     (settings, losses, held-out scores, samples) and loss.png.
     """
     settings: dict[str, Any] = {**locals(), "data": str(data), "out": str(out)}
@@ -170,7 +176,7 @@ def _run(
     training: TrainingConfig,
     memory: str | None,
 ) -> None:
-    """Measure, train, save, measure again, report."""
+    """Measure, train, save, measure again, and report."""
     from subspace_lab.analysis.finetune_report import Finetuned, print_finetuned, save_adapter, save_finetuned
 
     with reft.disable_adapter():
@@ -181,10 +187,10 @@ def _run(
     except KeyboardInterrupt:
         if not losses:
             raise
-        say(f"Interrupted after {len(losses)} of {training.steps} steps: what they trained is saved.")
+        say(f"Interrupted after {len(losses)} of {training.steps} steps: the trained adapter is saved.")
     except FloatingPointError as error:
         raise FloatingPointError(f"{error} Try a lower --learning-rate than {training.learning_rate}.") from None
-    # At once: whatever ends the process from here on, the adapter is there.
+    # Saved at once, so that the adapter is there whatever ends the process after this point.
     with undisturbed() as came:
         saves = save_adapter(folder, reft)
     try:
@@ -192,10 +198,10 @@ def _run(
             raise KeyboardInterrupt
         after = job.measure(reft, training.batch_size)
     except FloatingPointError as error:
-        raise FloatingPointError(f"{error} The adapter lies in {folder}.") from None
+        raise FloatingPointError(f"{error} The adapter is saved in {folder}.") from None
     except KeyboardInterrupt:
         saves.finish()
-        say(f"Interrupted before the adapter was measured: it lies in {folder}, without results.json.")
+        say(f"Interrupted before the adapter was measured: it is saved in {folder}, without results.json.")
         raise typer.Exit(INTERRUPTED) from None
     trained, parameters = reft.get_nb_trainable_parameters()
     counts = {"training": len(job.training), "held_out": len(job.held_out)}
@@ -221,7 +227,7 @@ def _run(
 def _held_out(text: str, n: int) -> int:
     """How many of n rows '0.1' or '50' holds out."""
     if not re.fullmatch(r"\d+|\d*\.\d+", text):
-        raise ValueError(f"--held-out {text}: write a share as '0.1', or how many rows as '50'.")
+        raise ValueError(f"--held-out {text}: write a share such as '0.1', or a number of rows such as '50'.")
     count = max(1, round(float(text) * n)) if "." in text and float(text) > 0 else int(float(text))
     if count >= n:
         raise ValueError(f"--held-out {text}: of {n} rows none would be left to train on; '0' holds none out.")
@@ -231,11 +237,11 @@ def _held_out(text: str, n: int) -> int:
 def _training(
     epochs: int | None, steps: int | None, n: int, batch_size: int, learning_rate: float, seed: int
 ) -> TrainingConfig:
-    """The training of n rows."""
+    """The training configuration for n rows."""
     from subspace_lab.engine.training import TrainingConfig
 
     if epochs is not None and steps is not None:
-        raise ValueError(f"--epochs {epochs} and --steps {steps} say the same thing twice: give one of them.")
+        raise ValueError(f"--epochs {epochs} and --steps {steps} both set how long to train: give one of them.")
     if epochs is not None and epochs < 1:
         raise ValueError(f"--epochs {epochs}: needed is 1 or more.")
     if steps is None:
@@ -244,7 +250,7 @@ def _training(
 
 
 def _check_memory(memory: str | None, device: str, rows: Examples) -> None:
-    """Whether memory and device are ones that this job can use."""
+    """Check that this job can use the memory budget and the device."""
     import torch
 
     from subspace_lab.engine.budget import budgets
@@ -253,17 +259,17 @@ def _check_memory(memory: str | None, device: str, rows: Examples) -> None:
     if rows.classes is None:
         return
     if memory is not None:
-        raise ValueError(f"--memory {memory}: with labels a head is trained along, so that no past is kept.")
+        raise ValueError(f"--memory {memory}: with labels the head is trained too, so that no states are stored.")
     if torch.device(device).index:
         raise ValueError(
-            f"--device {device}: with labels Trainer takes the first GPU; name it by CUDA_VISIBLE_DEVICES."
+            f"--device {device}: with labels Trainer uses the first GPU; choose it by CUDA_VISIBLE_DEVICES."
         )
 
 
 def _job(
     rows: Examples, split: tuple[list, list], tokenizer: Any, longest: int | None, generating: dict[str, Any]
 ) -> TrainingJob:
-    """The rows, to train on and held out, as token ids."""
+    """The rows, for training and held out, as token ids."""
     if rows.classes is not None:
         from subspace_lab.reft.classification_job import ClassificationJob
 
@@ -276,13 +282,13 @@ def _job(
 def _network(
     source: Source, device: str, dtype: str, rows: Examples, seed: int, pad: int
 ) -> tuple[Any, tuple[str, ...]]:
-    """The model, and which of its modules are trained and saved along."""
+    """The model, and the names of its modules that are trained and saved with the adapter."""
     if rows.classes is None:
         return load_causal(source, device, dtype), ()
     from subspace_lab.reft.classification_job import heads
 
     network, fresh = load_classifier(source, device, dtype, rows.classes, seed)
-    # A head on a decoder looks for the last token that is no padding, and refuses batches where none is named.
+    # A decoder's classification head uses the last token that is not padding; without a pad token it refuses batches.
     text_config = network.config.get_text_config()
     if text_config.pad_token_id is None:
         text_config.pad_token_id = pad
@@ -290,13 +296,13 @@ def _network(
 
 
 def _check_vocabulary(job: TrainingJob, network: Any) -> None:
-    """ValueError where a tokenizer makes ids that the model has no embedding of."""
+    """ValueError if the tokenizer gives ids for which the model has no embedding."""
     highest = max(max(row["input_ids"]) for row in [*job.training, *job.held_out])
     known = network.get_input_embeddings().weight.shape[0]
     if highest >= known:
         raise ValueError(
-            f"The tokenizer makes the token {highest} of these rows, and the model has {known} tokens: "
-            "they do not belong together."
+            f"The tokenizer gives the token {highest} for these rows, but the model has {known} tokens: they do not "
+            "belong together."
         )
 
 

@@ -1,7 +1,7 @@
-"""Models and tokenizers for the terminal: from a folder, a GGUF file or the Hub, whole or not at all.
+"""Models and tokenizers for the command line, from a folder, a GGUF file or the Hub, checked to be complete.
 
-A file of somebody else's can fail to load in any way; all of them are told in one sentence. A checkpoint that does not
-hold the model's weights is refused: what it lacks would be drawn at random.
+Loading files from outside can fail in any way; each failure is reported in one sentence. A checkpoint without all of
+the model's weights is refused, because the missing ones would be random.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 SHIPPED = "tiny_decoder"
 GGUF = ".gguf"
-# RoBERTa and its kin count positions from the padding token's index on, and have as many fewer.
+# RoBERTa and similar models count positions from the padding token's index on, so they have fewer positions.
 FROM_PADDING = (
     "roberta",
     "xlm-roberta",
@@ -30,7 +30,7 @@ FROM_PADDING = (
     "mpnet",
     "longformer",
 )
-POOLER = "pooler"  # what a trunk may lack: models trained without it are published without it
+POOLER = "pooler"  # may be missing in a checkpoint: models trained without it are published without it
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Source:
     """Where a model comes from.
 
     Attributes:
-        name: a folder, a .gguf file, a name on the Hub, or None for the model that comes along.
+        name: a folder, a .gguf file, a name on the Hub, or None for the model in this package.
         trust_remote_code: whether Python code that comes with the model is run.
     """
 
@@ -58,12 +58,12 @@ class Source:
         return self.gguf or os.path.isdir(self.where)  # unlike Path's, for a name of any length
 
     def arguments(self) -> dict[str, Any]:
-        """As `from_pretrained` takes them; a folder is read without asking the Hub."""
+        """The arguments for `from_pretrained`; a folder is read without contacting the Hub."""
         path = Path(self.where)
         found: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent) if self.gguf else self.where}
         if self.gguf:
             found["gguf_file"] = path.name
-        # Left out, transformers would ask on standard input, and wait.
+        # Without this argument transformers would ask on standard input, and wait.
         return {**found, "local_files_only": self.local, "trust_remote_code": self.trust_remote_code}
 
 
@@ -76,7 +76,7 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def longest_text(source: Source, tokenizer: Any) -> int | None:
-    """How many tokens a model takes, as its tokenizer and its configuration say; None where neither does."""
+    """How many tokens a model accepts, according to its tokenizer and its configuration; None if neither says."""
     from transformers import AutoConfig
 
     with _loading(source):
@@ -84,37 +84,37 @@ def longest_text(source: Source, tokenizer: Any) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and config.model_type in FROM_PADDING:
         positions -= (config.pad_token_id or 0) + 1
-    said = (tokenizer.model_max_length, positions)
-    # A tokenizer that does not know says 10³⁰.
-    return min((n for n in said if isinstance(n, int) and 0 < n < 10**9), default=None)
+    limits = (tokenizer.model_max_length, positions)
+    # A tokenizer without a known limit gives 10³⁰.
+    return min((n for n in limits if isinstance(n, int) and 0 < n < 10**9), default=None)
 
 
 def load_causal(source: Source, device: str, dtype: str) -> Any:
-    """A causal language model, all of whose weights the checkpoint holds."""
+    """A causal language model whose weights are all in the checkpoint."""
     from transformers import AutoModelForCausalLM
 
     with _loading(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **_weights(source, dtype), output_loading_info=True, ignore_mismatched_sizes=True
         )
-    network, told = loaded
-    _check_whole(source, network, told, told["missing_keys"])
+    network, report = loaded
+    _check_whole(source, network, report, report["missing_keys"])
     return _ready(source, network, device)
 
 
 def load_classifier(
     source: Source, device: str, dtype: str, classes: Sequence[str], seed: int
 ) -> tuple[Any, list[str]]:
-    """A classifier of texts into these classes, and the paths of its modules that the checkpoint did not hold.
+    """A classifier of texts into these classes, and the paths of its modules that are not in the checkpoint.
 
-    Those are drawn at random, always the same ones for one seed: its head, and a pooler.
+    These modules (its head, and a pooler) are random, but always the same for one seed.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
 
     with _loading(source), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network, told = AutoModelForSequenceClassification.from_pretrained(
+        network, report = AutoModelForSequenceClassification.from_pretrained(
             **_weights(source, dtype),
             id2label=dict(enumerate(classes)),
             label2id={label: i for i, label in enumerate(classes)},
@@ -123,14 +123,14 @@ def load_classifier(
             ignore_mismatched_sizes=True,
         )
     trunk = f"{network.base_model_prefix}."
-    needed = [key for key in told["missing_keys"] if key.startswith(trunk) and POOLER not in key]
-    _check_whole(source, network, told, needed)
-    fresh = dict.fromkeys(key.rpartition(".")[0] for key in sorted(told["missing_keys"]))
+    needed = [key for key in report["missing_keys"] if key.startswith(trunk) and POOLER not in key]
+    _check_whole(source, network, report, needed)
+    fresh = dict.fromkeys(key.rpartition(".")[0] for key in sorted(report["missing_keys"]))
     return _ready(source, network, device), list(fresh)
 
 
 def _weights(source: Source, dtype: str) -> dict[str, Any]:
-    # The numbers of a GGUF file are unpacked to float32.
+    # The tensors of a GGUF file are unpacked to float32.
     return {**source.arguments(), "dtype": "float32" if source.gguf and dtype == "auto" else dtype}
 
 
@@ -142,9 +142,9 @@ def _ready(source: Source, network: Any, device: str) -> Any:
 
 
 def _plain(network: Any) -> Any:
-    """The same model without the mark of being quantised, which unpacked weights still bear.
+    """The same model without the mark of being quantised, which unpacked weights still have.
 
-    What bears it is refused by whatever saves models or builds randomly initialised twins of them.
+    A model with this mark can neither be saved nor copied as a randomly initialised twin.
     """
     import torch
 
@@ -160,10 +160,10 @@ def _plain(network: Any) -> Any:
     return plain
 
 
-def _check_whole(source: Source, network: Any, told: Mapping[str, Any], needed: Iterable[str]) -> None:
-    """ValueError, with the modules' names, where weights are missing, of another shape, or of layers not built."""
+def _check_whole(source: Source, network: Any, report: Mapping[str, Any], needed: Iterable[str]) -> None:
+    """ValueError, with the modules' names, if weights are missing, have another shape, or belong to missing layers."""
     kind = type(network).__name__
-    if mismatched := sorted(told["mismatched_keys"], key=str):
+    if mismatched := sorted(report["mismatched_keys"], key=str):
         name, found, wanted = mismatched[0]
         raise ValueError(
             f"--model {source.where}: its weights and its configuration do not fit: {name} is "
@@ -173,9 +173,9 @@ def _check_whole(source: Source, network: Any, told: Mapping[str, Any], needed: 
     if lost := _modules(needed):
         raise ValueError(
             f"--model {source.where}: the checkpoint holds no weights of {_listed(lost)}: it is not one of a {kind} "
-            "with this configuration, and what it lacks would be random."
+            "with this configuration, and the missing weights would be random."
         )
-    unused = _unbuilt(network, told["unexpected_keys"])
+    unused = _unbuilt(network, report["unexpected_keys"])
     if len(unused) > (getattr(network.config.get_text_config(), "num_nextn_predict_layers", None) or 0):
         raise ValueError(
             f"--model {source.where}: the checkpoint holds {_listed(unused)}, which a {kind} with this configuration "
@@ -184,7 +184,7 @@ def _check_whole(source: Source, network: Any, told: Mapping[str, Any], needed: 
 
 
 def _unbuilt(network: Any, keys: Iterable[str]) -> list[str]:
-    """Layers that only the checkpoint has, beside layers of the model that have their name but for the number."""
+    """Layers that only the checkpoint has, although the model has layers whose names differ only in the number."""
     have = {name for name, _ in network.named_modules()}
     beside = {name.rpartition(".")[0] for name in have if name.rpartition(".")[2].isdecimal()}
     found = (match[1] for key in keys if (match := re.match(r"(.+?\.\d+)\.", key)))
@@ -194,7 +194,7 @@ def _unbuilt(network: Any, keys: Iterable[str]) -> list[str]:
 
 
 def _modules(keys: Iterable[str]) -> list[str]:
-    """The modules of weights, a layer that is missing as one."""
+    """The modules of some weights; a layer that is missing completely counts as one module."""
     paths = {match[1] if (match := re.match(r"(.+?\.\d+)\.", key)) else key.rpartition(".")[0] for key in keys}
     return sorted(paths, key=_by_number)
 
@@ -213,31 +213,31 @@ def _others(n: int) -> str:
 
 @contextmanager
 def _loading(source: Source) -> Iterator[None]:
-    """Whatever is raised within the block is said in one sentence, as a ValueError; transformers is quiet."""
+    """Any exception inside the block becomes a ValueError with one sentence; transformers prints nothing."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from transformers.utils import logging
 
     _check_place(source)
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()  # of the loading of weights; ours follow
-    logging.set_verbosity_error()  # of weights that are missing, which are told by an error
+    logging.disable_progress_bar()  # for the loading of weights; our own bars follow
+    logging.set_verbosity_error()  # no warnings about missing weights, which raise an error
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd sizes, which are errors a moment later
+            warnings.simplefilter("ignore")  # about odd sizes, which raise an error a moment later
             yield
-    except Exception as error:  # the files are somebody's, and anything can be wrong with them
+    except Exception as error:  # files from outside: anything can be wrong with them
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"--model {source.where}: it comes with Python code of its own, which is not run without "
+                f"--model {source.where}: it comes with its own Python code, which is only run with "
                 "--trust-remote-code; read that code first."
             ) from None
         why = _reason(error)
         if source.local:
-            what = "this file" if source.gguf else "what this folder holds"
+            what = "this file" if source.gguf else "the content of this folder"
             raise ValueError(f"--model {source.where}: {what} could not be loaded. {why}") from None
         offline = " (offline: HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else ""
         raise ValueError(
-            f"--model {source.where}: there is no such folder, and from the Hub it could not be loaded{offline}. {why}"
+            f"--model {source.where}: there is no such folder, and it could not be loaded from the Hub{offline}. {why}"
         ) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -249,7 +249,7 @@ def _check_place(source: Source) -> None:
     where = source.where
     if source.gguf:
         if importlib.util.find_spec("gguf") is None:
-            raise ValueError(f"--model {where}: to read it install the extra: pip install 'subspace-lab[gguf]'.")
+            raise ValueError(f"--model {where}: to read it, install the extra: pip install 'subspace-lab[gguf]'.")
     elif os.path.isfile(where):
         raise ValueError(
             f"--model {where}: this is a file; possible are a folder, a {GGUF} file, a name on the Hub."
@@ -259,12 +259,12 @@ def _check_place(source: Source) -> None:
         raise ValueError(f"--model {shown}: there is no such folder, and no model on the Hub has such a name.")
     elif source.local and not (Path(where) / "config.json").is_file():
         raise ValueError(
-            f"--model {where}: this folder holds no model; one has a config.json, weights, a tokenizer."
+            f"--model {where}: this folder contains no model; a model has a config.json, weights, a tokenizer."
         )
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an exception that says something; its type too, where the text alone is a riddle."""
+    """The first line with text of an exception; with its type, if the text alone may not be clear."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     clear = isinstance(error, OSError | ValueError | RuntimeError) and line
     return line if clear else f"{type(error).__name__}{f': {line}' if line else '.'}"

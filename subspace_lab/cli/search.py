@@ -1,4 +1,4 @@
-"""`subspace-lab search`: where in a model does a variable live?"""
+"""`subspace-lab search`: where in a model is a variable represented?"""
 
 from __future__ import annotations
 
@@ -36,16 +36,14 @@ from subspace_lab.cli.searching import (
 )
 
 if TYPE_CHECKING:
-    from subspace_lab.analysis.verdicts import Verdict
     from subspace_lab.core.sites import Site
     from subspace_lab.das.fits import Fits
     from subspace_lab.das.methods import Method
-    from subspace_lab.das.pairs import Pairs
     from subspace_lab.model.backbone import Backbone
-else:  # names in annotations have to exist at run time as well, and importing these takes seconds
-    Backbone = Fits = Method = Pairs = Site = Verdict = Any
+else:  # names in annotations must exist at run time too, but importing these takes seconds
+    Backbone = Fits = Method = Site = Any
 
-# Where the answer is made and, for contrast, tokens before it; a task that is not named here gives all its spans.
+# The positions around the answer and, for contrast, before it. For a task that is not named here: all its spans.
 POSITIONS = {"price_tagging": "amount,unit,query,last"}
 MIN_ACCURACY = 0.9
 
@@ -59,17 +57,15 @@ def search(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="A wrong name is answered with those that exist.", show_default="price_tagging"),
+        typer.Option(help="For a wrong name the error lists all tasks.", show_default="price_tagging"),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="Pairs of your own instead of a task: .jsonl, .json, .csv, .parquet.", show_default="none"
-        ),
+        typer.Option(help="Your own pairs instead of a task: .jsonl, .json, .csv, .parquet.", show_default="none"),
     ] = None,
     split_by: Annotated[
         str | None,
-        typer.Option(help="Of --data, what no two splits share: entity, template, answer.", show_default="none"),
+        typer.Option(help="With --data: what no two splits share, entity, template, answer.", show_default="none"),
     ] = None,
     variable: Annotated[
         str | None, typer.Option(help="Of the task's causal model, or of the data.", show_default="the task's")
@@ -86,61 +82,70 @@ def search(
     heads: Annotated[
         str | None,
         typer.Option(
-            help="Each alone, of a component with heads: 'all', '0,2' or '1-3'.", show_default="together"
+            help="For a component with heads, each a separate site: 'all', '0,2' or '1-3'.",
+            show_default="together",
         ),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated, such as DAS,PCA; a wrong name is answered with those that exist.",
+            help="Comma-separated, such as DAS,PCA; for a wrong name the error lists all methods.",
             show_default="DAS,DifferenceOfMeans,PCA,RandomSubspace,FullVector",
         ),
     ] = None,
     receiver: Annotated[
         str | None,
-        typer.Option(help="Of PathPatching: what the effect passes, 'mlp_output[5]@last'.", show_default="none"),
+        typer.Option(
+            help="For PathPatching: the site that the effect goes through, 'mlp_output[5]@last'.",
+            show_default="none",
+        ),
     ] = None,
-    rank: Annotated[str, typer.Option(help="Dimensions of each subspace: 8, or several as 2,4,8.")] = "8",
+    rank: Annotated[str, typer.Option(help="Dimensions of each subspace: 8, or several such as 2,4,8.")] = "8",
     steps: Annotated[int, typer.Option(help="Training steps at each site.")] = 60,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 5e-2,
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate of Adam.")] = 5e-2,
     pairs: Annotated[
-        int | None, typer.Option(help="Of a task: counterfactual pairs to train on.", show_default="1000")
+        int | None, typer.Option(help="With a task: counterfactual pairs to train on.", show_default="1000")
     ] = None,
     dev_pairs: Annotated[
         int | None,
-        typer.Option(help="Of a task: held-out pairs by which sites and ranks are chosen.", show_default="200"),
+        typer.Option(help="With a task: held-out pairs on which sites and ranks are chosen.", show_default="200"),
     ] = None,
     test_pairs: Annotated[
         int | None,
-        typer.Option(help="Of a task: held-out pairs of which the scores are reported.", show_default="400"),
+        typer.Option(
+            help="With a task: held-out pairs on which the reported scores are computed.", show_default="400"
+        ),
     ] = None,
     seed: Annotated[
         str,
-        typer.Option(help="Of the random starts: 0, or several as 0,1,2. The first also draws pairs and twin."),
+        typer.Option(
+            help="Of the random starts: 0, or several such as 0,1,2. The first also draws pairs and twin."
+        ),
     ] = "0",
     out: Annotated[Path, typer.Option(help="A new or empty folder for the results.")] = Path("subspace_search"),
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the same search in --out, wherever it ended.")
+        bool, typer.Option("--resume", help="Continue the same search in --out, wherever it stopped.")
     ] = False,
     twin: Annotated[bool, typer.Option(help="Search a randomly initialised twin too, as a control.")] = True,
     twins: Annotated[int, typer.Option(help="How many randomly initialised twins.")] = 1,
     screen: Annotated[
-        bool, typer.Option("--screen", help="Train only where a short first pass leaves hope.")
+        bool, typer.Option("--screen", help="Train only at sites that are promising in a short first pass.")
     ] = False,
     workers: Annotated[int, typer.Option(help="Processes that search sites side by side.")] = 1,
     answers: Annotated[
-        str, typer.Option(help="Of several tokens: 'token' reads those that tell them apart, 'sequence' all.")
+        str,
+        typer.Option(help="For answers of several tokens: 'token' reads the first that differ, 'sequence' all."),
     ] = "token",
-    chat: Annotated[bool, typer.Option("--chat", help="Ask by the tokenizer's chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template for prompts.")] = False,
     count_all: Annotated[
-        bool, typer.Option("--count-all", help="Also pairs whose base or source the model answers wrong.")
+        bool, typer.Option("--count-all", help="Also use pairs whose base or source the model answers wrong.")
     ] = False,
     allow_failing_model: Annotated[
-        bool, typer.Option("--allow-failing-model", help="Also where the model fails at the task.")
+        bool, typer.Option("--allow-failing-model", help="Search even if the model fails at the task.")
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(help="What may be kept of computed states, as '2GiB'.", show_default="half of what is free"),
+        typer.Option(help="Memory for computed states, such as '2GiB'.", show_default="half of what is free"),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="As torch names it.", show_default="cuda if there is one, else cpu")
@@ -152,20 +157,19 @@ def search(
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
 ) -> None:
-    """Search a model for the subspaces in which a causal variable is swapped.
+    """Search a model for the subspaces that represent a causal variable.
 
-    Every site, a layer and a position, is searched on its own by several methods: a trained subspace (DAS) beside the
-    difference of means, principal components, random subspaces and the swap of the full vector. Scored is the share
-    of held-out pairs that the model answers as the causal model does once the subspace is exchanged (IIA). Sites are
-    chosen on dev pairs and reported on test pairs. The same search runs on a randomly initialised twin. The last
-    lines are a verdict: whether what was found is to be believed (`check` gives a full one).
-    Every site is saved as it is finished: after Ctrl-C or a kill, --resume goes on.
+    Every site (a layer and a position) is searched separately by several methods: a trained subspace (DAS), and for
+    comparison the difference of means, principal components, random subspaces and the full vector. The score (IIA) is
+    the share of held-out pairs in which the model gives the causal model's answer after the subspace was exchanged.
+    Sites are chosen on dev pairs and reported on test pairs. The same search runs on a randomly initialised twin.
+    Every site is saved when it is finished: after Ctrl-C or a kill, --resume continues.
 
-    Writes into --out: results.json (settings, model, twin, comparison, verdict), the fits with their subspaces (model,
-    twin), iia.png and overlap.png.
+    Writes into --out: results.json (settings, model, twin, comparison), the fits with their subspaces (model, twin),
+    iia.png and overlap.png.
     """
     settings = {**locals(), "out": str(out)}
-    del settings["resume"], settings["workers"]  # they change no result
+    del settings["resume"], settings["workers"]  # they do not change any result
     with interruptible(), ExitStack() as stack:
         with refusing():
             from subspace_lab.core.files import taken_folder
@@ -209,7 +213,7 @@ def search(
                 config=config,
                 seeds=seeds,
                 screen=Screen() if screen else None,
-                right_only=False,  # the model's own pairs, for its twins too
+                right_only=False,  # the pairs that the model answers right are used for its twins too
                 **options,
             )
 
@@ -230,7 +234,7 @@ def search(
         if found is None:
             raise KeyboardInterrupt
         if finished:
-            say(f"{folder} holds this search already, finished: nothing is left to do.")
+            say(f"{folder} contains this search already, finished: nothing is left to do.")
             return
         settings |= {
             "model": model or SHIPPED,
@@ -246,35 +250,24 @@ def search(
         from subspace_lab.analysis.comparisons import compare
         from subspace_lab.analysis.search_report import print_search, save_search
 
-        with undisturbed() as came, threads(network):
+        with undisturbed() as came:
             comparison = compare(found)
-            verdict = _verdict(backbone, made, found, searched.twins)
-            saves = save_search(folder, settings, found, searched.twins, comparison, verdict, searched.unsaved)
-            print_search(settings, found, searched.twins, comparison, verdict, saves)
+            saves = save_search(folder, settings, found, searched.twins, comparison, searched.unsaved)
+            print_search(settings, found, searched.twins, comparison, saves)
             with refusing():
                 saves.finish()
         if searched.interrupted:
-            what = found.facts.get("interrupted", "the model was searched, its twins not to the end")
-            say(f"Interrupted: {what}; what was finished is saved in {folder}. --resume goes on.")
+            what = found.facts.get("interrupted", "the model was searched, its twins not completely")
+            say(f"Interrupted: {what}; finished results are saved in {folder}. --resume continues.")
         if searched.interrupted or came:
             raise typer.Exit(INTERRUPTED)
 
 
-def _verdict(backbone: Backbone, pairs: Pairs, fits: Fits, twins: list[Fits]) -> Verdict | str:
-    """What the search allows to conclude, or why it allows nothing."""
-    from subspace_lab.analysis.checking import of_search
-
-    try:
-        return of_search(backbone, pairs, fits, twins)
-    except ValueError as error:
-        return str(error)
-
-
 def _integers(option: str, text: str) -> list[int]:
-    """The numbers of '8' or '2,4,8'."""
+    """The numbers in '8' or '2,4,8'."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) < 10 for part in parts) or len(set(parts)) < len(parts):
-        raise ValueError(f"{option} {text}: needed is a whole number, or several different ones as 2,4,8.")
+        raise ValueError(f"{option} {text}: needed is a whole number, or several different ones such as 2,4,8.")
     return [int(part) for part in parts]
 
 
@@ -285,7 +278,7 @@ def _answers(text: str) -> Literal["token", "sequence"]:
 
 
 def _methods(names: str | None, ranks: list[int], receiver: str | None, *, several: bool) -> list[Method]:
-    """The methods asked for, those with a rank once for each rank; `several` variables are exchanged at each site."""
+    """The methods from the options, those with a rank once for each rank. `several`: more than one variable."""
     from dataclasses import fields
 
     from subspace_lab.das import methods
@@ -293,7 +286,7 @@ def _methods(names: str | None, ranks: list[int], receiver: str | None, *, sever
 
     if receiver is not None and "pathpatching" not in (names or "").lower():
         raise ValueError(
-            f"--receiver {receiver}: it is of a method that is not asked for; add --method PathPatching."
+            f"--receiver {receiver} belongs to a method that is not in --method; add --method PathPatching."
         )
     if names is None:
         return default_methods(ranks, shared_site=several)
@@ -312,20 +305,20 @@ def _methods(names: str | None, ranks: list[int], receiver: str | None, *, sever
         if kind is methods.PathPatching:
             if receiver is None:
                 raise ValueError(
-                    f"--method {name}: needed is the site that the effect passes, as --receiver 'mlp_output[5]@last'."
+                    f"--method {name} needs the site through which the effect goes: --receiver 'mlp_output[5]@last'."
                 )
             found.append(methods.PathPatching(receiver))
             continue
-        # Where a rank is only an upper limit, all of the span is taken.
+        # If a method's rank is only an upper limit, its whole span is used.
         ranked = any(f.name == "rank" and f.default is not None for f in fields(kind))
         found.append(kind(**({"rank": ranks} if ranked else {})))
     if all(method.caution for method in found):
-        raise ValueError(f"--method {names}: {found[0].caution} Search another method beside it, as DAS,{names}.")
+        raise ValueError(f"--method {names}: {found[0].caution} Add another method for comparison: DAS,{names}.")
     return found
 
 
 def _positions(text: str | None, spans: list[str]) -> list[str]:
-    """The position specs asked for, all spans by default."""
+    """The positions from the option, by default all spans."""
     from subspace_lab.core.positions import names, normalise
 
     specs = []
@@ -347,7 +340,7 @@ def _positions(text: str | None, spans: list[str]) -> list[str]:
 def _sites(
     backbone: Backbone, component: str, layers: str, specs: list[str], heads: str | None, rank: int
 ) -> list[Site]:
-    """Every layer, or every head alone, at every position; checked to exist and to have room for the rank."""
+    """Every layer, or every head separately, at every position. Checks that they exist and that the rank fits."""
     from subspace_lab.core.orthonormal import check_rank
     from subspace_lab.core.sites import Site
     from subspace_lab.model.site_lists import list_sites
@@ -360,7 +353,7 @@ def _sites(
                 )
         found = list_sites(backbone, component, positions=specs)
     else:
-        Site(component, 0)  # an unknown component before the model's stacks are looked at
+        Site(component, 0)  # raises for an unknown component before the model's stacks are searched
         anatomy = backbone.anatomy
         numbers = layer_numbers(layers, anatomy.depth(component.rpartition(".")[0]))
         alone: Literal["all"] | list[int] | None = None
@@ -372,5 +365,5 @@ def _sites(
     for width in widths.values():
         check_rank(rank, width)
     if len(set(widths.values())) > 1:
-        raise ValueError(f"Sites of different widths cannot be compared, search them apart: {widths}.")
+        raise ValueError(f"Sites of different widths cannot be compared; search them separately: {widths}.")
     return found

@@ -1,4 +1,4 @@
-"""The searches of `subspace-lab search`: the model's and its twins', each in a folder where it can go on."""
+"""The searches of `subspace-lab search`, of the model and its twins, each in a folder in which it can be continued."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from subspace_lab.cli.common import SMALL
 
 RESULTS, MODEL, PICTURES = "results.json", "model", ("iia.png", "overlap.png")
 REPORT = "report.html"
-CHECK, VERDICT, VERDICT_PICTURE = "check", "verdict.json", "verdict.png"  # what `subspace-lab check` leaves
 TWIN = re.compile(r"twin\d*")
 
 
 @dataclass
 class Searched:
-    """What was found.
+    """The results of the searches.
 
     Attributes:
-        model: None where nothing was found before an interrupt.
-        twins: of the randomly initialised twins that were searched.
-        interrupted: whether there is more to search.
+        model: the fits of the model; None if it was interrupted before the first of them.
+        twins: the fits of the randomly initialised twins that were searched.
+        interrupted: whether something is left to search.
         unsaved: {folder: why the fits could not be written into it}.
     """
 
@@ -34,7 +33,7 @@ class Searched:
     unsaved: dict[str, OSError] = field(default_factory=dict)
 
     def run(self, folder: Path, search: Callable[[Path], Any]) -> Any:
-        """The fits of one search, as far as they came; None where none did."""
+        """Run one search. Returns its fits, after an interrupt those that are finished; None if there are none."""
         from subspace_lab.das.sweeps import SweepInterrupted, SweepUnsaved
 
         try:
@@ -51,49 +50,49 @@ class Searched:
 
 
 def twin_folder(number: int) -> str:
-    """twin, twin2, twin3: as many as are searched."""
+    """The folder of a twin: twin, twin2, twin3, …"""
     return "twin" if number == 0 else f"twin{number + 1}"
 
 
 def how_many_twins(twin: bool, twins: int) -> int:
-    """--twin, --no-twin and --twins as one number."""
+    """The number of twins according to --twin, --no-twin and --twins."""
     if twins < 0:
         raise ValueError(f"--twins {twins}: needed is 0 or more.")
     return twins if twin else 0
 
 
 def resumable(folder: Path) -> None:
-    """FileExistsError where a folder holds what no search leaves, and no check of one."""
+    """FileExistsError if a folder contains anything that no search writes."""
     strangers = [
         path.name
         for path in sorted(folder.iterdir())
         if not path.name.startswith(".")
-        and path.name not in (RESULTS, MODEL, REPORT, *PICTURES, CHECK, VERDICT, VERDICT_PICTURE)
+        and path.name not in (RESULTS, MODEL, REPORT, *PICTURES)
         and not TWIN.fullmatch(path.name)
     ]
     if strangers:
         raise FileExistsError(
-            f"{folder} exists and holds {strangers[0]!r}, which no search leaves: --resume needs the folder of a "
+            f"{folder} exists and contains {strangers[0]!r}, which no search writes: --resume needs the folder of a "
             "search, or a new one."
         )
 
 
 def is_finished(folder: Path, twins: int) -> bool:
-    """Whether a search of the model and so many twins has left all that it leaves."""
+    """Whether the folder contains a finished search of the model and this many twins."""
     from subspace_lab.core.files import read_json
 
     names = [MODEL, *(twin_folder(i) for i in range(twins))]
     if not all((folder / name / "fits.json").is_file() for name in names) or not (folder / RESULTS).is_file():
         return False
     results = read_json(folder / RESULTS)
-    told = [results["model"], *(results.get("twins") or [results["twin"]])]
-    told = [one for one in told if one is not None]
-    return len(told) == len(names) and not any("interrupted" in one["facts"] for one in told)
+    saved = [results["model"], *(results.get("twins") or [results["twin"]])]
+    saved = [one for one in saved if one is not None]
+    return len(saved) == len(names) and not any("interrupted" in one["facts"] for one in saved)
 
 
 @contextmanager
 def workers_of(number: int, network: Any, memory: str | None, device: str) -> Iterator[dict[str, Any]]:
-    """The options `executor` and `memory` of a search by so many processes; one is this process."""
+    """The options `executor` and `memory` for a search by several processes; 1 means only this process."""
     if number < 1:
         raise ValueError(f"--workers {number}: needed is 1 or more.")
     if number == 1:

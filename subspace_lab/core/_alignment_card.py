@@ -1,4 +1,4 @@
-"""The model card of an alignment: what it claims, and what the claim must be compared with."""
+"""The model card of an alignment: its scores, and the controls and baselines to compare them with."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ edits, sites = alignment.edits(), alignment.sites
 
 
 def card(variables: Sequence[tuple[str, str, int, int]], facts: Mapping[str, Any]) -> str:
-    """The card in Markdown, of (variable, site, rank, width) and the facts."""
+    """The card in Markdown, from (variable, site, rank, width) and the facts."""
     places = _table(["variable", "site", "rank", "width"], [[n, f"`{s}`", k, d] for n, s, k, d in variables])
     known = [key for key in LISTED if key in facts]
     known += [key for key in facts if key not in (*LISTED, "scores", *COMPARED)]
@@ -52,7 +52,7 @@ def card(variables: Sequence[tuple[str, str, int, int]], facts: Mapping[str, Any
 
 
 def score_text(score: Any) -> str:
-    """A score with its interval and n, where it has them."""
+    """A score as text, with its interval and n if it has them."""
     if not isinstance(score, Mapping):
         return _plain(score)
     text = _plain(score.get("value"))
@@ -70,11 +70,11 @@ def _scores(facts: Mapping[str, Any]) -> str:
         lines += [(f"{label}: {name}", found) for name, found in (facts.get(key) or {}).items()]
     metrics = list(dict.fromkeys(metric for _, found in lines for metric in found))
     body = [[name, *(score_text(found[m]) if m in found else "" for m in metrics)] for name, found in lines]
-    said = _table(["", *metrics], body)
+    text = _table(["", *metrics], body)
     missing = [label for key, label in COMPARED.items() if not facts.get(key)]
     if missing:
-        said += f"\n\nNo {' and no '.join(missing)} was recorded. A score says little without one beside it."
-    return said
+        text += f"\n\nNo {' and no '.join(missing)} was recorded. A score says little without one beside it."
+    return text
 
 
 def _table(header: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:

@@ -1,8 +1,8 @@
 """One writer for a folder: a lock that ends with its process.
 
-The lock is a hidden file that holds who took it. Where the system has `flock`, that lock is the truth, since the system
-frees it however the process ends, and the file's text is only for messages. Elsewhere (Windows, file systems without
-locks) the file's presence is the lock.
+The lock is a hidden file that says which process took it. If the system has `flock`, the lock is that of `flock`: the
+system releases it however the process ends, and the file's text is only used in messages. Otherwise (Windows, file
+systems without locks) the existence of the file is the lock.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of an existing folder while the block runs.
 
     Args:
-        say: called with a sentence where the lock was left by a process that is gone.
+        say: called with a sentence if the lock was left behind by a process that no longer runs.
 
     Raises:
-        BlockingIOError: another process holds it; the message says which.
+        BlockingIOError: another process holds the lock; the message says which.
         OSError: nothing can be written into this folder.
     """
     path = folder / LOCK
@@ -48,10 +48,10 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
                 f"finishing; it is taken over{removed}."
             )
         os.truncate(handle, 0)
-        os.pwrite(handle, json.dumps(_me()).encode(), 0)
+        os.pwrite(handle, json.dumps(_this_process()).encode(), 0)
         yield
     finally:
-        # Removed while it is held: who waits for it looks whether its file is still there.
+        # Removed while it is locked: a process that waits for the lock checks that its file still exists.
         with suppress(OSError):
             path.unlink()
         os.close(handle)
@@ -68,7 +68,7 @@ def _open(path: Path) -> int:
         with suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(handle).st_ino:
                 return handle
-        os.close(handle)  # its holder removed it between the two calls
+        os.close(handle)  # the process that held the lock removed the file between the two calls
 
 
 def _take(handle: int, path: Path) -> None:
@@ -94,7 +94,7 @@ def _taken(path: Path, holder: dict[str, Any], remove: bool = False) -> Blocking
 
 
 def _holder(handle: int) -> dict[str, Any]:
-    """Who wrote the lock's file, as far as it can be read."""
+    """What the lock's file says about its process, as far as it can be read."""
     text = os.pread(handle, 4096, 0).decode("utf-8", "replace")
     try:
         found = json.loads(text) if text else {}
@@ -103,17 +103,17 @@ def _holder(handle: int) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _me() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
 
 
 def _clear(folder: Path, left: dict[str, Any]) -> int:
-    """Remove the unfinished files of a process that is gone, and what is empty without them; how many there were."""
+    """Remove unfinished files of a process that no longer runs, and folders that are then empty; how many files."""
     pid, cleared = left.get("pid"), 0
     if not isinstance(pid, int):
         return 0
-    for path in sorted(folder.rglob("*"), reverse=True):  # what is inside before what it is in
+    for path in sorted(folder.rglob("*"), reverse=True):  # contents before their folder
         if path.is_file() and path.name.startswith(".") and path.suffix == f".{pid}":
             path.unlink()
             cleared += 1

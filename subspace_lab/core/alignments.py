@@ -1,7 +1,7 @@
 """Alignments: where in a model the variables of a causal model are, with the evidence for it.
 
-An alignment is {variable: (site, subspace)} and facts about where it comes from. It is what a search finds, what
-an analysis takes, and what a ReFT adapter can start from (`reft.get_reft_model`) and give back
+An alignment is {variable: (site, subspace)} and facts about where it comes from. It is the result of a search and the
+input of an analysis. A ReFT adapter can start from it (`reft.get_reft_model`) and give one back
 (`ReftModel.alignment`).
 """
 
@@ -42,14 +42,14 @@ FILE = "alignment.safetensors"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Alignment:
-    """{variable: (site, subspace)} with facts about where it comes from; a value, whose subspaces do not train.
+    """{variable: (site, subspace)} with facts about where it comes from. It is a value: its subspaces do not train.
 
     Attributes:
-        variables: for each variable of a causal model its site and its subspace there. Learned subspaces are taken
-            as they are now. Several variables may share a site.
+        variables: for each variable of a causal model its site and its subspace there. Of learned subspaces the present
+            state is taken. Several variables may share a site.
         facts: JSON. Any keys are possible; these are shown in the model card and in `repr`:
             "model" (its identity), "task", "data" (a fingerprint), "method", "seed", "start", "versions";
-            "scores": {metric: score} on held-out pairs, a score being a number or
+            "scores": {metric: score} on held-out pairs, where a score is a number or
             {"value", "low", "high", "n"}; "controls" and "baselines": {name: {metric: score}} on the same pairs.
 
     Raises:
@@ -83,7 +83,7 @@ class Alignment:
             raise type(error)(f"The facts of an alignment must be JSON: {error}") from error
         object.__setattr__(self, "facts", facts)
 
-    # --- what is where --------------------------------------------------------------------------------------
+    # --- variables and sites --------------------------------------------------------------------------------
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -91,15 +91,15 @@ class Alignment:
         return tuple(dict.fromkeys(site for site, _ in self.variables.values()))
 
     def site(self, variable: str | None = None) -> Site:
-        """The site of a variable, which must be named where there are several (ValueError lists them)."""
+        """The site of a variable. With several variables the name is required (otherwise ValueError)."""
         return self._of(variable)[0]
 
     def subspace(self, variable: str | None = None) -> Subspace:
-        """The subspace of a variable, which must be named where there are several (ValueError lists them)."""
+        """The subspace of a variable. With several variables the name is required (otherwise ValueError)."""
         return self._of(variable)[1]
 
     def at(self, site: Site) -> dict[str, Subspace]:
-        """{variable: subspace} of the variables at a site (ValueError where there is none)."""
+        """{variable: subspace} of the variables at a site. ValueError if there are none."""
         instance(site, Site, "site", "Site.parse('block_output[3]@last') makes one")
         found = {name: subspace for name, (where, subspace) in self.variables.items() if where == site}
         if not found:
@@ -107,7 +107,7 @@ class Alignment:
         return found
 
     def only(self, *variables: str) -> Alignment:
-        """The alignment of some of the variables, with the same facts (ValueError for one that it has not)."""
+        """The alignment of some of the variables, with the same facts. ValueError for an unknown variable."""
         return Alignment({name: self._of(name) for name in variables}, self.facts)
 
     def _of(self, variable: str | None) -> tuple[Site, Subspace]:
@@ -116,14 +116,14 @@ class Alignment:
             raise ValueError(f"variable={variable!r}; this alignment has the variables {list(self.variables)}.")
         return self.variables[names[0]]
 
-    # --- what it does ---------------------------------------------------------------------------------------
+    # --- use ------------------------------------------------------------------------------------------------
 
     def edits(self, make: Callable[[Any], Intervention] = interchange) -> dict[Site, Intervention]:
-        """{site: intervention} in the subspaces that were found; copies, so that the alignment stays what it is.
+        """{site: intervention} in the subspaces. These are copies, so training them does not change the alignment.
 
         Args:
-            make: from a subspace to an intervention: `interchange`, `loreft`, `zero_ablation`, … Where several
-                variables share a site, it gets {variable: subspace}, parts of one basis.
+            make: from a subspace to an intervention: `interchange`, `loreft`, `zero_ablation`, … If several variables
+                share a site, it gets {variable: subspace}, parts of one basis.
 
         Raises:
             ValueError: variables at one site whose subspaces are not orthogonal (see `core.parts.joined`).
@@ -139,12 +139,12 @@ class Alignment:
         """The coordinates of each variable, {variable: (…, rank)}.
 
         Args:
-            states: {site: states of shape (…, width)}, as `collect` gives them.
+            states: {site: states of shape (…, width)}, as `collect` returns them.
 
         Raises:
             ValueError: a site without states, or states of another width.
         """
-        instance(states, Mapping, "states", "{site: states}, as `collect` gives them")
+        instance(states, Mapping, "states", "{site: states}, as `collect` returns them")
         found = {}
         for name, (site, subspace) in self.variables.items():
             if site not in states:
@@ -161,7 +161,7 @@ class Alignment:
     # --- files and the Hub ----------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, with everything but the numbers in its metadata."""
+        """Write one safetensors file; everything but the tensors is in its metadata."""
         plan = Plan()
         variables = [
             {"variable": name, "site": str(site), "subspace": plan.name(subspace)}
@@ -178,7 +178,7 @@ class Alignment:
 
     @classmethod
     def load(cls, path: str | Path) -> Alignment:
-        """The alignment that `save` wrote, the same to the bit.
+        """The alignment that `save` wrote, equal bit by bit.
 
         Raises:
             FileNotFoundError: no such file.
@@ -201,7 +201,7 @@ class Alignment:
             raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
     def push_to_hub(self, name: str, private: bool = False, token: str | None = None) -> str:
-        """Upload the alignment to the Hub, with a model card that states what it claims; returns the address."""
+        """Upload the alignment to the Hub, with a model card; returns the address."""
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder, FILE))
             write_text(Path(folder, "README.md"), self.card())
@@ -209,11 +209,11 @@ class Alignment:
 
     @classmethod
     def from_hub(cls, name: str | Path, revision: str | None = None) -> Alignment:
-        """The alignment of a repository on the Hub, or of a local folder (FileNotFoundError, or as `load`)."""
+        """The alignment of a repository on the Hub, or of a local folder. FileNotFoundError, and errors of `load`."""
         return cls.load(hub.local_folder(name, "an alignment", revision) / FILE)
 
     def card(self) -> str:
-        """A model card in Markdown: the variables, and the scores beside their controls and baselines."""
+        """A model card in Markdown: the variables, and the scores with their controls and baselines."""
         where = [
             (name, str(site), subspace.rank, subspace.width) for name, (site, subspace) in self.variables.items()
         ]
@@ -226,19 +226,21 @@ class Alignment:
         ]
         more = len(self.variables) - len(shown)
         first = f"Alignment({'; '.join(shown)}{f'; and {more} more' if more else ''})"
-        told = [
+        details = [
             str(self.facts[key])
             for key in ("method", "model", "task")
             if isinstance(self.facts.get(key), str) and self.facts[key]
         ]
-        told += [f"seed {self.facts['seed']}"] if "seed" in self.facts else []
+        details += [f"seed {self.facts['seed']}"] if "seed" in self.facts else []
         scores = self.facts.get("scores")
-        told += [f"{metric} {score_text(s)}" for metric, s in scores.items()] if isinstance(scores, dict) else []
-        return "\n  ".join([first, ", ".join(told)] if told else [first])
+        details += (
+            [f"{metric} {score_text(s)}" for metric, s in scores.items()] if isinstance(scores, dict) else []
+        )
+        return "\n  ".join([first, ", ".join(details)] if details else [first])
 
 
 def _what_else(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """How to go on with a file that is no alignment, as the rest of a sentence."""
+    """What a file that is no alignment contains and how to read it, as the rest of a sentence."""
     if EDITS in metadata:
         return ": it holds edits, which load_edits reads."
     if tensors and all(t.ndim == 2 and t.shape[0] <= t.shape[1] for t in tensors.values()):

@@ -1,4 +1,4 @@
-"""Wrong types at the public door: one sentence instead of an error from deep inside."""
+"""Checks of argument types: one clear sentence instead of an error from deep inside."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def whole_number(value: Any, name: str) -> int:
-    """`value` as an int; numpy's integers are fine (TypeError for a float, a bool, a text)."""
+    """`value` as an int; numpy's integers are accepted. TypeError for a float, a bool or text."""
     if not isinstance(value, bool):
         try:
             return index(value)
@@ -18,7 +18,7 @@ def whole_number(value: Any, name: str) -> int:
 
 
 def instance(value: Any, kind: type | tuple[type, ...], name: str, hint: str = "") -> None:
-    """TypeError unless `value` is of the type; `hint` says how to get one."""
+    """TypeError unless `value` has the type; `hint` says how to get such a value."""
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join(k.__name__ for k in kinds)
@@ -28,7 +28,7 @@ def instance(value: Any, kind: type | tuple[type, ...], name: str, hint: str = "
 
 
 def finite(value: Any, name: str) -> None:
-    """ValueError for a tensor of whole numbers, or with NaN or an infinite number in it."""
+    """ValueError for a tensor of whole numbers, or with NaN or infinite numbers."""
     if value.is_meta:
         return
     if not value.is_floating_point():
@@ -41,7 +41,7 @@ def finite(value: Any, name: str) -> None:
 
 
 def no_zero_vector(value: Any, axis: int, name: str) -> None:
-    """ValueError where a vector along an axis is all zero: it spans nothing."""
+    """ValueError if a vector along an axis is all zero, so that it spans nothing."""
     if not value.is_meta and value.ndim == 2 and not bool((value != 0).any(axis).all()):
         raise ValueError(f"{name} has a vector that is all zero, which spans nothing.")
 

@@ -1,8 +1,8 @@
-"""Edits and subspaces in files: numbers as safetensors, and as JSON in its metadata what else makes the function.
+"""Edits and subspaces in files: tensors as safetensors; everything else that defines the function is JSON metadata.
 
-One file holds what belongs together. No kind of subspace or value is named here: each describes and rebuilds
-itself (`core/kinds.py`). Nothing is unpickled, and a file decides nothing about which code is imported, except
-among the modules of this package.
+One file contains what belongs together. No kind of subspace or value is named here: each describes and rebuilds itself
+(`core/kinds.py`). Nothing is unpickled. A file cannot choose which code is imported, except among the modules of this
+package.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def save_edits(
 ) -> None:
     """Write edits into one safetensors file.
 
-    What several of them share (an intervention, a subspace, the basis that parts are of) is stored once and
-    shared again when loaded.
+    If several of them share something (an intervention, a subspace, the basis of several parts), it is stored once and
+    is shared again after loading.
 
     Args:
         edits: {site: intervention}.
-        facts: what else should be known of them (model, data, seed), as JSON.
+        facts: further facts about them (model, data, seed), as JSON.
 
     Raises:
-        TypeError: edits that are not {site: intervention}; one whose class could not be rebuilt; facts that are
-            not JSON.
+        TypeError: edits that are not {site: intervention}; an edit whose class could not be rebuilt; facts that are not
+            JSON.
     """
     by_site(edits, "edits", Intervention, Site)
     plan = Plan()
@@ -61,16 +61,16 @@ def save_edits(
 
 
 def load_edits(path: str | Path, kinds: Sequence[type[Kind]] = ()) -> dict[Site, Intervention]:
-    """The edits that `save_edits` wrote, bit for bit; what trained trains again.
+    """The edits that `save_edits` wrote, equal bit by bit; parameters that were trainable are trainable again.
 
     Args:
-        kinds: your own classes of subspaces, values or interventions that the edits are made of. They are needed
-            where the module that defined them at saving is not imported, or no longer has them.
+        kinds: your own classes of subspaces, values or interventions that the edits contain. They are needed if the
+            module that defined them when they were saved is not imported, or no longer has them.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is broken, holds no edits, has a kind that is not known here, or was written in a
-            newer format.
+        ValueError: a file that is broken, contains no edits, contains a kind that is not known here, or has a newer
+            format.
     """
     tensors, metadata = read_tensors(path)
     if EDITS not in metadata:
@@ -90,19 +90,19 @@ def load_edits(path: str | Path, kinds: Sequence[type[Kind]] = ()) -> dict[Site,
 def save_subspaces(
     path: str | Path, subspaces: Mapping[str, Subspace], facts: Mapping[str, str] | None = None
 ) -> None:
-    """One safetensors file: {name: R of shape (rank, width)}, with facts as its metadata.
+    """Write one safetensors file, {name: R of shape (rank, width)}, with facts as its metadata.
 
-    Plain bases for other programs; what was found, with its sites and evidence, is saved by `Alignment.save`.
+    These are plain bases for other programs; use `Alignment.save` to save results with their sites and evidence.
     """
     for name, subspace in subspaces.items():
         instance(subspace, Subspace, f"The subspace of {name!r}", "FixedSubspace(basis) makes one of a matrix")
-    # Copies: parts are views of one basis, and safetensors refuses tensors that share memory.
+    # Copies, because parts are views of one basis, and safetensors refuses tensors that share memory.
     tensors = {name: s.basis().detach().cpu().contiguous().clone() for name, s in subspaces.items()}
     save_tensors(Path(path), tensors, facts)
 
 
 def load_subspaces(path: str | Path) -> dict[str, FixedSubspace]:
-    """The subspaces that `save_subspaces` wrote (FileNotFoundError, ValueError for a file that has none)."""
+    """The subspaces that `save_subspaces` wrote. FileNotFoundError; ValueError for a file without subspaces."""
     tensors, metadata = read_tensors(path)
     for entry, reader in ((EDITS, "load_edits"), (ALIGNMENT, "Alignment.load")):
         if entry in metadata:
@@ -112,12 +112,11 @@ def load_subspaces(path: str | Path) -> dict[str, FixedSubspace]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} holds no subspaces: {error}") from error
 
-
-# --- what both kinds of files are made of -------------------------------------------------------------------
+    # --- the contents of both kinds of files ----------------------------------------------------------------------
 
 
 def write_described(path: str | Path, entry: str, described: Mapping[str, Any], plan: Plan) -> None:
-    """Write a plan's numbers, with the description under one entry of the metadata."""
+    """Write a plan's tensors, with the description as one entry of the metadata."""
     text = json.dumps(described, ensure_ascii=False, allow_nan=False)
     plan.check(json.loads(text)["parts"])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -125,12 +124,12 @@ def write_described(path: str | Path, entry: str, described: Mapping[str, Any], 
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file; ValueError that names the file where it is not one."""
+    """(tensors, metadata) of a safetensors file. ValueError, with the name of the file, if it is not one."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
         with safe_open(path, "pt") as file:
-            # Copies, since where a number lies in the file can decide how a product of it is rounded.
+            # Copies, because the place of a tensor in the file can influence how products of it are rounded.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except SafetensorError as error:
@@ -146,16 +145,16 @@ def check_format(found: Mapping[str, Any], what: str) -> None:
 
 
 class Plan:
-    """Names, descriptions and numbers of modules, each once however often it is met."""
+    """Names, descriptions and tensors of modules; each is stored once, however often it is used."""
 
     def __init__(self) -> None:
         self.parts: dict[str, dict[str, Any]] = {}
         self.tensors: dict[str, Tensor] = {}
         self._names: dict[nn.Module, str] = {}
-        self._owners: dict[int, str] = {}  # id of a tensor → the module that it belongs to
+        self._owners: dict[int, str] = {}  # {id of a tensor: the name of its module}
 
     def name(self, module: nn.Module) -> str:
-        """The module's name in the file; it is described when first met."""
+        """The module's name in the file; it is described when it is first used."""
         if module not in self._names:
             described = self._described(module)
             self._names[module] = name = f"{len(self._names)}"
@@ -173,14 +172,14 @@ class Plan:
         return self._names[module]
 
     def check(self, parts: Mapping[str, Mapping[str, Any]]) -> None:
-        """TypeError for a user's own kind that its description does not rebuild, before anything is written."""
+        """TypeError, before anything is written, for a user's own kind that its description cannot rebuild."""
         own = [kind for kind in map(type, self._names) if not _of_package(kind.__module__)]
         trial = Parts(parts, dict(self.tensors), own)
         for module, name in self._names.items():
             if type(module) in own:
                 try:
                     trial.build(name, Kind)
-                except Exception as error:  # whatever a user's class raises
+                except Exception as error:  # a user's class may raise anything
                     raise TypeError(
                         f"{type(module).__name__} cannot be saved, since its description {parts[name]} does not "
                         f"rebuild it: {type(error).__name__}: {error}"
@@ -206,12 +205,12 @@ class Plan:
 
 
 class Parts:
-    """Modules by name, built when first asked for.
+    """Modules by name; each is built when it is first needed.
 
     Args:
         described: {name: description} of the modules.
-        tensors: {"name.tensor": numbers}; those of modules that are built are taken out.
-        kinds: classes of the user's own, found before any other.
+        tensors: {"name.tensor": tensor}; those of built modules are removed.
+        kinds: the user's own classes, which have priority over all others.
     """
 
     def __init__(
@@ -224,7 +223,7 @@ class Parts:
         self._built: dict[str, Any] = {}
 
     def build(self, name: str, wanted: type[Any]) -> Any:
-        """The module of this name (ValueError where it is of another kind than wanted)."""
+        """The module of this name. ValueError if it is not of the wanted kind."""
         if name not in self._built:
             self._built[name] = self._module(name)
         found = self._built[name]
@@ -233,9 +232,9 @@ class Parts:
         return found
 
     def check_all_used(self) -> None:
-        """ValueError for numbers that belong to no module."""
+        """ValueError for tensors that belong to no module."""
         if self._tensors:
-            raise ValueError(f"the numbers {sorted(self._tensors)} belong to nothing that is described")
+            raise ValueError(f"the tensors {sorted(self._tensors)} belong to nothing that is described")
 
     def _module(self, name: str) -> Kind:
         described = dict(self._described[name])
@@ -254,7 +253,7 @@ class Parts:
         own = _own(module)
         if set(own) != set(numbers):
             raise ValueError(f"a {label} has {sorted(own)}, the file {sorted(numbers)}")
-        module.load_state_dict(numbers, strict=False, assign=True)  # strictly its own, as was just seen
+        module.load_state_dict(numbers, strict=False, assign=True)  # the names were compared just before
         for key, tensor in _own(module).items():
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(key in trains)
@@ -262,7 +261,7 @@ class Parts:
 
 
 def find_kind(name: str, module: str, kinds: Iterable[type[Kind]] = ()) -> type[Kind]:
-    """The class of a saved module: of those passed in, of this package, or of a module that is imported already.
+    """The class of a saved module: one of `kinds`, of this package, or of a module that is already imported.
 
     Raises:
         ValueError: no such class is known here.
@@ -287,7 +286,7 @@ def find_kind(name: str, module: str, kinds: Iterable[type[Kind]] = ()) -> type[
 
 
 def _exists(module: str) -> bool:
-    """Whether a module of that name exists; files may name one that was moved or renamed since."""
+    """Whether a module of this name exists; it may have been moved or renamed since a file was written."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:
@@ -303,7 +302,7 @@ def _subclasses(kind: type[Kind]) -> list[type[Kind]]:
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
-    """The module's parameters and buffers without those of kinds inside it."""
+    """The module's parameters and buffers, without those of kinds inside of it."""
     inside = tuple(f"{name}." for name, child in module.named_modules() if name and isinstance(child, Kind))
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(inside)}

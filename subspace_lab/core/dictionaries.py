@@ -1,8 +1,8 @@
-"""Features of a sparse autoencoder that are read and written: more of them than dimensions, and not orthogonal.
+"""Reading and writing features of a sparse autoencoder, which are more than the dimensions and not orthogonal.
 
-What is exchanged is the difference of the features, so that the part of a state that the autoencoder does not
-explain stays the base's. It is no subspace: to exchange all features is not to exchange the state, and features
-that are written are not the ones that are read afterwards, since directions overlap.
+The difference of the features is exchanged, so that the part of a state that the autoencoder does not explain stays
+the base's. This is not a subspace: exchanging all features does not exchange the whole state. And features that were
+written are not exactly those that are read afterwards, because their directions overlap.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Dictionary(Subspace):
         read(h)     = f(h)
         write(h, z) = h + Dᵀ(z − f(h))
 
-    so an exchange is h + Dᵀ(f(h_source) − f(h)), as the features of MIB are exchanged (Mueller et al. 2025, arXiv
-    2504.13151). With θ = 0 it is the autoencoder with ReLU, with θ > 0 the one with JumpReLU (Rajamanoharan et al.
-    2024, arXiv 2407.14435). An autoencoder that keeps the k largest features (top-k) is another function.
+    So an exchange is h + Dᵀ(f(h_source) − f(h)), as in MIB (Mueller et al. 2025, arXiv 2504.13151). With θ = 0 the
+    autoencoder has ReLU, with θ > 0 it has JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435). An autoencoder that
+    keeps only the k largest features (top-k) is a different function.
 
     Args:
         encoder: E, (features, width).
         decoder: D, (features, width). Libraries often store one or both of them as (width, features).
         encoder_bias: e, (features,), 0 by default.
-        input_bias: c, (width,), 0 by default: what the autoencoder subtracts before it encodes, often the decoder's
-            bias. The decoder's bias itself cancels in an exchange and is not needed.
+        input_bias: c, (width,), 0 by default: the autoencoder subtracts it before it encodes; often this is the
+            decoder's bias. The decoder's bias itself cancels in an exchange and is not needed.
         threshold: θ ≥ 0, (features,), 0 by default.
 
     Raises:
-        TypeError: what is no tensor.
+        TypeError: something that is not a tensor.
         ValueError: shapes that do not fit, a direction of zeros, a threshold below 0.
     """
 
@@ -66,7 +66,7 @@ class Dictionary(Subspace):
         if encoder.ndim != 2 or encoder.shape != decoder.shape or not encoder.numel():
             raise ValueError(
                 f"An encoder of shape {tuple(encoder.shape)} and a decoder of shape {tuple(decoder.shape)}: needed "
-                "are (features, width) for both. Turn what is stored as (width, features), as in W_enc.T."
+                "are (features, width) for both. Transpose what is stored as (width, features), as in W_enc.T."
             )
         features, width = encoder.shape
         shapes = {"encoder_bias": (features,), "input_bias": (width,), "threshold": (features,)}
@@ -80,7 +80,7 @@ class Dictionary(Subspace):
                 raise ValueError(f"{name} of shape {tuple(tensors[name].shape)}; needed is {shape}.")
         for name, value in tensors.items():
             finite(value, name)
-            # Not the caller's own tensor, which may change.
+            # A copy, because the caller's own tensor may change.
             self.register_buffer(name, wide(value.detach(), torch.zeros(())).clone())
         no_zero_vector(self.decoder, 1, "decoder")
         if bool((self.threshold < 0).any()):

@@ -1,8 +1,8 @@
-"""Files that are whole or not there.
+"""Writing files so that a file is either complete or not there.
 
-Everything that this package saves is first written under a provisional name in the same folder and then renamed. A
-process that is killed, or a disk that is full, leaves the old file or the new one, never half of one. Its content is
-on the disk before it has its name, so that the same holds where the machine stops.
+Everything that this package saves is first written under a provisional name in the same folder, then renamed. If a
+process is killed or the disk is full, either the old file or the new one is there, never a part of one. The content is
+flushed to disk before the file is renamed, so that the same holds if the machine stops.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ PROVISIONAL = re.compile(r"\..+\.\d+")
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Give a provisional path to write to, and rename it to `path` when the block ends without an error.
 
-    The file has the permissions of any new file in that folder, whatever writes it. If the block raises, the
-    provisional file is removed and `path` stays what it was.
+    The file gets the permissions of any new file in this folder, whatever writes it. If the block raises, the
+    provisional file is removed and `path` is not changed.
 
     >>> with whole_file("scores.txt") as provisional:
     ...     provisional.write_text("0.93")
@@ -41,7 +41,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         provisional.touch()
         mode = provisional.stat().st_mode
         yield provisional
-        provisional.chmod(mode)  # safetensors lets only the owner read, also where others share the folder
+        provisional.chmod(mode)  # safetensors allows only the owner to read, even in a shared folder
         with provisional.open("r+b") as written:
             os.fsync(written.fileno())
         os.replace(provisional, path)
@@ -50,7 +50,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file with text as its metadata (OSError where that fails, as with other files)."""
+    """Write a safetensors file with text as its metadata. OSError if that fails, as with other files."""
     with whole_file(path) as provisional:
         try:
             save_file(dict(tensors), provisional, metadata={"format": "pt", **(metadata or {})})
@@ -59,10 +59,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def expect_stored(path: Path, tensors: Mapping[str, Any]) -> None:
-    """ValueError where a tensor has more numbers than the file stores for it.
+    """ValueError if a tensor has more numbers than the file stores for it.
 
-    `torch.save` writes an expanded tensor (a stride of 0) as the few numbers that it repeats, so that a small file can
-    ask for any amount of memory as soon as something copies it.
+    `torch.save` stores an expanded tensor (with a stride of 0) as the few numbers that it repeats. So a small file
+    could use any amount of memory as soon as the tensor is copied.
     """
     for name, value in tensors.items():
         if isinstance(value, Tensor) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
@@ -72,7 +72,7 @@ def expect_stored(path: Path, tensors: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file (ValueError for NaN and infinity, which JSON does not have)."""
+    """Write a JSON file. ValueError for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -83,7 +83,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file (ValueError that names the file if it is not JSON)."""
+    """The content of a JSON file. ValueError, with the name of the file, if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -91,7 +91,7 @@ def read_json(path: Path) -> Any:
 
 
 def package_version() -> str:
-    """The version of this package, "unknown" for a source tree that was not installed."""
+    """The version of this package; "unknown" for a source tree that is not installed."""
     try:
         return version("subspace-lab")
     except PackageNotFoundError:
@@ -104,18 +104,18 @@ def taken_folder(
     say: Callable[[str], None] = lambda _: None,
     check: Callable[[Path], None] | None = None,
 ) -> Iterator[Path]:
-    """A new or empty folder for results, which no other process can take while the block runs.
+    """A new or empty folder for results. No other process can take it while the block runs.
 
-    That something can be written there is tried at once, before any work. A folder that was made for it is removed
-    again, with those on the way to it, if nothing comes to stand in it.
+    Before any work, it is tested that something can be written there. If nothing is written into a folder that was
+    created here, it is removed again, together with its new parent folders.
 
     Args:
-        say: called with a sentence where the folder was left by a process that was killed.
-        check: called once the folder is taken, instead of the check that it is empty: it raises what should be
-            raised where the folder holds something that it should not.
+        say: called with a sentence if the folder was left behind by a process that was killed.
+        check: called when the folder is taken, instead of the check that it is empty. It should raise an error if the
+            folder contains something that it should not.
 
     Raises:
-        FileExistsError: it holds something already; results are never mixed or overwritten.
+        FileExistsError: the folder already contains something; results are never mixed or overwritten.
         BlockingIOError: another process is writing there.
         OSError: nothing can be written there; the message says where and why.
     """
@@ -146,15 +146,15 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 def check_empty(folder: Path) -> None:
-    """FileExistsError where a folder holds anything but the lock."""
+    """FileExistsError if a folder contains anything but the lock."""
     names = sorted(one.name for one in folder.iterdir() if one.name != LOCK)
     if not names:
         return
     if all(PROVISIONAL.fullmatch(name) for name in names):
         raise FileExistsError(
-            f"{folder} holds unfinished files of a process that was killed ({', '.join(names[:3])}): remove them, or "
-            "name a new folder."
+            f"{folder} contains unfinished files of a process that was killed ({', '.join(names[:3])}): remove them, "
+            "or name a new folder."
         )
     raise FileExistsError(
-        f"{folder} exists and is not empty: it may hold other results. Name a new folder, or remove it."
+        f"{folder} exists and is not empty: it may contain other results. Name a new folder, or remove it."
     )

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: a folder up, a folder down."""
+"""Uploading and downloading folders from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def upload_folder(folder: Path, name: str, *, private: bool = False, token: str | None = None) -> str:
-    """Put a folder on the Hub, in a repository that is made if it does not exist; returns the address."""
+    """Upload a folder to a repository on the Hub, which is created if it does not exist; returns the address."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -15,13 +15,13 @@ def upload_folder(folder: Path, name: str, *, private: bool = False, token: str 
 
 
 def local_folder(name: str | Path, what: str, revision: str | None = None) -> Path:
-    """The folder of this name, or else the Hub's copy of the repository of this name.
+    """The local folder of this name, or, if there is none, a copy of the Hub's repository of this name.
 
     Args:
-        what: what is looked for, for the message of the error.
+        what: what is being looked for, for error messages.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: neither exists.
     """
     if Path(name).is_dir():
         return Path(name)

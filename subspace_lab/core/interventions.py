@@ -1,10 +1,10 @@
 """Interventions: what is written into a subspace.
 
-Every intervention here is one formula,
+Every intervention here has the same formula,
 
-    h ↦ h + Dᵀ(m ⊙ (z − c·D h))    D ∈ R^{k×d}, c ∈ {0, 1}, m = 1 unless said otherwise
+    h ↦ h + Dᵀ(m ⊙ (z − c·D h))    D ∈ R^{k×d}, c ∈ {0, 1}, m = 1 unless stated otherwise
 
-with D the basis of a subspace (`core/subspaces.py`) and z a *value* (`core/values.py`). With c = 1 the coordinates
+where D is the basis of a subspace (`core/subspaces.py`) and z a *value* (`core/values.py`). With c = 1 the coordinates
 become z, which is a write; with c = 0 z is added to them. The methods of the literature:
 
     method        D             z                    c   learned     source
@@ -20,8 +20,8 @@ become z, which is a write; with c = 0 z is added to them. The methods of the li
     set, zero,    any           α, 0, mean           1   -           ablations
     mean
 
-An intervention is an ordinary module: `edit(h)` or `edit(h, source)` on any tensor whose last axis is the
-stream. It never writes into its arguments.
+An intervention is an ordinary module: call `edit(h)` or `edit(h, source)` on any tensor whose last axis is the stream.
+It never writes into its arguments.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Intervention(Kind):
         value: z.
         write: c = 1 if True.
         dropout: probability with which a coordinate of the *change* is dropped in training. (Other libraries drop
-            coordinates of the edited state itself, which damages the stream outside the subspace.)
+            coordinates of the edited state itself, which also damages the stream outside of the subspace.)
 
     Raises:
-        TypeError: a subspace or a value that is none.
-        ValueError: a dropout outside 0 ≤ p < 1.
+        TypeError: the subspace or the value has the wrong type.
+        ValueError: a dropout outside of 0 ≤ p < 1.
     """
 
     made_of = ("subspace", "value")
@@ -76,32 +76,32 @@ class Intervention(Kind):
 
     @property
     def needs_source(self) -> bool:
-        """Whether it takes the states of a source."""
+        """Whether it needs the states of a source."""
         return self.value.needs_source
 
     @property
     def is_affine(self) -> bool:
-        """Whether it is one affine map of every state, A h + c, without a source (dropout aside)."""
+        """Whether the edit, without dropout, is one affine map A h + c of every state, without a source."""
         return self.subspace.linear and self.value.is_affine and not self.needs_source
 
     def forward(self, h: Float[Tensor, "*batch width"], source: Source = None) -> Float[Tensor, "*batch width"]:
         """The edited states, in the dtype of h.
 
         Raises:
-            ValueError: if the width of h is not the subspace's, or the source does not fit.
+            ValueError: the width of h is not that of the subspace, or the source does not fit.
         """
         if not isinstance(h, Tensor):
             instance(h, Tensor, "h")
         if h.shape[-1] != self.width:
             raise ValueError(f"States of width {h.shape[-1]} for a subspace of width {self.width}.")
-        # Autocast would take the products back to a half precision.
+        # Autocast would compute the products in half precision.
         with torch.autocast(h.device.type, enabled=False):
             return self.value.edit(self.subspace, h, source, self.write, self.dropout)
 
     def asks_for_gradient(self, asks: bool) -> None:
-        """Let the edit be trained, or not; of a basis in parts only those parts that train.
+        """Switch the training of the edit on or off; of a basis in parts only the trained parts are affected.
 
-        These are the parts that `train_parts` named, or where the basis is fixed the parts in use.
+        These are the parts named in `train_parts`; if the basis is fixed, they are the parts in use.
         """
         self.requires_grad_(asks)
         if asks:
@@ -111,7 +111,8 @@ class Intervention(Kind):
     def edited(self) -> Subspace:
         """The subspace that is edited now, with a basis that does not train.
 
-        Of a basis in parts it is that of the parts in use; of directions that are not orthonormal, their span.
+        For a basis in parts this is the subspace of the parts in use; for directions that are not orthonormal, their
+        span.
         """
         chosen = self.value.coordinates(self.subspace.rank)
         if len(chosen) == self.subspace.rank:
@@ -119,7 +120,7 @@ class Intervention(Kind):
         return self.subspace.picked(chosen)
 
     def folded(self) -> Intervention:
-        """The same edit as h + Dᵀ(M h + v) with fixed D, M and v; a copy where it is not affine in h.
+        """The same edit as h + Dᵀ(M h + v) with fixed D, M and v; a copy of the edit if it is not affine in h.
 
         For LoReFT M = W − R.
         """
@@ -146,13 +147,13 @@ class Intervention(Kind):
 def interchange(subspace: Subspace | Mapping[str, Subspace]) -> Intervention:
     """Distributed interchange intervention: h + Rᵀ(R h_source − R h) (Geiger et al. 2023, def. 3.1).
 
-    With a mapping {variable: subspace} each variable takes its coordinates from a source of its own; call the
-    result with `source={variable: states}`. A variable left out stays the base's. Subspaces that are learned must
-    be parts of one basis, made by `Subspace.partition`; those that a search found are joined to one.
+    With a mapping {variable: subspace} each variable takes its coordinates from its own source; call the result with
+    `source={variable: states}`. A variable that is missing there keeps the base's coordinates. Learned subspaces must
+    be parts of one basis, made by `Subspace.partition`; subspaces that a search found are joined into one basis.
 
     Raises:
-        TypeError: what is no subspace.
-        ValueError: variables whose subspaces are not orthogonal, or are learned and not parts of one basis (see
+        TypeError: something that is not a subspace.
+        ValueError: variables whose subspaces are not orthogonal, or are learned but not parts of one basis (see
             `core.parts.joined`).
     """
     if isinstance(subspace, Mapping):
@@ -163,7 +164,7 @@ def interchange(subspace: Subspace | Mapping[str, Subspace]) -> Intervention:
 
 
 def full_vector(width: int) -> Intervention:
-    """The interchange of the whole state: h_source. It exchanges all variables that the state holds, not one."""
+    """The interchange of the whole state: h_source. It exchanges all variables that the state holds, not only one."""
     return interchange(Axes(width))
 
 
@@ -180,20 +181,20 @@ def loreft(
     """LoReFT: h + Rᵀ(W h + b − R h), 2dk + k parameters (Wu et al. 2024, eq. 2).
 
     Args:
-        width: d, or a subspace to edit in (what a search found, for example), which has a rank of its own.
+        width: d, or a subspace to edit in (for example the result of a search), which has its own rank.
         rank: k.
-        seed: of the random R, and of the random W that "paper" starts from.
-        start: "identity" has W = R, b = 0, so that training starts from the model as it is; "paper" draws W as
-            `nn.Linear` does.
-        activation: σ. With another one than "linear" no W, b make the edit the identity, so start="paper".
+        seed: seed of the random R, and of the random W of start="paper".
+        start: "identity": W = R and b = 0, so that training starts from the unchanged model. "paper": W is drawn as in
+            `nn.Linear`.
+        activation: σ. With any activation but "linear", no W and b make the edit the identity, so use start="paper".
         dropout: as in `Intervention`.
-        bias: whether there is a b. Without it the edit merges into weights that have no bias either.
+        bias: whether there is a b. Without b the edit can also be merged into a projection without bias.
 
     Raises:
         TypeError: a width that is neither a whole number nor a subspace.
-        ValueError: no rank, one that the width does not have, or an activation or start that is not possible.
+        ValueError: no rank, a rank larger than the width, or an activation or start that is not possible.
     """
-    subspace = width if isinstance(width, Subspace) else LearnedSubspace(width, _given(rank), seed=seed)
+    subspace = width if isinstance(width, Subspace) else LearnedSubspace(width, _expect_rank(rank), seed=seed)
     return _with_map(subspace, start, activation, dropout, seed, write=True, bias=bias)
 
 
@@ -224,7 +225,7 @@ def direft(
 ) -> Intervention:
     """DiReFT: h + Dᵀ(W h + b) with D free, 2dk + k parameters (Wu et al. 2024, eq. 3).
 
-    pyreft calls this `NodireftIntervention`. Its `start="identity"` has W = 0.
+    pyreft calls this `NodireftIntervention`. With `start="identity"` W = 0.
     """
     directions = FreeDirections(width, rank, seed=seed)
     return _with_map(directions, start, activation, dropout, seed, write=False, bias=bias)
@@ -234,7 +235,7 @@ def consreft(
     width: int | Subspace, rank: int | None = None, *, seed: int | None = None, dropout: float = 0.0
 ) -> Intervention:
     """ConsReFT: h + Rᵀ(b − R h), dk + k parameters (pyreft). Starts at b = 0."""
-    subspace = width if isinstance(width, Subspace) else LearnedSubspace(width, _given(rank), seed=seed)
+    subspace = width if isinstance(width, Subspace) else LearnedSubspace(width, _expect_rank(rank), seed=seed)
     return Intervention(subspace, Constant(torch.zeros(subspace.rank), learned=True), dropout=dropout)
 
 
@@ -242,7 +243,7 @@ def lobireft(
     width: int | Subspace, rank: int | None = None, *, seed: int | None = None, dropout: float = 0.0
 ) -> Intervention:
     """LobiReFT: h + Rᵀ b, dk + k parameters (pyreft). Starts at b = 0, the identity."""
-    subspace = width if isinstance(width, Subspace) else LearnedSubspace(width, _given(rank), seed=seed)
+    subspace = width if isinstance(width, Subspace) else LearnedSubspace(width, _expect_rank(rank), seed=seed)
     value = Constant(torch.zeros(subspace.rank), learned=True)
     return Intervention(subspace, value, write=False, dropout=dropout)
 
@@ -250,7 +251,7 @@ def lobireft(
 def red(width: int, *, dropout: float = 0.0, bias: bool = True) -> Intervention:
     """RED: s ⊙ h + b, 2d parameters (Wu et al. 2024, arXiv 2402.15179). Starts as the identity.
 
-    Without b it is s ⊙ h, what (IA)³ learns (Liu et al. 2022, arXiv 2205.05638).
+    Without b it is s ⊙ h, as in (IA)³ (Liu et al. 2022, arXiv 2205.05638).
     """
     return Intervention(Axes(width), Diagonal(width, bias), dropout=dropout)
 
@@ -278,7 +279,7 @@ def zero_ablation(subspace: Subspace) -> Intervention:
 def mean_ablation(subspace: Subspace, states: Float[Tensor, "*batch width"]) -> Intervention:
     """The coordinates become their mean over all of `states` (…, width): h + Rᵀ(R mean − R h).
 
-    Entries that are all NaN are left out: so `collect` marks where a row has fewer positions than others.
+    Entries that are all NaN are left out: `collect` gives them where a row has fewer positions than others.
     """
     with torch.no_grad():
         states = states.reshape(-1, states.shape[-1])
@@ -287,7 +288,7 @@ def mean_ablation(subspace: Subspace, states: Float[Tensor, "*batch width"]) -> 
 
 
 def steering_vector(vector: Float[Tensor, " width"]) -> tuple[FixedSubspace, Tensor]:
-    """A vector of the stream as (its direction, its length): `steer(*steering_vector(v))` adds v.
+    """A vector of the stream as (its direction, its length), so that `steer(*steering_vector(v))` adds v.
 
     Raises:
         ValueError: a vector of length 0.
@@ -324,7 +325,7 @@ def _with_map(
     return Intervention(subspace, value, write=write, dropout=dropout)
 
 
-def _given(rank: int | None) -> int:
+def _expect_rank(rank: int | None) -> int:
     if rank is None:
         raise ValueError("A rank is needed where a width is given; a subspace has its own rank.")
     return rank

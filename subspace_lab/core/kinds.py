@@ -1,9 +1,8 @@
-"""What can be saved says itself how: the common base of subspaces, values and interventions.
+"""The common base of subspaces, values and interventions: they describe how they are saved.
 
-A *kind* is a class whose instances are saved in files and rebuilt from them. `core/checkpoints.py` knows no kind
-by name: it asks each module for its `description`, and each class to `rebuild` itself. A kind of one's own needs
-only its own file or notebook cell:
-
+A *kind* is a class whose instances can be saved in files and rebuilt from them. `core/checkpoints.py` knows no kind by
+name: it uses the `description` of each module, and the method `rebuild` of each class. Your own kind needs only its own
+file or notebook cell:
     class Doubled(Value):
         def __init__(self, factor: float) -> None:
             super().__init__()
@@ -30,7 +29,7 @@ from subspace_lab.core.arguments import finite, no_zero_vector
 class FullPrecision(nn.Module):
     """A module whose parameters stay float32 (or float64) when it is cast to a half precision.
 
-    `model.to(torch.bfloat16)` on a parent would round a basis to 8 bits, and QR has no half kernels on CPU.
+    `model.to(torch.bfloat16)` on a parent would round a basis to 8 bits, and there is no QR in half precision on CPUs.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -48,8 +47,8 @@ class Kind(FullPrecision):
 
     Attributes:
         made_of: the entries of the description that are themselves kinds (or mappings {name: kind}).
-        renamed: {name in older files: name of the parameter or buffer now}.
-        vectors_along: {name of a tensor of basis vectors: the axis along which each of them is}.
+        renamed: {name in older files: present name of the parameter or buffer}.
+        vectors_along: {name of a tensor of basis vectors: the axis along which each vector lies}.
     """
 
     made_of: ClassVar[tuple[str, ...]] = ()
@@ -57,12 +56,12 @@ class Kind(FullPrecision):
     vectors_along: ClassVar[Mapping[str, int]] = {}
 
     def description(self) -> dict[str, Any]:
-        """What rebuilds the module besides its own tensors: the constructor's arguments, as JSON or as kinds."""
+        """Everything but the tensors that is needed to rebuild the module: the constructor's arguments."""
         return {}
 
     @classmethod
     def rebuild(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-        """A module of this description; its tensors are loaded afterwards."""
+        """A module with this description; its tensors are loaded afterwards."""
         return cls(**description)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -73,7 +72,7 @@ class Kind(FullPrecision):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _check_numbers(self, state_dict: Any, prefix: str) -> None:
-        """ValueError for numbers that no edit can have: NaN, infinite or whole ones, basis vectors of zeros."""
+        """ValueError for tensors that no edit can have: NaN, infinity, whole numbers, basis vectors of zeros."""
         own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         for name, mine in own.items():
             given = state_dict.get(f"{prefix}{name}")

@@ -1,8 +1,8 @@
 """Soft masks over the coordinates of a basis: m in h + Dᵀ(m ⊙ (z − c·D h)).
 
-A mask says how much of each coordinate is exchanged, for each of several variables. It is between 0 and 1 while it is
-trained, and its temperature T makes it hard in the end: then each coordinate belongs to one variable or to none, and
-the exchange is one of ordinary subspaces, `Mask.chosen`.
+A mask says how much of each coordinate is exchanged, for each of several variables. During training its values are
+between 0 and 1; its temperature T makes it hard at the end. Then each coordinate belongs to at most one variable, and
+the exchange is one of ordinary subspaces, given by `Mask.chosen`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Mask(Kind, ABC):
     """How much of each of `rank` coordinates is exchanged, for each of some variables.
 
     Attributes:
-        rank: coordinates.
+        rank: number of coordinates.
         variables: how many variables share them.
-        temperature: T > 0; the lower, the harder.
+        temperature: T > 0; a lower T makes the mask harder.
     """
 
     def __init__(self, rank: int, variables: int = 1, temperature: float = 1.0) -> None:
@@ -45,7 +45,7 @@ class Mask(Kind, ABC):
 
     @abstractmethod
     def chosen(self) -> list[list[int]]:
-        """For each variable the coordinates that it has in the end, at least one; no two variables share one."""
+        """For each variable its final coordinates, at least one; no coordinate belongs to two variables."""
 
     def description(self) -> dict[str, Any]:
         return {"rank": self.rank, "variables": self.variables, "temperature": self.temperature}
@@ -56,11 +56,11 @@ class Boundaries(Mask):
 
         mᵢ = σ((i − b₀)/T) σ((b₁ − i)/T)        i = ½, 3/2, …, rank − ½
 
-    The first variable begins at 0, each later one where the one before ends. What is trained is the share of the
-    coordinates that each variable has, `shares`.
+    The first variable begins at 0; each later one begins where the one before it ends. The trained parameters are
+    `shares`, the share of the coordinates that each variable has.
 
     Args:
-        start: share of the coordinates that all variables together begin with.
+        start: share of the coordinates that all variables together have at the start.
     """
 
     def __init__(self, rank: int, variables: int = 1, temperature: float = 1.0, start: float = 0.5) -> None:
@@ -71,7 +71,7 @@ class Boundaries(Mask):
         self.shares = nn.Parameter(torch.full((variables,), start / variables))
 
     def ends(self) -> Float[Tensor, boundary]:
-        """The boundaries, from 0 to where the last variable ends, in coordinates."""
+        """The boundaries in coordinates, from 0 to the end of the last variable."""
         return torch.cat([self.shares.new_zeros(1), self.shares.cumsum(0)]) * self.rank
 
     def forward(self) -> Float[Tensor, "variable rank"]:
@@ -81,7 +81,7 @@ class Boundaries(Mask):
         return torch.sigmoid((i - left) / self.temperature) * torch.sigmoid((right - i) / self.temperature)
 
     def keep_possible(self) -> None:
-        """Bring the shares back to where each variable has a coordinate, and all together at most those there are."""
+        """Move the shares back into the range where each variable has a coordinate and their sum is at most 1."""
         with torch.no_grad():
             self.shares.clamp_(min=1 / self.rank)
             least = self.shares - 1 / self.rank
@@ -92,7 +92,7 @@ class Boundaries(Mask):
     def chosen(self) -> list[list[int]]:
         found, start = [], 0
         for k, end in enumerate(self.ends()[1:].tolist()):
-            # As many coordinates as have their middle before the boundary, and one for each variable to come.
+            # All coordinates whose middle is before the boundary, but leave one for each later variable.
             stop = min(max(start + 1, round(end)), self.rank - (self.variables - 1 - k))
             found.append(list(range(start, stop)))
             start = stop
@@ -103,9 +103,10 @@ class Boundaries(Mask):
 
 
 class Gates(Mask):
-    """A gate for each coordinate: m = softmax([0, a₁, …, a_V] / T), of one variable σ(a/T), without the first.
+    """A gate for each coordinate: m = softmax([0, a₁, …, a_V] / T) without its first entry; σ(a/T) for one variable.
 
-    Of several variables the gates of a coordinate are together at most 1, so that in the end it has one owner or none.
+    With several variables the sum of a coordinate's gates is at most 1, so that in the end it belongs to one variable
+    or to none.
     """
 
     def __init__(self, rank: int, variables: int = 1, temperature: float = 1.0) -> None:
@@ -113,13 +114,14 @@ class Gates(Mask):
         self.logits = nn.Parameter(torch.zeros(variables, rank))
 
     def forward(self) -> Float[Tensor, "variable rank"]:
-        nobody = self.logits.new_zeros(1, self.rank)
-        return (torch.cat([nobody, self.logits]) / self.temperature).softmax(0)[1:]
+        zero = self.logits.new_zeros(1, self.rank)
+        return (torch.cat([zero, self.logits]) / self.temperature).softmax(0)[1:]
 
     def chosen(self) -> list[list[int]]:
-        """Those whose logit is above 0 and the highest.
+        """For each variable the coordinates at which its logit is above 0 and the highest.
 
-        A variable that this leaves without any takes the best that nobody has, or else one of several of another's.
+        A variable without such a coordinate gets its best free coordinate. If none is free, it gets the best coordinate
+        of variables that have several.
         """
         logits = self.logits.detach()
         highest, owner = logits.max(0)
@@ -143,12 +145,12 @@ class Gates(Mask):
 
 
 class Masked(Value):
-    """Σᵥ mᵥ ⊙ (R hᵥ − R h): an interchange while it is not yet decided which coordinates are whose.
+    """Σᵥ mᵥ ⊙ (R hᵥ − R h): an interchange in which the mask divides the coordinates among the variables.
 
     Args:
         mask: m.
-        names: of the variables in the order of the mask, each with a source of its own; None for one variable, whose
-            source is a tensor.
+        names: the variables in the order of the mask, each with its own source; None for one variable, whose source
+            is a tensor.
     """
 
     made_of = ("mask",)

@@ -1,9 +1,9 @@
-"""A nonlinear map whose first coordinates are read and written: not a subspace, but with the same two verbs.
+"""A nonlinear map whose first coordinates can be read and written. It is not a subspace, but has the same two methods.
 
-It says much less than a subspace. With maps that are not restricted an exchange reaches about 100 % on randomly
-initialised language models too, and over 80 % on random multilayer perceptrons (Sutter et al. 2025, "The non-linear
-representation dilemma", arXiv 2507.08802): the map computes what the model does not. A score that a randomly
-initialised twin of the model does not reach is the least that has to be shown beside it.
+It is much weaker evidence than a subspace. With unrestricted maps an exchange reaches about 100 % on randomly
+initialised language models, and over 80 % on random multilayer perceptrons (Sutter et al. 2025, "The non-linear
+representation dilemma", arXiv 2507.08802): the map itself computes what the model does not. At least, show that a
+randomly initialised twin of the model does not reach the same score.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from subspace_lab.core.subspaces import Subspace
 class InvertibleMap(Subspace):
     """The first k coordinates of φ(h), with φ a reversible residual network (RevNet, Gomez et al. 2017).
 
-    Each block leaves one half of the coordinates as it is and adds a function of it to the other:
+    Each block leaves one half of the coordinates unchanged and adds a function of it to the other half:
 
         x₁ ← x₁ + F(x₂),   x₂ ← x₂ + G(x₁)
 
-    so that φ⁻¹ subtracts the same in the other order, whatever F and G are (a layer of `hidden` units each, that start
-    as 0: φ starts as the identity). The verbs are those of a subspace,
+    so that φ⁻¹ subtracts the same functions in the opposite order, whatever F and G are. Here they are layers of
+    `hidden` units that start as 0, so φ starts as the identity. The methods are those of a subspace,
 
         read(h)     = φ(h)₁…ₖ
         write(h, z) = φ⁻¹(z, φ(h)ₖ₊₁…)
 
-    and their laws hold; but there is no basis, and an exchange changes h in all directions.
+    and obey the same laws. But there is no basis, and an exchange changes h in all directions.
 
     Args:
         width: d.
         rank: k.
-        blocks: how many.
+        blocks: the number of blocks.
         hidden: units of each F and G, by default d.
-        scale: what the states are divided by first, their size for example, so that the units see numbers about 1.
-        seed: of the random weights.
+        scale: the states are divided by this number first (for example by their root mean square), so that the units
+            get numbers of about 1.
+        seed: seed of the random weights.
     """
 
     linear: ClassVar[bool] = False
@@ -130,7 +131,7 @@ class InvertibleMap(Subspace):
 
 
 def _units(inputs: int, hidden: int, outputs: int, generator: torch.Generator | None) -> nn.Sequential:
-    """A layer of hidden units whose output is 0 to begin with."""
+    """A layer of hidden units whose output starts at 0."""
     first, last = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
     with torch.no_grad():
         nn.init.normal_(first.weight, std=inputs**-0.5, generator=generator)

@@ -1,8 +1,8 @@
-"""Orthonormal bases: checked, drawn at random, and as the factors of trained matrices.
+"""Orthonormal bases: checks, random bases, and bases that are factors of trained matrices.
 
-A trained basis is the orthonormal factor of a raw matrix A. Autograd's own QR would be evaluated again at each use
-and would tie every evaluation to one backward pass. Here the factor is evaluated once for each value of A, every
-use shares it, and the derivative of each use costs O(d k²).
+A trained basis is the orthonormal factor of a raw matrix A. With autograd's own QR, each use would compute the factor
+again and keep its own graph for the backward pass. Here the factor is computed once for each value of A and shared by
+all uses, and the derivative of each use costs O(d k²).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ def _count_step(*_: Any) -> None:
     _steps_taken += 1
 
 
-# Fused optimisers change parameters without raising their version, so steps are counted, whoever takes them.
+# Fused optimisers change parameters without raising their version, so the steps of all optimisers are counted.
 register_optimizer_step_post_hook(_count_step)
 
 
 def exactly(device: torch.device) -> torch.autocast:
-    """Within the block autocast takes no product to a half precision."""
+    """Inside the block autocast does not compute products in half precision."""
     return torch.autocast(device.type, enabled=False)
 
 
 def check_rank(rank: int, width: int) -> None:
-    """Refuse a rank that no subspace of R^width has (ValueError), or that is not a whole number (TypeError)."""
+    """ValueError for a rank that no subspace of R^width has; TypeError if it is not a whole number."""
     rank, width = whole_number(rank, "rank"), whole_number(width, "width")
     if not 1 <= rank <= width:
         raise ValueError(f"rank {rank} asked for a stream of width {width}: possible are 1 to {width}.")
 
 
 def wide(h: Tensor, like: Tensor) -> Tensor:
-    """h in the precision of the computation: the wider one of its own and that of `like`."""
+    """h in the precision of the computation: the wider of its own and that of `like`."""
     return h.to(torch.promote_types(h.dtype, like.dtype))
 
 
@@ -70,20 +70,20 @@ def check_orthonormal(basis: Tensor, shape: tuple[int, int]) -> None:
 
 
 def thin_qr(a: Tensor) -> tuple[Tensor, Tensor]:
-    """A = Q T with T's diagonal positive, so that an orthonormal A comes back as itself."""
+    """A = Q T with a positive diagonal of T, so that Q = A if A is orthonormal."""
     q, t = torch.linalg.qr(a)
     signs = torch.where(t.diagonal() < 0, -1.0, 1.0).to(a.dtype)
     return q * signs, signs[:, None] * t
 
 
 def polar(a: Tensor) -> tuple[Tensor, Tensor]:
-    """A = Q H with H symmetric positive: Q is the orthonormal matrix nearest to A."""
+    """A = Q H with H symmetric positive: Q is the orthonormal matrix closest to A."""
     u, s, vh = torch.linalg.svd(a, full_matrices=False)
     return u @ vh, (vh.T * s) @ vh
 
 
 class CachedFactor:
-    """The orthonormal factor of a matrix made of some parameters, evaluated anew only when one of them changed.
+    """The orthonormal factor of a matrix made of some parameters, computed again only if one of them changed.
 
     Args:
         kind: "qr" or "polar".
@@ -95,9 +95,9 @@ class CachedFactor:
         self._held: tuple[tuple, Tensor, Tensor, list[Tensor]] | None = None
 
     def __call__(self, parameters: Sequence[Tensor], matrix: Callable[[], Tensor], state: Any = None) -> Tensor:
-        """Q of `matrix()`, with its gradient; `state` is whatever else the matrix depends on."""
-        # In-place changes of a tensor (load_state_dict, most optimisers) raise its version. What replaces its
-        # storage changes the pointer, and the old storage is held so that nothing new can lie where it was.
+        """Q of `matrix()`, with its gradient; `state` is anything else on which the matrix depends."""
+        # In-place changes of a tensor (load_state_dict, most optimisers) raise its version. If its storage is replaced,
+        # the pointer changes; the old storage is kept alive, so that no new storage can have the same address.
         key = (_steps_taken, state, *((p._version, p.data_ptr(), p.device, p.dtype) for p in parameters))
         raw = matrix()
         if self._held is None or self._held[0] != key:
@@ -107,7 +107,7 @@ class CachedFactor:
         return Orthonormal.apply(raw, self._held[1], self._held[2], self.kind)
 
     def clear(self) -> None:
-        """Forget the factor: the next use evaluates it anew."""
+        """Forget the factor, so that the next use computes it again."""
         self._held = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class CachedFactor:
 
 
 class Orthonormal(torch.autograd.Function):
-    """A factor that was computed beforehand, with its derivative in closed form."""
+    """A factor that is already computed, with its derivative in closed form."""
 
     @staticmethod
     def forward(ctx: Any, raw: Tensor, q: Tensor, factor: Tensor, kind: str) -> Tensor:

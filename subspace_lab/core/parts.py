@@ -1,8 +1,8 @@
-"""Parts of one basis: subspaces that are orthogonal to each other, whatever is trained.
+"""Parts of one basis: subspaces that stay orthogonal to each other during training.
 
-What one part writes no other part reads. Three ways lead to parts: `Subspace.partition` splits a basis, `joined`
-makes parts of subspaces that were found one by one, and a `PartedSubspace` is a learned basis whose parts can be
-trained one after the other (Wu et al. 2024, arXiv 2404.03592, appendix G).
+A part never reads what another part writes. There are three ways to make parts: `Subspace.partition` splits a basis,
+`joined` makes parts from subspaces that were found separately, and a `PartedSubspace` is a learned basis whose parts
+can be trained one after the other (Wu et al. 2024, arXiv 2404.03592, appendix G).
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from subspace_lab.core.arguments import instance, whole_number
 from subspace_lab.core.orthonormal import check_orthonormal, exactly, random_orthonormal
 from subspace_lab.core.subspaces import Axes, FixedSubspace, Orthonormalised, Part, Subspace
 
-ORTHOGONAL = 1e-4  # the largest cosine between vectors of two parts
+ORTHOGONAL = 1e-4  # the largest allowed cosine between vectors of two parts
 
 
 class PartedSubspace(Orthonormalised):
-    """A learned orthonormal basis in named parts; some can be left as they are while the others train.
+    """A learned orthonormal basis in named parts, of which some can stay fixed while the others train.
 
-    The basis is that of all parts, in their order. The vectors of parts that do not train stay the same to the
-    bit; the others are the QR factor of their raw matrices after projection onto the complement of those,
+    The basis contains the vectors of all parts, in their order. The vectors of parts that do not train stay the same
+    bit by bit. The others are the QR factor of their raw matrices A after projection onto the complement,
 
         A − SᵀS A        with S the vectors that do not train,
 
-    so that all vectors are orthonormal throughout.
+    so that all vectors are always orthonormal.
 
     Args:
         width: d.
         sizes: {part: number of its basis vectors}, together at most d (ValueError otherwise).
-        seed: of the random start.
-        start: an orthonormal start instead, the parts' vectors one below the other.
-        moving: the parts that train, all by default; the others' vectors stay.
+        seed: seed of the random start.
+        start: an orthonormal start instead of a random one: the vectors of all parts, in their order.
+        moving: the parts that train, by default all; the vectors of the others stay fixed.
     """
 
     vectors_along: ClassVar[Mapping[str, int]] = {"raw": 0}
@@ -63,21 +63,21 @@ class PartedSubspace(Orthonormalised):
         self.moving: tuple[str, ...] = tuple(sizes) if moving is None else tuple(moving)
 
     def basis(self) -> Float[Tensor, "rank width"]:
-        resting = self._resting()
+        fixed_parts = self._fixed_parts()
         learned = self._factor(list(self.raw.values()), self._projected, self.moving).T
-        if not resting:
+        if not fixed_parts:
             return learned.contiguous()
-        vectors = {name: self.raw[name].detach().T for name in resting}
+        vectors = {name: self.raw[name].detach().T for name in fixed_parts}
         vectors |= zip(self.moving, learned.split([self.sizes[name] for name in self.moving]), strict=True)
         return torch.cat([vectors[name] for name in self.sizes])
 
     def part(self, name: str) -> Part:
-        """One part, which trains with the whole (KeyError where there is none of that name)."""
+        """One part, which trains with the whole basis. KeyError if there is no part of this name."""
         start, stop = spans(self.sizes)[name]
         return Part(self, start, stop)
 
     def train_parts(self, names: Sequence[str]) -> None:
-        """From now on these parts train and the others' vectors stay as they are.
+        """From now on train these parts; the vectors of the others stay fixed.
 
         Raises:
             ValueError: no part, or one that the basis does not have.
@@ -93,7 +93,7 @@ class PartedSubspace(Orthonormalised):
         self.moving = wanted
 
     def freeze_resting_parts(self) -> None:
-        for name in self._resting():
+        for name in self._fixed_parts():
             self.raw[name].requires_grad_(False)
 
     def set_basis(self, basis: Float[Tensor, "rank width"]) -> None:
@@ -108,19 +108,19 @@ class PartedSubspace(Orthonormalised):
     def rebuild(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
         return cls(**description, seed=0)
 
-    def _resting(self) -> list[str]:
+    def _fixed_parts(self) -> list[str]:
         return [name for name in self.sizes if name not in self.moving]
 
     def _projected(self) -> Tensor:
-        """The raw matrices that train, in the complement of the vectors that do not."""
+        """The raw matrices that train, projected onto the complement of the vectors that do not train."""
         raw = torch.cat([self.raw[name] for name in self.moving], 1)
         with exactly(raw.device):
-            for name in self._resting():
+            for name in self._fixed_parts():
                 fixed = self.raw[name].detach()
                 raw = raw - fixed @ (fixed.T @ raw)
         return raw
 
-    # Which parts train is saved with the numbers: it says which of the raw matrices are orthonormal as they are.
+    # The names of the parts that train are saved too: raw matrices of the other parts are orthonormal as they are.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -136,34 +136,34 @@ class PartedSubspace(Orthonormalised):
 
 
 def spans(sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """{part: (first basis vector, one after its last)} of parts that follow each other."""
+    """{part: (first basis vector, one after its last)} for parts that follow each other."""
     return {name: (stop - sizes[name], stop) for name, stop in zip(sizes, accumulate(sizes.values()), strict=True)}
 
 
 def joined(subspaces: Mapping[str, Subspace]) -> dict[str, Part]:
-    """Parts of one basis that span these subspaces, whose vectors stay the same to the bit.
+    """Parts of one basis that span these subspaces; their vectors stay the same bit by bit.
 
-    Consecutive parts of one basis are given back as they are. Others are joined in a new basis that does not
+    Consecutive parts of one basis are returned as they are. Other subspaces are joined in a new basis that does not
     train.
 
     Args:
         subspaces: {name: subspace} of one stream, orthogonal to each other.
 
     Raises:
-        ValueError: no subspace; several widths; two that are not orthogonal (|cosine| > 1e-4); parts of one
-            learned basis that leave a gap or overlap; learned subspaces that are not parts of one basis, which
-            training would turn towards each other.
+        ValueError: no subspace; different widths; two subspaces that are not orthogonal (|cosine| > 1e-4); parts of one
+            learned basis with a gap or an overlap; learned subspaces that are not parts of one basis (training would
+            not keep them orthogonal).
     """
     if not subspaces:
-        raise ValueError("No variable: parts of one basis are made of at least one subspace.")
+        raise ValueError("No variable: at least one subspace is needed to make parts of one basis.")
     for name, subspace in subspaces.items():
         instance(subspace, Subspace, f"The subspace of {name!r}", "FixedSubspace(basis) makes one of a matrix")
     if found := _consecutive(subspaces):
         return found
     if any(p.requires_grad for s in subspaces.values() for p in s.parameters()):
         raise ValueError(
-            f"{list(subspaces)} are learned, so they must be parts of one basis, all of it or its first vectors, "
-            "without gap or overlap: make them with `subspace.partition({'a': 8, 'b': 8})`."
+            f"{list(subspaces)} are learned, so they must be parts of one basis: all of it or its first vectors, "
+            "without gap or overlap. Make them with `subspace.partition({'a': 8, 'b': 8})`."
         )
     widths = {name: subspace.width for name, subspace in subspaces.items()}
     if len(set(widths.values())) > 1:
@@ -186,7 +186,7 @@ def joined(subspaces: Mapping[str, Subspace]) -> dict[str, Part]:
 
 
 def _consecutive(subspaces: Mapping[str, Subspace]) -> dict[str, Part] | None:
-    """The subspaces in the order of their basis, if they are its first parts without gap or overlap."""
+    """The subspaces in the order of their basis if they are its first parts, without gap or overlap; otherwise None."""
     parts = [(name, s) for name, s in subspaces.items() if isinstance(s, Part)]
     if len(parts) < len(subspaces) or len({id(part.whole) for _, part in parts}) > 1:
         return None

@@ -1,20 +1,20 @@
-"""Which tokens: a short grammar with one meaning, whatever the padding.
+"""Positions: a small language for tokens of a prompt, which does not depend on padding.
 
-Positions are counted in the *prompt* of a row: its real tokens (attention mask 1), without padding on either side,
-and without the answer where the length of the prompt is known. Positions are written as one term, or several
-joined by "+" (their union, each position once, in ascending order):
+Positions are counted in the *prompt* of a row: its real tokens (attention mask 1), without padding on either side, and
+without the answer if the length of the prompt is known. Positions are one term, or several terms joined by "+" (their
+union, each position once, in ascending order):
 
     all            every prompt token
     first, last    the first, the last
     f3, l2         the first 3, the last 2
     7, -2          one token, counted from the start or (negative) from the end
-    2:5, :-1       a slice, as Python reads it
+    2:5, :-1       a slice, as in Python
     subject        a named column of the data set, with positions counted from the first real token of the row
-    f3(l2), l2(f3) only one side of f3+l2, in short prompts as short as within the pair
+    f3(l2), l2(f3) only one side of f3+l2, shortened in short prompts in the same way as there
     f3[0], l2[1]   the first of the first 3, the second of the last 2; also f3[0](l2)
 
-In prompts of n < p + s tokens f{p}+l{s} follows Wu et al. 2024: p ← min(p, ⌊n/2⌋), s ← min(s, ⌈n/2⌉). A term
-f3[i] or l2[i] whose position this drops edits nothing there.
+In prompts of n < p + s tokens f{p}+l{s} follows Wu et al. 2024: p ← min(p, ⌊n/2⌋), s ← min(s, ⌈n/2⌉). A term f3[i] or
+l2[i] whose position this removes edits nothing there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NEEDED = "needed is all, first, last, f3, l2, f3(l2), an integer, a slice like 2
 
 
 def normalise(positions: str | int | slice | Sequence[int]) -> str:
-    """Positions as their canonical text (ValueError that lists what is possible; TypeError for other types)."""
+    """Positions as their canonical text. ValueError, with the possible forms; TypeError for other types."""
     if isinstance(positions, bool):
         raise ValueError(f"positions={positions!r} is not a position.")
     if hasattr(positions, "__index__"):  # numpy's integers too
@@ -60,7 +60,7 @@ def normalise(positions: str | int | slice | Sequence[int]) -> str:
 
 
 def expect_some(positions: str, present: Bool[Tensor, "batch position"], lengths: Tensor) -> None:
-    """IndexError where slices select nothing in any row of a batch; f3[2], say, may have no place in short prompts."""
+    """IndexError if slices select nothing in any row of a batch. (Terms like f3[2] may be empty in short prompts.)"""
     if bool(present.any()) or not all(_SLICE.fullmatch(term) or _is_empty(term) for term in positions.split("+")):
         return
     raise IndexError(
@@ -103,7 +103,7 @@ def select(
     """The positions of each row as a mask over its prompt, 0 … longest − 1.
 
     Raises:
-        IndexError: a single position (or a named one) outside some row.
+        IndexError: a single position (or a named one) outside of some row.
         KeyError: a column that the data set does not have.
     """
     longest = int(lengths.max()) if len(lengths) else 0
@@ -144,14 +144,14 @@ def locate(
     """The columns of a padded batch at which the positions are.
 
     Args:
-        positions: in canonical form, as `normalise` gives them.
+        positions: in canonical form, as `normalise` returns them.
         real: the attention mask as booleans.
-        prompt_lengths: real tokens of each row that belong to the prompt, all by default.
-        columns: {name: position a row, or several}, counted from the row's first real token; −1 for none.
+        prompt_lengths: how many real tokens of each row belong to the prompt, by default all.
+        columns: {name: one or several positions for each row}, counted from the row's first real token; −1 for none.
 
     Returns:
-        (index, valid): the columns of the batch, ascending in each row; rows with fewer positions than the
-        longest are filled up with entries marked invalid.
+        (index, valid): the columns of the batch, ascending in each row. Rows with fewer positions than others are
+        filled up with entries that are marked as not valid.
     """
     order, lengths = prompt_columns(real, prompt_lengths)
     chosen = select(positions, lengths, columns or {})
@@ -164,18 +164,18 @@ def locate(
 def match(
     positions: str, base: Int[Tensor, " batch"], source: Int[Tensor, " batch"], slots: int
 ) -> Int[Tensor, "batch position"]:
-    """For each position of a base, which of its source's positions stands for it; −1 where none does.
+    """For each position of a base, the number of the corresponding position of its source; −1 if there is none.
 
-    Terms that count from the start of a prompt (all, f3, 2:5, a name) are matched from their first position on,
-    those that count from its end (l3, -2:) from their last, and f3+l2 each from its own end.
+    Terms that count from the start of a prompt (all, f3, 2:5, a name) are matched from their first position on. Terms
+    that count from its end (l3, -2:) are matched from their last position, and f3+l2 each from its own end.
 
     Args:
         positions: in canonical form.
         base, source: how many positions each row has.
-        slots: how many positions a row of the base has at the most.
+        slots: how many positions a row of the base has, at most.
 
     Raises:
-        ValueError: positions of which the counts do not tell which term each belongs to, where the counts differ.
+        ValueError: the numbers of positions differ, and it is not clear which position belongs to which term.
     """
     slot = torch.arange(slots, device=base.device)[None]
     b, s = base[:, None], source[:, None]
@@ -191,12 +191,12 @@ def match(
     ends = [end for term in terms if (end := _END.fullmatch(term)) and end[3] is None]
     if len(ends) < len(terms):
         raise ValueError(
-            f"Positions {positions!r} of rows that have different numbers of them: which of one row is which of "
-            "another cannot be told. Use a site for each term, or f3+l2."
+            f"Positions {positions!r} of rows that have different numbers of them: it is not clear which position of "
+            "one row corresponds to which of another. Use a site for each term, or f3+l2."
         )
     most = {side: max(int(end[2]) for end in ends if end[1] == side) for side in "fl"}
 
-    def front(count: Tensor) -> Tensor:  # a prompt of so few tokens is shared between the ends
+    def front(count: Tensor) -> Tensor:  # a prompt with so few tokens is divided between the two ends
         return torch.maximum((count // 2).clamp_max(most["f"]), count - most["l"])
 
     in_front = slot < front(b)
@@ -205,7 +205,7 @@ def match(
 
 
 def _side(term: str, *, alone: bool) -> str:
-    """The end of the prompt that a term counts from, "f" or "l"; "" where that says too little."""
+    """The end of the prompt from which a term counts, "f" or "l"; "" if that is not clear."""
     if end := _END.fullmatch(term):
         return end[1]
     if term in ("all", "first"):
@@ -223,7 +223,7 @@ def _side(term: str, *, alone: bool) -> str:
 
 
 def _single(term: str, positions: str, steps: Tensor, lengths: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
-    """A term that names one position a row (or a column of several)."""
+    """A term that selects one position for each row (or the positions of a column)."""
     if term in ("first", "last") or _is_int(term):
         offset = {"first": 0, "last": -1}.get(term) if not _is_int(term) else int(term)
         assert offset is not None
@@ -238,7 +238,7 @@ def _single(term: str, positions: str, steps: Tensor, lengths: Tensor, columns: 
         )
     n = lengths[:, None]
     # In a named column −1 fills up rows with fewer positions; elsewhere negative numbers count from the end.
-    named = term in columns and term not in _WORDS  # the grammar's own words win over a column of that name
+    named = term in columns and term not in _WORDS  # reserved words have priority over a column of that name
     absent = (at == -1) if named else torch.zeros_like(at, dtype=torch.bool)
     at = at if named else torch.where(at < 0, at + n, at)
     outside = ((at < 0) | (at >= n)) & ~absent
@@ -259,14 +259,14 @@ def _bound(text: str | None, n: Tensor, default: Tensor) -> Tensor:
 
 
 def _count(end: re.Match[str], side: str) -> int:
-    """How many positions a term claims at one side of the prompt, its own or its partner's."""
+    """How many positions a term uses at one side of the prompt, for itself or for its partner."""
     if end[1] == side:
         return int(end[2])
     return int(end[5]) if end[4] == side else 0
 
 
 def _is_empty(term: str) -> bool:
-    """Whether a term selects nothing whatever the prompt: f0, 5:2, -2:-4."""
+    """Whether a term selects nothing in every prompt: f0, 5:2, -2:-4."""
     if end := _END.fullmatch(term):
         return int(end[2]) == 0
     if (part := _SLICE.fullmatch(term)) and part[2]:

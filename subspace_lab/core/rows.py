@@ -1,8 +1,8 @@
-"""The rows of a data file as the file spells them: each value is the file's own text, or is refused with its line.
+"""Reads the rows of a data file exactly as they are written. A value is the file's own text, or an error with its line.
 
-CSV and JSON are read by the standard library. A reader that guesses the types of whole columns (pandas, pyarrow) turns
-a 4 beside a 2.5 into 4.0, twenty digits into 1.23e+19, a date into a time stamp, and shifts the cells of a row that
-holds one comma more than the header.
+CSV and JSON are read by the standard library. Readers that guess the types of whole columns (pandas, pyarrow) change
+values: a 4 next to a 2.5 becomes 4.0, twenty digits become 1.23e+19, a date becomes a time stamp, and the cells of a
+row with one comma more than the header are shifted.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Found:
     """One row of a file.
 
     Attributes:
-        where: it stands in the file, for messages.
-        values: by column; text, numbers, and what JSON makes of the rest.
+        where: its place in the file, for messages.
+        values: {column: value}: text, numbers, and for all else what JSON gives.
     """
 
     where: str
@@ -48,12 +48,12 @@ def read_rows(path: Path, *, texts: Collection[str], nested: Collection[str]) ->
     """Every row of a file.
 
     Args:
-        texts: columns that hold text, which a parquet file must not hold as numbers with fractions, times or the like.
-        nested: columns that may hold lists and objects where a JSON file is objects one after another.
+        texts: columns of text. A parquet file must not store them as fractions, times or similar types.
+        nested: columns that may contain lists and objects in a JSON file with objects one after another.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another format, a file that cannot be read, with its line, or one without rows.
+        ValueError: another format, a file without rows, or a file that cannot be read; the message names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
@@ -73,14 +73,14 @@ def read_rows(path: Path, *, texts: Collection[str], nested: Collection[str]) ->
         try:
             found = list(readers[suffix](path, _text(path)))
         except RecursionError:
-            raise ValueError(f"{path} cannot be read: values nested too deep.") from None
+            raise ValueError(f"{path} cannot be read: values are nested too deep.") from None
     if not found:
         raise ValueError(f"{path} has no examples.")
     return found
 
 
 def plain(value: Any, where: str) -> Any:
-    """A value of a message, its numbers as Python's (ValueError for one that Python cannot hold)."""
+    """A value of a message, with Python's own numbers. ValueError for a number that Python cannot represent."""
     if isinstance(value, Mapping):
         return {name: plain(one, where) for name, one in value.items()}
     if isinstance(value, list):
@@ -95,7 +95,7 @@ def plain(value: Any, where: str) -> Any:
 
 
 def _text(path: Path) -> str:
-    """What a text file holds; a mark of the byte order at its beginning is no part of it."""
+    """The content of a text file, without a byte order mark at its beginning."""
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
@@ -107,7 +107,7 @@ def _text(path: Path) -> str:
             "": "it is a compressed file or one of a spreadsheet program; unpack it, or export it as CSV in UTF-8",
             "UTF-16": f"it is UTF-16; {cure}",
         }.get(kind, f"perhaps it is Latin-1 (Windows: CP1252); {cure}")
-        raise ValueError(f"{path}, line {line}: the byte 0x{byte:02x} is no UTF-8: {guess}.") from None
+        raise ValueError(f"{path}, line {line}: the byte 0x{byte:02x} is not UTF-8: {guess}.") from None
 
 
 # --- CSV ----------------------------------------------------------------------------------------------------
@@ -136,15 +136,15 @@ def _csv(path: Path, text: str) -> Iterator[Found]:
                 continue
             if len(cells) != len(header):
                 raise ValueError(
-                    f"{path}, line {line} has {len(cells)} cells, the header {len(header)} ({', '.join(header)}): a "
-                    'text that holds a comma stands in quotes, as in "one, two".'
+                    f"{path}, line {line} has {len(cells)} cells, the header {len(header)} ({', '.join(header)}): "
+                    'text with a comma must be in quotes, such as "one, two".'
                 )
             yield Found(f"{path}, line {line}", dict(zip(header, cells, strict=True)))
 
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Cells of any length; the library's limit is one of the whole process, and is put back."""
+    """Allow cells of any length. The library's limit is a setting of the whole process and is restored."""
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield
@@ -153,7 +153,7 @@ def _long_cells() -> Iterator[None]:
 
 
 def _check_names(names: list[str], where: str) -> None:
-    """ValueError for a column that is named twice."""
+    """ValueError for a column name that occurs twice."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{where} names {twice[0]!r} twice among {names}: which of them is meant?")
 
@@ -180,11 +180,11 @@ def _no_number(name: str) -> Any:
 
 
 def _json_lines(path: Path, text: str, nested: Collection[str]) -> Iterator[Found]:
-    if text.lstrip().startswith("["):  # a list under this name
+    if text.lstrip().startswith("["):  # a JSON list, in spite of the file name
         yield from _json(path, text, nested)
         return
     decoder = _decoder()
-    # Not splitlines(): a text may hold other characters that Python takes for the end of a line.
+    # Not splitlines(): Python also splits at other characters, which a text may contain.
     for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -198,7 +198,7 @@ def _json_lines(path: Path, text: str, nested: Collection[str]) -> Iterator[Foun
 
 
 def _json(path: Path, text: str, nested: Collection[str]) -> Iterator[Found]:
-    """A list of objects, or objects one after another."""
+    """Rows from a list of objects, or from objects one after another."""
     decoder, at = _decoder(), _after_space(text, 0)
     listed = text[at : at + 1] == "["
     at = _after_space(text, at + 1) if listed else at
@@ -224,14 +224,14 @@ def _json(path: Path, text: str, nested: Collection[str]) -> Iterator[Found]:
         if listed:
             if text[at : at + 1] not in (",", "]"):
                 raise ValueError(
-                    f"{path}, line {_line(text, at)} is not JSON: needed is ',' or ']' behind an object."
+                    f"{path}, line {_line(text, at)} is not JSON: needed is ',' or ']' after an object."
                 )
             if text[at] == ",":
                 at = _after_space(text, at + 1)
                 if text[at : at + 1] == "]":
                     raise ValueError(f"{path}, line {_line(text, at)} is not JSON: a ',' before the ']'.")
     if listed and (at >= len(text) or _after_space(text, at + 1) < len(text)):
-        what = "the list is not closed" if at >= len(text) else "something stands behind the list"
+        what = "the list is not closed" if at >= len(text) else "there is text after the list"
         raise ValueError(f"{path}, line {_line(text, at)} is not JSON: {what}.")
 
 
@@ -254,7 +254,7 @@ def _line(text: str, at: int) -> int:
 
 
 def _parquet(path: Path, texts: Collection[str]) -> list[Found]:
-    """Rows of a table whose types are in the file; read by `datasets` without leaving its cache on disk."""
+    """Rows of a table with types; read by `datasets` without leaving its cache on disk."""
     import datasets
 
     with tempfile.TemporaryDirectory() as cache, _silent():
@@ -263,11 +263,11 @@ def _parquet(path: Path, texts: Collection[str]) -> list[Found]:
                 "parquet", data_files=str(path.resolve()), split="train", cache_dir=cache, keep_in_memory=True
             )
             rows = list(found)
-        except Exception as error:  # it fails in its own ways
+        except Exception as error:  # it raises errors of many types
             why = " ".join(str(error.__cause__ or error).split())
             raise ValueError(f"{path} cannot be read: {why}") from None
     for name, kind in ((field.name, str(field.type)) for field in found.data.table.schema):
-        # A double may have been a 4 in a table with gaps: its text is not in the file. A label has none but its value.
+        # A double may have been written as 4 in a table with empty cells: the file does not contain the original text.
         if name in texts and not re.match(r"(large_)?string|u?int\d+$|dictionary|null", kind):
             raise ValueError(
                 f"{path}: the column {name!r} holds {kind}, which can be written as text in several ways; "
@@ -286,7 +286,7 @@ def _numbered(row: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """No progress bars and logs of `datasets` within the block: its errors are raised, and said once."""
+    """No progress bars and logs of `datasets` inside the block; its errors are raised instead."""
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()

@@ -1,4 +1,4 @@
-"""Where a value is: ⟨component, layer, positions⟩."""
+"""Sites: ⟨component, layer, positions⟩, a place in a model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ COMPONENTS = (
 )
 """The components of a transformer block, in the order in which a block computes them.
 
-block_input, block_output: the residual stream before and after the block. query_output, key_output,
-value_output: the projections, before rotary embedding and head norms. head_output: the concatenated results
-of the heads, z, which the attention's output projection reads. attention_output, mlp_output: what the output
-projections give. mlp_activation: the hidden units, as the MLP's output projection reads them.
+block_input, block_output: the residual stream before and after the block. query_output, key_output, value_output: the
+projections, before rotary embedding and head norms. head_output: the concatenated results of the heads, z, which are
+the input of the attention's output projection. attention_output, mlp_output: the results of the output projections.
+mlp_activation: the hidden units, which are the input of the MLP's output projection.
 """
 
 HEADED = ("query_output", "key_output", "value_output", "head_output")
@@ -39,15 +39,15 @@ _PATTERN = re.compile(
 @total_ordering
 @dataclass(frozen=True)
 class Site:
-    """One place in a model, a small value: it prints, compares, hashes, and reads back what it printed.
+    """A place in a model, as a small value: it can be printed, compared, hashed, and parsed from its text.
 
     Args:
-        component: one of `COMPONENTS`; with the stack in front where a model has two
-            ("encoder.block_output", "decoder.head_output"); or, in any module, the path of a submodule
-            followed by ".input" or ".output" ("layers.0.output").
-        layer: the block, counted from 0; negative from the end; None for a submodule's path.
+        component: one of `COMPONENTS`; in a model with two stacks with the stack before it ("encoder.block_output",
+            "decoder.head_output"); or, in any module, the path of a submodule followed by ".input" or ".output"
+            ("layers.0.output").
+        layer: the block, counted from 0, or negative from the end; None for a submodule's path.
         positions: see `core/positions.py`; "all" by default. Also an int, a slice or a sequence of ints.
-        heads: of a component that has heads, the ones meant; all by default.
+        heads: the heads to use, for a component that has heads; all by default.
 
     >>> Site("block_output", 3, "last")
     block_output[3]@last
@@ -72,7 +72,7 @@ class Site:
         if name not in COMPONENTS and not by_path:
             raise ValueError(
                 f"Unknown component {component!r}. Possible: {', '.join(COMPONENTS)}, each with 'encoder.' or "
-                "'decoder.' before it where the model has both; or the path of a submodule followed by "
+                "'decoder.' before it if the model has both; or the path of a submodule followed by "
                 "'.input' or '.output'."
             )
         if by_path and layer is not None:

@@ -1,16 +1,16 @@
-"""Subspaces of a hidden state: two verbs over one basis.
+"""Subspaces of a hidden state: two methods over one basis.
 
-A subspace of R^d is given by a basis R ∈ R^{k×d}, whose k rows are orthonormal: the basis vectors. It can
+A subspace of R^d is given by a basis R ∈ R^{k×d}, whose k rows are orthonormal: the basis vectors. Its methods are
 
     read(h)     = R h                       coordinates, R^k
-    write(h, z) = h + Rᵀ(z − R h)           h with those coordinates replaced
+    write(h, z) = h + Rᵀ(z − R h)           h with these coordinates replaced
 
-and nothing else is needed: DAS and LoReFT differ only in which z is written (`core/interventions.py`).
-The pair is a lens: read(write(h, z)) = z, write(h, read(h)) = h, write(write(h, z), z') = write(h, z'),
-and what is orthogonal to the basis vectors is not changed.
+and no others are needed: DAS and LoReFT differ only in the z that is written (`core/interventions.py`). The pair is a
+lens: read(write(h, z)) = z, write(h, read(h)) = h, write(write(h, z), z') = write(h, z'), and everything orthogonal to
+the basis vectors is not changed.
 
-The basis has float32 (or float64) numbers whatever the dtype of the stream; only the change is cast and
-added, so a bfloat16 stream loses nothing outside the subspace.
+The basis is float32 (or float64), whatever the dtype of the stream. Only the change is cast and added, so a bfloat16
+stream loses no precision outside of the subspace.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ from subspace_lab.core.orthonormal import (
 
 
 class Subspace(Kind, ABC):
-    """A k-dimensional subspace of R^d. A subclass says what `basis` is; the verbs are written once, here.
+    """A k-dimensional subspace of R^d. A subclass defines `basis`; the other methods are written here, once.
 
     Attributes:
         width: d.
         rank: k.
-        moving: of a learned basis in parts those that train, None for others.
-        copies: whether `swap` copies the source's coordinates to the bit, where others add a rounded difference.
-        linear: whether it is a subspace, with a basis. `nonlinear.py` and `dictionaries.py` have what is none.
+        moving: for a learned basis in parts, the parts that train; None for other subspaces.
+        copies: whether `swap` copies the source's coordinates bit by bit; others add a rounded difference.
+        linear: whether it really is a subspace with a basis. The classes of `nonlinear.py` and `dictionaries.py` are
+            not.
     """
 
     width: int
@@ -83,7 +84,7 @@ class Subspace(Kind, ABC):
     def swap(
         self, h: Float[Tensor, "*batch width"], source: Float[Tensor, "*batch width"]
     ) -> Float[Tensor, "*batch width"]:
-        """write(h, read(source)), computed as h + RᵀR(source − h): exactly h where source is h."""
+        """write(h, read(source)), computed as h + RᵀR(source − h), which is exactly h if source = h."""
         with exactly(h.device):
             basis = self.basis()
             exact = wide(h, basis)
@@ -93,13 +94,13 @@ class Subspace(Kind, ABC):
     def difference(
         self, h: Float[Tensor, "*batch width"], source: Float[Tensor, "*batch width"]
     ) -> Float[Tensor, "*batch rank"]:
-        """read(source) − read(h), computed as R(source − h): exactly 0 where source is h."""
+        """read(source) − read(h), computed as R(source − h), which is exactly 0 if source = h."""
         return self.read(source - h)
 
     def partition(self, sizes: Mapping[str, int]) -> dict[str, Subspace]:
-        """Split the basis into parts, {name: number of basis vectors}, in this order from the first vector on.
+        """Split the basis into parts, {name: number of basis vectors}, in this order, beginning with the first vector.
 
-        The parts stay parts of this basis: training one trains the whole. Vectors may be left over.
+        The parts stay parts of this basis: training one trains the whole. Some vectors may be left over.
 
         Raises:
             ValueError: a part without vectors, or more vectors than the basis has.
@@ -119,40 +120,39 @@ class Subspace(Kind, ABC):
         return parts
 
     def frozen(self) -> Subspace:
-        """A copy of the subspace as it is now, with a basis that does not train."""
+        """A copy of the present subspace, with a basis that does not train."""
         return self.sliced(0, self.rank)
 
     def sliced(self, start: int, stop: int) -> Subspace:
-        """The span of the basis vectors `start` to `stop` − 1 as it is now; its basis does not train."""
+        """The present span of the basis vectors `start` to `stop` − 1; its basis does not train."""
         return FixedSubspace(self.basis().detach()[start:stop])
 
     def picked(self, indices: Sequence[int]) -> Subspace:
-        """The span of some of the basis vectors as it is now; its basis does not train."""
+        """The present span of some of the basis vectors; its basis does not train."""
         return FixedSubspace(self.basis().detach()[list(indices)])
 
     def set_basis(self, basis: Float[Tensor, "rank width"]) -> None:
-        """Start anew from another basis of the same shape, in place (TypeError where nothing can be set)."""
+        """Replace the basis, in place, by another one of the same shape. TypeError if it cannot be set."""
         raise TypeError(f"The basis of a {type(self).__name__} cannot be set.")
 
     def train_parts(self, names: Sequence[str]) -> None:
-        """From now on these parts of the basis train and the others stay; a basis that is fixed has no part to
-        train.
+        """From now on train these parts of the basis; the others stay fixed. A fixed basis has no parts to train.
 
         Raises:
-            ValueError: a learned basis that is not in parts, or has none of these names.
+            ValueError: a learned basis that is not in parts, or that has no parts of these names.
         """
         if any(True for _ in self.parameters()):
             raise ValueError(f"Parts {list(names)} asked for; a {type(self).__name__} has none.")
 
     def freeze_resting_parts(self) -> None:
-        """Let the parts of the basis that do not train ask for no gradient."""
+        """Switch off the gradients of the parts of the basis that do not train."""
 
     def extra_repr(self) -> str:
         return f"width={self.width}, rank={self.rank}"
 
 
 class Orthonormalised(Subspace, ABC):
-    """A trained subspace whose basis is the orthonormal factor of raw parameters, evaluated once a step."""
+    """A trained subspace whose basis is the orthonormal factor of raw parameters, computed once in each step."""
 
     def __init__(self, width: int, rank: int, orthonormalise: Orthonormalise) -> None:
         super().__init__()
@@ -167,23 +167,23 @@ class Orthonormalised(Subspace, ABC):
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Orthonormalised:
-        self._factor.clear()  # a cheap second guard against changes made through `.data`
+        self._factor.clear()  # a cheap additional guard against changes made through `.data`
         return super().train(mode)
 
 
 class LearnedSubspace(Orthonormalised):
     """A trainable orthonormal basis: R = thin QR (or polar factor) of a raw d × k matrix A.
 
-    A starts orthonormal, so the basis at the start is the start that was asked for, up to rounding. With "qr" the
-    signs of the triangular factor are fixed positive, which makes the map smooth and the identity on orthonormal
-    matrices; "polar" takes the orthonormal matrix closest to A, which treats all directions alike and is
-    the better choice where single directions matter. The factorisation is evaluated once for each value of
-    A (that is, once an optimiser step), not once a use, and no d × d matrix is ever made.
+    A starts orthonormal, so the first basis is the given start, up to rounding. With "qr" the diagonal of the
+    triangular factor is made positive. This makes the map smooth, and orthonormal matrices are mapped to themselves.
+    "polar" takes the orthonormal matrix closest to A. It treats all directions alike, so use it if single directions
+    matter. The factor is computed once for each value of A (once in each optimiser step), not in each use, and no d ×
+    d matrix is ever created.
 
     Args:
         width: d, the width of the stream.
         rank: k, 1 ≤ k ≤ d (ValueError otherwise).
-        seed: of the random start. Two subspaces that are to be compared need different seeds.
+        seed: seed of the random start. Subspaces that are to be compared need different seeds.
         start: an orthonormal k × d start instead of a random one.
         orthonormalise: "qr" or "polar".
     """
@@ -202,7 +202,7 @@ class LearnedSubspace(Orthonormalised):
         super().__init__(width, rank, orthonormalise)
         start = random_orthonormal(width, rank, seed) if start is None else start
         check_orthonormal(start, (self.rank, self.width))
-        # Contiguous, as safetensors asks for.
+        # Contiguous, as safetensors requires.
         self.raw = nn.Parameter(
             wide(start.detach(), torch.zeros(())).T.clone(memory_format=torch.contiguous_format)
         )
@@ -225,9 +225,9 @@ class LearnedSubspace(Orthonormalised):
 
 
 class FreeDirections(Subspace):
-    """k trainable directions that need not stay orthonormal (NoReFT's and DiReFT's): not a lens.
+    """k trainable directions that need not stay orthonormal (as in NoReFT and DiReFT). This is not a lens.
 
-    `write` is still h + Dᵀ(z − D h), but read(write(h, z)) is z only while the directions are orthonormal.
+    `write` is still h + Dᵀ(z − D h), but read(write(h, z)) = z only while the directions are orthonormal.
     """
 
     vectors_along: ClassVar[Mapping[str, int]] = {"directions": 1}
@@ -255,7 +255,7 @@ class FreeDirections(Subspace):
         return self.directions
 
     def sliced(self, start: int, stop: int) -> Subspace:
-        """The span of these directions, with an orthonormal basis (ValueError if they are linearly dependent)."""
+        """The span of these directions, with an orthonormal basis. ValueError if they are linearly dependent."""
         basis, factor = thin_qr(self.directions.detach()[start:stop].T)
         sizes = factor.diagonal().abs()
         if not sizes.min() > 1e-6 * sizes.max():
@@ -277,7 +277,7 @@ class FreeDirections(Subspace):
 
 
 class FixedSubspace(Subspace):
-    """A ready orthonormal basis that does not train (ValueError if its vectors are not orthonormal)."""
+    """A given orthonormal basis that does not train. ValueError if its vectors are not orthonormal."""
 
     vectors: Tensor
     renamed: ClassVar[Mapping[str, str]] = {"rows": "vectors"}
@@ -305,16 +305,16 @@ class FixedSubspace(Subspace):
 
 
 class Axes(Subspace):
-    """Coordinate axes of the stream: single neurons, or the whole vector. Never a d × d matrix.
+    """Coordinate axes of the stream: single neurons, or the whole vector, without a d × d matrix.
 
-    Its `write` copies, so a full-vector swap is exact to the bit.
+    Its `write` copies numbers, so an interchange of the full vector is exact bit by bit.
 
     Args:
         width: d.
-        indices: which axes, all of them by default.
+        indices: which axes, by default all.
 
     Raises:
-        ValueError: indices outside the stream, or one twice.
+        ValueError: indices outside of the stream, or the same index twice.
     """
 
     indices: Tensor
@@ -369,7 +369,7 @@ class Axes(Subspace):
 
 
 class Part(Subspace):
-    """Basis vectors `start` to `stop` − 1 of another subspace; training the part trains the whole."""
+    """The basis vectors `start` to `stop` − 1 of another subspace; training the part trains the whole."""
 
     made_of = ("whole",)
 
@@ -393,7 +393,7 @@ class Part(Subspace):
 def pca(states: Float[Tensor, "example width"], rank: int) -> FixedSubspace:
     """The span of the `rank` largest principal components of the states (centred, not standardised)."""
     check_rank(rank, states.shape[-1])
-    states = _numbers(states)
+    states = _expect_finite(states)
     if rank > min(len(states) - 1, states.shape[-1]):
         raise ValueError(
             f"{rank} principal components asked of {len(states)} states: at most {len(states) - 1} exist."
@@ -403,15 +403,15 @@ def pca(states: Float[Tensor, "example width"], rank: int) -> FixedSubspace:
 
 
 def difference_of_means(states: Float[Tensor, "example width"], labels: Tensor) -> FixedSubspace:
-    """The span of the differences between the class means: rank = classes − 1 (one direction for two).
+    """The span of the differences between the class means: rank = classes − 1 (one direction for two classes).
 
     Raises:
-        ValueError: with fewer than two classes, or means that coincide.
+        ValueError: fewer than two classes, or means that coincide.
     """
     classes = labels.unique()
     if len(classes) < 2:
         raise ValueError(f"The labels have {len(classes)} class; a difference of means needs two or more.")
-    states = _numbers(states)
+    states = _expect_finite(states)
     means = torch.stack([states[labels == c].mean(0) for c in classes])
     gaps = means[1:] - means[0]
     if torch.linalg.matrix_rank(gaps) < len(gaps):
@@ -419,18 +419,18 @@ def difference_of_means(states: Float[Tensor, "example width"], labels: Tensor) 
     return FixedSubspace(thin_qr(gaps.T)[0].T)
 
 
-def _numbers(states: Tensor) -> Tensor:
-    """States as numbers to compute with (ValueError where some are none)."""
+def _expect_finite(states: Tensor) -> Tensor:
+    """States in a precision to compute with. ValueError for NaN or infinite numbers."""
     states = wide(states, torch.zeros(()))
     wrong = int((~states.isfinite().all(-1)).sum())
     if wrong:
         raise ValueError(
-            f"{wrong} of {len(states)} states hold NaN or infinite numbers; `collect` marks with NaN where a row "
-            "has fewer positions than others: leave these entries out."
+            f"{wrong} of {len(states)} states hold NaN or infinite numbers; `collect` gives NaN where a row has fewer "
+            "positions than others: leave these entries out."
         )
     return states
 
 
 def random_subspace(width: int, rank: int, seed: int) -> FixedSubspace:
-    """A subspace drawn from the Haar measure: the control of the same rank."""
+    """A random subspace from the Haar measure, for controls of the same rank."""
     return FixedSubspace(random_orthonormal(width, rank, seed))

@@ -1,7 +1,7 @@
-"""Values: what z is in h + Dᵀ(z − c·D h), the formula of `core/interventions.py`.
+"""Values: z in h + Dᵀ(z − c·D h), the formula of `core/interventions.py`.
 
-A value computes the change of the coordinates, z − c·D h, with c = 1 for a write and c = 0 for an addition. It
-also says whether it needs the states of a source, and gives its change as plain matrices where it is affine in h.
+A value computes the change of the coordinates, z − c·D h, with c = 1 for a write and c = 0 for an addition. It also
+says whether it needs the states of a source. If it is affine in h, it gives its change as plain matrices.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Value(Kind, ABC):
-    """What z is. A subclass says what the change of the coordinates is, z − c·D h.
+    """z in the formula. A subclass defines the change of the coordinates, z − c·D h.
 
     Attributes:
-        needs_source: whether it takes the states of a source.
+        needs_source: whether it needs the states of a source.
     """
 
     needs_source: bool = False
@@ -45,7 +45,7 @@ class Value(Kind, ABC):
     def is_affine(self) -> bool:
         """Whether the change is M h + v with the same M and v for every state h of every example.
 
-        Such edits can be merged into weights (`model/merging.py`). A value of your own says so itself.
+        Such edits can be merged into weights (`model/merging.py`). Your own value classes override this.
         """
         return False
 
@@ -56,7 +56,7 @@ class Value(Kind, ABC):
         Args:
             subspace: D.
             h: (…, width) the states, in the precision of the computation.
-            source: states of the shape of h, or {variable: states}, where the value needs them.
+            source: states of the shape of h, or {variable: states}, if the value needs them.
             write: c = 1 if True.
         """
 
@@ -68,26 +68,26 @@ class Value(Kind, ABC):
         return h + subspace.embed(dropout(self.change(subspace, exact, source, write))).to(h.dtype)
 
     def affine(self, subspace: Subspace, write: bool) -> tuple[Tensor, Tensor] | None:
-        """(M, v), where the change is M h + v for every h; None where it is no such function."""
+        """(M, v), if the change is M h + v for every h; otherwise None."""
         return None
 
     def coordinates(self, rank: int) -> list[int]:
-        """Which coordinates are edited: all, unless only some parts of the basis are in use."""
+        """The coordinates that are edited: all, unless only some parts of the basis are in use."""
         return list(range(rank))
 
     def use_parts(self, names: Sequence[str]) -> None:
-        """Put some parts in use and the others out of use (ValueError where there are no parts of these names)."""
+        """Use only some parts. ValueError if there are no parts of these names."""
         raise ValueError(f"Parts {list(names)} asked for; a {type(self).__name__} has none.")
 
     def freeze_resting_parts(self, moving: Sequence[str] | None) -> None:
-        """Let what belongs to parts that do not train ask for no gradient; `moving` names those that do."""
+        """Switch off the gradients of parts that do not train; `moving` names the parts that do."""
 
 
 class FromSource(Value):
-    """z = R h_source: the interchange of one variable, or of several that have parts of one basis.
+    """z = R h_source: the interchange of one variable, or of several variables that have parts of one basis.
 
     Args:
-        parts: {variable: (first basis vector, one after its last)}, each variable with a source of its own.
+        parts: {variable: (first basis vector, one after its last)}, each variable with its own source.
     """
 
     needs_source = True
@@ -112,7 +112,7 @@ class FromSource(Value):
         change = h.new_zeros(*h.shape[:-1], subspace.rank)
         columns = []
         for name, (start, stop) in self.parts.items():
-            if name not in source:  # its coordinates stay the base's
+            if name not in source:  # its coordinates stay those of the base
                 columns.append(change[..., start:stop])
                 continue
             difference = self._difference(h, source[name], write)
@@ -131,14 +131,14 @@ class FromSource(Value):
                 "positions and width must agree."
             )
         source = source.to(h.dtype)
-        # R(s − h), not R s − R h: half the work, and exactly zero where source and base agree.
+        # R(s − h), not R s − R h: half of the work, and exactly zero if source and base are equal.
         return source - h if write else source
 
     def edit(
         self, subspace: Subspace, h: Tensor, source: Source, write: bool, dropout: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """The same; exact to the bit where the subspace copies coordinates (axes do), and by the map itself where it
-        is no linear one."""
+        """As in `Value`. If the subspace copies coordinates (axes), the result is exact bit by bit. If the subspace is
+        nonlinear, its own `swap` is used."""
         fits = isinstance(source, Tensor) and source.shape == h.shape
         if (subspace.copies or not subspace.linear) and write and self.parts is None and fits:
             assert isinstance(source, Tensor)
@@ -156,7 +156,7 @@ class Affine(Value):
         width: d.
         rank: k.
         activation: σ, a name in `ACTIVATIONS` (ValueError otherwise).
-        seed: of the random W, drawn as `nn.Linear` draws it. b starts at 0.
+        seed: seed of the random W, which is drawn as in `nn.Linear`. b starts at 0.
         bias: whether there is a b.
     """
 
@@ -169,13 +169,13 @@ class Affine(Value):
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(rank, width))
         self.bias = nn.Parameter(torch.zeros(rank)) if bias else None
-        # Far from the seed of a basis drawn with the same one, so that the two share no random numbers.
+        # Far from the seed of a basis that was drawn with the same number, so that the two share no random numbers.
         generator = None if seed is None else torch.Generator().manual_seed(whole_number(seed, "seed") + 2**32)
         nn.init.kaiming_uniform_(self.weight, a=5**0.5, generator=generator)
 
     def change(self, subspace: Subspace, h: Tensor, source: Source, write: bool) -> Tensor:
         if self.activation == "linear":
-            # (W − R) h + b is one product instead of two, and exactly b where W is R.
+            # (W − R) h + b is one product instead of two, and exactly b if W = R.
             weight = self.weight - subspace.basis() if write else self.weight
             return nn.functional.linear(h, weight.to(h.dtype), self._shift(h.dtype))
         z = nn.functional.linear(h, self.weight.to(h.dtype), self._shift(h.dtype))
@@ -195,7 +195,7 @@ class Affine(Value):
 
     def description(self) -> dict[str, Any]:
         rank, width = self.weight.shape
-        # Left out where there is a b, as in files from before there could be none.
+        # Only written if there is no b, since files of earlier versions do not have the field.
         return {
             **{"width": width, "rank": rank, "activation": self.activation},
             **({"bias": False} if self.bias is None else {}),
@@ -206,7 +206,7 @@ class Affine(Value):
 
 
 class Constant(Value):
-    """z = b, the same for every example, or one for each example of the batch.
+    """z = b, the same for every example, or one z for each example of the batch.
 
     Args:
         z: (rank,) or (batch, rank).
@@ -231,7 +231,7 @@ class Constant(Value):
                 f"Coordinates of shape {tuple(z.shape)} for states of shape {tuple(h.shape)}: the axes before the "
                 "rank must be the first axes of the states."
             )
-        z = z.reshape(*axes, *(1,) * (h.ndim - z.ndim), z.shape[-1])  # the axes of the batch, not the positions
+        z = z.reshape(*axes, *(1,) * (h.ndim - z.ndim), z.shape[-1])  # axes of the batch, not of the positions
         return z - subspace.read(h) if write else z.expand(*h.shape[:-1], z.shape[-1])
 
     def affine(self, subspace: Subspace, write: bool) -> tuple[Tensor, Tensor] | None:
@@ -253,10 +253,10 @@ class Constant(Value):
 
 
 class Diagonal(Value):
-    """z = s ⊙ D h + b, with s and b (rank,) learned: over the whole stream this is RED.
+    """z = s ⊙ D h + b, with s and b (rank,) learned. Over the whole stream this is RED.
 
     Args:
-        width: k, the rank of the subspace: the width of the stream for the whole of it.
+        width: k, the rank of the subspace; for the whole stream its width.
         bias: whether there is a b.
     """
 
@@ -279,12 +279,12 @@ class Diagonal(Value):
 
 
 class ByPart(Value):
-    """A value for each part of one basis: each part in use writes into its own coordinates, the others do nothing.
+    """A value for each part of one basis. Each part in use writes its own coordinates; the others change nothing.
 
     Args:
         values: {part: its value}.
         sizes: {part: number of its basis vectors}, in the order of the basis.
-        in_use: the parts in use, all by default.
+        in_use: the parts in use, by default all.
     """
 
     made_of: ClassVar[tuple[str, ...]] = ("values",)
@@ -308,7 +308,7 @@ class ByPart(Value):
         self.in_use = tuple(name for name in self.sizes if name in names)
 
     def change(self, subspace: Subspace, h: Tensor, source: Source, write: bool) -> Tensor:
-        changes, basis = [], subspace.basis()  # once for all parts
+        changes, basis = [], subspace.basis()  # computed once for all parts
         for name, (start, stop) in spans(self.sizes).items():
             if name in self.in_use:
                 own = source[name] if isinstance(source, Mapping) and name in source else source
@@ -348,7 +348,7 @@ class ByPart(Value):
 
 
 class _Vectors(Subspace):
-    """Basis vectors that were computed already, with their gradient; only for use within one forward pass."""
+    """Basis vectors that are already computed, with their gradient; only for use within one forward pass."""
 
     def __init__(self, vectors: Tensor) -> None:
         super().__init__()

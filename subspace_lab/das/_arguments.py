@@ -1,4 +1,4 @@
-"""What a sweep is given, checked before anything runs."""
+"""The arguments of a sweep, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from subspace_lab.model.intervene import collect
 
 
 def assignments_of(sites: Sequence[Site | Mapping[str, Site]], variables: list[str]) -> list[dict[str, Site]]:
-    """Each place as {variable: site}, each once."""
+    """Each place as {variable: site}, without duplicates."""
     found: list[dict[str, Site]] = []
     for one in sites:
         given = dict.fromkeys(variables, one) if isinstance(one, Site) else dict(one)
         if set(given) != set(variables):
             raise ValueError(f"A place names sites for {list(given)}; the pairs have the variables {variables}.")
-        assignment = {name: given[name] for name in variables}  # their order decides which part is whose
+        assignment = {
+            name: given[name] for name in variables
+        }  # the order decides which part belongs to which variable
         if assignment not in found:
             found.append(assignment)
     return found
@@ -41,7 +43,7 @@ def searches_of(
     """The places, the methods with single settings, the seeds, and the width of each site.
 
     Raises:
-        ValueError: nothing to search, something named twice, a method that does not fit a site, a receiver that no path
+        ValueError: nothing to search, the same thing twice, a method that does not fit a site, a receiver that no path
             reaches.
     """
     assignments = assignments_of(sites, pairs.variables)
@@ -59,7 +61,7 @@ def searches_of(
     }
     for what, names in named.items():
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"Given twice, so that results could not be told apart: the {what} {twice}.")
+            raise ValueError(f"Given twice, so that results could not be distinguished: the {what} {twice}.")
     widths = {site: _width(backbone, site, pairs.test) for one in assignments for site in one.values()}
     for assignment in assignments:
         for method in variants:
@@ -70,7 +72,7 @@ def searches_of(
 
 
 def _width(backbone: Backbone, site: Site, pairs: Counterfactuals) -> int:
-    """The width of the states at a site: from the model's structure, or else from a run of one pair."""
+    """The width of the states at a site: from the model's structure, or, if that is unknown, from a run of one pair."""
     width = backbone.hook_point(site).width
     if width is None:
         base = pairs.base.rows(torch.arange(1)).to(backbone.device)
@@ -81,9 +83,9 @@ def _width(backbone: Backbone, site: Site, pairs: Counterfactuals) -> int:
 def check_types(
     backbone: Any, pairs: Any, sites: Any, methods: Any, seeds: Any, config: Any, loss: Any, metrics: Any
 ) -> None:
-    """TypeError, in one sentence, for an argument of another kind."""
+    """TypeError, with a message of one sentence, for an argument of the wrong type."""
     if not isinstance(backbone, Backbone):
-        raise TypeError(f"The model is given as Backbone(model), found {type(backbone).__name__}.")
+        raise TypeError(f"The model must be given as Backbone(model), found {type(backbone).__name__}.")
     if not isinstance(pairs, Pairs):
         raise TypeError(
             f"Pairs in three splits are needed, found {type(pairs).__name__}: make them with Pairs(train=…, dev=…, "
@@ -92,7 +94,7 @@ def check_types(
     for name, given, kind in (("sites", sites, Site | Mapping), ("methods", methods, Method)):
         wanted = getattr(kind, "__name__", "Site")
         if isinstance(given, str | Site | Method | Mapping) or not isinstance(given, Sequence):
-            raise TypeError(f"{name} is a list of {wanted}s, found {given!r}; put it in brackets.")
+            raise TypeError(f"{name} must be a list of {wanted}s, found {given!r}; put it in brackets.")
         for one in given:
             if not isinstance(one, kind):
                 hint = f"; write Site.parse({one!r})" if isinstance(one, str) and name == "sites" else ""
@@ -100,11 +102,13 @@ def check_types(
                 raise TypeError(f"{name} holds {one!r}, which is no {wanted}{hint}.")
             for place in one.values() if isinstance(one, Mapping) else ():
                 if not isinstance(place, Site):
-                    raise TypeError(f"sites holds {one!r}, where {place!r} is no Site.")
+                    raise TypeError(f"sites holds {one!r}, in which {place!r} is no Site.")
     listed = isinstance(seeds, Sequence) and all(isinstance(seed, int) for seed in seeds)
     if isinstance(seeds, bool | str) or not (isinstance(seeds, int) or listed):
-        raise TypeError(f"seeds is a number of seeds or a list of them, whole numbers; found {seeds!r}.")
+        raise TypeError(f"seeds must be a number of seeds or a list of seeds, whole numbers; found {seeds!r}.")
     if not isinstance(config, TrainingConfig):
-        raise TypeError(f"config is a TrainingConfig, found {config!r}.")
+        raise TypeError(f"config must be a TrainingConfig, found {config!r}.")
     if not callable(loss) or not isinstance(metrics, Sequence) or not all(map(callable, metrics)):
-        raise TypeError(f"loss is a function and metrics a list of functions, found {loss!r} and {metrics!r}.")
+        raise TypeError(
+            f"loss must be a function and metrics a list of functions, found {loss!r} and {metrics!r}."
+        )

@@ -1,8 +1,7 @@
-"""The places of a sweep on an executor: other processes, or machines that see the same files.
+"""The places of a sweep on an executor: in other processes, or on machines that see the same files.
 
-A task is small: the model's and the data's tensors go through one file, which each worker reads once, and the fits
-come back as the files of their place. What is left of the model and the data is sent with each task by the
-executor's own means.
+Tasks are small. The tensors of the model and of the data go through one file that each worker reads once, and the fits
+come back as the files of their place. The executor itself sends the rest of the model and of the data with each task.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.offloading import is_offloaded
 
 TENSORS = "tensors.safetensors"
-AHEAD = 2  # tasks that wait for each worker: enough that none idles, few enough that an end comes soon
+AHEAD = 2  # tasks that wait for each worker: enough to keep it busy, few enough for a quick stop after an error
 
 Work = Callable[[Places, Path], None]
-"""What is done in a worker: it leaves its result in files under the folder."""
+"""The work of one task. It leaves its result in files under the folder."""
 
-_here: dict[str, Places] = {}  # of sweeps of this process: threads and forked workers find them here
-_read: dict[str, Places] = {}  # the latest that came through a file
-_one_at_a_time = threading.RLock()  # a model is not run by two threads at once
+_here: dict[str, Places] = {}  # sweeps of this process: threads and forked workers find them here
+_read: dict[str, Places] = {}  # the latest sweep that was read from a file
+_one_at_a_time = threading.RLock()  # two threads must not run one model at the same time
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ class Parcel:
     """A sweep as it is sent to a worker.
 
     Attributes:
-        name: by which a worker knows what it has read already.
-        folder: of the tensors' file and of the results; workers see it under the same path.
-        content: the sweep, with a `_Hole` in the place of every tensor.
+        name: identifies the sweep, so that a worker reads it once only.
+        folder: the folder of the tensors' file and of the results; all workers see it under this path.
+        content: the sweep, with a `_Hole` in place of each tensor.
     """
 
     name: str
@@ -54,7 +53,7 @@ class Parcel:
     @classmethod
     @contextmanager
     def of(cls, places: Places, folder: Path) -> Iterator[Parcel]:
-        """Write the tensors; the file is gone when the block ends."""
+        """Write the tensors. The file is removed when the block ends."""
         model = places.backbone.model
         if is_offloaded(model):
             raise ValueError("The weights of this model are offloaded, so that it cannot be sent to workers.")
@@ -74,7 +73,7 @@ class Parcel:
             path.unlink(missing_ok=True)
 
     def unpacked(self) -> Places:
-        """The sweep, as it was read from the file, or as this process has it."""
+        """The sweep: from this process's memory if it is there, otherwise read from the file."""
         if self.name in _here:
             return _here[self.name]
         if self.name not in _read:
@@ -93,12 +92,12 @@ class Parcel:
 
 @dataclass(frozen=True)
 class _Hole:
-    """What stands for a tensor; copied, it becomes that tensor, the same one each time.
+    """A placeholder for a tensor. When it is copied, it becomes that tensor (the same object each time).
 
     Attributes:
-        name: of the tensor in the file.
-        device: where it was.
-        gradient: of a parameter, whether it asks for one; None for a tensor that is no parameter.
+        name: the tensor's name in the file.
+        device: the device of the tensor.
+        gradient: `requires_grad` of a parameter; None for a tensor that is not a parameter.
     """
 
     name: str
@@ -118,7 +117,7 @@ def _gradient(tensor: Tensor) -> bool | None:
 
 
 def run_parcel(parcel: Parcel, work: Work) -> None:
-    """Run in a worker."""
+    """Do one task, in a worker."""
     with _one_at_a_time:
         work(parcel.unpacked(), parcel.folder)
 
@@ -126,10 +125,10 @@ def run_parcel(parcel: Parcel, work: Work) -> None:
 def distribute(
     executor: Executor, parcel: Parcel, works: Mapping[int, Work], finished: Callable[[int], None]
 ) -> None:
-    """Run works on an executor; `finished` is called with the number of each that has ended.
+    """Run tasks on an executor; `finished` is called with the number of each task that has ended.
 
     Raises:
-        RuntimeError: a worker died, or the works cannot be sent; what was finished is kept.
+        RuntimeError: a worker died, or the tasks cannot be sent; finished results are kept.
     """
     waiting = list(works.items())
     most = AHEAD * (getattr(executor, "_max_workers", None) or max(1, len(waiting)))
@@ -157,18 +156,18 @@ def _result(future: Future[None]) -> None:
         future.result()
     except Exception as error:
         kind = type(error).__name__
-        if kind == "KilledWorker":  # of Dask, after several workers
+        if kind == "KilledWorker":  # Dask raises this after several workers died
             raise RuntimeError(_died(error)) from error
         if kind == "PicklingError" or "pickle" in str(error):
             raise TypeError(
                 f"This sweep cannot be sent to other processes: {error}. Losses, metrics, methods and functions that "
-                "draw pairs have to be defined at the top level of a module."
+                "draw pairs must be defined at the top level of a module."
             ) from error
         raise
 
 
 def _died(error: BaseException) -> str:
     return (
-        f"A worker died ({str(error) or type(error).__name__}): was it killed, for example since memory ran out? "
-        "What was finished before is kept where the sweep has an `out` folder: the same call goes on from there."
+        f"A worker died ({str(error) or type(error).__name__}): was it killed, for example because memory ran out? "
+        "With an `out` folder all finished sites are kept: the same call goes on from there."
     )

@@ -1,13 +1,13 @@
 """Fits in a folder.
 
-fits.json               facts, floors, failures, and of every fit its method, scores, losses and seeds
+fits.json               facts, floors and failures; for every fit its method, scores, losses and seeds
 subspaces.safetensors   the subspaces of all fits, and the score of every test pair
 
-`fits.json` is written last and names the other file's digest, so that the two cannot be mixed up.
+`fits.json` is written last. The other file contains its digest, so that files of different fits are not mixed up.
 
-A sweep into a folder keeps each place there in the same two files, until it is finished (`das/_sweep_files.py`):
+Until a sweep with a folder is finished, each place has the same two files (`das/_sweep_files.py`):
 
-sweep.json              what is swept, and how many places it has
+sweep.json              the settings of the sweep, with all its places
 places/0007/            the fits of one place
 """
 
@@ -39,12 +39,12 @@ SWEEP, PLACES, SCREEN = "sweep.json", "places", "screen"
 
 @dataclass(frozen=True)
 class SavedMethod(Method):
-    """A method of somebody's own whose class is not known here: its fits can be read, not run again.
+    """A user's own method whose class is not known here. Its fits can be read, but not run again.
 
     Attributes:
-        name, text: of the class, and the label that its fits had.
-        is_control: as of the method.
-        settings: its fields, as they were saved.
+        name, text: the name of the class, and the label of its fits.
+        is_control: `control` of the method.
+        settings: the saved fields of the method.
     """
 
     name: str = ""
@@ -68,14 +68,14 @@ class SavedMethod(Method):
 
 
 def write_fits(fits: Fits, folder: Path) -> None:
-    """Write both files into a new or empty folder; all that can be refused is refused before."""
+    """Write both files into a new or empty folder. All errors in the fits are raised before anything is written."""
     write = writer(fits)
     with taken_folder(folder) as folder:
         write(folder)
 
 
 def writer(fits: Fits) -> Callable[[Path], None]:
-    """What writes both files into an existing folder; all that can be refused is refused before there is one."""
+    """A function that writes both files into an existing folder. All errors in the fits are raised by this call."""
     plan = Plan()
     tensors: dict[str, Tensor] = {}
     records = []
@@ -110,7 +110,7 @@ def writer(fits: Fits) -> Callable[[Path], None]:
     try:
         digest = _digest(described)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"These fits hold something that JSON does not: {error}. Nothing was written.") from error
+        raise TypeError(f"These fits contain something that JSON cannot: {error}. Nothing was written.") from error
     plan.tensors |= tensors
 
     def write(folder: Path) -> None:
@@ -125,9 +125,9 @@ def writer(fits: Fits) -> Callable[[Path], None]:
 
 
 def read_fits(folder: Path, methods: Sequence[type[Method]]) -> dict[str, Any]:
-    """What `write_fits` wrote: the arguments of every `Fit`, `Floors` and `Failure`, and the facts.
+    """Read what `write_fits` wrote: the arguments of every `Fit`, `Floors` and `Failure`, and the facts.
 
-    Of a sweep that was not finished, what it has: the facts then say how much.
+    For an unfinished sweep these are the finished places; the facts then say how many these are.
     """
     if not (folder / RECORDS).is_file():
         if (folder / SWEEP).is_file():
@@ -179,7 +179,7 @@ def read_fits(folder: Path, methods: Sequence[type[Method]]) -> dict[str, Any]:
 
 
 def finished_places(folder: Path) -> dict[int, Path]:
-    """{number of a place: the folder of its fits}, of those that a sweep has finished so far."""
+    """{number of a place: the folder of its fits}, for the places that a sweep has finished so far."""
     found = (path.parent for path in (folder / PLACES).glob(f"*/{RECORDS}"))
     return {int(one.name): one for one in sorted(found) if one.name.isdecimal()}
 
@@ -188,8 +188,8 @@ def _read_unfinished(folder: Path, methods: Sequence[type[Method]]) -> dict[str,
     places, sites = finished_places(folder), len(read_json(folder / SWEEP)["sites"])
     if not places:
         raise FileNotFoundError(
-            f"The sweep in {folder} has finished none of its {sites} sites yet: the same sweep with this folder as "
-            "`out` goes on with it."
+            f"The sweep in {folder} has finished none of its {sites} sites yet. Run the same sweep with this folder as "
+            "`out` to continue it."
         )
     parts = [read_fits(path, methods) for path in places.values()]
     found = dict(parts[0])
@@ -198,7 +198,7 @@ def _read_unfinished(folder: Path, methods: Sequence[type[Method]]) -> dict[str,
 
 
 def searched(done: int, sites: int) -> str:
-    """How much of a sweep there is, as facts and messages say it."""
+    """How much of a sweep is done, as text for facts and messages."""
     return f"{done} of {sites} sites were searched"
 
 
@@ -210,7 +210,7 @@ def _method(one: Mapping[str, Any], own: Sequence[type[Method]]) -> Method:
     if kind is None or not issubclass(kind, Method):
         return SavedMethod(name, one["label"], one["control"], tuple(settings.items()))
     names = {f.name for f in fields(kind) if f.compare}
-    later = {f.name for f in fields(kind) if f.compare and f.default is not MISSING}  # it may be older than these
+    later = {f.name for f in fields(kind) if f.compare and f.default is not MISSING}  # older files may lack them
     if not names - later <= set(settings) <= names:
         raise ValueError(f"{name} was saved with the settings {sorted(settings)}; here it has {sorted(names)}")
     return kind(**settings)
@@ -224,9 +224,9 @@ def _digest(described: Mapping[str, Any]) -> str:
 def _no_fits(folder: Path) -> str:
     if (folder / "results.json").is_file() and (folder / NUMBERS).is_file():
         return (
-            f"{folder} holds a search of version 0.1, which this version does not read as fits: its subspaces are "
-            f"read by load_subspaces('{folder / NUMBERS}'); run the search again for the rest."
+            f"{folder} contains a search of version 0.1, which this version cannot read as fits. Its subspaces can be "
+            f"read by load_subspaces('{folder / NUMBERS}'); for the rest, run the search again."
         )
     inside = folder / "model"
     hint = f" Did you mean {inside}?" if (inside / RECORDS).is_file() else ""
-    return f"There is no {RECORDS} in {folder}: it is no folder of Fits.save.{hint}"
+    return f"There is no {RECORDS} in {folder}: it is not a folder of Fits.save.{hint}"

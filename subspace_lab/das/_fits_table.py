@@ -1,4 +1,4 @@
-"""Fits as a table: a line for each place, a column for each method."""
+"""Fits as a table: one line for each place, one column for each method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from subspace_lab.core.sites import Site
 
-# Those of das/fits.py, which imports this file.
+# The types of das/fits.py, which imports this file.
 Fit: TypeAlias = Any
 Fits: TypeAlias = Any
 Mean: TypeAlias = Any
@@ -27,7 +27,7 @@ NAMES = {"iia": "Interchange intervention accuracy (IIA)"}
 def table_of(
     fits: Fits, *, metric: str | None = None, title: str | None = None, more: Mapping[str, Any] | None = None
 ) -> Table:
-    """The table that the terminal shows; the line of the place that dev chose is bold and marked by a star.
+    """The table for the terminal. The line of the place chosen on dev is bold and marked with a star.
 
     Args:
         more: further columns, such as those of a twin: {heading: fits of one method at the same places, or {place:
@@ -59,7 +59,7 @@ def table_of(
 
 
 def _places(fits: Fits) -> list[str]:
-    """Those with fits, then those at which nothing but training was asked for, and a screen spared it."""
+    """The places with fits, then the places where a screen skipped everything, because all methods train."""
     return list(dict.fromkeys([*fits.places, *(one.place for one in fits.screened)]))
 
 
@@ -68,12 +68,12 @@ def _methods(fits: Fits) -> list[str]:
 
 
 def _screened(fits: Fits) -> dict[tuple[str, str], str]:
-    """{(place, method): what its cell says}: the score of the site in the screen, marked as no score of the cell."""
+    """{(place, method): text of its cell}: the score of the site in the screen, marked as not the cell's own score."""
     return {(one.place, one.method): f"screened ({one.score:.2f})" for one in fits.screened}
 
 
 def _folded(heading: str) -> str:
-    """A long heading in several lines, broken at its words: DifferenceOfMeans, RandomSubspace 8."""
+    """A long heading in several lines, with breaks between words: DifferenceOfMeans, RandomSubspace 8."""
     if len(heading) < 10:
         return heading
     lines = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=:) | (?=\(×)", "\n", heading).split("\n")
@@ -81,7 +81,7 @@ def _folded(heading: str) -> str:
 
 
 def _names(fits: Fits) -> list[str]:
-    """The columns that name a place: layers and positions where the component is the same everywhere."""
+    """The columns that identify a place: layer and position, if the component is the same everywhere."""
     places = {fit.place: fit.sites for fit in fits}
     sites = {site for of in places.values() for site in of.values()}
     one_each = all(len(set(of.values())) == 1 for of in places.values())
@@ -103,7 +103,7 @@ def _parts(fits: Fits, place: str, names: list[str]) -> list[str]:
 
 
 def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
-    """What has to be known to read the table."""
+    """Notes that are needed to read the table."""
     if not fits:
         return ["No fits.", *_failures(fits)]
     metric = metric or fits.metric
@@ -127,8 +127,8 @@ def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
     if fits.screened:
         places = {one.place for one in fits.screened}
         lines.append(
-            f"Screened: {len(fits.screened)} cells at {len(places)} sites were spared, since a cheap first pass "
-            "reached little there; in brackets what it reached on dev, no score of the cell. See `screened`."
+            f"Screened: {len(fits.screened)} cells at {len(places)} sites were skipped, because a cheap first pass "
+            "scored low there. In brackets: the site's dev score in that pass, not a score of the cell. See `screened`."
         )
     if len(_places(fits)) > MOST_ROWS:
         lines.append(f"The first {MOST_ROWS} of {len(_places(fits))} places are shown; `records()` has all.")
@@ -138,33 +138,33 @@ def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
 
 
 def _left_out(facts: Mapping[str, Any]) -> list[str]:
-    """What takes no part: words that cannot be answers, and pairs that the model answers wrong."""
-    told = [f"{n} {what}" for what, n in facts.get("dropped", {}).items()]
-    lines = [f"Left out: {'; '.join(told)}."] if told else []
+    """What is left out: words that cannot be answers, and pairs that the model answers wrong."""
+    dropped = [f"{n} {what}" for what, n in facts.get("dropped", {}).items()]
+    lines = [f"Left out: {'; '.join(dropped)}."] if dropped else []
     if (test := facts.get("answered", {}).get("test")) is not None:
         lines.append(
-            f"Counted are pairs whose base and sources the model answers right: {test['pair']} of {test['of']} test "
-            f"pairs; of their bases it answers {test['base']} right."
+            f"Only pairs whose base and sources the model answers right are used: {test['pair']} of {test['of']} test "
+            f"pairs. It answers {test['base']} of their bases right."
         )
     return lines
 
 
 def _suspicion(fits: Fits, chosen: Fit | None, floor: float, metric: str) -> list[str]:
-    """A subspace that works where the whole state does nothing acts in a way that the model does not use by itself."""
+    """A caution if a subspace works where the whole state does not: the model may not use such directions itself."""
     if chosen is None or metric != "iia" or chosen.iia.low <= floor:
         return []
     whole = [f.iia.value for f in fits if f.place == chosen.place and type(f.method).__name__ == "FullVector"]
     if not whole or whole[0] > floor:
         return []
     return [
-        f"Caution: at {chosen.place} the swap of the full vector is at its floor ({whole[0]:.2f}), and yet a subspace "
-        "reaches more. Such a subspace may act through directions that the model itself does not use (an illusion, "
-        "Makelov et al. 2023); a place where the full vector works too is better evidence."
+        f"Caution: at {chosen.place} the interchange of the full vector is at its floor ({whole[0]:.2f}), but a "
+        "subspace scores higher. It may act through directions that the model itself does not use (an illusion, "
+        "Makelov et al. 2023). A place where the full vector works too is better evidence."
     ]
 
 
 def _by_kind(fits: Fits, chosen: Fit | None, metric: str) -> list[str]:
-    """One number hides the parts: the score of what dev chose for each kind of pair."""
+    """The score of the chosen fit for each kind of pair, because one number can hide differences between kinds."""
     if chosen is None or metric not in chosen.pair_scores or len(set(fits.labels.get("kind", ()))) < 2:
         return []
     lines = fits.where(method=chosen.method, site=chosen.place, seed=chosen.seed).by_kind(metric)
@@ -183,7 +183,7 @@ def text(fits: Fits) -> str:
     """The table and its notes as plain text."""
     if not fits:
         return "\n".join(notes_of(fits))
-    # Plain text everywhere: in a notebook rich would show the table by itself, and in colours.
+    # Plain text everywhere: in a notebook rich would display the table itself, with colours.
     headings = [_folded(method).split("\n") for method in _methods(fits)]
     width = max(100, 24 + sum(max(18, 2 + max(map(len, lines))) for lines in headings))
     console = Console(file=StringIO(), width=width, highlight=False, color_system=None, force_jupyter=False)
@@ -224,7 +224,7 @@ def _html_cell(
     lowest: float,
     screened: Mapping[tuple[str, str], str],
 ) -> str:
-    """Shaded from the floor upwards, so that what is no better than the floor has no colour; floors are IIAs."""
+    """A cell shaded by the IIA above the floor, so that a score at the floor or below has no colour."""
     value = next((m.value for m in means if m.place == place and m.method.label == method), None)
     share = (
         0.0 if value is None or metric != "iia" else max(0.0, min(1.0, (value - lowest) / max(1e-9, 1 - lowest)))
@@ -259,9 +259,9 @@ def _what_cells_hold(fits: Fits, metric: str) -> str:
     means = fits.mean(metric=metric)
     parts = []
     if any(mean.n == 1 and mean.fits[0].losses for mean in means):
-        parts.append("Brackets: the 95 % interval; the scores of methods without training have one as wide.")
+        parts.append("Brackets: the 95 % interval; methods without training have intervals of similar width.")
     if any(mean.n > 1 for mean in means):
-        parts.append("±: standard deviation over seeds or draws (×); the pairs add an interval of their own.")
+        parts.append("±: standard deviation over seeds or draws (×); the sampling of the pairs is not included.")
     return " ".join(parts)
 
 

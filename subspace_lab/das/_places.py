@@ -1,7 +1,7 @@
 """The fits of one place: all methods, ranks and seeds at one site, or at one site for each variable.
 
-They train together, in one run over a stacked batch, each as if it were alone. So do those of a cohort of places, where
-the engine finds that cheaper (`engine/cohorts.py`).
+They train together, in one run over a stacked batch, each as if it were alone. A cohort is a group of places that train
+side by side in the same way, where the engine expects this to be cheaper (`engine/cohorts.py`).
 """
 
 from __future__ import annotations
@@ -32,22 +32,23 @@ from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.sources import Unmatched, all_rows, missing_entries
 
-SPLITS = ("dev", "test", "train")  # on which a fit is scored
-STACKED = MOST_ROWS  # at most so many examples in one training step of several fits
-POOL = 1000  # training pairs, at least, that methods without training see where pairs are drawn afresh
-TRAINING_SCORED = 400  # training pairs, at most, on which fits are scored
-CHEAP: tuple[Method, ...] = (FullVector(), DifferenceOfMeans())  # by which a screen judges places besides
+SPLITS = ("dev", "test", "train")  # the splits on which a fit is scored
+STACKED = MOST_ROWS  # at most this many examples in one training step of several fits
+POOL = 1000  # if training pairs are drawn at each step, at least this many are drawn for methods without training
+TRAINING_SCORED = 400  # fits are scored on at most this many training pairs
+CHEAP: tuple[Method, ...] = (FullVector(), DifferenceOfMeans())  # a screen always judges places by these as well
 
 
 @dataclass
 class Places:
-    """What all places of a sweep have in common, and the search of one of them.
+    """What all places of a sweep have in common, and the search at one place.
 
     Attributes:
         assignments: the places.
         left_out: {number of a place: (its score in the screen, why nothing is trained there)}.
-        floors, facts: what every place's fits carry; made from the test and dev pairs before the first search.
-        others: as they were given to the sweep.
+        floors, facts: recorded with the fits of every place; computed from the test and dev pairs before the first
+            search.
+        others: the arguments of the sweep.
     """
 
     backbone: Backbone
@@ -66,7 +67,7 @@ class Places:
     facts: dict[str, Any] = field(default_factory=dict)
     left_out: dict[int, tuple[float, str]] = field(default_factory=dict)
 
-    # One pass over a split serves all places.
+    # The model runs once over each split, for all places.
 
     @cached_property
     def test(self) -> PreparedPairs:
@@ -78,12 +79,12 @@ class Places:
 
     @cached_property
     def train(self) -> PreparedPairs | None:
-        """None where training pairs are drawn afresh."""
+        """None if training pairs are drawn at each step."""
         return None if callable(self.pairs.train) else self._prepared(self.pairs.train)
 
     @cached_property
     def _ready(self) -> dict[int, tuple[list[_Cell], list[Failure]]]:
-        """Of a cohort, by the number of a place: what was trained there and is not scored yet."""
+        """{number of a place: what was trained there and is not scored yet}, for the places of a cohort."""
         return {}
 
     def _prepared(self, data: Counterfactuals) -> PreparedPairs:
@@ -93,7 +94,7 @@ class Places:
         )
 
     def cohorts(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Which of some places are trained side by side; the same whichever of them are done already."""
+        """Which of some places train side by side. The result does not depend on which of them are finished."""
         trained = [m for m in self.methods if not m.control and len(m.seeds([0, 1])) == 2]  # from a random start
         rows = self.config.batch_size * sum(len(method.seeds(self.seeds)) for method in trained)
         if callable(self.pairs.train) or not rows:
@@ -102,14 +103,14 @@ class Places:
         return [[numbers[i] for i in cohort] for cohort in self.dev.engine.cohorts(sets, rows)]
 
     def fits_at(self, number: int, cohort: Sequence[int], on_step: Callable[[], Any] = lambda: None) -> Fits:
-        """All that is found at one place, which is trained with its cohort when the first of them is asked for."""
+        """All fits at one place. When the first place of a cohort is needed, the whole cohort is trained."""
         if len(cohort) > 1 and number not in self._ready:
             together = self._searched([self.assignments[one] for one in cohort], on_step)
             self._ready.update(zip(cohort, together, strict=True))
         return self._evident(number, *self.at(self.assignments[number], on_step))
 
     def _evident(self, number: int, found: list[Fit], failed: list[Failure]) -> Fits:
-        """What is found at one place, each alignment with its evidence."""
+        """The fits of one place, each alignment with its evidence."""
         done = {(fit.method.label, fit.seed) for fit in found} | {(one.method, one.seed) for one in failed}
         place = place_of(self.assignments[number])
         screened = [
@@ -127,11 +128,11 @@ class Places:
             tuple(screened),
         )
 
-    def hopes_of(self, cohort: Sequence[int], turn: int, share: float) -> dict[int, float]:
-        """{number of a place: the highest score on dev that is reached there in a round of the screen}.
+    def screen_scores_of(self, cohort: Sequence[int], turn: int, share: float) -> dict[int, float]:
+        """{number of a place: the highest dev score that is reached there in a round of the screen}.
 
-        In the first round by what needs no training and by a share of the training, in later ones by the training
-        alone: the rest would say the same again.
+        The first round uses the methods that need no training, and the others with a share of their training steps.
+        Later rounds use only those that train: the rest would give the same scores again.
         """
         found: dict[int, list[_Cell]] = {}
         for number in cohort:
@@ -141,7 +142,7 @@ class Places:
         trained = [cell for cells in found.values() for cell in cells if cell.learner.parameter_groups()]
         lost = {id(cell) for cell, _ in short._train(trained, lambda: None)}
         metric = name_of(self.metrics[0])
-        # Where nothing can be fitted at all the search says why. In a later round it is no better than it was.
+        # If nothing can be fitted at a place, keep it: its search reports why. In later rounds it scores lowest.
         nothing = sys.float_info.max if turn == 0 else -sys.float_info.max
         scores = {}
         for number, cells in found.items():
@@ -155,23 +156,23 @@ class Places:
         return self._short(numbers[0], share).cohorts(numbers)
 
     def _short(self, number: int, share: float) -> Places:
-        """What a round of the screen asks of a place: a share of the steps, one seed, no random subspaces."""
+        """A round of the screen at a place: a share of the training steps, one seed, no random subspaces."""
         possible = []
         for method in dict.fromkeys([*CHEAP, *self.methods]):
-            with suppress(ValueError):  # such as the full vector for each of two variables
+            with suppress(ValueError):  # for example the full vector, if two variables share the site
                 method.check(self.assignments[number], self.widths)
                 possible += [method] if method in CHEAP or not method.control else []
         config = replace(self.config, steps=max(1, round(share * self.config.steps)))
         short = replace(
             self, methods=possible, seeds=self.seeds[:1], config=config, metrics=self.metrics[:1], left_out={}
         )
-        # The passes over the pairs are those of the sweep.
+        # The states of the sweep's pairs are used again.
         vars(short).update({split: getattr(self, split) for split in ("dev", "train")})
         return short
 
     @property
     def labels(self) -> dict[str, tuple[str, ...]]:
-        """What is known of each test pair: its kind, which variables it exchanges if there are several, its labels."""
+        """Labels of each test pair: its kind, the exchanged variables if there are several, and the pairs' labels."""
         data = self.pairs.test
         several = {"exchanged": data.exchanged} if len(data.sources) > 1 else {}
         return {"kind": data.kinds, **several, **data.labels}
@@ -179,7 +180,7 @@ class Places:
     def at(
         self, assignment: Assignment, on_step: Callable[[], Any], splits: Sequence[str] = SPLITS
     ) -> tuple[list[Fit], list[Failure]]:
-        """Every fit at one place, and the searches that gave none."""
+        """Every fit at one place, and the searches without a result."""
         ready = self._ready.pop(self.assignments.index(dict(assignment)), None)
         cells, failures = ready or self._searched([assignment], on_step)[0]
         fits, unscored = self._scored(assignment, cells, splits)
@@ -188,7 +189,7 @@ class Places:
     def _searched(
         self, assignments: Sequence[Assignment], on_step: Callable[[], Any]
     ) -> list[tuple[list[_Cell], list[Failure]]]:
-        """For each of some places its searches, trained, and those that gave nothing."""
+        """For each of some places its trained searches, and the searches without a result."""
         searched = [self._cells(assignment) for assignment in assignments]
         trained = [cell for cells, _ in searched for cell in cells if cell.learner.parameter_groups()]
         reasons = {id(cell): why for cell, why in self._train(trained, on_step)}
@@ -199,8 +200,8 @@ class Places:
         return found
 
     def _cells(self, assignment: Assignment) -> tuple[list[_Cell], list[Failure]]:
-        """The searches of one place before their training."""
-        spared = self.assignments.index(dict(assignment)) in self.left_out
+        """The searches of one place before their training, and those that cannot be run."""
+        skipped = self.assignments.index(dict(assignment)) in self.left_out
         cells: list[_Cell] = []
         failures: list[Failure] = []
         place, examples = place_of(assignment), cache(lambda: self._examples(assignment))
@@ -220,21 +221,21 @@ class Places:
                     if not isinstance(learner, Learner):
                         raise TypeError(f"`learner` should return a Learner, found {type(learner).__name__}.")
                     if method.path is not None and learner.parameter_groups():
-                        raise TypeError("A method whose exchange takes a path is not trained along it.")
+                        raise TypeError("A method whose exchange follows a path is not trained along it.")
                     cells.append(_Cell(assignment, method, seed, learner))
                 except ValueError as error:
                     failures.append(Failure(method.label, place, seed, " ".join(str(error).split())))
                 except Exception as error:
                     error.add_note(f"in {method.label} at {place}, seed {seed}")
                     raise
-        if spared:
-            # Random subspaces say what chance gives beside what is trained; here nothing is.
+        if skipped:
+            # Random subspaces are the chance level of trained methods; nothing is trained here.
             untrained = [cell for cell in cells if not cell.learner.parameter_groups()]
             cells = [cell for cell in untrained if cell.method in CHEAP or not cell.method.control]
         return cells, failures
 
     def _train(self, cells: list[_Cell], on_step: Callable[[], Any]) -> list[tuple[_Cell, str]]:
-        """Train some cells, as many together as a step should hold; those whose loss is no number, and why."""
+        """Train cells, in groups of a suitable size. Returns those whose loss became NaN or infinite, and why."""
         failed = []
         size = max(1, STACKED // self.config.batch_size)
         groups = [cells[i : i + size] for i in range(0, len(cells), size)]
@@ -250,9 +251,9 @@ class Places:
                 if len(group) == 1:
                     failed.append((group[0], str(error)))
                     continue
-                # One of them ends the run for all: each begins again, alone.
+                # One failing cell ends the run of the whole group: start each again, alone.
                 for cell, state in zip(group, states, strict=True):
-                    _numbers(cell.learner).load_state_dict(state)
+                    _edits_module(cell.learner).load_state_dict(state)
                     failed += self._train([cell], lambda: None)
         return failed
 
@@ -261,7 +262,7 @@ class Places:
         draws: list[Draw]
         if self.train is None:
             assert callable(self.pairs.train)
-            # One for all, which are at one place, so that the pairs of a step are made once.
+            # One stream for all cells, which are at one place, so that the pairs of a step are made once.
             draws = [from_stream(self.backbone, self.pairs.train, cells[0].assignment, self.unmatched)] * len(
                 cells
             )
@@ -275,7 +276,7 @@ class Places:
     def _scored(
         self, assignment: Assignment, cells: list[_Cell], asked: Sequence[str]
     ) -> tuple[list[Fit], list[tuple[_Cell, str]]]:
-        """The fits of cells, and those whose edits give logits that are NaN, which are no answers, and why."""
+        """The fits of cells, and the cells whose edits give NaN logits (which are no answers), with the reason."""
         if not cells:
             return [], []
         failed: dict[int, str] = {}
@@ -287,15 +288,15 @@ class Places:
         if "train" in asked and self.train is not None:
             splits["train"] = self.train, torch.arange(min(len(self.train), TRAINING_SCORED))
         for split, (prepared, some) in splits.items():
-            # What chance gives is known from the held-out pairs; its training score would say nothing more.
+            # The chance level is known from the held-out pairs; a control needs no score on the training pairs.
             chosen = [i for i, cell in enumerate(cells) if split != "train" or not cell.method.control]
             if not chosen:
                 continue
             by_cell: dict[int, Outcome] = {}
             for path in dict.fromkeys(cells[i].method.path for i in chosen):
                 along = [i for i in chosen if cells[i].method.path == path]
-                told = prepared.outcomes(assignment, [cells[i].learner.edits for i in along], some, path)
-                by_cell |= dict(zip(along, told, strict=True))
+                results = prepared.outcomes(assignment, [cells[i].learner.edits for i in along], some, path)
+                by_cell |= dict(zip(along, results, strict=True))
             outcomes = [by_cell[i] for i in chosen]
             for i, outcome in zip(chosen, outcomes, strict=True):
                 wrong = int(outcome.logits.isnan().any(-1).sum())
@@ -362,52 +363,52 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Examples:
-    """States of training pairs' sources, and the value of each variable in them."""
+    """States of the training pairs' sources, and the value of each variable in these sources."""
 
     states: Mapping[str, Mapping[Site, Tensor]]
     values: Mapping[str, Tensor]
 
     def flat_states(self, name: str, site: Site) -> Tensor:
-        """(examples, width): every position that a row has is an example."""
+        """(examples, width): each position of each source that exists is an example."""
         states, there = self._of(name, site)
         return states if there is None else states[there]
 
     def flat_values(self, name: str, site: Site) -> Tensor:
-        """(examples,): the variable's value at each of them."""
+        """(examples,): the variable's value in each example."""
         states, there = self._of(name, site)
         values = self.values[name].to(states.device)
         values = values.repeat_interleave(len(states) // len(values))
         return values if there is None else values[there]
 
     def _of(self, name: str, site: Site) -> tuple[Tensor, Tensor | None]:
-        """All entries, and which of them are positions; None where all are."""
+        """All states, and which of them are at existing positions (None if all are)."""
         states = self.states[name][site].flatten(0, -2)
         missing = missing_entries(states) if self.states[name][site].ndim == 3 else None
         return states, None if missing is None else ~missing
 
 
-def _numbers(learner: Learner) -> nn.ModuleList:
+def _edits_module(learner: Learner) -> nn.ModuleList:
     """A learner's edits as one module."""
     return nn.ModuleList(learner.edits.values())
 
 
 def _values(data: Counterfactuals) -> dict[str, Tensor]:
-    """The value of each variable in its sources; where the data do not tell it, the expected answer."""
+    """The value of each variable in its sources; if the data do not contain it, the expected answer."""
     return {name: data.values.get(name, data.answer) for name in data.sources}
 
 
 def cell_seed(seed: int, what: object) -> int:
-    """A seed for one method at one place: starts that places share would look like subspaces that they share."""
+    """A seed for one method at one place. Equal starts at different places would look like shared subspaces."""
     return zlib.crc32(f"{seed}:{what}".encode())
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """What a loss or a metric is called in results."""
+    """The name of a loss or a metric in results."""
     return getattr(function, "__name__", type(function).__name__)
 
 
 def with_evidence(fits: list[Fit], floors: Floors, facts: Mapping[str, Any]) -> list[Fit]:
-    """The fits of one place, each alignment with where it comes from and what other methods reach."""
+    """The fits of one place, each alignment with its origin and the scores of other methods at this place."""
     means = Fits(tuple(fits), {}).mean(metric=facts["metrics"][0]) if fits else []
     shared = {name: facts[name] for name in ("task", "data", "training", "loss", "versions")}
     found = []

@@ -1,4 +1,4 @@
-"""What a sweep does once, before its first search: it looks at the model, and makes the passes over the pairs."""
+"""What a sweep does once, before its first search: run the model over the pairs, and record the facts of the sweep."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from subspace_lab.model.identity import versions
 
 
 def prepare(places: Places, model: Mapping[str, Any], min_accuracy: float | None, *, train: bool) -> None:
-    """The passes over the held-out pairs, and what every fit says of them and of the sweep.
+    """Run the model over the held-out pairs, and collect the facts that every fit records about the sweep.
 
     Args:
-        model: its facts.
-        min_accuracy: a model that answers the test split's bases worse is refused (ValueError).
-        train: make the pass over the training pairs as well, which workers make themselves.
+        model: facts about the model.
+        min_accuracy: a model with a lower accuracy on the bases of the test split is refused (ValueError).
+        train: run the model over the training pairs as well; with an executor each worker does this itself.
     """
     test = places.test
     places.floors["test"] = _floors(test)
@@ -62,7 +62,7 @@ def prepare(places: Places, model: Mapping[str, Any], min_accuracy: float | None
 def _try_metrics(
     metrics: Sequence[Metric], splits: Mapping[str, PreparedPairs | None], assignments: Sequence[Assignment]
 ) -> None:
-    """Ask each metric about the bases without an edit, so that one that cannot be had is found out before the work."""
+    """Compute each metric on the bases without an edit, so that a metric that fails is found before the work."""
     for split, prepared in splits.items():
         if prepared is None:
             continue
@@ -80,7 +80,7 @@ def _try_metrics(
 
 
 def _intervals(data: Counterfactuals) -> str:
-    """How the intervals of the scores are made, in words."""
+    """How the intervals of the scores are computed, in words."""
     clusters = Clusters.of(data.labels)
     return "of independent pairs" if clusters is None else f"of a bootstrap over {clusters}"
 

@@ -1,4 +1,4 @@
-"""How far a sweep is: a bar on a terminal, lines in a log."""
+"""The progress of a sweep: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from contextlib import contextmanager
 
 from subspace_lab.engine.training import progress_bar
 
-EVERY = 10.0  # seconds, at least, between two lines of a log
+EVERY = 10.0  # seconds between two lines of a log, at least
 
 
 class Progress:
-    """What is called while a sweep goes on.
+    """Receives the events of a running sweep.
 
     Args:
-        label: of the sweep.
-        places: how many are still to search.
-        steps: of each.
+        label: name of the sweep.
+        places: number of places that are still to be searched.
+        steps: training steps of each place.
     """
 
     def __init__(self, label: str, places: int, steps: int) -> None:
         self.label, self.places, self.steps, self.done = label, places, steps, 0
 
     def begin(self, place: str) -> None:
-        """A place is searched from here on."""
+        """The search of a place begins."""
 
     def step(self) -> None:
-        """One step of training at it."""
+        """One training step at this place is done."""
 
     def end(self) -> None:
         """A place is finished."""
@@ -53,7 +53,7 @@ class _Bar(Progress):
 
 
 class _Lines(Progress):
-    """At most one line every ten seconds, and one at the end."""
+    """At most one line every ten seconds, and one line at the end."""
 
     def __init__(self, label: str, places: int, steps: int) -> None:
         super().__init__(label, places, steps)
@@ -77,7 +77,7 @@ class _Lines(Progress):
 
 @contextmanager
 def progress(label: str, places: int, steps: int, *, quiet: bool) -> Iterator[Progress]:
-    """A bar with the time that is left where standard error is a terminal, else lines that say it."""
+    """A bar with the remaining time if standard error is a terminal, otherwise lines with the remaining time."""
     if not quiet and not sys.stderr.isatty():
         yield _Lines(label, places, steps)
         return
@@ -87,7 +87,7 @@ def progress(label: str, places: int, steps: int, *, quiet: bool) -> Iterator[Pr
 
 
 def duration(seconds: float) -> str:
-    """As people say it: 40 s, 3 min 20 s, 2 h 5 min."""
+    """A duration as text: 40 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""What makes one sweep the same as another: the results of the same recipe are the same numbers."""
+"""The recipe of a sweep: equal recipes give equal numbers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from subspace_lab.das.fits import place_of
 from subspace_lab.das.methods.method import Method
 from subspace_lab.das.pairs import Pairs
 
-STEPS = (0, 1)  # of a stream of fresh pairs, those whose pairs are looked at
+STEPS = (0, 1)  # if pairs are drawn at each step: the steps whose pairs go into the recipe
 
 
 def recipe_of(places: Places, model: dict[str, Any], versions: dict[str, Any]) -> dict[str, Any]:
-    """All that the results of a sweep depend on, as JSON.
+    """Everything that the results of a sweep depend on, as JSON.
 
-    Of the model its weights count, not its name: where it lies is nobody's concern.
+    The model is described by its weights, not by its name: the results do not depend on the model's folder.
     """
     return {
         "task": places.pairs.task,
@@ -34,8 +34,8 @@ def recipe_of(places: Places, model: dict[str, Any], versions: dict[str, Any]) -
         "methods": [{**method.as_dict(), **hidden(method)} for method in places.methods],
         "seeds": places.seeds,
         "training": {k: v for k, v in vars(places.config).items() if k != "seed"},
-        "loss": told(places.loss),
-        "metrics": [told(metric) for metric in places.metrics],
+        "loss": identity_of(places.loss),
+        "metrics": [identity_of(metric) for metric in places.metrics],
         "unmatched": places.unmatched,
         "screen": None if places.screen is None else asdict(places.screen),
         "versions": versions,
@@ -43,7 +43,7 @@ def recipe_of(places: Places, model: dict[str, Any], versions: dict[str, Any]) -
 
 
 def data_of(pairs: Pairs) -> list[str]:
-    """Fingerprints of the pairs; of pairs that are drawn afresh, of those of the first steps."""
+    """Fingerprints of the pairs. If training pairs are drawn at each step, those of the first steps are used."""
     stream = pairs.train
     if not callable(stream):
         return [pairs.fingerprint()]
@@ -51,7 +51,7 @@ def data_of(pairs: Pairs) -> list[str]:
 
 
 def hidden(method: Method) -> dict[str, str]:
-    """Digests of those settings that a method does not name among its own, such as the basis that it starts from."""
+    """Digests of the settings that are not in `Method.as_dict`, such as the basis from which a search starts."""
     found = {}
     for one in fields(method):
         value = getattr(method, one.name)
@@ -66,10 +66,10 @@ def hidden(method: Method) -> dict[str, str]:
     return found
 
 
-def told(function: Callable[..., Any]) -> str:
-    """What a loss or a metric is, so that another one is told from it: its name and settings, or its code."""
+def identity_of(function: Callable[..., Any]) -> str:
+    """Text that identifies a loss or a metric: its name and settings, or its code."""
     if isinstance(function, functools.partial):
-        return f"{told(function.func)}(…, {function.args}, {sorted(function.keywords.items())})"
+        return f"{identity_of(function.func)}(…, {function.args}, {sorted(function.keywords.items())})"
     if not inspect.isroutine(function):
         return repr(function) if is_dataclass(function) else type(function).__qualname__
     name = f"{function.__module__}.{function.__qualname__}"

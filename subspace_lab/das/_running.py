@@ -1,4 +1,4 @@
-"""How the places of a sweep are gone through: in this process one by one, or on an executor."""
+"""The two ways to run the places of a sweep: one after the other in this process, or on an executor."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from tempfile import TemporaryDirectory
 from subspace_lab.das._executing import Parcel, Work, distribute
 from subspace_lab.das._places import Places
 from subspace_lab.das._progress import progress
-from subspace_lab.das._sweep_files import SweepFiles, read_hope, screen_places, search_places, write_hope
+from subspace_lab.das._sweep_files import (
+    SweepFiles,
+    read_screen_score,
+    screen_places,
+    search_places,
+    write_screen_score,
+)
 from subspace_lab.das.fits import Fits, place_of
 from subspace_lab.das.screens import Screen
 
 
 @dataclass
 class Run(ABC):
-    """A sweep under way.
+    """A running sweep.
 
     Attributes:
-        found: {number of a place: its fits}, those that were there before and those that come.
+        found: {number of a place: its fits}, those of an earlier run and those found in this one.
     """
 
     places: Places
@@ -33,15 +39,15 @@ class Run(ABC):
     quiet: bool
 
     @abstractmethod
-    def hopes(self, numbers: Sequence[int], turn: int, share: float) -> dict[int, float]:
-        """{number of a place: its score} in a round of the screen, with a share of the steps."""
+    def screen_scores(self, numbers: Sequence[int], turn: int, share: float) -> dict[int, float]:
+        """{number of a place: its score} in a round of the screen, trained with a share of the steps."""
 
     @abstractmethod
     def search(self, cohorts: Sequence[Sequence[int]]) -> None:
-        """Search those places of some cohorts that are not in `found` yet, and put them there."""
+        """Search those places of some cohorts that are not in `found` yet, and add them to it."""
 
     def go(self, screen: Screen | None) -> None:
-        """Screen the places, then search those that are not found yet."""
+        """Screen the places, then search those that are not in `found` yet."""
         if screen is not None:
             self._screen(screen)
         every = range(len(self.places.assignments))
@@ -50,7 +56,7 @@ class Run(ABC):
         self.search([cohort for cohort in cohorts if not set(cohort) <= set(self.found)])
 
     def _missing(self, numbers: Sequence[int], share: float, known: Container[int]) -> list[list[int]]:
-        """The cohorts of a round of the screen in which a score is not known yet."""
+        """The cohorts of a round of the screen in which at least one score is still unknown."""
         cohorts = self.places.screen_cohorts(numbers, share)
         return [cohort for cohort in cohorts if any(number not in known for number in cohort)]
 
@@ -61,7 +67,7 @@ class Run(ABC):
         left = list(range(len(self.places.assignments)))
         before: dict[int, float] = {}
         for turn, share in enumerate(screen.steps):
-            found = self.hopes(left, turn, share)
+            found = self.screen_scores(left, turn, share)
             scores = before = {number: max(found[number], before.get(number, found[number])) for number in left}
             kept, best = screen.kept(scores), max(scores.values())
             steps = self.places.config.steps
@@ -76,25 +82,25 @@ class Run(ABC):
 
 @dataclass
 class InTurn(Run):
-    """In this process, one place after the other.
+    """Runs the places in this process, one after the other.
 
     Attributes:
-        files: where what is found is kept; None where it is not.
+        files: the folder in which results are saved; None if they are not saved.
     """
 
     files: SweepFiles | None = None
 
-    def hopes(self, numbers: Sequence[int], turn: int, share: float) -> dict[int, float]:
+    def screen_scores(self, numbers: Sequence[int], turn: int, share: float) -> dict[int, float]:
         scores = {} if self.files is None else _known(self.files.folder, numbers, turn)
         cohorts = self._missing(numbers, share, scores)
         with progress(self._round(turn), sum(map(len, cohorts)), 1, quiet=self.quiet) as shown:
             for cohort in cohorts:
                 shown.begin(place_of(self.places.assignments[cohort[0]]))
-                found = self.places.hopes_of(cohort, turn, share)
+                found = self.places.screen_scores_of(cohort, turn, share)
                 scores |= found
                 for number, score in found.items():
                     if self.files is not None:
-                        write_hope(self.files.folder, turn, number, score)
+                        write_screen_score(self.files.folder, turn, number, score)
                     shown.end()
         return scores
 
@@ -112,7 +118,7 @@ class InTurn(Run):
 
 @dataclass
 class OnExecutor(Run):
-    """On an executor, whose workers leave what they find in a folder."""
+    """Runs the places on an executor; its workers write their results into a folder."""
 
     executor: Executor
     files: SweepFiles
@@ -129,7 +135,7 @@ class OnExecutor(Run):
         quiet: bool,
         files: SweepFiles | None,
     ) -> Iterator[OnExecutor]:
-        """Without files, through a folder that is gone when the block ends."""
+        """Without `files` a temporary folder is used, which is removed when the block ends."""
         with ExitStack() as stack:
             if files is None:
                 folder = Path(stack.enter_context(TemporaryDirectory()))
@@ -137,7 +143,7 @@ class OnExecutor(Run):
             parcel = stack.enter_context(Parcel.of(places, files.folder))
             yield cls(places, found, label, quiet, executor, files, parcel)
 
-    def hopes(self, numbers: Sequence[int], turn: int, share: float) -> dict[int, float]:
+    def screen_scores(self, numbers: Sequence[int], turn: int, share: float) -> dict[int, float]:
         cohorts = self._missing(numbers, share, _known(self.files.folder, numbers, turn))
         works: dict[int, Work] = {
             cohort[0]: partial(screen_places, cohort=cohort, turn=turn, share=share) for cohort in cohorts
@@ -172,5 +178,5 @@ class OnExecutor(Run):
 
 
 def _known(folder: Path, numbers: Sequence[int], turn: int) -> dict[int, float]:
-    scores = {number: read_hope(folder, turn, number) for number in numbers}
+    scores = {number: read_screen_score(folder, turn, number) for number in numbers}
     return {number: score for number, score in scores.items() if score is not None}

@@ -1,11 +1,11 @@
-"""A sweep in a folder: every place is written as soon as it is searched, so that no kill costs more than one place.
+"""The folder of a sweep. Every place is written as soon as it is finished, so that a kill loses at most one place.
 
-sweep.json              the recipe: what is swept, in which order, with which model and data
-places/0007/            the fits of a place that was searched, as `Fits.save` writes them
+sweep.json              the recipe: all settings, sites in their order, model and data
+places/0007/            the fits of a finished place, as `Fits.save` writes them
 screen/0-0007.json      the score of a place in a round of the screen
-fits.json, subspaces.safetensors   the whole, once the last place is there; `places` is gone then
+fits.json, subspaces.safetensors   all fits, once the last place is finished; `places` is removed then
 
-The fits of one place train together, so a place is what is done or not done.
+The fits of one place train together, so a place is either finished or not.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ FORMAT = 1
 
 
 class SweepUnsaved(OSError):
-    """All places of a sweep were searched, and could not be saved.
+    """All places of a sweep are finished, but the fits could not be saved.
 
     Attributes:
-        fits: all of them.
+        fits: all fits.
     """
 
     def __init__(self, fits: Fits, folder: Path, why: OSError) -> None:
@@ -41,11 +41,11 @@ class SweepUnsaved(OSError):
 
 @dataclass
 class SweepFiles:
-    """The folder of one sweep, held by this process.
+    """The folder of one sweep, locked by this process.
 
     Attributes:
-        folder: an existing one.
-        kinds: the classes of the sweep's methods, by which its fits are read again.
+        folder: an existing folder.
+        kinds: the classes of the sweep's methods, which are needed to read its fits again.
         unsaved: why a place could not be written; it is kept in memory, and written at the end.
     """
 
@@ -58,13 +58,13 @@ class SweepFiles:
     def taken(
         cls, folder: str | Path, recipe: Mapping[str, Any], methods: Sequence[Method], say: Callable[[str], None]
     ) -> Iterator[SweepFiles]:
-        """The folder of the sweep of this recipe: a new or empty one, or one in which it was begun.
+        """The folder of the sweep with this recipe: new, empty, or the folder in which this sweep was begun.
 
         Raises:
-            TypeError: a recipe that JSON does not hold.
-            FileExistsError: a folder that holds something else.
+            TypeError: a recipe that cannot be written as JSON.
+            FileExistsError: the folder contains something else.
             ValueError: the folder of another sweep; the message says what differs.
-            BlockingIOError: another process is at it.
+            BlockingIOError: another process is using the folder.
         """
         try:
             recipe = json.loads(json.dumps({"format": FORMAT, **recipe}, allow_nan=False))
@@ -90,17 +90,17 @@ class SweepFiles:
 
     @classmethod
     def temporary(cls, folder: Path, methods: Sequence[Method]) -> SweepFiles:
-        """A folder through which workers give their fits back."""
+        """A folder through which workers return their fits."""
         return cls(folder, list(dict.fromkeys(type(method) for method in methods)))
 
     @property
     def whole(self) -> bool:
-        """Whether the last place was searched and saved."""
+        """Whether the sweep is finished and saved."""
         return (self.folder / RECORDS).is_file()
 
     def read(self) -> Fits:
         """The fits of a finished sweep."""
-        for name in (PLACES, SCREEN):  # of a process that was killed just then
+        for name in (PLACES, SCREEN):  # left behind if the process was killed during `finish`
             shutil.rmtree(self.folder / name, ignore_errors=True)
         return Fits.load(self.folder, self.kinds)
 
@@ -113,7 +113,7 @@ class SweepFiles:
         return {number: self.read_place(number) for number in finished_places(self.folder)}
 
     def read_place(self, number: int) -> Fits:
-        """The fits of a place, as they were written."""
+        """Read the fits of a finished place."""
         path = path_of(self.folder, number)
         try:
             return Fits.load(path, self.kinds)
@@ -121,14 +121,14 @@ class SweepFiles:
             raise ValueError(f"{error} Remove {path}, and this place is searched again.") from error
 
     def keep(self, number: int, fits: Fits) -> None:
-        """Write the fits of a place that was searched just now; on a full disk they stay in memory."""
+        """Write the fits of a place that has just been finished; if the disk is full they stay in memory."""
         try:
             write_place(self.folder, number, fits)
         except OSError as error:
             self.unsaved = error
 
     def finish(self, fits: Fits) -> None:
-        """Write the whole, and remove the parts (SweepUnsaved where it cannot be written)."""
+        """Write all fits, and remove the folders of the places. SweepUnsaved if they cannot be written."""
         try:
             writer(fits)(self.folder)
         except OSError as error:
@@ -137,7 +137,7 @@ class SweepFiles:
         shutil.rmtree(self.folder / SCREEN, ignore_errors=True)
 
     def _leave(self) -> None:
-        """Nothing stays of a sweep that has searched nothing."""
+        """Leave no files of a sweep that has not finished anything."""
         if not self.whole and not finished_places(self.folder) and not (self.folder / SCREEN).is_dir():
             shutil.rmtree(self.folder / PLACES, ignore_errors=True)
             with suppress(OSError):
@@ -145,12 +145,12 @@ class SweepFiles:
 
 
 def path_of(folder: Path, number: int) -> Path:
-    """Where the fits of a place belong."""
+    """The folder for the fits of a place."""
     return folder / PLACES / f"{number:04}"
 
 
 def write_place(folder: Path, number: int, fits: Fits) -> None:
-    """The fits of one place into a folder of their own; there is a `fits.json` once they are whole."""
+    """Write the fits of one place into its own folder. `fits.json` is there only if they are complete."""
     write = writer(fits)
     path_of(folder, number).mkdir(parents=True, exist_ok=True)
     write(path_of(folder, number))
@@ -164,7 +164,7 @@ def search_places(
     wanted: Sequence[int],
     left_out: tuple[float, str] | None,
 ) -> None:
-    """Search a cohort and leave the fits of the wanted places in the folder; what is left out is alone in its own."""
+    """Search a cohort and write the fits of the wanted places. A place left out by a screen is a cohort of its own."""
     if left_out is not None:
         places.left_out[cohort[0]] = left_out
     for number in wanted:
@@ -172,37 +172,37 @@ def search_places(
 
 
 def screen_places(places: Places, folder: Path, *, cohort: Sequence[int], turn: int, share: float) -> None:
-    """Score the places of a cohort in a round of the screen and leave the scores in the folder."""
-    for number, score in places.hopes_of(cohort, turn, share).items():
-        write_hope(folder, turn, number, score)
+    """Score the places of a cohort in a round of the screen and write the scores."""
+    for number, score in places.screen_scores_of(cohort, turn, share).items():
+        write_screen_score(folder, turn, number, score)
 
 
-def write_hope(folder: Path, turn: int, number: int, score: float) -> None:
-    """Keep the score of a place in a round."""
+def write_screen_score(folder: Path, turn: int, number: int, score: float) -> None:
+    """Write the score of a place in a round of the screen."""
     (folder / SCREEN).mkdir(exist_ok=True)
-    write_json(_hope_path(folder, turn, number), score)
+    write_json(_score_path(folder, turn, number), score)
 
 
-def read_hope(folder: Path, turn: int, number: int) -> float | None:
-    """The score of a place in a round, where it is known."""
-    path = _hope_path(folder, turn, number)
+def read_screen_score(folder: Path, turn: int, number: int) -> float | None:
+    """The score of a place in a round of the screen; None if it is not known yet."""
+    path = _score_path(folder, turn, number)
     return float(read_json(path)) if path.is_file() else None
 
 
-def _hope_path(folder: Path, turn: int, number: int) -> Path:
+def _score_path(folder: Path, turn: int, number: int) -> Path:
     return folder / SCREEN / f"{turn}-{number:04}.json"
 
 
 def _check_same(folder: Path, there: Any, asked: Mapping[str, Any]) -> None:
-    """ValueError, with what differs, where a folder is that of another sweep."""
+    """ValueError if a folder belongs to another sweep; the message says what differs."""
     if not isinstance(there, dict) or there.get("format") != FORMAT:
         raise ValueError(
-            f"{folder / SWEEP} is no recipe of a sweep that this version can read. Name a new folder."
+            f"{folder / SWEEP} is no recipe of a sweep that this version can read. Choose a new folder."
         )
     differing = [f"{name}: {_short(there.get(name))} there, {_short(asked[name])} asked" for name in asked
                  if there.get(name) != asked[name]]  # fmt: skip
     if differing:
-        raise ValueError(f"{folder} is the folder of another sweep ({'; '.join(differing)}). Name a new folder.")
+        raise ValueError(f"{folder} is the folder of another sweep ({'; '.join(differing)}). Choose a new folder.")
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The tensors inside of values: of models, pairs and methods."""
+"""The tensors inside values such as models, pairs and methods."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""Answers of several tokens, read through any engine.
+"""Answers of several tokens, with any engine.
 
-The logit of an answer t₁ … tₙ behind a prompt x is
+The logit of an answer t₁ … tₙ after a prompt x is
 
     Σⱼ log p(tⱼ | x, t₁ … tⱼ₋₁)
 
-Each base becomes as many rows as there are different beginnings of answers: the prompt with that beginning behind it,
-so that a row is read at several positions. The beginnings are no part of the prompt: positions are counted without
-them, and an intervention acts on the prompt alone.
+A beginning is an answer without its last token. Each base becomes several rows of the batch, one for each different
+beginning: the prompt followed by the beginning. Logits are read at several positions of such a row. The beginnings are
+not part of the prompt: positions are counted without them, and an intervention acts on the prompt only.
 
-Where answers are scored whole, p is over the vocabulary. Where only the tokens that tell them apart are read, p is over
-the tokens with which some answer goes on from there: then few logits are computed, and with answers of one token each
-nothing but their logits counts, as everywhere else.
+If answers are scored whole, p is over the vocabulary. If only the tokens that distinguish the answers are read, p is
+over the tokens with which some answer continues at this point. Then only few logits are computed, and answers of one
+token each are compared by their logits alone, as everywhere else.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ Build = Callable[[Batch, Readout], Engine]
 
 
 def answer_engine(data: Counterfactuals, build: Build) -> Engine:
-    """An engine over the bases whose logits are those of the answers, however many tokens these have.
+    """An engine over the bases that gives the logits of the answers, whether they have one token or several.
 
     Args:
-        build: (batch, readout) → an engine over that batch.
+        build: (batch, readout) → an engine over this batch.
     """
     scored = data.scored
     return build(data.base, data.readout) if scored is None or scored.ndim == 1 else SpelledAnswers(data, build)
 
 
 def rows_a_pair(data: Counterfactuals) -> int:
-    """How many rows of the model's input a base becomes."""
+    """How many rows of the model's input each base becomes."""
     scored = data.scored
     return 1 if scored is None or scored.ndim == 1 else len(_beginnings(as_spelled(scored)))
 
@@ -54,11 +54,11 @@ class SpelledAnswers:
     """An engine whose logits are sums of log probabilities of the answers' tokens.
 
     Args:
-        data: bases with answers of several tokens.
-        build: (batch, readout) → the engine that runs the rows.
+        data: bases, and answers of several tokens.
+        build: (batch, readout) → the inner engine, which runs the rows.
 
     Raises:
-        ValueError: bases that are no token ids, or that have tokens for a decoder of its own.
+        ValueError: bases that are not token ids, or that have separate tokens for a decoder.
     """
 
     def __init__(self, data: Counterfactuals, build: Build) -> None:
@@ -73,7 +73,7 @@ class SpelledAnswers:
         tokens = None if data.whole else torch.tensor(vocabulary, device=device)
         self.inner = build(batch, Readout(index, None, tokens))
         places = {token: i for i, token in enumerate(vocabulary)}
-        # For each token of each answer: in which of a pair's rows it is read, at which read, and which logit it is.
+        # For each token of each answer: the row of the pair in which it is read, at which read, and the logit's index.
         longest = max(map(len, spelled))
         row, column = (
             torch.zeros(len(spelled), dtype=torch.long),
@@ -96,7 +96,7 @@ class SpelledAnswers:
         return self.pairs
 
     def describe(self) -> str:
-        """One line: what the engine below computes."""
+        """One line about what the inner engine computes."""
         return f"{self.inner.describe()}; answers of several tokens: {self.rows_a_pair} rows a pair"
 
     def logits(
@@ -110,8 +110,8 @@ class SpelledAnswers:
     ) -> Float[Tensor, "pair answer"]:
         """(pairs, answers) sums of log probabilities; otherwise as `Engine.logits`.
 
-        Of the vocabulary (pairs, answers + 1): 1 for the answer of which every token is the highest of the vocabulary,
-        or for the last entry, which is none, and 0 elsewhere.
+        With `vocabulary` (pairs, answers + 1): 1 for the answer whose tokens all have the highest logit of the
+        vocabulary, or for the last entry if there is no such answer; 0 elsewhere.
         """
         part = self._inside(Part(rows, edits, sources))
         logits = self.inner.logits(part.rows, part.edits, part.sources, unmatched, vocabulary=vocabulary)
@@ -126,46 +126,46 @@ class SpelledAnswers:
         return self.inner.cohorts(sets, rows * self.rows_a_pair)
 
     def _inside(self, part: Part) -> Part:
-        """The rows of the engine below that some pairs are."""
+        """The rows of the inner engine that belong to some pairs."""
         n = self.rows_a_pair
         rows = (part.rows[:, None] * n + torch.arange(n, device=part.rows.device)).flatten()
         sources = None if part.sources is None else {site: _repeated(of, n) for site, of in part.sources.items()}
         return Part(rows, part.edits, sources)
 
     def _of_answers(self, logits: Tensor, vocabulary: bool) -> Float[Tensor, "pair answer"]:
-        """What `logits` gives, from the logits of the rows below."""
+        """The logits of the answers, from the logits of the inner engine's rows."""
         read = rearrange(logits, "(p r) j v -> p r j v", r=self.rows_a_pair).float()
         longest = self._column.shape[1]
         if vocabulary:
             highest = read.argmax(-1)[:, self._row, :longest]
-            said = ((highest == self._tokens) | ~self._there).all(-1)
-            return torch.cat([said, ~said.any(-1, keepdim=True)], -1).float()
+            has_highest = ((highest == self._tokens) | ~self._there).all(-1)
+            return torch.cat([has_highest, ~has_highest.any(-1, keepdim=True)], -1).float()
         if self._others is None:
             chosen = read.log_softmax(-1)[:, self._row, :longest]
         else:
             chosen = read[:, self._row, :longest].masked_fill(~self._others, -torch.inf)
-            # Behind the end of an answer nothing is compared, and −∞ alone has no softmax.
+            # After the end of an answer nothing is compared; a softmax over −∞ only would be NaN.
             chosen = torch.where(self._there[..., None], chosen, 0.0).log_softmax(-1)
         picked = chosen.gather(-1, self._column.expand(len(read), -1, -1)[..., None])[..., 0]
         return torch.where(self._there, picked, 0.0).sum(-1)
 
 
 def _beginnings(spelled: list[Spelled]) -> list[Spelled]:
-    """What stands before the last token of each answer, without those that another one begins with."""
+    """All answers without their last token, but not those that are the beginning of another one."""
     every = sorted({one[:-1] for one in spelled})
     return [one for i, one in enumerate(every) if not any(two[: len(one)] == one for two in every[i + 1 :])]
 
 
 def _extended(base: Batch, beginnings: list[Spelled]) -> tuple[Batch, Tensor]:
-    """Each prompt once with each beginning behind it, padded on the right, and the columns that are read."""
+    """Each prompt once with each beginning after it, padded on the right, and the columns that are read."""
     ids, real = base.inputs.get("input_ids"), base.real_tokens()
     if not isinstance(ids, Tensor) or ids.ndim != 2 or real is None:
         raise ValueError(
-            "Answers of several tokens need bases of token ids: there is nothing else to put them behind."
+            "Answers of several tokens need bases of token ids, to which the tokens of the answers can be appended."
         )
     if more := sorted(set(base.inputs) - {"input_ids", "attention_mask"}):
         raise ValueError(
-            f"Answers of several tokens are put behind bases of input_ids and attention_mask; these have {more} too."
+            f"Answers of several tokens are appended to bases of input_ids and attention_mask; these also have {more}."
         )
     starts = real.int().argmax(1)
     lengths = real.sum(1) if base.prompt_lengths is None else base.prompt_lengths
@@ -181,7 +181,7 @@ def _extended(base: Batch, beginnings: list[Spelled]) -> tuple[Batch, Tensor]:
             longer[i * n + r, : len(whole)] = whole
             mask[i * n + r, : len(whole)] = 1
     again = lengths.repeat_interleave(n)
-    # A shorter beginning is read at its own end again, where nothing is taken from it.
+    # A shorter beginning is read at its own end again; these reads are not used.
     ends = torch.tensor([len(one) for one in beginnings], device=ids.device).repeat(len(ids))
     steps = torch.arange(most + 1, device=ids.device)
     index = again[:, None] - 1 + torch.minimum(steps, ends[:, None])
@@ -190,7 +190,7 @@ def _extended(base: Batch, beginnings: list[Spelled]) -> tuple[Batch, Tensor]:
 
 
 def _repeated(of: Tensor | Mapping[str, Tensor] | None, n: int) -> Tensor | dict[str, Tensor] | None:
-    """The states of sources for each of a pair's rows."""
+    """The states of sources, repeated for each row of a pair."""
     if isinstance(of, Mapping):
         return {name: repeat(one, "p ... -> (p n) ...", n=n) for name, one in of.items()}
     return None if of is None else repeat(of, "p ... -> (p n) ...", n=n)

@@ -1,7 +1,7 @@
-"""Pairs that count: those whose base and sources the model answers right.
+"""Leave out pairs whose base or sources the model answers wrong.
 
-A pair whose base or source the model answers wrong says nothing about where a variable is kept: the algorithm that is
-looked for did not run on it (as in MIB, Mueller et al. 2025, arXiv 2504.13151).
+Such a pair says nothing about where the model represents a variable, because the model did not follow the algorithm on
+it (as in MIB, Mueller et al. 2025, arXiv 2504.13151).
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from subspace_lab.model.batches import Batch
 
 
 def only_answered(backbone: Backbone, pairs: Pairs, *, min_accuracy: float | None = None) -> Pairs:
-    """The pairs whose base and sources the model answers right, without any intervention.
+    """The pairs whose base and sources the model answers right without any intervention.
 
-    How many that is stands in `answered` of what is returned, and how many are left out in `dropped`. Sources whose
-    answer the pairs do not tell (`source_answers`) are not looked at; neither are training pairs that are drawn afresh.
+    `answered` of the returned pairs says how many these are, and `dropped` how many are left out. A source without a
+    known answer (`source_answers`) is not checked; training pairs that are drawn at each step are not checked either.
 
     Args:
-        min_accuracy: a model that answers the test split's bases worse than this is refused; None allows any.
+        min_accuracy: a model with a lower accuracy on the bases of the test split is refused; None allows any model.
 
     Raises:
-        ValueError: a model that fails the task, or a split of which nothing is left.
+        ValueError: a model that fails the task, or a split in which no pair is left.
     """
     splits = {"train": pairs.train, "dev": pairs.dev, "test": pairs.test}
     fixed = {name: split for name, split in splits.items() if isinstance(split, Counterfactuals)}
     found: dict[str, Any] = {}
     dropped, answered = dict(pairs.dropped), dict(pairs.answered)
-    for name in sorted(fixed, key=lambda name: name != "test"):  # what may be refused comes first
+    for name in sorted(fixed, key=lambda name: name != "test"):  # the test split first: it may refuse the model
         base, pair = right(backbone, fixed[name])
         if name == "test":
             expect_accuracy(proportion(base), len(base), min_accuracy)
@@ -47,7 +47,7 @@ def only_answered(backbone: Backbone, pairs: Pairs, *, min_accuracy: float | Non
         if not n:
             raise ValueError(
                 f"The model answers base and sources of none of the {of} {name} pairs right ({int(base.sum())} of the "
-                "bases): no pair is left that says anything. Count all of them with right_only=False."
+                "bases): no usable pair is left. Use all pairs with right_only=False."
             )
         if n < of:
             found[name] = fixed[name].rows(pair.nonzero()[:, 0])
@@ -56,26 +56,26 @@ def only_answered(backbone: Backbone, pairs: Pairs, *, min_accuracy: float | Non
 
 
 def right(backbone: Backbone, data: Counterfactuals) -> tuple[Tensor, Tensor]:
-    """(pairs,) whether the model answers the base right, and (pairs,) whether base and all sources."""
-    base = answers_given(backbone, data, data.base) == data.base_answer.cpu()
+    """(pairs,) whether the model answers the base right, and (pairs,) whether it answers base and all sources right."""
+    base = _answers(backbone, data, data.base) == data.base_answer.cpu()
     pair = base.clone()
     for name, answer in data.source_answers.items():
-        pair &= answers_given(backbone, data, data.sources[name]) == answer.cpu()
+        pair &= _answers(backbone, data, data.sources[name]) == answer.cpu()
     return base, pair
 
 
 def expect_accuracy(accuracy: Estimate, n: int, min_accuracy: float | None) -> None:
-    """ValueError for a model that answers fewer of n bases right than asked."""
+    """ValueError for a model that answers fewer of n bases right than `min_accuracy`."""
     if min_accuracy is not None and accuracy.value < min_accuracy:
         raise ValueError(
             f"The model answers {accuracy} of {n} bases as the causal model does, less than "
-            f"{min_accuracy}: a variable of an algorithm that it does not follow is not worth a search. "
-            "Ask for it all the same, of a randomly initialised twin for instance, with min_accuracy=None."
+            f"{min_accuracy}: do not search for variables of an algorithm that the model does not follow. To search "
+            "nevertheless, for example in a randomly initialised twin, use min_accuracy=None."
         )
 
 
-def answers_given(backbone: Backbone, data: Counterfactuals, batch: Batch) -> Tensor:
-    """(pairs,): the answer that the model gives to each text of a batch; a text that comes twice runs once."""
+def _answers(backbone: Backbone, data: Counterfactuals, batch: Batch) -> Tensor:
+    """(pairs,): the model's answer to each text of a batch; a text that occurs twice is run once."""
     seen: dict[Any, int] = {}
     first: list[int] = []
     number = torch.empty(len(batch), dtype=torch.long)
@@ -95,7 +95,7 @@ def answers_given(backbone: Backbone, data: Counterfactuals, batch: Batch) -> Te
 
 
 class _Key:
-    """What a row of a batch consists of."""
+    """A key that is the same for equal rows of a batch."""
 
     def __init__(self, batch: Batch) -> None:
         tensors: Mapping[str, Any] = {**batch.inputs, "": batch.positional, "prompt": batch.prompt_lengths}

@@ -1,8 +1,8 @@
-"""Answers as the tokens that a tokenizer would put behind a prompt, whatever kind of tokenizer it is.
+"""Answers as the tokens that a tokenizer would put after a prompt, for any kind of tokenizer.
 
-A tokenizer is asked, not guessed at: it splits the prompt alone and the prompt with its answer, and what the second
-has more is the answer. So it has a space before it where one belongs, it may be a punctuation mark, and it may be
-several tokens.
+The tokenizer itself is used, without assumptions about it: it splits the prompt alone, and the prompt with its answer.
+The tokens that only the second has are the answer. So an answer has a space before it where one belongs, it may be a
+punctuation mark, and it may have several tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Answers = Literal["token", "sequence"]
-"""How answers are scored: by the first tokens that tell them apart, or whole."""
+"""How answers are scored: by the first tokens that distinguish them, or whole."""
 
 ANSWERS = ("token", "sequence")
 
@@ -24,23 +24,23 @@ Spelled = tuple[int, ...]
 """The token ids of an answer."""
 
 NONE = -1
-"""Fills the rows of a table of answers behind the shorter ones."""
-MARKS = " ▁Ġ"  # a space, and what stands for it in vocabularies
-OPENING = "([{=/$#@_“‘«¿¡"  # after these no space is written
-CLOSING = ".,;:!?)]}%…”’»"  # before these no space is written
-ANCHORS = ("\n", "(", '"', ".")  # after them a word stands without a space
-SPARED = 4  # of a word list one in so many may be left out, so that one token is enough
+"""Fills the table of the answers' tokens after the end of shorter answers."""
+MARKS = " ▁Ġ"  # a space, and the characters that mean a space in vocabularies
+OPENING = "([{=/$#@_“‘«¿¡"  # no space is written after these
+CLOSING = ".,;:!?)]}%…”’»"  # no space is written before these
+ANCHORS = ("\n", "(", '"', ".")  # a word after these has no space before it
+LEFT_OUT_AT_MOST_ONE_IN = 4  # at most one in so many words of a list is left out, so that one token is enough
 
 
 class Speller:
-    """The tokens of answers behind prompts, by one tokenizer."""
+    """The tokens of answers after prompts, for one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._found: dict[tuple[str, str], Spelled | None] = {}
 
     def __call__(self, prompt: str, answer: str) -> Spelled:
-        """The ids of an answer behind a prompt.
+        """The token ids of an answer after a prompt.
 
         Raises:
             ValueError: an answer without any text, or with a piece that the tokenizer does not know.
@@ -51,13 +51,13 @@ class Speller:
             raise ValueError(
                 f"The answer {answer!r} cannot be written with this tokenizer, which makes "
                 f"{self._tokenizer.convert_ids_to_tokens(pieces)} of it; an answer is text whose tokens are all "
-                "known, or a token written as it stands in the vocabulary ('▁She', 'Ġyes')."
+                "known, or a token written as in the vocabulary ('▁She', 'Ġyes')."
             )
         return ids
 
     def find(self, prompt: str, answer: str) -> Spelled | None:
-        """As a call; None where the tokenizer cannot write the answer."""
-        # The last words are enough: no tokenizer joins tokens across several words, and asking again costs time.
+        """The same, but None if the tokenizer cannot write the answer."""
+        # The last word is enough: no tokenizer joins tokens across several words, and each call costs time.
         tail = "".join(re.findall(r"\s*\S+\s*$|\s+$", prompt)[-1:]) or prompt[-40:]
         key = (tail + ("'" if opens_quote(prompt) else ""), answer)
         if key not in self._found:
@@ -74,7 +74,7 @@ class Speller:
             word = (answer.lstrip(MARKS) if marked else answer).rstrip()
         if not word:
             return None
-        spaced = marked or not stands_alone(prompt, word)
+        spaced = marked or not follows_directly(prompt, word)
         for form in (True, False) if spaced else (False,):
             ids = self._behind(tail, f" {word}" if form else word) or self._ids(word)
             if ids and self._tokenizer.unk_token_id not in ids:
@@ -82,10 +82,10 @@ class Speller:
         return None
 
     def _behind(self, before: str, text: str) -> Spelled | None:
-        """What the tokenizer has more for a text and its continuation than for the text alone.
+        """The tokens that only the text with its continuation has, compared with the text alone.
 
-        Where it would join the two (a space that ends the prompt and the word behind it), a model that is given the
-        prompt cannot: then the continuation is the one behind a mark that joins with nothing.
+        Sometimes the tokenizer would join the two (a space at the end of the prompt, and the next word). A model that
+        is given the prompt cannot do that. Then the continuation is taken after a mark that joins with nothing.
         """
         for start in (before, *ANCHORS):
             alone, joined = self._ids(start), self._ids(start + text)
@@ -98,20 +98,20 @@ class Speller:
 
 
 def opens_quote(prompt: str) -> bool:
-    """Whether a prompt ends with a quotation mark that opens."""
+    """Whether a prompt ends with an opening quotation mark."""
     last = prompt[-1:]
     return last in ('"', "'", "`") and (prompt.count(last) % 2 == 1 or prompt[-2:-1].isspace())
 
 
-def stands_alone(prompt: str, word: str) -> bool:
-    """Whether a word follows a prompt without a space between the two."""
+def follows_directly(prompt: str, word: str) -> bool:
+    """Whether a word is written directly after a prompt, without a space."""
     if not prompt or prompt[-1].isspace() or prompt[-1] in OPENING or opens_quote(prompt):
         return True
     return word[0] in CLOSING or word[0].isspace() or (_unspaced(prompt[-1]) and _unspaced(word[0]))
 
 
 def _unspaced(character: str) -> bool:
-    """Whether a character is of a script that is written without spaces between words."""
+    """Whether a character belongs to a script that has no spaces between words."""
     name = unicodedata.name(character, "")
     return name.startswith(("CJK", "HIRAGANA", "KATAKANA", "FULLWIDTH", "IDEOGRAPHIC", "THAI", "LAO", "KHMER"))
 
@@ -119,13 +119,13 @@ def _unspaced(character: str) -> bool:
 class AnswerTable:
     """The answers of a data set, each once, with their tokens.
 
-    Where some prompts ask for a space before the answer and some do not, an answer has an entry for each way, and
-    all of them are alternatives of all pairs.
+    If some prompts need a space before the answer and others do not, an answer has an entry for each form, and all
+    entries are alternatives in all pairs.
 
     Args:
-        speller: of the tokenizer.
+        speller: gives the tokens of an answer.
         listed: the possible answers, in the order in which they are numbered.
-        prompts: the prompts that they are written behind.
+        prompts: the prompts of the answers.
     """
 
     def __init__(self, speller: Speller, listed: Sequence[str], prompts: Sequence[str]) -> None:
@@ -134,7 +134,7 @@ class AnswerTable:
         self._names: list[str] = []
         ends: dict[bool, str] = {}
         for prompt in prompts:
-            ends.setdefault(ending(prompt), prompt)
+            ends.setdefault(takes_no_space(prompt), prompt)
         for end, prompt in ends.items():
             seen: dict[Spelled, str] = {}
             for answer in listed:
@@ -147,18 +147,18 @@ class AnswerTable:
                 self._add(ids, answer if len(ends) == 1 or end else f" {answer.strip(MARKS)}")
 
     def index(self, prompts: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """(pairs,): the numbers of the answers expected behind prompts."""
+        """(pairs,): the numbers of the answers that are expected after the prompts."""
         pairs = zip(prompts, answers, strict=True)
         return torch.tensor([self._add(self._speller(p, a), a) for p, a in pairs], dtype=torch.long)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the answers are, for people."""
+        """The answers as text, for people."""
         return tuple(self._names)
 
     @property
     def tokens(self) -> Tensor:
-        """(answers,) their ids, or (answers, longest) where some are several tokens."""
+        """(answers,) their token ids, or (answers, longest) if some have several tokens."""
         return as_tensor(list(self._number))
 
     def _add(self, ids: Spelled, name: str) -> int:
@@ -168,13 +168,13 @@ class AnswerTable:
         return self._number[ids]
 
 
-def ending(prompt: str) -> bool:
-    """Whether a word is written behind a prompt without a space."""
-    return stands_alone(prompt, "a")
+def takes_no_space(prompt: str) -> bool:
+    """Whether a word is written directly after a prompt, without a space."""
+    return follows_directly(prompt, "a")
 
 
 def as_tensor(spelled: Sequence[Spelled]) -> Tensor:
-    """Answers as (answers,) ids, or (answers, longest) filled with −1 where some are several tokens."""
+    """Answers as (answers,) token ids, or (answers, longest) filled with −1 if some have several tokens."""
     longest = max(map(len, spelled), default=1)
     rows = [[*one, *[NONE] * (longest - len(one))] for one in spelled]
     table = torch.tensor(rows, dtype=torch.long).reshape(len(spelled), longest)
@@ -182,27 +182,27 @@ def as_tensor(spelled: Sequence[Spelled]) -> Tensor:
 
 
 def as_spelled(tokens: Tensor) -> list[Spelled]:
-    """The other way round."""
+    """The inverse of `as_tensor`."""
     rows = tokens.tolist() if tokens.ndim == 2 else [[one] for one in tokens.tolist()]
     return [tuple(token for token in row if token != NONE) for row in rows]
 
 
 def check_apart(names: Sequence[str], spelled: Sequence[Spelled]) -> None:
-    """ValueError where one answer is the beginning of another: no token tells the two apart."""
+    """ValueError if one answer is the beginning of another: no token distinguishes these two."""
     if clash := clashes(spelled):
         pairs = ", ".join(f"{names[a]!r} from {names[b]!r}" for a, b in clash[:3])
         raise ValueError(
             f"No token tells {pairs}{' and others' if len(clash) > 3 else ''}: with this tokenizer the tokens of the "
-            "first are the beginning of the second's. Leave one of them out, or choose other answers."
+            "first are the beginning of the second. Leave one of them out, or choose other answers."
         )
 
 
 def clashes(spelled: Sequence[Spelled]) -> list[tuple[int, int]]:
-    """Pairs of answers of which the first is the beginning of the second, or the same."""
+    """Pairs of answers in which the first is the beginning of the second, or equal to it."""
     order = sorted(range(len(spelled)), key=lambda i: (spelled[i], i))
     found: list[tuple[int, int]] = []
     open_: list[int] = []
-    for i in order:  # sorted, what begins with an answer stands right behind it
+    for i in order:  # in sorted order, all answers that begin with an answer follow directly after it
         while open_ and spelled[i][: len(spelled[open_[-1]])] != spelled[open_[-1]]:
             open_.pop()
         if open_:
@@ -211,8 +211,8 @@ def clashes(spelled: Sequence[Spelled]) -> list[tuple[int, int]]:
     return found
 
 
-def telling(spelled: Sequence[Spelled]) -> list[Spelled]:
-    """Each answer up to the first token that no other answer has there, behind the same beginning."""
+def distinguishing(spelled: Sequence[Spelled]) -> list[Spelled]:
+    """Each answer up to the first token that distinguishes it from all others with the same beginning."""
     shared: dict[Spelled, int] = {}
     for one in spelled:
         for n in range(1, len(one) + 1):
@@ -223,20 +223,20 @@ def telling(spelled: Sequence[Spelled]) -> list[Spelled]:
 def serving(
     speller: Speller, answers: Collection[str], prompts: Iterable[str], answered: Answers = "token"
 ) -> tuple[list[str], dict[str, str]]:
-    """Which answers of a word list can serve, and why the others cannot.
+    """Which answers of a word list can be used, and why the others cannot.
 
-    Left out are words that the tokenizer cannot write and words that are the beginning of another. Where the answers
-    are scored by one token, words whose first token another word has too are left out as well, as long as they are few;
-    if they are many, as with numbers of several digits, more tokens are read instead.
+    Left out are words that the tokenizer cannot write, and words that begin with another word of the list. If answers
+    are scored by one token, words that share their first token with another word are left out as well, as long as they
+    are few. If they are many, as with numbers of several digits, more tokens are read instead.
 
     Returns:
-        (the answers that serve, {answer: why it does not}).
+        (the usable answers, {other answer: why it cannot be used}).
 
     Raises:
         ValueError: fewer than two answers are left.
     """
     left: dict[str, str] = {}
-    prompts = list({ending(prompt): prompt for prompt in prompts}.values())
+    prompts = list({takes_no_space(prompt): prompt for prompt in prompts}.values())
     by_prompt = [{answer: speller.find(prompt, answer) for answer in answers} for prompt in prompts]
     for answer in answers:
         if any(of[answer] is None for of in by_prompt):
@@ -247,7 +247,7 @@ def serving(
             left[names[longer]] = "begins with another answer"
     if answered == "token":
         more = {name for of in by_prompt for name in _sharing([a for a in answers if a not in left], of)}
-        if len(more) * SPARED <= len(answers):
+        if len(more) * LEFT_OUT_AT_MOST_ONE_IN <= len(answers):
             left |= dict.fromkeys(more, "first token shared with another")
     kept = [answer for answer in answers if answer not in left]
     if len(kept) < 2:
@@ -255,14 +255,14 @@ def serving(
             if any(of[answer] is None for of in by_prompt):
                 speller(prompts[0], answer)
         raise ValueError(
-            f"Of the answers {list(answers)} only {kept} can serve with this tokenizer; needed are two. "
+            f"Of the answers {list(answers)} only {kept} can serve with this tokenizer; at least two are needed. "
             f"Left out: {left}."
         )
     return kept, left
 
 
 def _sharing(names: Sequence[str], of: Mapping[str, Spelled | None]) -> list[str]:
-    """Answers whose first token, behind what all of them begin with, another has too; the shortest of them may stay."""
+    """Answers that share their first token (after a beginning common to all) with a shorter answer."""
     spelled = {name: of[name] or () for name in names}
     common = 0
     while len({one[common : common + 1] for one in spelled.values()}) == 1 and len(spelled) > 1:

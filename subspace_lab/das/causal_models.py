@@ -1,8 +1,8 @@
 """Causal models: the hypothesis that DAS tests, written as plain functions of named variables.
 
-A variable's mechanism is a function whose parameter names are its parents. A name that is a parent but has no
-mechanism is an input. Values are whatever the functions take: Python scalars, or arrays and tensors
-elementwise, so a whole batch runs at once.
+A variable's mechanism is a function whose parameter names are its parents. A parent without a mechanism is an input.
+Values can be anything that the functions accept: Python scalars, or arrays and tensors (elementwise), so that a whole
+batch is computed at once.
 """
 
 import inspect
@@ -34,15 +34,15 @@ def _parents(variable: str, mechanism: Callable) -> tuple[str, ...]:
 class CausalModel:
     """Acyclic causal model over named variables (Geiger et al. 2021, section 2).
 
-    `mechanisms` maps a variable to a function whose parameter names are its parents. `output` is the only
-    variable that is no other's parent, unless named.
+    `mechanisms` maps a variable to a function whose parameter names are its parents. `output` is by default the only
+    variable that is not a parent of another.
 
-    `inputs` are the names without a mechanism, `variables` all names with one, in topological order. Inputs need not be
-    given; where they are, a misspelt parent is an error and not one more input.
+    `inputs` are the names without a mechanism, `variables` the names with one, in topological order. The argument
+    `inputs` is optional. With it, a misspelt parent is an error; without it, the misspelt name is one more input.
 
     Raises:
-        TypeError: a mechanism that is no function of plain names.
-        ValueError: a cycle, no mechanism at all, an output that is unknown or ambiguous; where `inputs` are given, a
+        TypeError: a mechanism that is not a function of plain names.
+        ValueError: a cycle, no mechanism at all, an output that is unknown or ambiguous. If `inputs` are given: a
             parent that is neither an input nor a variable, or an input that has a mechanism or is no variable's parent.
     """
 
@@ -88,7 +88,7 @@ class CausalModel:
         self._steps = tuple((name, mechanisms[name], parents[name]) for name in self.variables)
 
     def _declare(self, inputs: Sequence[str], parents: Mapping[str, tuple[str, ...]]) -> None:
-        """Take the inputs in the order given, after a look at whether they are those of the mechanisms."""
+        """Use the given inputs in the given order, after checking that they are the inputs of the mechanisms."""
         for variable, names in parents.items():
             if unknown := [name for name in names if name not in parents and name not in inputs]:
                 raise ValueError(
@@ -108,10 +108,10 @@ class CausalModel:
         return {name: parents for name, _, parents in self._steps}
 
     def run(self, inputs: Mapping[str, Any], interventions: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Value of every variable, inputs included; those in `interventions` are set to the value given.
+        """The value of every variable and input; those in `interventions` are set to the given value.
 
-        `inputs` must give each of `self.inputs` and nothing else, ValueError otherwise; so does an
-        intervention on an unknown variable. Inputs may be intervened on.
+        `inputs` must contain each of `self.inputs` and nothing else, otherwise ValueError. An intervention on an
+        unknown variable is a ValueError too. Inputs can be intervened on.
         """
         if inputs.keys() != self._input_set:
             self._refuse_inputs(inputs)
@@ -128,7 +128,7 @@ class CausalModel:
         return values
 
     def interchange(self, base: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Interchange intervention: run `base` with each variable in `sources` as in its own source's run.
+        """Interchange intervention: run `base`, with each variable in `sources` set to its value in its source.
 
         `sources` maps a variable to the inputs of its source. Errors as in `run`.
         """

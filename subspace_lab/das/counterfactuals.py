@@ -20,14 +20,14 @@ Values = Mapping[str, Any]
 Keep = Callable[[Values, Mapping[str, Values], Values], bool]
 """(values of every variable in the base, {variable: values in its source}, values after the interchange) → keep it?"""
 
-# Draws, for each answer of a task, after which a kind of pair that did not come up counts as impossible.
+# So many draws, for each answer of a task, until a kind of pair that has not come up counts as impossible.
 DRAWS_PER_ANSWER = 100
-PROMPTS_TRIED = 20  # of each split, to see behind what the answers stand
+PROMPTS_TRIED = 20  # prompts of each split, to see what the answers follow (a space, a quotation mark, ...)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text and named character spans [start, end) of it; as a position, a name is its span's last token."""
+    """A text and named character spans [start, end) in it. As a position, a name means the last token of its span."""
 
     text: str
     spans: Mapping[str, tuple[int, int]]
@@ -35,20 +35,21 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Task:
-    """A causal model, prompts that pose it to a language model, and the tokens that answer.
+    """A causal model, prompts that pose its problem to a language model, and the answers.
 
     Attributes:
         name, description: for people.
         causal_model: the hypothesis.
         variable: the variable searched for by default.
-        answers: value of the causal model's output → the answer, as text or as it is written in a vocabulary. A word
-            list is a preference: words that a tokenizer cannot tell apart are left out with it.
-        sample: (random generator, "train", "dev" or "test") → a setting: the causal model's inputs and, where the
-            wording varies, `template`. The splits share no names, entities or amounts.
-        prompt: setting → prompt; every setting of a task has the same span names.
-        entity: the name in a setting of what the prompt is about (a city, a noun), for splits and intervals by entity.
-        kind: (setting of a base, variables exchanged, whether the answer changes) → the kind of the pair, where it is
-            more than that; see `cause_or_isolate`.
+        answers: {value of the causal model's output: the answer}, as text or as written in a vocabulary. Words that a
+            tokenizer cannot distinguish are left out with this tokenizer.
+        sample: (random generator, "train", "dev" or "test") → a setting: the inputs of the causal model and, if there
+            are several wordings, `template`. The splits share no names, entities or amounts.
+        prompt: setting → prompt. All prompts of a task have the same span names.
+        entity: the key of a setting that says what the prompt is about (a city, a noun), for splits and intervals by
+            entity.
+        kind: (setting of a base, variables exchanged, whether the answer changes) → the kind of the pair, if there
+            are more kinds than "changes" and "stays"; see `cause_or_isolate`.
     """
 
     name: str
@@ -62,11 +63,11 @@ class Task:
     kind: Callable[[Mapping[str, Any], Sequence[str], bool], str] | None = None
 
     def inputs(self, setting: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of `setting` that the causal model reads; the wording is not its concern."""
+        """The part of `setting` that the causal model reads, without the wording."""
         return {name: setting[name] for name in self.causal_model.inputs}
 
     def answer(self, setting: Mapping[str, Any]) -> str:
-        """The answer to `setting` by the causal model."""
+        """The answer that the causal model gives to `setting`."""
         return self.answers[self.causal_model.run(self.inputs(setting))[self.causal_model.output]]
 
     def pairs(
@@ -84,20 +85,20 @@ class Task:
     ) -> Pairs:
         """Counterfactual pairs of this task in three splits that share no names, entities or amounts.
 
-        Words that cannot serve as answers with this tokenizer take no part, neither as answers nor in prompts; how
-        many these are is in `Pairs.dropped`.
+        Words that cannot be answers with this tokenizer are not used, neither as answers nor in prompts;
+        `Pairs.dropped` has their number.
 
         Args:
-            tokenizer: of the model, a fast Hugging Face tokenizer.
+            tokenizer: the model's tokenizer, a fast Hugging Face tokenizer.
             train, dev, test: how many pairs each split gets.
-            seed: of the draw.
-            variables: the variables to exchange, by default the task's one.
-            keep: which pairs to keep, as of `counterfactual_dataset`.
-            answers: "token" scores answers by the first token that tells them apart, "sequence" scores them whole.
-            chat: make each prompt a user's message by the tokenizer's chat template.
+            seed: seed of the random draw.
+            variables: the variables to exchange; by default the task's variable.
+            keep: which pairs to keep, as in `counterfactual_dataset`.
+            answers: "token" scores answers by the first token that distinguishes them, "sequence" scores them whole.
+            chat: turn each prompt into a user's message with the tokenizer's chat template.
 
         Raises:
-            ValueError: as `counterfactual_dataset` and `encode` do; fewer than two answers that can serve.
+            ValueError: as in `counterfactual_dataset` and `encode`; fewer than two usable answers.
         """
         kept, left = self.serving(tokenizer, seed=seed, answers=answers, chat=chat)
         found = {}
@@ -111,7 +112,7 @@ class Task:
     def serving(
         self, tokenizer: Any, *, seed: int = 0, answers: Answers = "token", chat: bool = False
     ) -> tuple[list[str], dict[str, str]]:
-        """(the answers that can serve with this tokenizer, {answer: why it cannot}); arguments as of `pairs`."""
+        """(the answers that this tokenizer can use, {other answer: why not}); the arguments are those of `pairs`."""
         if answers not in ANSWERS:
             raise ValueError(f"answers={answers!r}; possible are {' and '.join(map(repr, ANSWERS))}.")
         rng = random.Random(seed)
@@ -123,8 +124,8 @@ class Task:
 def cause_or_isolate(base: Mapping[str, Any], exchanged: Sequence[str], changes: bool) -> str:
     """The kind of a pair whose base asks for an `attribute` (RAVEL, Huang et al. 2024, arXiv 2402.17700).
 
-    "cause" where the attribute is exchanged and the answer must follow, "isolate" where another one is exchanged and
-    the answer must stay, "same" where base and source have the same value, which says little.
+    "cause": the attribute is exchanged, and the answer must become the source's. "isolate": another attribute is
+    exchanged, and the answer must stay. "same": base and source have the same value, so that the pair says little.
     """
     if base["attribute"] not in exchanged:
         return "isolate"
@@ -132,7 +133,7 @@ def cause_or_isolate(base: Mapping[str, Any], exchanged: Sequence[str], changes:
 
 
 def counted(left: Mapping[str, str]) -> dict[str, int]:
-    """{what was left out and why: how many}, of answers that cannot serve."""
+    """{what was left out and why: how many}, from {answer that cannot be used: why}."""
     reasons = {why: [answer for answer in left if left[answer] == why] for why in left.values()}
     return {f"answers, {why} ({', '.join(of)})": len(of) for why, of in reasons.items()}
 
@@ -153,27 +154,27 @@ def counterfactual_dataset(
     keep: Keep | None = None,
     without: Collection[str] = (),
 ) -> Dataset:
-    """`n` pairs: a base, a source for each of `variables`, and the answer that the causal model then gives.
+    """`n` pairs: a base, a source for each of `variables`, and the answer of the causal model after the interchange.
 
-    Columns: `base` and `base_spans`; `sources`, `source_spans` and `source_values` (variable → text, spans, and the
-    value that the variable has there, as text) and `source_answers`; `base_answer`; `answer`, expected after each
-    variable took the value it has in its source; `changes`, whether the two answers differ; and of what the task
-    tells, the labels `entity` and `template` of the base and the `kind` of the pair.
+    Columns: `base` and `base_spans`; `sources`, `source_spans` and `source_values` ({variable: text, spans, or the
+    value that the variable has in its source, as text}) and `source_answers`; `base_answer`; `answer`, expected after
+    each variable took the value of its source; `changes`, whether the two answers differ; and, if the task defines
+    them, the labels `entity` and `template` of the base and the `kind` of the pair.
 
-    One variable (default: the task's): the answer changes in every second pair, and among the changing and the
-    unchanging pairs each answer is as frequent as the next, so no constant answer does better than another. Several
-    variables: each pair exchanges one non-empty subset of them, drawn uniformly; a variable left alone has the
-    base as its source. Base and sources share their template.
+    With one variable (default: the task's), the answer changes in every second pair. Among the pairs that change, and
+    among those that stay, all answers are equally frequent, so that no constant answer does better than another. With
+    several variables, each pair exchanges a random non-empty subset of them; a variable outside of the subset has the
+    base as its source. Base and sources have the same template.
 
-    `keep` decides by the values of the causal model which pairs are taken: those in which two variables differ, say,
-    with `lambda base, sources, after: after["left"] != after["right"]`.
+    `keep` selects pairs by the values of the causal model. For example, `lambda base, sources, after: after["left"] !=
+    after["right"]` keeps the pairs in which two variables differ after the interchange.
 
-    No answer of `without` is expected of any base, source or interchange, and no setting has its value among its
-    inputs: a name that cannot be an answer does not occur.
+    The answers in `without` are never expected of a base, a source or an interchange, and their values are in no
+    setting: a name that cannot be an answer does not occur at all.
 
     Raises:
         ValueError: an unknown split or variable, n < 1, a task in which the variable never (or always) changes the
-            answer, or a `keep` or `without` that leaves no pair, or too few.
+            answer, or a `keep` or `without` that leaves no pairs or too few.
     """
     check_split(split)
     if n < 1:
@@ -194,8 +195,7 @@ def counterfactual_dataset(
         pairs = (draw.kept(lambda: rng.choice(subsets)) for _ in range(n))
         return Dataset.from_list([pair.row(task, variables) for pair in pairs])
 
-    # Which answers a split can give is not known beforehand: these draws find them, the loop below balances
-    # them.
+    # It is not known beforehand which answers a split can give: these draws find out, the loop below balances them.
     found: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for _ in range(draw.patience):
         pair = draw.kept(lambda: variables)
@@ -227,7 +227,7 @@ def counterfactual_dataset(
 
 @dataclass
 class _Draw:
-    """Pairs of one split, one after the other."""
+    """Draws pairs of one split, one at a time."""
 
     task: Task
     rng: random.Random
@@ -237,7 +237,7 @@ class _Draw:
     without: frozenset[str] = frozenset()
 
     def kept(self, exchanged: Callable[[], Sequence[str]]) -> CounterfactualPair:
-        """The next pair that `keep` takes; ValueError where none of many is."""
+        """The next pair that `keep` accepts; ValueError if it accepts none of many."""
         for _ in range(self.patience):
             pair = CounterfactualPair.draw(self.task, self.rng, self.split, exchanged())
             if self.without and not pair.avoids(self.task, self.without):
@@ -247,11 +247,11 @@ class _Draw:
         if self.without:
             raise ValueError(
                 f"task {self.task.name!r}: without the answers {sorted(self.without)} none of {self.patience} pairs of "
-                f"the {self.split} split in a row can be used{' and is taken by `keep`' if self.keep else ''}"
+                f"the {self.split} split in a row can be used{' and is accepted by `keep`' if self.keep else ''}"
             )
         raise ValueError(
-            f"task {self.task.name!r}: `keep` took 0 of {self.patience} pairs of the {self.split} split in a row; the "
-            "pairs are too rare, or there are none"
+            f"task {self.task.name!r}: `keep` took 0 of {self.patience} pairs of the {self.split} split in a row; such "
+            "pairs are too rare, or do not exist"
         )
 
 
@@ -261,11 +261,11 @@ def _as_lists(spans: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class CounterfactualPair:
-    """Settings of a base and its sources with the values of the causal model; only pairs that are kept become prompts.
+    """Settings of a base and its sources, with the values of the causal model. Only accepted pairs become prompts.
 
     Attributes:
-        values, source_values: of every variable in the base, and in each variable's source.
-        after: of every variable of the base, after each exchanged one took the value of its source.
+        values, source_values: the value of every variable in the base, and in the source of each exchanged variable.
+        after: the value of every variable of the base after the interchange.
     """
 
     base: Mapping[str, Any]
@@ -285,7 +285,7 @@ class CounterfactualPair:
     def of(
         cls, task: Task, base: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]
     ) -> CounterfactualPair:
-        """The pair of these settings; sources get the template of the base."""
+        """The pair of these settings; the sources get the template of the base."""
         if "template" in base:  # so that every named position of the base exists in its sources
             sources = {name: {**source, "template": base["template"]} for name, source in sources.items()}
         model = task.causal_model
@@ -301,7 +301,7 @@ class CounterfactualPair:
         return self.answer != self.base_answer
 
     def avoids(self, task: Task, without: Collection[str]) -> bool:
-        """Whether the pair has nothing to do with some answers: they answer none of its prompts and stand in none."""
+        """Whether some answers do not occur in the pair: they answer none of its prompts and are in none of them."""
         words = {value for value, answer in task.answers.items() if answer in without}
         settings = [self.base, *self.sources.values()]
         inputs = {value for one in settings for value in task.inputs(one).values() if isinstance(value, str)}
@@ -309,7 +309,7 @@ class CounterfactualPair:
         return not words & inputs and not answers & set(without)
 
     def row(self, task: Task, variables: Sequence[str]) -> dict[str, Any]:
-        """The pair as a row of a data set; a variable without a source has the base as its source."""
+        """The pair as a row of a data set; a variable that is not exchanged has the base as its source."""
         settings = {name: self.sources.get(name, self.base) for name in variables}
         base, sources = task.prompt(self.base), {name: task.prompt(found) for name, found in settings.items()}
         values = {name: self.source_values.get(name, self.values)[name] for name in variables}

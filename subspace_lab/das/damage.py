@@ -15,27 +15,28 @@ from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import collect, forward
 
-CHUNK = 16  # texts a run
+CHUNK = 16  # texts in one run
 
 
 def damage(
     backbone: Backbone, alignment: Alignment, texts: Batch | Mapping[str, Any], *, positions: str = "all"
 ) -> Estimate:
-    """By how much the loss of the next token rises, in nats, when each text gets the next one's subspace.
+    """How much the loss of the next token rises, in nats, if each text gets the subspace of the next text.
 
-    For each text the mean of −log p(next token) with the exchange less that without, averaged over the texts, with a
-    bootstrap interval over them. A subspace that holds one variable alone leaves text without it as it was; one that
-    is as large as the state replaces it.
+    For each text this is the mean of −log p(next token) with the exchange minus the mean without it. The result is the
+    average over the texts, with a bootstrap interval over the texts. A subspace that represents one variable only
+    does not change texts without this variable. A subspace as large as the state replaces the whole text.
 
     Args:
-        backbone: of a causal language model.
+        backbone: a causal language model.
         alignment: the subspaces, each at the component and layer of its site.
         texts: two or more, as the tokenizer gives them (`input_ids` and `attention_mask`).
-        positions: which are exchanged, all by default; where the next text lacks one the state stays.
+        positions: the positions that are exchanged, all by default; at a position that the next text does not have,
+            the state is not changed.
 
     Raises:
-        TypeError: anything else than an alignment.
-        ValueError: fewer than two texts, or texts of one token, of which none is the next.
+        TypeError: `alignment` is not an alignment.
+        ValueError: fewer than two texts, or a text of one token, which has no next token.
     """
     instance(alignment, Alignment, "alignment", "fits.best().alignment is one")
     batch = Batch.of(texts).to(backbone.device)
@@ -61,7 +62,7 @@ def damage(
 
 
 def _loss(output: Any, batch: Batch) -> Tensor:
-    """(texts,) the mean of −log p over the tokens of each text that follow another."""
+    """(texts,) the mean of −log p over all tokens of a text but the first."""
     logits = output.logits if hasattr(output, "logits") else output
     ids, real = batch.inputs["input_ids"], batch.real_tokens()
     assert real is not None

@@ -1,27 +1,27 @@
-"""Counterfactual pairs of one's own: from a file, a data set, or a list of rows.
+"""Your own counterfactual pairs, from a file, a data set, or a list of rows.
 
-A row is a pair. Its columns, of which only the first four are needed:
+A row is one pair. Only the first four columns are required:
 
     base                 the prompt
-    source               the prompt that the variable's value is taken from; `source.NAME` for each of several variables
-                         (in JSON also {"source": {NAME: text}}); where such a cell is empty, the pair leaves that
-                         variable alone
+    source               the prompt from which the variable's value is taken. For several variables there is a column
+                         `source.NAME` for each (in JSON also {"source": {NAME: text}}); if its cell is empty, the pair
+                         does not exchange this variable
     answer               the answer expected after the interchange
     base_answer          the answer to the base
-    variable             the name of the variable, where there is one column `source`
-    source_answer        the answer to the source (`source_answer.NAME`), so that pairs whose source the model answers
+    variable             the name of the variable, if there is a single column `source`
+    source_answer        the answer to the source (`source_answer.NAME`); with it, pairs whose source the model answers
                          wrong can be left out
-    span.NAME            a named position: a piece of text that base and sources contain, of which the last occurrence
-                         counts; `span.NAME.base` and `span.NAME.source` (or `span.NAME.VARIABLE`) where it is another
-                         in the source. In JSON also {"span": {NAME: piece or {"base": piece, "source": piece}}}
-    position.NAME        the same as characters start:end of the text
+    span.NAME            a named position: a piece of text that base and sources contain (the last occurrence counts);
+                         `span.NAME.base` and `span.NAME.source` (or `span.NAME.VARIABLE`) if it is another piece in the
+                         source. In JSON also {"span": {NAME: piece or {"base": piece, "source": piece}}}
+    position.NAME        the same, as characters start:end of the text
     split                train, dev or test
-    entity, template     what the pair is about and how it is worded: held out together, clusters of intervals;
+    entity, template     the subject of the pair and its wording: held out together, clusters of intervals
     source_entity        the entity of the source
-    kind                 of pair, by which scores can be split ("cause", "isolate")
-    id                   of which none stands twice
+    kind                 the kind of the pair ("cause", "isolate"); scores can be split by it
+    id                   a different text for each pair
 
-Other columns are ignored, but for those that look like a misspelt one.
+Other columns are ignored, unless they look like a misspelt name of a column.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SPLITS = {
     "dev": ("dev", "val", "valid", "validation", "development"),
     "test": ("test", "testing", "heldout", "held_out"),
 }
-ONE = "variable"  # what the variable is called where the data do not say
+ONE = "variable"  # the name of the variable if the data do not name it
 MISSING = ("nan", "NaN", "NAN")
 
 
@@ -70,27 +70,27 @@ def load_pairs(
     add_special_tokens: bool = True,
     task: str | None = None,
 ) -> Pairs:
-    """Counterfactual pairs in three splits, from data in the schema at the top of this file.
+    """Counterfactual pairs in three splits, from data in the format described at the top of this file.
 
     Args:
         data: a .jsonl, .json, .csv or .parquet file, a `datasets.Dataset`, {split: data set}, or a list of rows.
         tokenizer: a fast Hugging Face tokenizer.
-        columns: {name here: what the column is called in the data}.
+        columns: {name in this format: name of the column in the data}.
         variable: keep only the pairs that exchange this variable and no other; by default all pairs.
-        by: what no two splits share, as of `Pairs.split`; not with a column `split`.
-        dev, test, seed: of the splits that are drawn, as of `Pairs.split`.
+        by: what no two splits share, as in `Pairs.split`; not possible with a column `split`.
+        dev, test, seed: shares and seed of randomly drawn splits, as in `Pairs.split`.
         balance: leave out surplus pairs of the more frequent answers in each split (`Counterfactuals.balanced`).
-        answers, chat, add_special_tokens: as of `from_texts`.
-        drop: leave out pairs with an answer that the tokenizer cannot write, or that begins with another answer, which
-            are refused otherwise; with answers="token", where these are few, also those whose first token another one
-            has, since reading more than one token costs a run for each beginning of an answer.
-        task: what the pairs are about, for people; by default the file's name.
+        answers, chat, add_special_tokens: as in `from_texts`.
+        drop: leave out pairs with an answer that the tokenizer cannot write, or that begins with another answer;
+            otherwise they are an error. With answers="token", answers that share their first token with another one
+            are left out as well, if they are few, because reading several tokens costs extra runs.
+        task: a short description of the pairs, for people; by default the file's name.
 
     Raises:
         FileNotFoundError: no such file.
-        TypeError: data of another kind.
-        ValueError: columns that are missing or misspelt, empty cells, values of another kind, an id that stands twice,
-            a span that is not in its text, answers that no token tells apart, or a split without pairs. The message
+        TypeError: data of another type.
+        ValueError: columns that are missing or misspelt, empty cells, values of the wrong type, the same id twice, a
+            span that is not in its text, answers that no token distinguishes, or a split without pairs. The message
             names the row.
     """
     rows, dropped = _of_variable(_rows(data, columns), variable)
@@ -113,7 +113,7 @@ def load_pairs(
         counts = {name: len(own) for name, own in found.items()}
         raise ValueError(
             f"No pairs of the split {empty[0]!r}: the column 'split' gives {counts}. Needed are train, dev and test; "
-            "without the column they are drawn."
+            "without this column the splits are drawn at random."
         )
     splits = {name: encoded(own) for name, own in found.items()}
     if balance:
@@ -125,17 +125,17 @@ def load_pairs(
 
 
 def described(data: Any, columns: Mapping[str, str] | None = None) -> tuple[list[str], list[str]]:
-    """(the variables, the named positions) of data, which are read and checked as `load_pairs` does."""
+    """(the variables, the named positions) of data; the data are read and checked as in `load_pairs`."""
     rows = _rows(data, columns)
     return list(dict.fromkeys(name for row in rows for name in row.sources)), list(rows[0].spans)
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A pair as the data spell it, checked.
+    """A pair as it is in the data, after checks.
 
     Attributes:
-        where: it stands in the data, for messages.
+        where: its place in the data, for messages.
         spans: {name: {"base" or a variable: piece of text, or characters}}.
     """
 
@@ -153,13 +153,13 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Cells:
-    """One row's values by their names here."""
+    """The values of one row, by the column names of this format."""
 
     where: str
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self, name: str, *, words: bool = True) -> str:
-        """A text that has to be there; with `words`, more than white space."""
+        """The text in a cell, which must not be empty; with `words`, also not white space only."""
         value = self.values.get(name)
         value = value.text if isinstance(value, Number) else value
         if value is None or value in ("", *MISSING) or (words and isinstance(value, str) and not value.strip()):
@@ -181,19 +181,19 @@ def _rows(data: Any, columns: Mapping[str, str] | None) -> list[_Row]:
 
 
 def _of_variable(rows: list[_Row], variable: str | None) -> tuple[list[_Row], dict[str, int]]:
-    """The rows that exchange this variable alone, and how many do not."""
+    """The rows that exchange only this variable, and the number of the others."""
     if variable is None:
         return rows, {}
     kept = [row for row in rows if list(row.sources) == [variable]]
     if not kept:
         found = dict.fromkeys(", ".join(row.sources) for row in rows)
-        raise ValueError(f"No pair exchanges {variable!r} alone; exchanged are {', or '.join(found)}.")
+        raise ValueError(f"No pair exchanges {variable!r} alone; the pairs exchange {', or '.join(found)}.")
     lost = len(rows) - len(kept)
     return kept, {"pairs that exchange other variables": lost} if lost else {}
 
 
 def _read(data: Any) -> list[Found]:
-    """Every row with where it stands."""
+    """Every row with its place in the data."""
     if isinstance(data, str | Path):
         return read_rows(Path(data), texts=NEEDED, nested=("source", "span", "position", "source_answer"))
     if isinstance(data, Mapping):
@@ -225,9 +225,9 @@ def _spelled(value: Any) -> Any:
 
 
 def _checked(found: Sequence[Found], columns: Mapping[str, str]) -> list[_Cells]:
-    """The rows by the names here; ValueError for columns that are missing or misspelt."""
+    """The rows with the column names of this format. ValueError for columns that are missing or misspelt."""
     if not isinstance(columns, Mapping):
-        raise TypeError(f"columns is {{name here: name in the data}}, found {type(columns).__name__}.")
+        raise TypeError(f"columns must be {{name here: name in the data}}, found {type(columns).__name__}.")
     there = list(dict.fromkeys(name for one in found for name in one.values))
     if odd := [name for name in there if not isinstance(name, str)]:
         raise TypeError(f"{found[0].where} has the column {odd[0]!r} ({type(odd[0]).__name__}); names are text.")
@@ -261,7 +261,7 @@ def _checked(found: Sequence[Found], columns: Mapping[str, str]) -> list[_Cells]
         close = difflib.get_close_matches(head.lower(), known, 1, 0.7 if dotted else 0.84)
         if head not in known and close and (dotted or close[0] not in have):
             raise ValueError(
-                f"The column {name!r} is unknown, and much like {close[0]!r}: rename it. Known are {', '.join(known)}."
+                f"The column {name!r} is unknown but similar to {close[0]!r}: rename it. Known are {', '.join(known)}."
             )
     return [_Cells(one.where, {named.get(k, k): v for k, v in one.values.items()}) for one in found]
 
@@ -281,8 +281,8 @@ def _row(cells: _Cells) -> _Row:
     for name, of in spans.items():
         if name != "last" and not (name.isidentifier() and names(name)):
             raise ValueError(
-                f"{cells.where}: a span is called {name!r}, which is no name, or has a meaning of its own among "
-                "positions; rename it."
+                f"{cells.where}: {name!r} cannot be the name of a span: it is no identifier, or it has another meaning "
+                "as a position; rename it."
             )
         for which, piece in of.items():
             try:
@@ -292,8 +292,8 @@ def _row(cells: _Cells) -> _Row:
             text = base if which == "base" else sources[which]
             if name == "last" and text[at[1] :].strip():
                 raise ValueError(
-                    f"{cells.where}: a span is called 'last' and is not the last of {text!r}; that name means the last "
-                    "token of the prompt: rename it."
+                    f"{cells.where}: the span 'last' is not at the end of {text!r}, but this name means the last token "
+                    "of the prompt: rename it."
                 )
     return _Row(
         where=cells.where,
@@ -310,7 +310,7 @@ def _row(cells: _Cells) -> _Row:
 
 
 def _by_name(cells: _Cells, column: str, one: str, *, words: bool = True) -> dict[str, str]:
-    """{variable: text}, of one column, of an object in it, or of `column.NAME`; empty cells are not there."""
+    """{variable: text}, from one column, from an object in it, or from columns `column.NAME`, without empty cells."""
     value = cells.values.get(column)
     if isinstance(value, Mapping):
         inner = {name: _spelled(own) for name, own in value.items()}
@@ -365,12 +365,14 @@ def _piece(where: str, column: str, piece: Any, *, characters: bool) -> Any:
         return _Cells(where, {column: piece}).text(column)
     match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", piece) if isinstance(piece, str) else None
     if match is None:
-        raise ValueError(f"{where} has {_shown(piece)} in {column!r}; needed are characters of the text, as 4:9.")
+        raise ValueError(
+            f"{where} has {_shown(piece)} in {column!r}; needed are characters of the text, such as 4:9."
+        )
     return [int(match[1]), int(match[2])]
 
 
 def _check_alike(rows: Sequence[_Row]) -> None:
-    """ValueError where rows differ in what they tell, or an id stands twice."""
+    """ValueError if rows have different kinds of cells, or if an id occurs twice."""
     first = rows[0]
     for row in rows:
         for what, own, other in (
@@ -398,7 +400,7 @@ def _listed(own: Any) -> str:
 def _answerable(
     rows: list[_Row], tokenizer: Any, answers: Answers, chat: bool, dropped: dict[str, int]
 ) -> list[_Row]:
-    """The rows whose answers the tokenizer can write and tell apart."""
+    """The rows whose answers the tokenizer can write and distinguish."""
     words = list(
         dict.fromkeys(a for row in rows for a in (row.base_answer, row.answer, *row.source_answers.values()))
     )
@@ -413,7 +415,7 @@ def _answerable(
         dropped["pairs with such an answer"] = len(rows) - len(kept)
     if not kept:
         raise ValueError(
-            f"None of {len(rows)} pairs has answers that this tokenizer can write and tell apart: {left}."
+            f"None of {len(rows)} pairs has answers that this tokenizer can write and distinguish: {left}."
         )
     return kept
 
@@ -421,7 +423,7 @@ def _answerable(
 def _encoded(
     rows: Sequence[_Row], variables: Sequence[str], tokenizer: Any, answers: Answers, chat: bool, special: bool
 ) -> Counterfactuals:
-    """Some rows as tensors. A variable that a row leaves alone has the base as its source."""
+    """Some rows as tensors. If a row does not exchange a variable, the variable's source is the base."""
     names = list(rows[0].spans)
     known = bool(rows[0].source_answers)
     return from_texts(

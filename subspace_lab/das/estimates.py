@@ -25,13 +25,13 @@ class Estimate:
 
 
 def proportion(correct: Tensor, confidence: float = 0.95) -> Estimate:
-    """The share of True with Wilson's score interval, which does not shrink to nothing at 0 and 1.
+    """The share of True values with Wilson's score interval, which has a width above 0 even at shares of 0 and 1.
 
-    The interval speaks of pairs drawn as these were, for this one fitted subspace; it knows nothing of the
-    spread between seeds or of pairs that share an entity.
+    The interval is about new pairs from the same distribution, for this one fitted subspace. It does not cover the
+    spread between seeds, and it ignores that pairs may share an entity.
 
     Raises:
-        ValueError: of no case at all.
+        ValueError: no cases.
     """
     n = correct.numel()
     if not n:
@@ -40,18 +40,18 @@ def proportion(correct: Tensor, confidence: float = 0.95) -> Estimate:
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    # At 0 and 1 a limit is the share itself, which rounding must not put outside.
+    # At a share of 0 or 1 one limit is the share itself; rounding must not put the share outside of the interval.
     return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), n)
 
 
 def estimate(values: Tensor, clusters: Clusters | None = None) -> Estimate:
-    """The mean of values of cases with its 95 % interval; cases whose value is NaN take no part.
+    """The mean of the cases' values with its 95 % interval; cases whose value is NaN are left out.
 
-    Without clusters the interval is Wilson's of a share, else a bootstrap over the cases. With them it is that of
-    `cluster_mean`.
+    Without clusters the interval is Wilson's if all values are 0 or 1, otherwise a bootstrap over the cases. With
+    clusters it is the interval of `cluster_mean`.
 
     Raises:
-        ValueError: no case whose value is a number.
+        ValueError: all values are NaN.
     """
     there = ~values.isnan()
     if not bool(there.any()):
@@ -65,7 +65,7 @@ def estimate(values: Tensor, clusters: Clusters | None = None) -> Estimate:
 
 
 def bootstrap_mean(values: Tensor, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0) -> Estimate:
-    """The mean with its percentile bootstrap interval over the cases (Efron 1979)."""
+    """The mean with a percentile bootstrap interval over the cases (Efron 1979)."""
     n = values.numel()
     if not n:
         raise ValueError("A mean of 0 cases is not defined.")
@@ -78,10 +78,10 @@ def bootstrap_mean(values: Tensor, *, confidence: float = 0.95, draws: int = 200
 
 @dataclass(frozen=True)
 class Clusters:
-    """Which cases belong together: those of one entity, of one template.
+    """Which cases belong together, because they share an entity or a template.
 
     Attributes:
-        names: of the labels, one or two.
+        names: one or two labels.
         numbers: for each label (cases,) the number of the cluster.
     """
 
@@ -92,7 +92,7 @@ class Clusters:
     def of(
         cls, labels: Mapping[str, Sequence[str]], names: Sequence[str] = ("entity", "template")
     ) -> Clusters | None:
-        """The clusters of those labels that there are and that differ between cases; None without any."""
+        """The clusters of those labels that exist and that differ between cases; None if there are none."""
         known = tuple(name for name in names if len(set(labels.get(name, ()))) > 1)
         numbers = []
         for name in known:
@@ -106,7 +106,7 @@ class Clusters:
         return tuple(len(numbers.unique()) for numbers in self.numbers)
 
     def where(self, there: Tensor) -> Clusters:
-        """The clusters of some cases."""
+        """The clusters of some of the cases."""
         return Clusters(self.names, tuple(numbers[there] for numbers in self.numbers))
 
     def __str__(self) -> str:
@@ -118,18 +118,18 @@ class Clusters:
 def cluster_mean(
     values: Tensor, clusters: Clusters, *, confidence: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> Estimate:
-    """The mean of cases that come in clusters, with an interval that speaks of new clusters.
+    """The mean of clustered cases, with an interval that is about new clusters.
 
-    Each draw takes as many entities as there are, with replacement, and apart from that as many templates. A case
-    counts as often as its entity was drawn times its template (Owen 2007, "The pigeonhole bootstrap",
-    arXiv 0712.1111); with one label, as often as that was drawn. The limits are percentiles of the means of the
-    draws.
+    Each bootstrap draw takes as many entities as there are, with replacement, and independently as many templates. The
+    weight of a case is the number of times its entity was drawn, multiplied by the number of times its template was
+    drawn (Owen 2007, "The pigeonhole bootstrap", arXiv 0712.1111); with one label it is the number of times its cluster
+    was drawn. The limits are percentiles of the draws' means.
 
-    The interval is never narrower than the one of independent cases. Where all values are equal, drawing shows
-    nothing; if they are 0 or 1 it is Wilson's interval of as many cases as the first label has clusters.
+    The interval is never narrower than the interval of independent cases. If all values are equal, the bootstrap has no
+    spread; if they are all 0 or all 1, the interval is then Wilson's for as many cases as the first label has clusters.
 
     Raises:
-        ValueError: of no case at all.
+        ValueError: no cases.
     """
     values = values.double().flatten()
     n = len(values)
@@ -155,7 +155,7 @@ def cluster_mean(
         empty = values.new_zeros(sizes[0] * sizes[1])
         sums, counts = (empty.index_add(0, cell, of).view(sizes) for of in (values, torch.ones_like(values)))
         total, weight = (((times[0] @ of) * times[1]).sum(1) for of in (sums, counts))
-    # A draw can miss every case, where few of the combinations occur.
+    # If few combinations of the clusters have cases, a draw can contain no case at all.
     means = (total / weight)[weight > 0]
     low, high = means.quantile(_tails(confidence)).tolist()
     alone = proportion(values.bool(), confidence) if share else bootstrap_mean(values, confidence=confidence)
@@ -164,7 +164,7 @@ def cluster_mean(
 
 @lru_cache(maxsize=16)
 def _times_drawn(size: int, draws: int, seed: int) -> Tensor:
-    """(draws, size): how often each cluster comes up in each draw. The same for every fit of a sweep."""
+    """(draws, size): how often each cluster is drawn in each draw. The same for all fits of a sweep."""
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(size, (draws, size), generator=generator)
     return torch.zeros(draws, size, dtype=torch.double).scatter_add_(

@@ -1,4 +1,4 @@
-"""What a sweep gives: fits, one for each method, place and seed, with their scores and what to hold them against."""
+"""The result of a sweep: fits, one for each method, place and seed, with their scores, floors and failures."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ __all__ = ["Failure", "Fit", "Fits", "Floors", "Mean", "notes_of", "place_of", "
 
 @dataclass(frozen=True)
 class Fit:
-    """What one method found at one place from one seed.
+    """The result of one method at one place with one seed.
 
     Attributes:
-        method: with its settings.
+        method: the method with its settings.
         alignment: {variable: (site, subspace)}.
-        seed: as it was asked of the sweep; of a random subspace the number of its draw.
-        start: tells its random start from every other; None where nothing was drawn at random.
-        scores: {split: {metric: estimate}}; a split that was not scored is missing.
-        losses: the training loss at each step; empty where nothing was trained.
-        start_overlap: {variable: tr(P P₀) / k with its random start}, 1 where training went nowhere.
+        seed: one of the seeds of the sweep; for a random subspace the number of its draw.
+        start: identifies the random start; None if nothing was drawn at random.
+        scores: {split: {metric: estimate}}; a split on which it was not scored is missing.
+        losses: the training loss at each step; empty if nothing was trained.
+        start_overlap: {variable: tr(P P₀) / k with its random start}, 1 if training did not move the subspace.
         pair_scores: {metric: (test pairs,) the score of each pair}.
     """
 
@@ -54,28 +54,28 @@ class Fit:
 
     @property
     def site(self) -> Site:
-        """The one site of all variables (ValueError where they have several)."""
+        """The site of all variables. ValueError if they have different sites."""
         found = self.alignment.sites
         if len(found) != 1:
-            raise ValueError(f"This fit has the sites {list(found)}; `sites` tells which variable is at which.")
+            raise ValueError(f"This fit has the sites {list(found)}; `sites` has the site of each variable.")
         return found[0]
 
     @property
     def place(self) -> str:
-        """Its sites as text: one for all variables, or "variable: site" for each."""
+        """Its sites as text: one site for all variables, or "variable: site" for each."""
         return place_of(self.sites)
 
     @property
     def rank(self) -> int:
-        """Dimensions of each variable's subspace (the largest, where they differ)."""
+        """Dimensions of each variable's subspace (the largest, if they differ)."""
         return max(subspace.rank for _, subspace in self.alignment.variables.values())
 
     def subspace(self, variable: str | None = None) -> Subspace:
-        """The subspace of a variable, which needs no name where it is the only one."""
+        """The subspace of a variable; the name can be left out if there is only one variable."""
         return self.alignment.subspace(variable)
 
     def score(self, metric: str = "iia", split: str = "test") -> Estimate:
-        """One score (KeyError naming those that there are)."""
+        """One score. KeyError if it does not exist; the message names those that do."""
         found = self.scores.get(split, {})
         if metric not in found:
             raise KeyError(
@@ -91,12 +91,12 @@ class Fit:
 
     @property
     def loss(self) -> float | None:
-        """The mean training loss over the last tenth of the steps; None where nothing was trained."""
+        """The mean training loss over the last tenth of the steps; None if nothing was trained."""
         tail = self.losses[-max(1, len(self.losses) // 10) :]
         return statistics.fmean(tail) if tail else None
 
     def record(self) -> dict[str, Any]:
-        """The fit as one flat line, for a data frame or JSON."""
+        """The fit as one flat record, for a data frame or JSON."""
         sites = set(self.sites.values())
         only = next(iter(sites)) if len(sites) == 1 else None
         flat: dict[str, Any] = {
@@ -122,12 +122,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class Floors:
-    """What is reached on a split without any subspace. The floors belong to the split, not to a method.
+    """The scores that a split gives without any subspace. They belong to the split, not to a method.
 
     Attributes:
-        accuracy: of the model on the bases, before any intervention.
-        no_intervention: share of pairs whose expected answer the model gives without an intervention.
-        constant: share of pairs for which the most frequent expected answer is right.
+        accuracy: the model's accuracy on the bases, before any intervention.
+        no_intervention: share of pairs in which the model gives the expected answer without an intervention.
+        constant: share of pairs in which the most frequent expected answer is right.
     """
 
     accuracy: Estimate
@@ -136,7 +136,7 @@ class Floors:
 
     @property
     def highest(self) -> float:
-        """The higher of the two floors: an IIA that is not above it shows nothing."""
+        """The higher of the two floors. An IIA that is not above it shows nothing."""
         return max(self.no_intervention.value, self.constant.value)
 
 
@@ -145,11 +145,11 @@ class Mean:
     """The fits of one method at one place, over their seeds.
 
     Attributes:
-        method, place: what they have in common.
+        method, place: the method and place of all of these fits.
         fits: one for each seed.
         value: the mean score over the seeds.
-        spread: its standard deviation over the seeds; None of one seed.
-        low, high: the lowest and highest score of a seed.
+        spread: the standard deviation of the score over the seeds; None if there is one seed.
+        low, high: the lowest and the highest score over the seeds.
     """
 
     method: Method
@@ -165,7 +165,7 @@ class Mean:
 
     @property
     def n(self) -> int:
-        """How many seeds."""
+        """The number of seeds."""
         return len(self.fits)
 
     def __str__(self) -> str:
@@ -184,16 +184,16 @@ class Failure:
 
 @dataclass(frozen=True, eq=False)
 class Fits(Sequence[Fit]):
-    """The fits of a sweep: a sequence that can be filtered, averaged, tabulated, and saved.
+    """The fits of a sweep: a sequence that can be filtered, averaged, shown as a table, and saved.
 
     Attributes:
-        fits: in the order of sites, then methods, then seeds.
-        floors: {split: what is reached on it without any subspace}.
-        failures: searches that gave no result.
-        facts: the recipe: task, model, data fingerprint, training settings, versions, how it was computed.
-        labels: {name: for each test pair a text}: its "kind", the variables "exchanged" where there are several, and
-            what else the pairs know, such as "entity" and "template".
-        screened: cells that were spared, since a screen left out their site.
+        fits: ordered by site, then by method, then by seed.
+        floors: {split: its scores without any subspace}.
+        failures: searches without a result.
+        facts: how the fits were computed: task, model, data fingerprint, training settings, versions, engine.
+        labels: {name: a text for each test pair}: its "kind", the variables "exchanged" if there are several, and the
+            labels of the pairs, such as "entity" and "template".
+        screened: cells that were skipped because a screen left out their site.
     """
 
     fits: tuple[Fit, ...]
@@ -238,15 +238,15 @@ class Fits(Sequence[Fit]):
         positions: str | int | None = None,
         learning_rate: float | None = None,
     ) -> Fits:
-        """The fits for which all conditions hold; of the screened cells those of the method.
+        """The fits for which all conditions hold, and the screened cells of the same methods.
 
         Args:
             method: the name ("DAS"), the label ("DAS 4"), the class, or the value.
-            site: as `Site`, or as it prints.
-            layer, positions: of its site; where its variables have several sites, of any of them.
+            site: a `Site`, or its text.
+            layer, positions: of the fit's site; if its variables have several sites, of at least one of them.
 
         Raises:
-            ValueError: a condition that no fit meets, so that a misspelt name is no empty result.
+            ValueError: a condition that no fit meets, so that a misspelt name does not give an empty result.
         """
         found: list[Fit] = list(self.fits)
         screened = self.screened
@@ -278,12 +278,12 @@ class Fits(Sequence[Fit]):
 
     @property
     def methods(self) -> list[str]:
-        """The labels of the methods, in their order."""
+        """The labels of the methods, in the order of the fits."""
         return list(dict.fromkeys(fit.method.label for fit in self.fits))
 
     @property
     def places(self) -> list[str]:
-        """The places that were searched, in their order."""
+        """The places that were searched, in the order of the fits."""
         return list(dict.fromkeys(fit.place for fit in self.fits))
 
     @property
@@ -292,21 +292,21 @@ class Fits(Sequence[Fit]):
 
     @property
     def metric(self) -> str:
-        """The score that tables show and `best` chooses by: the first of those that the sweep was asked for."""
+        """The metric that tables show and that `best` uses by default: the first metric of the sweep."""
         asked = self.facts.get("metrics") or [name for fit in self.fits for name in fit.scores.get("test", {})]
         return asked[0] if asked else "iia"
 
     def best(self, metric: str | None = None) -> Fit:
-        """The fit that the dev split chooses; what it is worth is its score on the test split.
+        """The fit chosen on the dev split; the result to report is its score on the test split.
 
-        Of all methods that are no controls (of the controls, where there is nothing else) the place and method with
-        the highest mean over seeds, and of its seeds the highest.
+        First the place and the method with the highest mean over seeds are chosen, then the best of their seeds.
+        Controls take no part, unless there are no other fits.
 
         Args:
-            metric: by which it is chosen, `self.metric` by default.
+            metric: the metric by which it is chosen, by default `self.metric`.
 
         Raises:
-            ValueError: no fits, or none that was scored on the dev split.
+            ValueError: no fits, or fits without a dev score.
         """
         metric = metric or self.metric
         candidates = [fit for fit in self.fits if not fit.method.control] or list(self.fits)
@@ -319,17 +319,17 @@ class Fits(Sequence[Fit]):
         return max(chosen.fits, key=lambda fit: fit.score(metric, "dev").value)
 
     def mean(self, over: str = "seed", *, metric: str | None = None, split: str = "test") -> list[Mean]:
-        """For each method and place the mean score over seeds, with its spread; never the maximum.
+        """For each method and place the mean score over seeds, with its spread (never the maximum over seeds).
 
         Args:
-            metric: of which the mean is taken, `self.metric` by default.
+            metric: the metric that is averaged, by default `self.metric`.
 
         Raises:
-            ValueError: anything else to take the mean over.
+            ValueError: `over` is not "seed".
             KeyError: a metric that was not scored on this split.
         """
         if over != "seed":
-            raise ValueError(f"mean(over={over!r}): possible is 'seed'. Filter by `where` for anything else.")
+            raise ValueError(f"mean(over={over!r}): possible is 'seed'. For anything else, filter with `where`.")
         metric = metric or self.metric
         groups: dict[tuple[str, str], list[Fit]] = {}
         for fit in self.fits:
@@ -343,16 +343,16 @@ class Fits(Sequence[Fit]):
         return means
 
     def by_kind(self, metric: str | None = None, by: str = "kind") -> list[dict[str, Any]]:
-        """The test score of each fit for each kind of pair, one flat line each: `pandas.DataFrame(fits.by_kind())`.
+        """The test score of each fit for each kind of pair, as flat records: `pandas.DataFrame(fits.by_kind())`.
 
-        One number hides the parts: an edit can be right wherever the answer stays and wrong wherever it changes.
+        A single number can hide that an edit is right wherever the answer stays and wrong wherever it changes.
 
         Args:
-            metric: of which the mean is taken, `self.metric` by default. Kinds of which it says nothing are left out.
-            by: which of the `labels` tells the kinds apart.
+            metric: by default `self.metric`. Kinds for which all its values are NaN are left out.
+            by: the name of the label that defines the kinds.
 
         Raises:
-            KeyError: no label of that name, or no scores of that metric by pair.
+            KeyError: no label of that name, or no scores of that metric for single pairs.
         """
         metric = metric or self.metric
         if by not in self.labels:
@@ -372,14 +372,14 @@ class Fits(Sequence[Fit]):
                 lines.append({**about, by: kind, "metric": metric, **asdict(found)})
         return lines
 
-    # --- looking ------------------------------------------------------------------------------------------
+    # --- output -------------------------------------------------------------------------------------------
 
     def records(self) -> list[dict[str, Any]]:
-        """Each fit as one flat line: `pandas.DataFrame(fits.records())`."""
+        """Each fit as one flat record: `pandas.DataFrame(fits.records())`."""
         return [fit.record() for fit in self.fits]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the numbers of the subspaces, as JSON."""
+        """Everything as JSON, without the subspaces themselves."""
         return {
             "facts": dict(self.facts),
             "floors": {split: asdict(floors) for split, floors in self.floors.items()},
@@ -397,24 +397,24 @@ class Fits(Sequence[Fit]):
     # --- files --------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """Write every fit into a new or empty folder: fits.json and subspaces.safetensors.
+        """Write all fits into a new or empty folder: fits.json and subspaces.safetensors.
 
         Raises:
-            FileExistsError: a folder that holds something already.
-            TypeError: before anything is written, a fit that could not be read again.
+            FileExistsError: the folder is not empty.
+            TypeError: a fit that could not be read again; nothing is written then.
         """
         write_fits(self, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, methods: Sequence[type[Method]] = ()) -> Fits:
-        """The fits that `save` wrote, bit for bit.
+        """Read the fits that `save` wrote; they are equal bit by bit.
 
         Args:
-            methods: classes of methods of your own that the sweep had; those of the package are known.
+            methods: your own method classes, if the sweep used some; those of the package are known.
 
         Raises:
             FileNotFoundError: no such folder or file.
-            ValueError: files that are broken, do not belong together, or are of another format.
+            ValueError: files that are broken, do not belong together, or have another format.
         """
         found = read_fits(Path(folder), methods)
         return cls(
@@ -428,7 +428,7 @@ class Fits(Sequence[Fit]):
 
 
 def place_of(sites: Mapping[str, Site]) -> str:
-    """The sites of variables as text: one for all variables, or "variable: site" for each."""
+    """The sites of variables as text: one site for all variables, or "variable: site" for each."""
     distinct = list(dict.fromkeys(sites.values()))
     return str(distinct[0]) if len(distinct) == 1 else ", ".join(f"{name}: {site}" for name, site in sites.items())
 

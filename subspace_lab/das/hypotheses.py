@@ -1,17 +1,18 @@
 """Rival hypotheses on the same pairs: which causal model does a network follow?
 
-Every hypothesis is a causal model and those of its variables that are exchanged. All of them answer every base alike;
-they differ in what they expect after an interchange. So bases and sources are drawn once, each hypothesis says what
-it expects of them, each is searched for, and the scores are compared pair by pair:
+A hypothesis is a causal model and a choice of its variables, which are exchanged. All hypotheses give the same answers
+to the bases; they differ in the answers that they expect after an interchange. So bases and sources are drawn once, and
+each hypothesis adds the answers that it expects. Each is searched for, and the scores are compared pair by pair:
 
     rivals = rival_pairs(task, hypotheses, tokenizer)
     fits = {name: sweep(lab, pairs, sites, methods) for name, pairs in rivals.items()}
     rank_hypotheses(rivals, fits)  # das/ranking.py
 
-Pairs of which all hypotheses expect the same tell nothing, so scores are also given on those where they differ.
+Pairs in which all hypotheses expect the same answer distinguish nothing. So scores are also given for the other pairs
+alone.
 
-Source: Wu et al. 2023, "Interpretability at Scale" (arXiv 2305.08809), section 4, whose hypotheses share a task and
-are told apart by their IIA.
+Source: Wu et al. 2023, "Interpretability at Scale" (arXiv 2305.08809), section 4, which compares several hypotheses
+about one task by their IIA.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from subspace_lab.das.counterfactuals import CounterfactualPair, Task, check_spl
 from subspace_lab.das.encoding import encode
 from subspace_lab.das.pairs import Counterfactuals, Pairs
 
-OVERSAMPLING = 10  # draws for each pair that is asked for, from which those are chosen that tell most
+OVERSAMPLING = 10  # draws for each pair; the pairs that distinguish the hypotheses best are chosen from them
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class Hypothesis:
 
     Attributes:
         name: for people.
-        causal_model: what it computes.
-        variables: those of its variables that are exchanged, each with a source of its own.
+        causal_model: what the network computes, according to this hypothesis.
+        variables: the variables of the causal model that are exchanged, each with its own source.
 
     Raises:
-        ValueError: no variable, one twice, or one that the causal model lacks.
+        ValueError: no variable, a variable twice, or a variable that is not in the causal model.
     """
 
     name: str
@@ -71,23 +72,23 @@ def rival_pairs(
     test: int = 400,
     seed: int = 0,
 ) -> dict[str, Pairs]:
-    """For each hypothesis pairs with the same bases and sources as the others have, and its own expected answers.
+    """Pairs for each hypothesis: the same bases and sources for all, and each hypothesis's own expected answers.
 
-    A hypothesis takes the first source for its first variable, the second for its second, and so on. One of several
-    variables exchanges in each pair a non-empty subset of them, drawn uniformly; a variable left alone has the base
-    as its source. Of many draws those pairs are taken in which the answer of the base and the answers expected by
-    the hypotheses come in as many combinations as possible, each as often as the next where that can be had: so most
-    pairs tell hypotheses apart, and no hypothesis is served by its constant answer.
+    A hypothesis takes the first source for its first variable, the second for its second, and so on. If it has several
+    variables, each pair exchanges a random non-empty subset of them; a variable outside of the subset has the base as
+    its source. More pairs are drawn than needed. A combination is the answer to the base with the answers that the
+    hypotheses expect. Pairs are chosen so that there are many combinations, as equally frequent as possible: so most
+    pairs distinguish hypotheses, and a constant answer helps no hypothesis.
 
     Args:
-        task: gives settings, prompts and answers; its own causal model takes no part.
-        tokenizer: of the model, a fast Hugging Face tokenizer.
+        task: gives settings, prompts and answers; its own causal model is not used.
+        tokenizer: the model's tokenizer, a fast Hugging Face tokenizer.
         train, dev, test: how many pairs each split gets.
-        seed: of the draw.
+        seed: seed of the random draw.
 
     Raises:
-        ValueError: fewer than two hypotheses, two of one name, an answer of a base on which two of them differ,
-            hypotheses that expect the same of every pair; and as `Task.pairs`.
+        ValueError: fewer than two hypotheses, two with the same name, two that answer a base differently, hypotheses
+            that expect the same answers in all pairs; also as in `Task.pairs`.
     """
     names = [hypothesis.name for hypothesis in hypotheses]
     if len(names) < 2 or len(set(names)) < len(names):
@@ -115,7 +116,7 @@ def _drawn(
     seed: int,
     without: Collection[str],
 ) -> list[dict[str, CounterfactualPair]]:
-    """n pairs, each as every hypothesis sees it, of as many combinations of answers as there are."""
+    """n pairs, each as {hypothesis: the pair according to it}, of as many combinations of answers as possible."""
     check_split(split)
     if n < 1:
         raise ValueError(f"n = {n} pairs asked for; possible are 1 or more")
@@ -140,7 +141,7 @@ def _drawn(
     if all(len(set(expected)) == 1 for _, *expected in combinations):
         raise ValueError(
             f"the hypotheses {list(tasks)} expect the same of all {len(drawn)} pairs that were drawn for the {split} "
-            "split: no search could tell them apart"
+            "split: no search could distinguish them"
         )
     number = {kind: i for i, kind in enumerate(dict.fromkeys(combinations))}
     chosen = balanced(torch.tensor([number[kind] for kind in combinations]), n, seed)
@@ -148,9 +149,9 @@ def _drawn(
 
 
 def balanced(kinds: Int[Tensor, " pairs"], n: int, generator: torch.Generator | int) -> Int[Tensor, " chosen"]:
-    """Which n of some pairs to take, so that each kind is as frequent as the next; in random order.
+    """Indices of n of some pairs, chosen so that all kinds are equally frequent, in random order.
 
-    Of a kind with fewer pairs all are taken. ValueError for more pairs than there are.
+    If a kind has too few pairs, all of them are taken. ValueError if n is larger than the number of pairs.
     """
     if n > len(kinds):
         raise ValueError(f"{n} pairs asked for, of {len(kinds)}")
@@ -159,7 +160,7 @@ def balanced(kinds: Int[Tensor, " pairs"], n: int, generator: torch.Generator | 
     order = torch.randperm(len(kinds), generator=generator)
     order = order[kinds[order].argsort(stable=True)]
     _, counts = kinds[order].unique_consecutive(return_counts=True)
-    # How many of its kind come before each pair: pairs are then taken kind by kind, one of each in turn.
+    # The index of each pair within its kind. Pairs are then taken in this order: one of each kind, then a second, ...
     before = torch.cat([torch.arange(count) for count in counts.tolist()])
     chosen = order[before.argsort(stable=True)[:n]]
     return chosen[torch.randperm(n, generator=generator)]

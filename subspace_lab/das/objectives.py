@@ -1,8 +1,9 @@
-"""Losses that are minimised and scores that are reported, as plain functions to choose from or to add to.
+"""Losses that are minimised and metrics that are reported: plain functions, to which you can add your own.
 
-A loss is a function (logits, answer) → (pairs,): logits (pairs, answers) after the interchange, answer (pairs,) the
-expected one. A loss towards what the model itself says about the source is a `Towards`. A metric is a function of an
-`Outcome` → (pairs,) values, NaN for pairs that it says nothing about; the mean of the others is the score.
+A loss is a function (logits, answer) → (pairs,), with the logits (pairs, answers) after the interchange and the
+expected answer (pairs,). A loss that compares with the model's own output for the source is a `Towards`. A metric is a
+function `Outcome` → (pairs,) values, NaN for pairs that it does not apply to; the score is the mean of the other
+values.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ class Outcome:
     """What the model says about some pairs, with an interchange and without.
 
     Attributes:
-        logits: of the answers, after the interchange.
-        unedited: of the answers, without any intervention.
+        logits: the answers' logits after the interchange.
+        unedited: the answers' logits without any intervention.
         answer: the answer that the causal model expects after the interchange.
-        base_answer: the one that it expects without.
-        kinds: of the pairs, as `Counterfactuals.kinds`.
-        run_vocabulary, run_complement: what `vocabulary` and `complement` run, once for all that ask.
+        base_answer: the answer that it expects without.
+        kinds: the kind of each pair, as `Counterfactuals.kinds`.
+        run_vocabulary, run_complement: functions that compute `vocabulary` and `complement`, once for all metrics.
     """
 
     logits: Float[Tensor, "pair answer"]
@@ -40,24 +41,24 @@ class Outcome:
     run_complement: Callable[[], Tensor] | None = None
 
     def vocabulary(self) -> Int[Tensor, " pair"]:
-        """The answer that has the highest logit of the whole vocabulary, −1 where that token is no answer.
+        """The answer whose token has the highest logit of the whole vocabulary; −1 if this token is no answer.
 
-        It takes a run of its own, the first time that a metric asks.
+        It takes an extra run when the first metric asks for it.
         """
         return _run(self.run_vocabulary, "what the whole vocabulary says")
 
     def complement(self) -> Float[Tensor, "pair answer"]:
         """The answers' logits after everything but the subspace was exchanged: h + (I − RᵀR)(h_source − h).
 
-        It takes a run of its own, the first time that a metric asks.
+        It takes an extra run when the first metric asks for it.
 
         Raises:
-            ValueError: several variables at one site, whose sources differ in what lies outside.
+            ValueError: several variables at one site: their sources differ, so that there is no single source state.
         """
         return _run(self.run_complement, "what the exchange of the complement gives")
 
     def of_kind(self, *kinds: str) -> Bool[Tensor, " pair"]:
-        """Which pairs are of some kinds (ValueError where none is, naming those that there are)."""
+        """Which pairs have one of these kinds. ValueError if none has; the message names the kinds that occur."""
         found = torch.tensor([kind in kinds for kind in self.kinds], dtype=torch.bool)
         if not bool(found.any()):
             raise ValueError(
@@ -67,7 +68,7 @@ class Outcome:
 
 
 CAUSE, ISOLATE = ("cause", "changes"), ("isolate", "stays")
-"""Kinds of pairs in which the answer has to become the source's, and in which it has to stay the base's."""
+"""Kinds of pairs in which the answer must become the source's, and kinds in which it must stay the base's."""
 
 Metric = Callable[[Outcome], Tensor]
 
@@ -78,18 +79,18 @@ def cross_entropy(logits: Float[Tensor, "pair answer"], answer: Int[Tensor, " pa
 
 
 def logit_difference(logits: Float[Tensor, "pair answer"], answer: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-    """The highest logit of another answer less that of the expected one: negative where the answer is right."""
+    """The highest logit of another answer minus that of the expected answer: negative if the answer is right."""
     return -_margin(logits, answer)
 
 
 @dataclass(frozen=True)
 class Towards(ABC):
-    """How far p, the distribution over the answers, is from a target distribution q.
+    """How far p, the model's distribution over the answers, is from a target distribution q.
 
     Attributes:
-        target: "source" takes for q what the model says about the source, without any intervention: then the edit
-            is asked to give all of the source's answer, not its highest alone. It makes sense where the expected
-            answer is the source's. "answer" takes the expected answer with probability 1.
+        target: "source": q is the model's distribution for the source without any intervention. The edit must then
+            reproduce all of it, not only its highest answer. This makes sense if the expected answer is the
+            source's. "answer": q gives the expected answer probability 1.
     """
 
     target: str = "source"
@@ -99,7 +100,7 @@ class Towards(ABC):
             raise ValueError(f"target={self.target!r}: possible are 'source' and 'answer'.")
 
     def __call__(self, logits: Float[Tensor, "pair answer"], target: Tensor) -> Float[Tensor, " pair"]:
-        """The distance by pair.
+        """The distance for each pair.
 
         Args:
             logits: after the interchange.
@@ -119,7 +120,7 @@ class Towards(ABC):
 
 @dataclass(frozen=True)
 class Divergence(Towards):
-    """KL(q ‖ p) = Σ q log(q/p), in nats: 0 where p is q. With target="answer" it is the cross-entropy."""
+    """KL(q ‖ p) = Σ q log(q/p), in nats: 0 if p = q. With target="answer" it is the cross-entropy."""
 
     def distance(
         self, log_p: Float[Tensor, "pair answer"], q: Float[Tensor, "pair answer"]
@@ -129,7 +130,7 @@ class Divergence(Towards):
 
 @dataclass(frozen=True)
 class SquaredError(Towards):
-    """Σ (p − q)²; with target="answer" the score of Brier (1950)."""
+    """Σ (p − q)². With target="answer" it is the Brier score (Brier 1950)."""
 
     def distance(
         self, log_p: Float[Tensor, "pair answer"], q: Float[Tensor, "pair answer"]
@@ -139,60 +140,61 @@ class SquaredError(Towards):
 
 @dataclass(frozen=True)
 class JensenShannon(Towards):
-    """½ KL(p ‖ m) + ½ KL(q ‖ m) with m = (p + q)/2, in nats: symmetric, 0 where p is q, at most log 2.
+    """½ KL(p ‖ m) + ½ KL(q ‖ m) with m = (p + q)/2, in nats: symmetric, 0 if p = q, at most log 2.
 
-    The loss that matches distributions in CDAS (arXiv 2602.05234).
+    CDAS uses this loss to match distributions (arXiv 2602.05234).
     """
 
     def distance(
         self, log_p: Float[Tensor, "pair answer"], q: Float[Tensor, "pair answer"]
     ) -> Float[Tensor, " pair"]:
         p = log_p.exp()
-        # The logarithm of a mean that is 0 has no gradient; its factor is 0 there as well.
+        # If m is 0 its logarithm has no gradient; the factor p + q is 0 there as well.
         log_m = ((p + q) / 2).clamp_min(torch.finfo(p.dtype).tiny).log()
         return ((p * log_p + torch.xlogy(q, q)) - (p + q) * log_m).sum(-1) / 2
 
 
 def iia(outcome: Outcome) -> Float[Tensor, " pair"]:
-    """Interchange intervention accuracy: 1 where the highest of the answers' logits is the expected answer's."""
+    """Interchange intervention accuracy: 1 if the expected answer has the highest logit of all answers, else 0."""
     return (outcome.logits.argmax(-1) == outcome.answer).float()
 
 
 def iia_vocabulary(outcome: Outcome) -> Float[Tensor, " pair"]:
-    """1 where the highest logit of the whole vocabulary is the expected answer's.
+    """1 if the expected answer has the highest logit of the whole vocabulary, else 0.
 
-    It is at most `iia`: an edit that makes the model say something else altogether is no success. A model that says
-    other things than the answers by itself (a comma, an adverb) scores low whatever the edit: ask for this where the
-    prompts leave the answers alone.
+    It is at most `iia`: if an edit makes the model say something that is no answer at all, that is no success. Some
+    models say something else before the answer even without an edit (a comma, an adverb), and score low with every
+    edit. So use this metric for prompts that are followed directly by the answer.
     """
     return (outcome.vocabulary() == outcome.answer).float()
 
 
 def complement_stays(outcome: Outcome) -> Float[Tensor, " pair"]:
-    """1 where the answer stays the base's while everything but the subspace is exchanged.
+    """1 if the answer stays the base's while everything but the subspace is exchanged, else 0.
 
-    IIA asks whether the subspace is enough to change the answer; this asks whether it is needed: a variable that is
-    also held elsewhere in the state moves the answer from there. It says so where the source differs from the base
-    in nothing else that the answer depends on. The full vector has no complement and scores what the model knows.
+    IIA asks whether the subspace is sufficient to change the answer; this metric asks whether it is necessary. If the
+    variable is also represented elsewhere in the state, that part changes the answer. The metric is meaningful only if
+    the source differs from the base in nothing else that the answer depends on. The full vector has no complement;
+    its score is the model's accuracy on the bases.
     """
     return (outcome.complement().argmax(-1) == outcome.base_answer).float()
 
 
 def cause(outcome: Outcome) -> Float[Tensor, " pair"]:
-    """IIA over the pairs of kind "cause" or "changes", NaN for others: the answer becomes the source's."""
+    """IIA over the pairs of kind "cause" or "changes", NaN for others: the answer must become the source's."""
     return iia(outcome).where(outcome.of_kind(*CAUSE), torch.nan)
 
 
 def iso(outcome: Outcome) -> Float[Tensor, " pair"]:
-    """IIA over the pairs of kind "isolate" or "stays", NaN for others: what is asked for stays the base's."""
+    """IIA over the pairs of kind "isolate" or "stays", NaN for others: the answer must stay the base's."""
     return iia(outcome).where(outcome.of_kind(*ISOLATE), torch.nan)
 
 
 def disentangle(outcome: Outcome) -> Float[Tensor, " pair"]:
-    """(cause + iso) / 2, whatever the numbers of the two kinds (RAVEL, Huang et al. 2024, arXiv 2402.17700).
+    """(cause + iso) / 2, independent of the number of pairs of each kind (RAVEL, Huang et al. 2024, arXiv 2402.17700).
 
-    The value of a pair is its IIA times n / 2nₖ, with nₖ of the n pairs of its kind, so that the mean is that of
-    the two means.
+    The value of a pair is its IIA times n / 2nₖ, where nₖ of the n pairs have its kind. So the mean over all pairs is
+    the mean of the two means.
     """
     parts = [outcome.of_kind(*CAUSE), outcome.of_kind(*ISOLATE)]
     n = sum(int(part.sum()) for part in parts)
@@ -203,15 +205,15 @@ def disentangle(outcome: Outcome) -> Float[Tensor, " pair"]:
 
 
 def logit_margin(outcome: Outcome) -> Float[Tensor, " pair"]:
-    """The expected answer's logit less the highest of the others."""
+    """The expected answer's logit minus the highest logit of the other answers."""
     return _margin(outcome.logits, outcome.answer)
 
 
 def log_odds(outcome: Outcome) -> Float[Tensor, " pair"]:
-    """By how much the interchange moves the log odds of the expected answer against the base's, in nats.
+    """How much the interchange raises the log odds of the expected answer against the base's answer, in nats.
 
-    [lp(b) − lp(a)] without plus [lp(a) − lp(b)] with the interchange, for the base's answer b and the expected
-    answer a; 0 in pairs that should not change (Arora et al. 2024, arXiv 2402.12560, eq. 3).
+    With the base's answer b, the expected answer a and the log probability lp: lp(b) − lp(a) without the interchange,
+    plus lp(a) − lp(b) with it. 0 in pairs that should not change (Arora et al. 2024, arXiv 2402.12560, eq. 3).
     """
 
     def gap(logits: Tensor) -> Tensor:
@@ -225,7 +227,7 @@ def log_odds(outcome: Outcome) -> Float[Tensor, " pair"]:
 
 def _run(run: Callable[[], Tensor] | None, what: str) -> Tensor:
     if run is None:
-        raise ValueError(f"This outcome was made without a model that could be asked {what}.")
+        raise ValueError(f"This outcome was made without a model, so it cannot tell {what}.")
     return run()
 
 

@@ -1,4 +1,4 @@
-"""Counterfactual pairs as tensors, and their three splits: what a search is given."""
+"""Counterfactual pairs as tensors, in three splits: the data of a search."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from subspace_lab.core.arguments import whole_number
-from subspace_lab.das.answers import Spelled, as_spelled, as_tensor, check_apart, telling
+from subspace_lab.das.answers import Spelled, as_spelled, as_tensor, check_apart, distinguishing
 from subspace_lab.das.splits import assigned
 from subspace_lab.das.splits import balanced as even
 from subspace_lab.engine.readouts import Readout
@@ -25,19 +25,20 @@ class Counterfactuals:
     """Bases, a source for each variable, and the answers before and after the interchange.
 
     Attributes:
-        base: the bases.
-        sources: {variable: its sources}, one for each base; a variable that a pair leaves alone has the base there.
+        base: the base inputs.
+        sources: {variable: its source inputs}, one source for each base. Where a pair does not exchange a variable,
+            the source of that variable is the base itself.
         base_answer, answer: (pairs,) indices into the answers, before and after the interchange.
-        answers: what the answers are, for people.
-        tokens: (answers,) their token ids, or (answers, longest) filled with −1 where some are several tokens; None
-            where the model's output is over the answers already.
-        values: {variable: (pairs,) which value the variable has in its source, as a number}. Methods that compare
-            the means of these values use it; where it is missing they use the expected answers instead.
-        labels: {name: for each pair a text}, what is known of the pairs beside their answers: "entity" and
-            "template" are the clusters of intervals and can be held out, "kind" (of pair) splits the scores.
-        source_answers: {variable: (pairs,) the answer to its source}, where it is known.
-        whole: whether an answer of several tokens is scored whole, by the sum of its tokens' log probabilities, and
-            not only up to the token that tells it from the others (`scored`).
+        answers: the answers as text, for people.
+        tokens: (answers,) the token ids of the answers, or (answers, longest) filled with −1 if some answers have
+            several tokens; None if the model's output already has one logit for each answer.
+        values: {variable: (pairs,) the value of the variable in its source, as a number}. Methods that compare the
+            mean states of these values use it. Without it they use the expected answers instead.
+        labels: {name: a text for each pair}, further facts about the pairs. "entity" and "template" are the clusters
+            of intervals and can be held out; "kind" is the kind of the pair, and scores can be split by it.
+        source_answers: {variable: (pairs,) the answer to its source}, if it is known.
+        whole: score an answer of several tokens whole, by the sum of its tokens' log probabilities. By default it is
+            scored only up to the first token that distinguishes it from all other answers (`scored`).
     """
 
     base: Batch
@@ -71,15 +72,15 @@ class Counterfactuals:
         if self.tokens is not None:
             if self.tokens.ndim not in (1, 2) or len(self.tokens) != len(self.answers):
                 raise ValueError(
-                    f"{tuple(self.tokens.shape)} tokens for {len(self.answers)} answers: each needs one, or a row."
+                    f"{tuple(self.tokens.shape)} tokens for {len(self.answers)} answers: each needs one id or several."
                 )
             if self.tokens.ndim == 2:
                 check_apart(self.answers, as_spelled(self.tokens))
         for name, values in self.values.items():
             if name not in self.sources or values.shape != (len(self.base),):
                 raise ValueError(
-                    f"Values of shape {tuple(values.shape)} for {name!r}; needed is one for each of the "
-                    f"{len(self.base)} pairs, of the variables {list(self.sources)}."
+                    f"Values of shape {tuple(values.shape)} for {name!r}; needed is one value for each of the "
+                    f"{len(self.base)} pairs, for the variables {list(self.sources)}."
                 )
         for name, labels in self.labels.items():
             if len(labels) != len(self.base):
@@ -93,7 +94,7 @@ class Counterfactuals:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kind of each pair: its label "kind", or else "changes" and "stays" by whether the answer changes."""
+        """The kind of each pair: its label "kind"; without this label "changes" or "stays", as the answer does."""
         if "kind" in self.labels:
             return self.labels["kind"]
         changed = (self.answer != self.base_answer).tolist()
@@ -101,8 +102,8 @@ class Counterfactuals:
 
     @property
     def exchanged(self) -> tuple[str, ...]:
-        """Which variables each pair exchanges, as "a, b": those whose source is not the base itself."""
-        keys = [inputs_of(self, i) for i in range(len(self))]
+        """The variables that each pair exchanges, as "a, b": those whose source is not the base itself."""
+        keys = [_key(self, i) for i in range(len(self))]
         names = list(self.sources)
         return tuple(
             ", ".join(name for name, own in zip(names, sources, strict=True) if own != base)
@@ -111,31 +112,32 @@ class Counterfactuals:
 
     @property
     def scored(self) -> Tensor | None:
-        """The answers' tokens that are read: (answers,), or (answers, most) filled with −1.
+        """The token ids of the answers that are read: (answers,), or (answers, most) filled with −1.
 
-        Of an answer of several tokens these are the first ones, up to the one that tells it from all other answers,
-        or all of them if `whole`. None where the model's output is over the answers already.
+        For an answer of several tokens these are the first ones, up to the token that distinguishes it from all other
+        answers; with `whole` they are all of its tokens. None if the model's output already has one logit for each
+        answer.
         """
         if self.tokens is None or self.tokens.ndim == 1 or self.whole:
             return self.tokens
-        return as_tensor(telling(as_spelled(self.tokens))).to(self.tokens.device)
+        return as_tensor(distinguishing(as_spelled(self.tokens))).to(self.tokens.device)
 
     @property
     def readout(self) -> Readout:
         """The answers' logits after the last token of the base.
 
         Raises:
-            ValueError: answers of which several tokens are read (`answer_engine` reads those).
+            ValueError: several tokens of the answers are read; `answer_engine` can do that.
         """
         scored = self.scored
         if scored is not None and scored.ndim == 2:
             raise ValueError(
-                f"{scored.shape[1]} tokens of the answers are read, not one: they need several reads."
+                f"{scored.shape[1]} tokens of each answer are read, not one: this needs several reads."
             )
         return Readout.at(self.base, "last", scored)
 
     def rows(self, rows: Tensor) -> Counterfactuals:
-        """Some of the pairs."""
+        """The pairs with these indices."""
         picked = torch.arange(len(self))[rows.cpu()].tolist() if self.labels else []
         return replace(
             self,
@@ -149,20 +151,21 @@ class Counterfactuals:
         )
 
     def balanced(self, seed: int = 0) -> Counterfactuals:
-        """The pairs without surplus ones: expected answers, and changing and unchanging pairs, are about as frequent.
+        """Fewer pairs, in which the expected answers, and pairs that change and pairs that stay, are about as frequent.
 
-        Surplus pairs leave the fullest group (an answer, changing or not) first, until all groups are even, half of the
-        pairs is gone (where one answer is rare, evenness would cost nearly all others), or no group holds more than a
-        twentieth of them, so that no constant answer is worth anything.
+        A group is one expected answer in pairs that change, or in pairs that stay. Pairs are dropped from the largest
+        group first. This ends when all groups have the same size, when half of the pairs is dropped (if one answer is
+        rare, equal groups would cost nearly all others), or when no group holds more than a twentieth of the pairs,
+        so that a constant answer gains nothing.
 
         Args:
-            seed: of the draw of the pairs that leave.
+            seed: seed of the random choice of the dropped pairs.
         """
         changed = (self.answer != self.base_answer).tolist()
         return self.rows(torch.tensor(even(list(zip(self.answer.tolist(), changed, strict=True)), seed)))
 
     def to(self, device: torch.device | str) -> Counterfactuals:
-        """The pairs on a device."""
+        """The same pairs on a device."""
         return replace(
             self,
             base=self.base.to(device),
@@ -174,28 +177,29 @@ class Counterfactuals:
 
 
 Stream = Callable[[int], Counterfactuals]
-"""step → fresh pairs of one training step; the same step gives the same pairs."""
+"""step → fresh pairs for this training step. The same step gives the same pairs."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pairs:
     """Counterfactual pairs in three splits.
 
-    A method is fitted on `train`. Sites, ranks and learning rates are chosen on `dev`. `test` gives the scores that
-    are reported, and takes no part in any choice.
+    A method is fitted on `train`. Sites, ranks and learning rates are chosen on `dev`. `test` gives the reported
+    scores and takes no part in any choice.
 
     Attributes:
-        train: the pairs to fit on, or a function step → fresh pairs, of which none is seen twice.
+        train: the pairs to fit on, or a function step → fresh pairs, so that no pair is seen twice.
         dev, test: held-out pairs.
-        task: what the pairs are about, for people.
-        dropped: {what was left out and why: how many}: words that a tokenizer cannot tell apart, pairs that would have
-            put a name into two splits, pairs that the model answers wrong.
-        answered: {split: how many of the bases ("base"), and of the pairs with base and all sources ("pair"), the
-            model answers right, of how many ("of")}, before those it does not were left out (`only_answered`).
+        task: a short description of the pairs, for people.
+        dropped: {what was left out and why: how many}: words that a tokenizer cannot distinguish, pairs with a name
+            that would be in two splits, pairs that the model answers wrong.
+        answered: {split: {"base": number of bases that the model answers right, "pair": number of pairs in which it
+            answers the base and all sources right, "of": number of all pairs}}, counted by `only_answered` before it
+            leaves out pairs.
 
     Raises:
-        ValueError: (at construction) an empty split, other variables in one split than in another, or answers that
-            are not the same model outputs.
+        ValueError: (at construction) an empty split, splits with different variables, or splits whose answers are
+            different outputs of the model.
     """
 
     train: Counterfactuals | Stream
@@ -229,38 +233,39 @@ class Pairs:
         balance: bool = False,
         task: str = "",
     ) -> Pairs:
-        """Draw three splits from one set of pairs at random.
+        """Draw three splits at random from one set of pairs.
 
-        Pairs that are equal (in their base and in all sources) come into one split. Names or entities may still
-        occur in several splits, and can then be memorised; `by` holds them out. A pair whose values would come into
-        several splits is left out, and counted in `dropped`.
+        Equal pairs (with the same base and the same sources) go into the same split. A name or an entity may still
+        occur in several splits and can then be memorised; `by` holds it out. With `by`, a pair whose values belong to
+        different splits is left out and counted in `dropped`.
 
         Args:
-            by: what no two splits share: "entity", "template" or another label (of "entity" and "source_entity" the
-                values are one list), "answer" (the words before and after the interchange), or several of these.
+            by: what no two splits share: "entity", "template" or another label ("entity" and "source_entity" count as
+                one list of values), "answer" (the words before and after the interchange), or several of these.
             dev, test: shares of the pairs.
-            seed: of the draw.
-            balance: leave out surplus pairs, so that in each split the answers, and pairs that change them or do not,
-                are as frequent as each other as far as half of the pairs allows (`Counterfactuals.balanced`). Else a
-                split may hold one answer more often, which raises its constant floor.
+            seed: seed of the random draw.
+            balance: leave out surplus pairs, so that in each split the answers, and pairs that change and pairs that
+                stay, are about equally frequent; at most half of the pairs is left out
+                (`Counterfactuals.balanced`). Without it one answer may be more frequent, which raises the floor of
+                the best constant answer.
 
         Raises:
-            TypeError: pairs that are no Counterfactuals.
+            TypeError: the pairs are not Counterfactuals.
             ValueError: shares that leave a split empty, or a label that the pairs do not have.
         """
         if not isinstance(pairs, Counterfactuals):
-            raise TypeError(f"Counterfactuals are split, found {type(pairs).__name__}; `from_texts` makes them.")
+            raise TypeError(f"Needed are Counterfactuals, found {type(pairs).__name__}; `from_texts` makes them.")
         whole_number(seed, "seed")
         for name, share in (("dev", dev), ("test", test)):
             if isinstance(share, bool) or not isinstance(share, int | float) or not math.isfinite(share):
-                raise ValueError(f"{name}={share!r}: needed is a share of the pairs, as 0.2.")
+                raise ValueError(f"{name}={share!r}: needed is a share of the pairs, such as 0.2.")
         places, dropped = _drawn(pairs, {"dev": dev, "test": test}, seed), {}
         if by is not None:
             names = [by] if isinstance(by, str) else list(by)
             held_out = [assigned(_values_of(pairs, name), {"dev": dev, "test": test}, seed) for name in names]
             places = [one[0] if len(set(one)) == 1 else None for one in zip(*held_out, strict=True)]
             if lost := places.count(None):
-                dropped[f"pairs with values of {' or '.join(names)} that stand in several splits"] = lost
+                dropped[f"pairs with values of {' or '.join(names)} that are in several splits"] = lost
         chosen = {
             name: [i for i, place in enumerate(places) if place == name] for name in ("train", "dev", "test")
         }
@@ -288,7 +293,7 @@ class Pairs:
         return list(self.test.sources)
 
     def fingerprint(self) -> str:
-        """A digest of all inputs and answers (of dev and test alone where training pairs are drawn afresh)."""
+        """A digest of all inputs and answers. Training pairs that are drawn at each step are not part of it."""
         digest = hashlib.sha256()
         for name, split in self._fixed():
             digest.update(f"{name}{', whole answers' * split.whole}".encode())
@@ -306,12 +311,12 @@ class Pairs:
         yield "test", self.test
 
     def _join_answers(self) -> None:
-        """Give all splits one list of answers, so that each is scored against the same alternatives."""
+        """Give all splits the same list of answers, so that each is scored against the same alternatives."""
         splits = dict(self._fixed())
         first = self.test
         if len({split.whole for split in splits.values()}) > 1:
             raise ValueError(
-                "Some splits have their answers scored whole and some by the first token that tells them apart: "
+                "Some splits score their answers whole and some by the first token that tells them apart: "
                 f"{ {name: split.whole for name, split in splits.items()} }."
             )
         if all(_same_answers(split, first) for split in splits.values()):
@@ -338,8 +343,8 @@ class Pairs:
 
 
 def _drawn(pairs: Counterfactuals, shares: Mapping[str, float], seed: int) -> list[str | None]:
-    """A split for each pair at random, equal pairs in one."""
-    keys = [inputs_of(pairs, i) for i in range(len(pairs))]
+    """A random split for each pair; equal pairs get the same split."""
+    keys = [_key(pairs, i) for i in range(len(pairs))]
     distinct = list(dict.fromkeys(keys))
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
     n_dev, n_test = round(shares["dev"] * len(distinct)), round(shares["test"] * len(distinct))
@@ -355,7 +360,7 @@ def _drawn(pairs: Counterfactuals, shares: Mapping[str, float], seed: int) -> li
 
 
 def _values_of(pairs: Counterfactuals, by: str) -> list[frozenset[Any]]:
-    """What each pair must not share with another split."""
+    """For each pair the values that it must not share with another split."""
     if by == "answer":
         words = [pairs.answers[i].strip() for i in range(len(pairs.answers))]
         both = zip(pairs.base_answer.tolist(), pairs.answer.tolist(), strict=True)
@@ -363,7 +368,7 @@ def _values_of(pairs: Counterfactuals, by: str) -> list[frozenset[Any]]:
     names = [name for name in ((by, f"source_{by}") if by == "entity" else (by,)) if name in pairs.labels]
     if by not in names:
         raise ValueError(
-            f"by={by!r}: the pairs have the labels {list(pairs.labels) or 'none'}; possible are these and 'answer'."
+            f"by={by!r}: the pairs have the labels {list(pairs.labels) or 'none'}; possible are these or 'answer'."
         )
     return [frozenset(own) for own in zip(*(pairs.labels[name] for name in names), strict=True)]
 
@@ -379,13 +384,13 @@ def _spelled(split: Counterfactuals) -> list[Spelled]:
 
 
 def _between(answer: Tensor, n: int) -> bool:
-    """Whether all indices are possible; looked at on the CPU alone, since an accelerator would have to wait."""
+    """Whether all indices are valid. Checked on the CPU only, because an accelerator would have to synchronise."""
     looked_at = answer.device.type == "cpu" and len(answer) > 0
     return not looked_at or bool((answer.min() >= 0) & (answer.max() < n))
 
 
 def _tensors(pairs: Counterfactuals) -> dict[str, Tensor]:
-    """Everything that a method or a score depends on, by name."""
+    """{name: tensor} of everything that a method or a score depends on."""
     found: dict[str, Any] = {"base answer": pairs.base_answer, "answer": pairs.answer, "tokens": pairs.tokens}
     found |= {f"value of {name}": values for name, values in pairs.values.items()}
     batches = {"base": pairs.base, **{f"source of {name}": source for name, source in pairs.sources.items()}}
@@ -396,8 +401,8 @@ def _tensors(pairs: Counterfactuals) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
-def inputs_of(pairs: Counterfactuals, i: int) -> tuple[Any, ...]:
-    """(the inputs of a pair's base, those of each of its sources), without padding: equal in pairs that are equal."""
+def _key(pairs: Counterfactuals, i: int) -> tuple[Any, ...]:
+    """A key that is the same for equal pairs: the inputs of the base and the sources, without padding."""
     parts: list[Any] = []
     for batch in (pairs.base, *pairs.sources.values()):
         ids, mask = batch.inputs.get("input_ids"), batch.inputs.get("attention_mask")

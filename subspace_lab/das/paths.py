@@ -1,17 +1,18 @@
-"""Paths: what of an exchange reaches the answer through one place of the model.
+"""Paths: the part of an exchange's effect that reaches the answer through one receiver.
 
-Source: Goldowsky-Dill et al. 2023, "Localizing model behavior with path patching" (arXiv 2304.05969); with the other
-heads held, Wang et al. 2022 (arXiv 2211.00593).
+Source: Goldowsky-Dill et al. 2023, "Localizing model behavior with path patching" (arXiv 2304.05969). For path patching
+in which the other heads are held, see Wang et al. 2022 (arXiv 2211.00593).
 
-An exchange at the sender changes everything behind it. Two runs of the base tell what goes through one receiver:
+An exchange at the sender changes everything that is computed after it. Two runs of the base isolate the effect through
+one receiver:
 
-1. with the exchange at the sender and with the sites in `hold` as they are in the base; only the receiver's states are
-   kept;
-2. with these states at the receiver and nothing else changed, down to the answer.
+1. The first run has the exchange at the sender, and the sites in `hold` keep their states in the base. Only the
+   receiver's states are recorded.
+2. The second run puts these states at the receiver and changes nothing else. Its answer is the result.
 
-So the receiver gets all that comes from the sender on any way that no held site lies on: straight through the residual
-stream, and through all attentions and MLPs between. Held at the base, a site lets nothing through. With all of them
-held, only the direct path is left. In the second run nothing is held: everything behind the receiver answers to it.
+So the receiver gets everything that comes from the sender on paths without a held site: directly through the residual
+stream, and through all attentions and MLPs in between. If all of them are held, only the direct path is left. In the
+second run nothing is held: everything after the receiver responds to it.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ from subspace_lab.model.sources import MISSING, Unmatched
 
 @dataclass(frozen=True)
 class Path:
-    """The way from an exchange to the answer through a receiver.
+    """The path from an exchange to the answer through a receiver.
 
     Attributes:
-        receiver: all that is taken to the answer goes through it.
-        hold: sites that stay as they are in the base while the receiver's states are found. Of these only the ones
-            between sender and receiver matter. At the sender itself the exchange comes first, and the receiver is
-            not held.
+        receiver: the site through which the effect reaches the answer.
+        hold: sites that keep their states in the base while the receiver's states are computed. Only those between
+            sender and receiver matter. If a sender is also held, the exchange at it is still made; the receiver itself
+            is never held.
     """
 
     receiver: Site
     hold: tuple[Site, ...] = ()
 
     def check(self, backbone: Backbone, senders: Iterable[Site]) -> None:
-        """ValueError for a sender from which no path leads to the receiver, or a site that the model has not."""
+        """ValueError for a sender without a path to the receiver, or a site that the model does not have."""
         end = backbone.hook_point(self.receiver)
         for site in self.hold:
             backbone.hook_point(site)
@@ -59,8 +60,8 @@ class Path:
                     raise ValueError(f"No path leads from {sender} to {self.receiver}: they lie side by side.")
             elif start.order > end.order:
                 raise ValueError(
-                    f"No path leads from {sender} to {self.receiver}, which the model computes before it: the receiver "
-                    "has to lie behind the sender."
+                    f"No path leads from {sender} to {self.receiver}, which the model computes before the sender: the "
+                    "receiver must come after it."
                 )
 
     def exchange(
@@ -76,17 +77,17 @@ class Path:
         """The first run: an edit of the receiver alone, and the states that it puts there.
 
         Args:
-            rows: of the base that are run, in any order and number.
-            edits: at the senders.
+            rows: indices of the bases that are run, in any order and number.
+            edits: the edits at the senders.
             sources: {sender: states of these rows' sources}.
-            engine: over these bases, that knows senders and receiver. Where nothing is held the run starts from what
-                it has kept.
+            engine: an engine over these bases that knows senders and receiver. If nothing is held, the run starts from
+                the states that the engine has kept.
         """
         streams = {_stream(backbone.hook_point(site)) for site in edits}
         if engine is not None and not self.hold and _stream(backbone.hook_point(self.receiver)) not in streams:
             return {self.receiver: _put}, self._resumed(engine, rows, edits, sources, unmatched)
         some = base.rows(rows)
-        # Resolved in all rows, so that there are as many positions as in the states of sources and in the engine.
+        # Resolved for all rows, so that the number of positions agrees with the sources' states and with the engine.
         places = {site: resolve(backbone, base, site).rows(rows) for site in (*edits, self.receiver)}
         first = min(places[site].hook_point.order for site in edits)
         last = places[self.receiver].hook_point
@@ -96,7 +97,7 @@ class Path:
             if first <= place.hook_point.order <= last.order and _stream(place.hook_point) != _stream(last)
         ]
         held = states_at(backbone, some, between) if between else {}
-        # On one stream hooks act in this order: what is held, then the sender's exchange, then the receiver's reading.
+        # Hooks on one residual stream act in this order: held sites, then the exchange, then reading the receiver.
         hooks = [
             *edit_hooks(dict.fromkeys(held, _put), {one.site: one for one in between}, held),
             *edit_hooks(edits, places, sources, unmatched),
@@ -107,7 +108,7 @@ class Path:
     def _resumed(
         self, engine: FrozenPast, rows: Tensor, edits: Edits, sources: Mapping[Site, Any], unmatched: Unmatched
     ) -> dict[Site, Tensor]:
-        """The receiver's states by an edit that changes nothing; NaN where a row has no such position."""
+        """The receiver's states, recorded by an edit that changes nothing; NaN where a row has no such position."""
         found: list[Tensor] = []
 
         def look(states: Tensor) -> Tensor:

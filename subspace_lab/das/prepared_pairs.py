@@ -1,4 +1,4 @@
-"""Counterfactual pairs made ready for many interventions: an engine over the bases, the states of the sources."""
+"""Counterfactual pairs prepared for many interventions: an engine over the bases, and the states of the sources."""
 
 from __future__ import annotations
 
@@ -31,25 +31,26 @@ from subspace_lab.model.intervene import collect
 from subspace_lab.model.resolved_sites import resolve
 from subspace_lab.model.sources import Unmatched, all_rows, expect_unmatched, fitted
 
-CHUNK = 64  # pairs a run, at most
-# Of a run on the CPU: with more the intermediate results leave its caches (64 × 64 tokens: 15 % slower).
+CHUNK = 64  # pairs in one run, at most
+# Tokens in one run on a CPU. With more, the intermediate results do not fit its caches (64 × 64 tokens: 15 % slower).
 TOKENS = 2048
-SMALL_BATCH = 2**16  # numbers
+SMALL_BATCH = 2**16  # numbers in the input of one run of a plain module
 
 Assignment = Mapping[str, Site]
-"""{variable: the site where it is searched for}"""
+"""{variable: the site where it is searched}"""
 
 
 @dataclass
 class PreparedPairs:
-    """Pairs under a model.
+    """Pairs with the model's states.
 
     Attributes:
-        engine: over the bases.
-        states: {variable: {site: (pairs, positions, width) states of its sources}}, NaN where a source has fewer.
+        engine: the engine over the bases.
+        states: {variable: {site: (pairs, positions, width) states of its sources}}, NaN at positions that a source
+            does not have.
         data: the pairs.
-        backbone: of the model.
-        unmatched: what becomes of positions that a base or its source lacks, as in `forward`.
+        backbone: the model.
+        unmatched: what happens at positions that only the base or only its source has, as in `forward`.
     """
 
     engine: Engine
@@ -70,17 +71,18 @@ class PreparedPairs:
         unmatched: Unmatched = "refuse",
         paths: Iterable[Path] = (),
     ) -> PreparedPairs:
-        """One pass over the bases and one over each variable's sources, for all sites.
+        """Run the model once over the bases and once over each variable's sources, for all sites.
 
         Args:
-            assignments: where variables will be exchanged, each on its own.
-            memory: budget of the frozen past.
-            frozen: compute once what comes before the edits; without, every run is a plain one.
-            unmatched: "refuse" pairs whose base and source have different numbers of positions, or "keep_base" there.
-            paths: that exchanges will take.
+            assignments: the places where variables will be exchanged, each separately.
+            memory: memory budget of the frozen past.
+            frozen: compute the part before the edits once. Without it, every run is a full forward pass.
+            unmatched: "refuse" pairs whose base and source have different numbers of positions, or "keep_base" at
+                positions that only one of them has.
+            paths: the paths of the methods that restrict an exchange to a path.
 
         Raises:
-            ValueError: a pair whose base and source differ in that way; the message names it.
+            ValueError: with "refuse", a pair with different numbers of positions; the message names the pair.
         """
         expect_unmatched(unmatched)
         data = data.to(backbone.device)
@@ -101,7 +103,7 @@ class PreparedPairs:
             parts = [collect(backbone, source.rows(r), own) for r in torch.arange(len(data)).split(_chunk(data))]
             states[name] = {site: all_rows([p[site] for p in parts]) for site in own}
             for site in own:
-                # Once for all pairs, so that the message names the pair and not a row of some batch.
+                # Checked for all pairs at once, so that the message names the pair and not an index in a batch.
                 fitted(resolve(backbone, data.base, site), states[name][site], unmatched, f" for {name!r}")
         return cls(engine, states, data, backbone, unmatched)
 
@@ -109,7 +111,7 @@ class PreparedPairs:
         return len(self.data)
 
     def sources(self, assignment: Assignment, pairs: Tensor) -> dict[Site, Any]:
-        """{site: states of the sources of some pairs}, or {variable: states} where variables share the site."""
+        """{site: states of the sources of some pairs}; if variables share the site, {site: {variable: states}}."""
         found: dict[Site, Any] = {}
         for site in dict.fromkeys(assignment.values()):
             names = [name for name, own in assignment.items() if own == site]
@@ -124,10 +126,10 @@ class PreparedPairs:
         pairs: Tensor | None = None,
         path: Path | None = None,
     ) -> list[Outcome]:
-        """What the model says with each of several sets of edits, all in one run; by default about all pairs.
+        """The outcomes with each of several sets of edits, computed in one run, by default for all pairs.
 
         Args:
-            path: that the edits' effect takes to the answer; all ways by default.
+            path: the only path by which the edits reach the answer; by default they reach it by all paths.
         """
         pairs = torch.arange(len(self)) if pairs is None else pairs
         runs = partial(self._runs, assignment, edits=len(edits), pairs=pairs, path=path)
@@ -140,10 +142,10 @@ class PreparedPairs:
         ]
 
     def without_edit(self, pairs: Tensor | None = None, assignments: Sequence[Assignment] = ()) -> Outcome:
-        """What the model says without any intervention, by default about all pairs.
+        """The outcome without any intervention, by default for all pairs.
 
         Args:
-            assignments: where metrics that ask for the complement will be asked for it.
+            assignments: the places for which metrics will need the complement.
         """
         some = torch.arange(len(self)) if pairs is None else pairs
         vocabulary = cache(lambda: self._runs({}, {}, 1, some, vocabulary=True))
@@ -181,8 +183,8 @@ class PreparedPairs:
     ) -> Tensor:
         """(edits, pairs, answers) logits of each of several stacked sets of edits.
 
-        Of the vocabulary (edits, pairs) the answer whose token has the highest logit, −1 where that is no answer's:
-        all logits of all pairs would not fit in memory.
+        With `vocabulary` (edits, pairs): the answer whose token has the highest logit of the vocabulary, −1 if this
+        token is no answer. The logits themselves, of all tokens for all pairs, would not fit in memory.
         """
         parts = []
         with torch.no_grad():
@@ -201,31 +203,30 @@ class PreparedPairs:
         return torch.cat(parts, 1)
 
     def _answers_of(self, tokens: Tensor) -> Tensor:
-        """Which answer each token is, −1 where it is none."""
-        if self.data.scored is None:  # the model's output is over the answers
+        """The number of the answer that each token is, −1 if it is none."""
+        if self.data.scored is None:  # the model's output has one logit for each answer
             return tokens
-        if isinstance(
-            self.engine, SpelledAnswers
-        ):  # which has looked at all their tokens, and has one more for none
+        # This engine has compared all tokens of the answers, and has an extra entry for "no answer".
+        if isinstance(self.engine, SpelledAnswers):
             return torch.where(tokens < len(self.data.answers), tokens, -1)
         same = tokens[:, None] == self.data.scored.cpu()
         return torch.where(same.any(1), same.int().argmax(1), -1)
 
     def _complements(self, assignment: Assignment, edits: Sequence[Mapping[Site, nn.Module]]) -> dict[Site, Stack]:
-        """Each exchange with base and source in each other's place: all but the subspace becomes the source's."""
+        """The exchanges with base and source swapped: everything but the subspace becomes the source's."""
         _expect_one_source_a_site(assignment)
         return stacked_edits([{site: _Turned(edit) for site, edit in one.items()} for one in edits])
 
     @cached_property
     def source_logits(self) -> Tensor:
-        """(pairs, answers): the logits that the model gives to the sources without any intervention.
+        """(pairs, answers): the model's logits for the sources without any intervention.
 
         Raises:
-            ValueError: several variables, of which each has a source of its own.
+            ValueError: several variables, each with its own sources.
         """
         if len(self.data.sources) > 1:
             raise ValueError(
-                f"A loss towards what the model says about the source needs one source; the variables "
+                f"A loss that compares with the model's output for the source needs one source; the variables "
                 f"{list(self.data.sources)} have one each. Use target='answer', or search one variable at a time."
             )
         source = next(iter(self.data.sources.values()))
@@ -239,7 +240,7 @@ class PreparedPairs:
 
     @cached_property
     def unedited(self) -> Tensor:
-        """(pairs, answers): the logits that the model gives to the bases without any intervention.
+        """(pairs, answers): the model's logits for the bases without any intervention.
 
         Raises:
             ValueError: logits that are NaN.
@@ -250,7 +251,7 @@ class PreparedPairs:
         wrong = int(logits.isnan().any(-1).sum())
         if wrong:
             raise ValueError(
-                f"The model gives NaN in the place of logits for {wrong} of {len(self)} bases, without any "
+                f"The model gives NaN instead of logits for {wrong} of {len(self)} bases, without any "
                 "intervention: no answer can be read from them. Is its dtype too narrow, or are its weights broken?"
             )
         return logits
@@ -261,9 +262,9 @@ class Drawn:
     """The pairs of one training step.
 
     Attributes:
-        of: what they are pairs of.
-        pairs: which of them.
-        sources: the states of their sources, as `PreparedPairs.sources`.
+        of: all pairs, from which these are drawn.
+        pairs: (n,) indices of the drawn pairs.
+        sources: the states of their sources, as in `PreparedPairs.sources`.
     """
 
     of: PreparedPairs
@@ -271,15 +272,15 @@ class Drawn:
     sources: dict[Site, Any]
 
     def targets(self, loss: Loss) -> Tensor:
-        """What a loss is given beside the logits: the expected answers, or the sources' logits."""
+        """The second argument of a loss: the expected answers, or the sources' logits."""
         if isinstance(loss, Towards) and loss.target == "source":
             return self.of.source_logits[self.pairs]
         return self.of.data.answer.cpu()[self.pairs]
 
     def weights(self, by_kind: Mapping[str, float] | None) -> Tensor:
-        """(pairs,) what each pair counts: together 1, and the pairs of a kind together in proportion to its weight.
+        """(pairs,) the weight of each pair. The sum is 1; the total of each kind is proportional to the kind's weight.
 
-        A kind without a weight counts nothing. Without any weights all pairs count alike.
+        A kind without a weight has weight 0. If `by_kind` is None, all pairs have the same weight.
         """
         n = len(self.pairs)
         if by_kind is None:
@@ -287,12 +288,12 @@ class Drawn:
         kinds = self.of.data.kinds
         own = [kinds[i] for i in self.pairs.tolist()]
         weights = torch.tensor([by_kind.get(kind, 0.0) / own.count(kind) for kind in own])
-        # A step may by chance have no pair that counts; it changes nothing.
+        # A step may by chance contain only pairs of weight 0; then it changes nothing.
         return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 Draw = Callable[[int], Drawn]
-"""step → its pairs"""
+"""step → the pairs of this step"""
 
 
 def fit(
@@ -303,19 +304,19 @@ def fit(
     on_step: Callable[[int, list[float]], None] | None = None,
     unmatched: Unmatched = "refuse",
 ) -> list[list[float]]:
-    """Train learners, all in one run over a stacked batch, each as if it were alone.
+    """Train several learners in one run over a stacked batch; each is trained as if it were alone.
 
-    Learners may be at several places. Those at one place stand behind each other, so that they share its edits.
+    Learners may be at several places. Learners at the same place must follow each other, so that they share its edits.
 
     Args:
-        draws: for each learner the pairs of its steps; all from one engine, equally many a step.
-        configs: for each its training; their numbers of steps agree.
-        loss: of the answers' logits and the expected answers, by pair, or a `Towards`. What is minimised is its
-            mean, by the learner's weights where it has some, and the learner's penalty.
-        unmatched: what becomes of positions that a base or its source lacks.
+        draws: for each learner the pairs of its steps; all from one engine, the same number in each step.
+        configs: the training configuration of each learner, all with the same number of steps.
+        loss: a function of the answers' logits and the expected answers that gives a loss for each pair, or a
+            `Towards`. Minimised is its mean (weighted, if the learner has weights) plus the learner's penalty.
+        unmatched: what happens at positions that only the base or only its source has.
 
     Returns:
-        For each the loss at each step.
+        For each learner the loss at each step.
 
     Raises:
         FloatingPointError: a loss that is not finite.
@@ -362,7 +363,7 @@ def fit(
 
 
 def from_pool(pairs: PreparedPairs, assignment: Assignment, config: TrainingConfig) -> Draw:
-    """Fixed pairs, shuffled anew each epoch."""
+    """Draws from fixed pairs, shuffled anew in each epoch."""
     order: Iterator[Tensor] = shuffled_rows(len(pairs), config)
 
     def draw(_: int) -> Drawn:
@@ -375,7 +376,7 @@ def from_pool(pairs: PreparedPairs, assignment: Assignment, config: TrainingConf
 def from_stream(
     backbone: Backbone, stream: Stream, assignment: Assignment, unmatched: Unmatched = "refuse"
 ) -> Draw:
-    """Fresh pairs at every step; those of a step are made once, however many ask for them."""
+    """Draws fresh pairs at each step. The pairs of a step are made once, and all learners of the step share them."""
     latest: list[tuple[int, Drawn]] = []
 
     def draw(step: int) -> Drawn:
@@ -389,12 +390,12 @@ def from_stream(
 
 
 def stacked_edits(edits: Sequence[Mapping[Site, nn.Module]]) -> dict[Site, Stack]:
-    """Several sets of edits of the same sites as one: each acts on its own share of a batch."""
+    """Several sets of edits at the same sites as one set, in which each edit acts on its own part of a batch."""
     return {site: Stack([one[site] for one in edits]) for site in edits[0]}
 
 
 def _chunk(data: Counterfactuals) -> int:
-    """Pairs a run. A plain module's are many: starting a run costs more than running some numbers more."""
+    """Pairs in one run. A plain module gets many: starting a run costs more than computing some more numbers."""
     positional, ids = data.base.positional, data.base.inputs.get("input_ids")
     if positional is not None:
         return max(CHUNK, SMALL_BATCH // max(1, positional.shape[1:].numel()))
@@ -405,7 +406,7 @@ def _chunk(data: Counterfactuals) -> int:
 
 
 class _Turned(nn.Module):
-    """An exchange of a subspace, with base and source in each other's place."""
+    """The exchange of a subspace, with base and source swapped."""
 
     def __init__(self, edit: nn.Module) -> None:
         super().__init__()
@@ -417,13 +418,13 @@ class _Turned(nn.Module):
 
 
 def _expect_one_source_a_site(assignment: Assignment) -> None:
-    """ValueError where variables share a site: there is no one source from which the complement could come."""
+    """ValueError if variables share a site: there is then no single source for the complement."""
     sites = list(assignment.values())
     if twice := [site for site in dict.fromkeys(sites) if sites.count(site) > 1]:
         names = [name for name, site in assignment.items() if site == twice[0]]
         raise ValueError(
-            f"The variables {names} share the site {twice[0]} and have a source each, so that there is no one source "
-            "for the complement of their subspaces. Search one variable at a time, or leave this metric out."
+            f"The variables {names} share the site {twice[0]} and have different sources, so that there is no single "
+            "source for the complement of their subspaces. Search one variable at a time, or leave this metric out."
         )
 
 
@@ -432,12 +433,12 @@ def _one_of(found: Callable[[], Tensor], i: int) -> Tensor:
 
 
 def one_read(logits: Tensor) -> Tensor:
-    """(pairs, answers), read at one position."""
+    """(pairs, answers) logits that were read at one position."""
     return logits[:, 0] if logits.ndim == 3 else logits
 
 
 def _joined(sources: list[dict[Site, Any]]) -> dict[Site, Any]:
-    """The sources of several draws, one behind the other."""
+    """The sources of several draws, concatenated."""
     if len(sources) == 1:
         return sources[0]
     joined: dict[Site, Any] = {}

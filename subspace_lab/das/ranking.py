@@ -1,4 +1,4 @@
-"""The order of rival hypotheses by what was found for each, with the evidence beside it."""
+"""Rival hypotheses ordered by their scores, with the evidence for the order."""
 
 from __future__ import annotations
 
@@ -36,20 +36,21 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Standing:
-    """One hypothesis and what was found for it.
+    """One hypothesis and its scores.
 
     Attributes:
-        name: of the hypothesis.
-        method, place: the label and the site that dev chose.
-        iia: on all test pairs, the mean over seeds.
-        differing: on those test pairs on which not all hypotheses agree.
-        floor: of those pairs the share that is right without any intervention, or with the best constant answer,
-            whichever is higher.
-        ceiling: of those pairs the share on which the hypothesis that stands first expects the same: what this one
-            would score with the first one's subspaces if the network did exactly what the first one says.
-        rank: the smallest, of each variable, whose fits come within the margin of the best on dev.
-        behind: by how much more often the first hypothesis is right, pair by pair, where the two expect different
-            answers; None of the first itself, and where they never differ.
+        name: the name of the hypothesis.
+        method, place: the method and the place chosen on dev.
+        iia: IIA on all test pairs, the mean over seeds.
+        differing: IIA on the test pairs on which not all hypotheses agree.
+        floor: the share of these differing pairs that is right without any intervention, or with the best constant
+            answer, whichever is higher.
+        ceiling: the share of the differing pairs on which the first hypothesis expects the same answer. This
+            hypothesis would have this score with the subspaces of the first one, if the network did exactly what the
+            first one says.
+        rank: the smallest rank (of each variable's subspace) whose fits come within the margin of the best on dev.
+        behind: how much more often the first hypothesis is right, where the two expect different answers (a mean over
+            pairs); None for the first hypothesis itself, and if the two never differ.
     """
 
     name: str
@@ -65,13 +66,13 @@ class Standing:
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Rival hypotheses in the order of what was found for them.
+    """Rival hypotheses in the order of their scores.
 
     Attributes:
-        standings: the first is followed best.
-        agreement: {hypothesis: {hypothesis: share of the test pairs of which both expect the same}}.
-        n, n_differing: test pairs, and those on which not all agree.
-        within: how much IIA counts as the same.
+        standings: the hypotheses; the network follows the first one best.
+        agreement: {hypothesis: {hypothesis: share of the test pairs on which both expect the same answer}}.
+        n, n_differing: the number of test pairs, and of those on which not all hypotheses agree.
+        within: a difference in IIA up to this margin counts as equal.
         fits: {hypothesis: the fits of its sweep}.
     """
 
@@ -87,7 +88,7 @@ class Ranking:
         return self.standings[0]
 
     def records(self) -> list[dict[str, Any]]:
-        """Each hypothesis as one flat line: `pandas.DataFrame(ranking.records())`."""
+        """Each hypothesis as one flat record: `pandas.DataFrame(ranking.records())`."""
         lines = []
         for place, one in enumerate(self.standings, 1):
             flat: dict[str, Any] = {"order": place}
@@ -101,17 +102,18 @@ class Ranking:
 
     @property
     def notes(self) -> list[str]:
-        """What has to be known to read the table."""
+        """Notes that are needed to read the table."""
         lines = [
             f"{self.n} test pairs; on {self.n_differing} of them not all hypotheses expect the same answer, and only "
-            "these tell them apart. Brackets: the 95 % interval.",
-            "ceiling: what the hypothesis would score on them with the subspaces of the first, if the network did "
-            f"what the first one says. rank: the smallest within {self.within:g} of the best on dev.",
-            "first − this: by how much more often the first hypothesis is right where the two differ.",
+            "these distinguish the hypotheses. Brackets: the 95 % interval.",
+            "ceiling: the score that the hypothesis would have on these pairs with the subspaces of the first one, if "
+            f"the network did what the first one says. rank: the smallest rank within {self.within:g} of the best on "
+            "dev.",
+            "first − this: how much more often the first hypothesis is right where the two differ.",
         ]
         tied = [one.name for one in self.standings[1:] if one.behind is not None and one.behind.low <= 0]
         if tied:
-            lines.append(f"Not told apart from the first on these pairs: {', '.join(tied)}.")
+            lines.append(f"Not distinguishable from the first on these pairs: {', '.join(tied)}.")
         low = [one.name for one in self.standings if one.differing.low <= one.floor]
         if low:
             lines.append(f"Not above the floor: {', '.join(low)}.")
@@ -172,7 +174,7 @@ class Ranking:
         """Write ranking.json and the fits of each hypothesis (folders fits-0, fits-1, …) into a new or empty folder.
 
         Raises:
-            FileExistsError: a folder that holds something already.
+            FileExistsError: the folder is not empty.
         """
         with taken_folder(Path(folder)) as folder:
             for i, fits in enumerate(self.fits.values()):
@@ -181,15 +183,15 @@ class Ranking:
 
     @classmethod
     def load(cls, folder: str | Path) -> Ranking:
-        """The ranking that `save` wrote.
+        """Read the ranking that `save` wrote.
 
         Raises:
             FileNotFoundError: no such folder or file.
-            ValueError: files that are broken or of another format.
+            ValueError: files that are broken or have another format.
         """
         folder = Path(folder)
         if not (folder / RECORD).is_file():
-            raise FileNotFoundError(f"There is no {RECORD} in {folder}: it is no folder of Ranking.save.")
+            raise FileNotFoundError(f"There is no {RECORD} in {folder}: it is not a folder of Ranking.save.")
         found = read_json(folder / RECORD)
         try:
             if found["format"] != FORMAT:
@@ -202,21 +204,21 @@ class Ranking:
 
 
 def rank_hypotheses(rivals: Mapping[str, Pairs], fits: Mapping[str, Fits], *, within: float = 0.02) -> Ranking:
-    """Which hypothesis the network follows best, by the searches for each.
+    """Order hypotheses by how well the network follows them, using the searches for each.
 
-    Of each hypothesis the place and method are chosen on dev; the smallest rank is that of the fits which come within
-    `within` of it on dev, at any place. Hypotheses are ordered by their IIA on the test pairs on which not all of them
-    agree; those that come within `within` of the first stand in the order of their smallest rank, then those within it
-    of the next.
+    For each hypothesis the place and the method are chosen on dev. Its smallest rank is that of the fits, at any place,
+    that come within `within` of this choice on dev. Hypotheses are ordered by their IIA on the test pairs on which not
+    all of them agree. Those within `within` of the highest IIA are ordered among themselves by their smallest rank;
+    then the same is done with the rest.
 
     Args:
-        rivals: {hypothesis: its pairs}, of `rival_pairs` or by hand: the bases are the same in all.
-        fits: {hypothesis: the fits of a sweep over its pairs}, of one model, with the metric `iia`.
-        within: how much IIA counts as the same.
+        rivals: {hypothesis: its pairs}, from `rival_pairs` or made by hand; all must have the same bases.
+        fits: {hypothesis: the fits of a sweep over its pairs}, all of one model, with the metric `iia`.
+        within: a difference in IIA up to this margin counts as equal.
 
     Raises:
-        ValueError: other hypotheses in the one than in the other, fewer than two, fits of other pairs or of several
-            models, hypotheses whose test bases are not the same or that expect the same of every test pair, fits
+        ValueError: different hypotheses in `rivals` and `fits`, fewer than two hypotheses, fits of other pairs or of
+            several models, hypotheses whose test bases differ or that expect the same answers in all test pairs, fits
             that were not scored by `iia`.
     """
     names = list(rivals)
@@ -226,10 +228,10 @@ def rank_hypotheses(rivals: Mapping[str, Pairs], fits: Mapping[str, Fits], *, wi
         if fits[name].facts.get("data") != pairs.fingerprint():
             raise ValueError(f"the fits of {name!r} are of other pairs than those given for it")
         if not _same_bases(rivals[names[0]].test, pairs.test):
-            raise ValueError(f"{names[0]!r} and {name!r} have other test bases: draw them once for all")
+            raise ValueError(f"{names[0]!r} and {name!r} have other test bases: draw the bases once for all")
     models = {str(fits[name].facts.get("model")) for name in names}
     if len(models) > 1:
-        raise ValueError(f"the fits are of {len(models)} models, and a ranking is of one: {sorted(models)}")
+        raise ValueError(f"the fits are of {len(models)} models, but a ranking is of one: {sorted(models)}")
     expected = {name: _texts(pairs.test, pairs.test.answer) for name, pairs in rivals.items()}
     agree = {a: {b: _equal(expected[a], expected[b]) for b in names} for a in names}
     differ = ~torch.stack([agree[names[0]][name] for name in names]).all(0)
@@ -268,7 +270,7 @@ def rank_hypotheses(rivals: Mapping[str, Pairs], fits: Mapping[str, Fits], *, wi
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """What was found for one hypothesis: one of the chosen fits, its score by pair (mean over seeds), its rank."""
+    """The result for one hypothesis: one of the chosen fits, its score for each pair (mean over seeds), its rank."""
 
     fit: Fit
     values: Tensor
@@ -292,7 +294,7 @@ class _Found:
 
 
 def _ordered(scores: Mapping[str, float], ranks: Mapping[str, int], within: float) -> list[str]:
-    """By score; those within a margin of the highest by rank, then those within it of the next highest."""
+    """Names by score; names within a margin of the highest score are ordered by rank, then the same with the rest."""
     left, order = dict(scores), []
     while left:
         highest = max(left.values())
@@ -303,7 +305,7 @@ def _ordered(scores: Mapping[str, float], ranks: Mapping[str, int], within: floa
 
 
 def _floor(base: Sequence[str], expected: Sequence[str], there: Tensor) -> float:
-    """The share of some pairs that is right with the answer of the base, or with the most frequent answer."""
+    """The share of some pairs that is right with the base's answer, or with the most frequent expected answer."""
     pairs = [(b, e) for b, e, used in zip(base, expected, there.tolist(), strict=True) if used]
     unedited = sum(b == e for b, e in pairs)
     return max(unedited, *Counter(e for _, e in pairs).values()) / len(pairs)

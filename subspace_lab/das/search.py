@@ -1,10 +1,11 @@
-"""The short way to a search: one rank or several, with the baselines and controls that belong beside it.
+"""A search in one call: DAS with one rank or several, and the baselines and controls to compare it with.
 
 Source: Geiger et al. 2023 (arXiv 2303.02536). The score is the interchange intervention accuracy (IIA): the share of
-held-out pairs that the model answers as the causal model does, once the subspace's content comes from the source.
+held-out pairs in which the model gives the answer of the causal model after the subspace was replaced by its content in
+the source.
 
-An IIA says little alone. The table shows, beside DAS: the difference of means and the principal components, which are
-not trained and often as good; random subspaces of the same rank; and the swap of the full vector.
+An IIA alone says little. Beside DAS the table therefore shows the difference of means and the principal components
+(not trained, and often as good), random subspaces of the same rank, and the interchange of the full vector.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from subspace_lab.model.sources import Unmatched
 
 
 def default_methods(rank: int | Sequence[int] = 1, *, shared_site: bool = False) -> list[Method]:
-    """DAS, and what belongs beside it: difference of means, principal components, random subspaces, the full vector.
+    """DAS and the methods to compare it with: difference of means, PCA, random subspaces, the full vector.
 
     Args:
-        rank: of DAS, of the principal components and of the random subspaces.
-        shared_site: whether several variables share a site, where none of them can have the full vector.
+        rank: rank of DAS, of PCA and of the random subspaces.
+        shared_site: whether several variables share a site; the full vector is then left out, because it can
+            belong to one variable only.
     """
     methods: list[Method] = [DAS(rank), DifferenceOfMeans(), PCA(rank), RandomSubspace(rank)]
     return methods if shared_site else [*methods, FullVector()]
@@ -59,18 +61,17 @@ def search(
     quiet: bool = False,
     label: str = "search",
 ) -> Fits:
-    """Search each site for the variables of the pairs, by DAS and the methods that belong beside it.
+    """Search each site for the variables of the pairs, with DAS and the methods to compare it with.
 
-    `fits.best()` is the fit that the dev split chooses; its score on the test split is what it is worth.
+    `fits.best()` is the fit chosen on the dev split; its score on the test split is the result to report.
 
     Args:
         rank: dimensions of each variable's subspace, one number or several.
-        methods: instead of `default_methods(rank)`.
-        seeds: how many, or which: of random starts and of the order of the pairs.
-        right_only: count only pairs whose base and sources the model answers right (`only_answered`); by default
-            wherever `min_accuracy` asks for a model that follows the algorithm. Training pairs that are drawn afresh
-            all count.
-        others: as of `sweep`, which this calls and whose errors it raises.
+        methods: the methods to run instead of `default_methods(rank)`.
+        seeds: how many seeds, or which ones. A seed sets the random start and the order of the pairs.
+        right_only: use only pairs whose base and sources the model answers right (`only_answered`). By default this
+            is done if `min_accuracy` is set. Training pairs that are drawn at each step are all used.
+        others: as in `sweep`, which this function calls; it raises the same errors.
     """
     if methods is None:
         several = isinstance(pairs, Pairs) and len(pairs.variables) > 1
@@ -79,7 +80,7 @@ def search(
         )
         methods = default_methods(rank, shared_site=several and not apart)
     if (min_accuracy is not None) if right_only is None else right_only:
-        # What a sweep refuses is refused before the model runs over the pairs.
+        # Errors of the sweep's arguments are raised before the model runs over the pairs.
         check_types(backbone, pairs, sites, methods, seeds, config or TrainingConfig(), loss, metrics)
         searches_of(backbone, pairs, sites, methods, seeds, metrics)
         pairs = only_answered(backbone, pairs, min_accuracy=min_accuracy)

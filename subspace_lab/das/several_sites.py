@@ -12,19 +12,18 @@ Of = TypeVar("Of")
 
 
 def at_several_sites(pairs: Pairs, variable: str, names: Sequence[str]) -> Pairs:
-    """The pairs with a variable under several names, all with its source: one name for each of its sites.
+    """The pairs with a variable under several names, all with the same sources.
 
-    A search of {name: site} then exchanges the variable at all these sites at once, with a subspace of its own at
-    each:
+    A search at {name: site} then exchanges the variable at all these sites at once, with its own subspace at each:
 
         both = at_several_sites(pairs, "gender", ["gender at the name", "gender at the end"])
         search(backbone, both, [{"gender at the name": site, "gender at the end": other}])
 
-    The answers stay as they are, so exchanging one of the names alone is another question.
+    The expected answers do not change, so they are not right for an exchange of only one of the names.
 
     Args:
-        pairs: with the variable; other variables stay.
-        names: two or more, none of which another variable has.
+        pairs: pairs with this variable; their other variables do not change.
+        names: two or more names that no other variable has.
 
     Raises:
         ValueError: no such variable, or names that are too few, equal or taken.

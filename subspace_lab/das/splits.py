@@ -1,6 +1,6 @@
-"""Which pairs come into which split, and how many of each kind stay.
+"""Which pairs go into which split, and which pairs are kept to balance the answers.
 
-Plain functions of lists: pairs are numbers here.
+Plain functions of lists, in which a pair is an index.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 
 SPLITS = ("train", "dev", "test")
-HARMLESS = 20  # a cell of one pair in so many or fewer is not made smaller
+HARMLESS = 20  # a cell with at most one pair in so many is not made smaller
 
 
 def assigned(values: Sequence[frozenset[Hashable]], shares: Mapping[str, float], seed: int) -> list[str | None]:
-    """A split for each pair, so that no value stands in two of them; None for a pair whose values come into several.
+    """A split for each pair, so that no value is in two splits; None for a pair whose values are in different splits.
 
     Values are assigned one after the other in random order: to test until it has its share of the pairs, then to dev,
-    and the rest to train. Each split gets one value at least.
+    and the rest to train. Each split gets at least one value.
 
     Args:
         values: for each pair the values (entities, templates, words) that it must not share with another split.
-        shares: of the pairs, {"dev": 0.15, "test": 0.25}.
+        shares: shares of the pairs, such as {"dev": 0.15, "test": 0.25}.
+        seed: seed of the random order.
 
     Raises:
         ValueError: fewer than three values, or a split without pairs.
@@ -30,7 +31,7 @@ def assigned(values: Sequence[frozenset[Hashable]], shares: Mapping[str, float],
     order = sorted(count, key=str)
     if len(order) < len(SPLITS):
         raise ValueError(
-            f"{len(order)} different values ({', '.join(map(str, order))}) for three splits: each needs one."
+            f"{len(order)} different values ({', '.join(map(str, order))}) for three splits: each split needs one."
         )
     random.Random(seed).shuffle(order)
     total = sum(count.values())
@@ -45,20 +46,22 @@ def assigned(values: Sequence[frozenset[Hashable]], shares: Mapping[str, float],
     splits = [names.pop() if len(names) == 1 else None for names in found]
     if empty := [name for name in SPLITS if name not in splits]:
         raise ValueError(
-            f"No pair is wholly of the {empty[0]} split: {splits.count(None)} of {len(splits)} pairs have values of "
-            f"several splits ({len(count)} different values). Take other shares, another seed, or more pairs."
+            f"No pair has all its values in the {empty[0]} split: {splits.count(None)} of {len(splits)} pairs have "
+            f"values of several splits ({len(count)} different values). Take other shares, another seed, or more pairs."
         )
     return splits
 
 
 def balanced(cells: Sequence[Hashable], seed: int) -> list[int]:
-    """Which pairs stay, so that the cells are as even as can be without losing more than half of the pairs.
+    """Indices of the pairs that are kept, so that the cells are about equally large; at least half of all pairs.
 
-    Surplus pairs, drawn at random, leave the fullest cell first, until all cells are even, half of the pairs is gone or
-    no cell holds more than a twentieth of them: a constant answer is then of no use any more.
+    Surplus pairs are dropped at random, from the largest cell first. This ends when all cells have the same size, when
+    half of the pairs is dropped, or when no cell holds more than a twentieth of the pairs: a constant answer then gains
+    nothing.
 
     Args:
-        cells: of each pair, what is to be even: its answer and whether it changes.
+        cells: for each pair its cell: its answer and whether it changes.
+        seed: seed of the random choice.
     """
     members: dict[Hashable, list[int]] = defaultdict(list)
     for i, cell in enumerate(cells):

@@ -1,8 +1,8 @@
 """Many searches in one call: sites × methods × ranks × seeds.
 
 The model runs once over the data for all sites. All fits of a place (a site, or a site for each variable) train
-together, and so do those of a few places where that is cheaper. Such a cohort is what an executor is given; each of its
-places is written to a folder once it is done.
+together. Several places train together too (a cohort), if that is cheaper. Each task of an executor is one
+cohort. Each place is written to the folder as soon as it is finished.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = ["SweepInterrupted", "SweepUnsaved", "sweep"]
 
 
 class SweepInterrupted(KeyboardInterrupt):
-    """Ctrl-C in a sweep some of whose places were finished.
+    """Ctrl-C in a sweep, after at least one place was finished.
 
     Attributes:
-        fits: those of the finished places.
+        fits: the fits of the finished places.
     """
 
     def __init__(self, fits: Fits, places: int) -> None:
@@ -68,51 +68,53 @@ def sweep(
     """Fit every method at every site, with every seed.
 
     Args:
-        backbone: of the model.
-        pairs: in three splits: fits are trained on `train`, chosen by `dev`, and reported on `test`.
-        sites: each is searched on its own. A site holds all variables, as parts of one basis; a mapping {variable:
-            site} gives each variable a site of its own, all exchanged at once. For one variable at
-            several sites see `at_several_sites`.
+        backbone: the model.
+        pairs: in three splits: fits are trained on `train`, chosen on `dev`, and reported on `test`.
+        sites: the places; each is searched separately. At a site, the subspaces of all variables are parts of one
+            basis. A mapping {variable: site} gives each variable a site of its own; all are exchanged at once. For one
+            variable at several sites see `at_several_sites`.
         methods: a setting that is a list, such as `DAS(rank=[1, 4])`, runs once for each of its values.
-        seeds: how many, or which: of random starts and of the order of the pairs.
-        config: of the training; its `seed` is replaced by each of the seeds.
-        loss: minimised by methods that train.
-        metrics: functions of an `Outcome`; the first is the one that tables show.
-        min_accuracy: a model that answers the test split's bases worse than this is refused; None allows any.
-        memory: budget of the frozen past, as in `FrozenPast`.
-        unmatched: what becomes of positions that a base has and its source has not, or the other way round: "refuse"
-            raises, "keep_base" leaves them as they are in the base.
-        screen: spend training only where a cheap first pass leaves hope; cells that are spared are told in
-            `screened` and in the table. None trains at every site.
-        out: a folder in which every site is kept as soon as it is searched. A new or empty one; or that of the same
-            sweep, which then goes on where it ended, however it ended. `Fits.load` reads it at any time.
-        executor: of `concurrent.futures`, such as a `ProcessPoolExecutor` or Dask's `client.get_executor()`, whose
-            workers search a site at a time. `memory` is then the budget of each worker. Without one the sites are
-            searched in this process, one after the other. In a process the model is run by one thread at a time.
-        quiet: say nothing of the progress.
+        seeds: how many seeds, or which ones. A seed sets the random start and the order of the pairs.
+        config: settings of the training; its `seed` is replaced by each of the seeds.
+        loss: the loss that trained methods minimise.
+        metrics: functions of an `Outcome`; tables show the first one.
+        min_accuracy: a model with a lower accuracy on the bases of the test split is refused; None allows any model.
+        memory: memory budget of the frozen past, as in `FrozenPast`.
+        unmatched: what happens at positions that only the base or only its source has: "refuse" raises, "keep_base"
+            leaves the state of the base.
+        screen: a cheap first pass that selects the sites at which methods are trained. The table and `screened` show
+            which cells were skipped. None trains at every site.
+        out: a folder in which every site is saved as soon as it is finished. The folder is new or empty, or it is the
+            folder of the same sweep, which then continues where it stopped, for whatever reason. `Fits.load` can read
+            it at any time.
+        executor: an executor of `concurrent.futures`, such as a `ProcessPoolExecutor` or Dask's
+            `client.get_executor()`. Its workers search one site at a time, and `memory` is the budget of each worker.
+            Without an executor the sites are searched in this process, one after the other. Within one process, only
+            one thread at a time runs the model.
+        quiet: show no progress.
 
     Raises:
-        TypeError: an argument of another kind; something that other processes cannot be sent.
+        TypeError: an argument of the wrong type; something that cannot be sent to other processes.
         ValueError: nothing to search, a rank above a site's width, the same method twice, a pair whose base and
-            source have different numbers of positions, or a model that fails the task. All this before anything is
-            trained.
-        FileExistsError, BlockingIOError: `out` holds something else, or another process is at it.
-        ValueError: `out` is the folder of another sweep, of another model or other data; the message says what
+            source have different numbers of positions, or a model that fails the task. All of these are raised before
+            any training.
+        FileExistsError, BlockingIOError: `out` contains something else, or another process is using it.
+        ValueError: `out` is the folder of another sweep, or of another model or other data; the message says what
             differs.
         RuntimeError: a worker died.
-        SweepUnsaved: an OSError that has the fits, which could not be written to `out`.
-        SweepInterrupted: a KeyboardInterrupt that has the fits of the sites which were finished before it.
+        SweepUnsaved: an OSError with the fits, which could not be written to `out`.
+        SweepInterrupted: a KeyboardInterrupt with the fits of the sites that were finished before it.
     """
     config = config or TrainingConfig()
     check_types(backbone, pairs, sites, methods, seeds, config, loss, metrics)
     if executor is not None and not isinstance(executor, Executor):
         raise TypeError(
-            f"executor is one of concurrent.futures, such as ProcessPoolExecutor(2); found {executor!r}."
+            f"executor must be one of concurrent.futures, such as ProcessPoolExecutor(2); found {executor!r}."
         )
     if out is not None and not isinstance(out, str | Path):
-        raise TypeError(f"out names a folder, as text or Path; found {out!r}.")
+        raise TypeError(f"out must name a folder, as text or Path; found {out!r}.")
     if screen is not None and not isinstance(screen, Screen):
-        raise TypeError(f"screen is a Screen, such as Screen(); found {screen!r}.")
+        raise TypeError(f"screen must be a Screen, such as Screen(); found {screen!r}.")
     assignments, variants, asked, widths = searches_of(backbone, pairs, sites, methods, seeds, metrics)
     places = Places(
         backbone, pairs, assignments, variants, asked, config, loss, metrics, widths, memory, unmatched, screen

@@ -1,4 +1,4 @@
-"""Worker processes of this machine for a sweep."""
+"""Worker processes on this machine for a sweep."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from subspace_lab.core.arguments import whole_number
 
 @contextmanager
 def local_workers(workers: int, *, threads: int | None = None) -> Iterator[Executor]:
-    """Some processes that `sweep(..., executor=…)` may use.
+    """Processes for `sweep(..., executor=…)`.
 
-    They are begun anew, not forked from this one. On a GPU they share it.
+    They are started as new processes, not forked from this one. On a machine with one GPU they share it.
 
     Args:
-        workers: how many.
-        threads: of each; by default the processor's cores are shared out among them.
+        workers: the number of processes.
+        threads: threads of each process; by default the processor's cores are divided among them.
 
     Raises:
-        TypeError, ValueError: anything but a number from 1 on.
+        TypeError, ValueError: not a whole number of 1 or more.
     """
     threads = max(1, (os.cpu_count() or 1) // max(1, workers)) if threads is None else threads
     for name, number in (("workers", workers), ("threads", threads)):
@@ -46,7 +46,7 @@ def _begin(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A process that is killed cannot end its workers, which would go on for nobody."""
+    """End this worker when its parent ends: a killed parent cannot do that, and the worker would run on uselessly."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Training and evaluating edits over a data set without computing anything twice.
+"""Training and evaluating edits over a data set, without computing anything twice.
 
 Knows model and core.
 """

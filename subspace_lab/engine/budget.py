@@ -13,20 +13,20 @@ from subspace_lab.model.arguments import expect_integer
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 MEMORY = Path("/proc/meminfo")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""Where Linux says what is free, and what the container of this process may use."""
+"""The files in which Linux reports free memory, and the memory limit of this process's container."""
 
 
 def budgets(memory: int | str | None, device: torch.device) -> tuple[int, int]:
     """(bytes on the device, bytes on the host).
 
     Args:
-        memory: an amount that holds for each of the two, in bytes or as text ("8GiB", "500MB"); None for half of
-            what is free on each.
-        device: the model's.
+        memory: an amount for each of the two, in bytes or as text ("8GiB", "500MB"); None for half of the free memory
+            of each.
+        device: the model's device.
 
     Raises:
-        TypeError: a fraction of a byte.
-        ValueError: less than 0, or text that is no amount of memory.
+        TypeError: a number of bytes that is not whole.
+        ValueError: less than 0, or text that is not an amount of memory.
     """
     if isinstance(memory, str):
         memory = _bytes(memory)
@@ -43,13 +43,14 @@ def budgets(memory: int | str | None, device: torch.device) -> tuple[int, int]:
 def placement(
     one: int, rows: int, all_rows: int, budget: tuple[int, int], device: torch.device
 ) -> tuple[torch.device | None, str]:
-    """Where what is computed once is stored, and in words; None where it fits nowhere.
+    """(the device where the prefix is stored, in words where), with None as the device if it fits nowhere.
 
     Args:
-        one: bytes that a pass over so many `rows` needs.
+        one: bytes that a pass over `rows` rows needs.
+        rows: how many rows one pass has.
         all_rows: how many rows the data set has.
-        budget: bytes on the device and on the host, as `budgets` gives them.
-        device: the model's.
+        budget: bytes on the device and on the host, as `budgets` returns them.
+        device: the model's device.
 
     Raises:
         ValueError: not even one pass fits.
@@ -58,7 +59,7 @@ def placement(
     if one > max(budget):
         raise ValueError(
             f"A memory budget of {max(budget) / 2**20:.3g} MiB cannot hold one batch of {rows} rows, which "
-            f"needs {one / 2**20:.3g} MiB; give more or a smaller chunk."
+            f"needs {one / 2**20:.3g} MiB; give more memory or a smaller chunk."
         )
     total = one * all_rows // max(1, rows)
     if total <= on_device:
@@ -71,17 +72,17 @@ def placement(
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if found is None or (found[3] and not found[2]):
-        raise ValueError(f"memory={text!r}: write bytes or, say, '8GiB' or '500MB'.")
+        raise ValueError(f"memory={text!r}: write a number of bytes, or text such as '8GiB' or '500MB'.")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** _POWERS[found[2].upper()])
 
 
 def _free_on_host() -> int:
-    """Bytes that this process may still take: of the machine's memory, within the limit of its container."""
+    """Bytes that this process may still use: free memory of the machine, within the limit of the container."""
     try:
         lines = MEMORY.read_text().splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        # No Linux: what is free is not known there, so a quarter of everything.
+        # Without /proc/meminfo the free memory is unknown, so use a quarter of all memory.
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 if hasattr(os, "sysconf") else 2**32
     try:
         allowed = (CONTROL_GROUP / "memory.max").read_text().strip()
@@ -89,5 +90,5 @@ def _free_on_host() -> int:
         facts = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return free
-    used -= int(facts.get("inactive_file", 0))  # read files, given up when memory is asked for
+    used -= int(facts.get("inactive_file", 0))  # cached files, which Linux drops when memory is needed
     return free if allowed == "max" else max(0, min(free, int(allowed) - used))

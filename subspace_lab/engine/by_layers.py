@@ -1,4 +1,4 @@
-"""Skipping the blocks below the first edited one: for models that attend both ways, and chains of modules."""
+"""For models that attend in both directions, and for chains of modules: skip the blocks below the first edited one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from subspace_lab.model.resolved_sites import ResolvedSite
 
 
 class ByLayers(Strategy):
-    """Stored are the states of all tokens at the input of the first block that is edited."""
+    """Stores the states of all tokens at the input of the first edited block."""
 
     name: ClassVar[str] = "layers"
 
@@ -25,15 +25,15 @@ class ByLayers(Strategy):
 
     @staticmethod
     def refusal(data: FrozenData) -> Refusal | None:
-        """None: whatever has a chain of blocks can be tried."""
+        """None: any model with a chain of blocks can be tried."""
         return None
 
     def serves(self, sites: Sequence[Site]) -> bool:
-        """True: states of all tokens serve every set of sites."""
+        """True: the states of all tokens serve every set of sites."""
         return True
 
     def compute(self, rows: Tensor) -> Prefix:
-        """Run some rows once, without edits, and store the states at each boundary."""
+        """Run some rows once without edits, and store the states at each boundary."""
         found: dict[int, Tensor] = {}
         hooks = self._data.chain.reading(found, lambda value: value.clone())
         if hooks:
@@ -54,18 +54,18 @@ class ByLayers(Strategy):
         return Resumption(data.inputs(rows), boundary, states, self.resolved(rows, sites), readout.rows(rows))
 
     def resolved(self, rows: Tensor, sites: Sequence[Site]) -> dict[Site, ResolvedSite]:
-        """As in the data set."""
+        """The same as in the data set."""
         return {site: self._data.sites[site].rows(rows) for site in sites}
 
     def tokens_of(self, sites: Sequence[Site]) -> object:
-        """All tokens run, whatever the sites."""
+        """All tokens run, whatever the sites are."""
         return "all"
 
     def length_of(self, sites: Sequence[Site]) -> float:
-        """All real tokens; one where a row is no sequence."""
+        """All real tokens; 1 if rows are not sequences."""
         real = self._data.batch.real_tokens()
         return 1.0 if real is None else float(real.sum(1).double().mean())
 
     def trial(self) -> tuple[list[Tensor], list[Site]]:
-        """No more than what is tried of every strategy."""
+        """Nothing beyond what is tried for every strategy."""
         return [], []

@@ -1,12 +1,12 @@
-"""Running only the tokens from the first edited one on: for causal decoders.
+"""For causal decoders: run only the tokens from the first edited one on.
 
-Stored are, of each row,
+For each row is stored:
 
-    states             at the input of the first block that is edited, of the tokens from the first edited one on
+    states             at the input of the first edited block, for the tokens from the first edited one on
     keys and values    of all earlier tokens, in the blocks from there on
     block states       of blocks without attention, after the earlier tokens (`engine/recurrent.py`)
 
-so that the blocks below are skipped and the earlier tokens come through the model's own cache.
+So the blocks below are skipped, and the model gets the earlier tokens through its own cache.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Plan:
     Attributes:
         boundary: how many blocks are skipped.
         aligned: the tokens that run.
-        resolved: {site: where it is in those}.
-        start: the number of the stored block states from which it begins; None where none are stored for it.
+        resolved: {site: its resolved form in these tokens}.
+        start: the number of the stored block states from which the run begins; None if none are stored for it.
     """
 
     boundary: int
@@ -52,7 +52,7 @@ class Plan:
 
 
 class ByTokens(Strategy):
-    """Stored are the states of the tokens that run, and keys and values of those before."""
+    """Stores the states of the tokens that run, and the keys and values of the tokens before."""
 
     name: ClassVar[str] = "keys and values"
 
@@ -63,16 +63,16 @@ class ByTokens(Strategy):
         self._plans: dict[tuple[Site, ...], Plan] = {}
         blocks = without_attention(backbone, data.chain.blocks)
         if blocks and not caches_all_states(backbone.model, len(data.chain.blocks), blocks):
-            blocks = []  # all below the first edited block, or `refusal` would have said so
+            blocks = []  # all of them are below the first edited block, otherwise `refusal` had refused
         each = [(), tuple(data.sites), *((site,) for site in data.sites), *data.together]
         starts = (self._schedule.first(sites) for sites in each)
         self._recurrent = RecurrentStates(backbone, blocks, self._schedule, starts)
-        # A pass for each start would cost more than a plain run; and such blocks write over their states.
+        # One pass for each start would cost more than a plain run. Such blocks also overwrite their states.
         self.recomputable, self.writes = not blocks, bool(blocks)
 
     @staticmethod
     def refusal(data: FrozenData) -> Refusal | None:
-        """Why earlier tokens cannot come through a cache; None if they can, as far as it shows without a run."""
+        """Why earlier tokens cannot come through a cache, as far as known without a run; None if they can."""
         backbone, inputs, readout = data.backbone, data.batch.inputs, data.readout
         real = data.batch.real_tokens()
         if not hasattr(backbone.model, "generate") or backbone.head() is None:
@@ -99,8 +99,8 @@ class ByTokens(Strategy):
             return Refusal("a mask or positions with more axes than (row, token)")
         positions = inputs.get("position_ids")
         if positions is not None and "attention_mask" not in inputs and bool((positions.diff(dim=1) != 1).any()):
-            return Refusal("positions that begin anew: several texts in a row")
-        # Resumed runs reach as far as logits are read, plain ones as far as the batch.
+            return Refusal("positions that start again: several texts in one row")
+        # Resumed runs end at the last read, plain runs at the end of the batch, so their longest rows can differ.
         number = (real.long().cumsum(1) - 1).gather(1, readout.index.to(real.device)).cpu()
         read = number if readout.valid is None else number.masked_fill(~readout.valid.cpu(), 0)
         longest = depends_on_longest(backbone.model, torch.cat([reaches(data.batch), read.amax(1) + 1]))
@@ -112,11 +112,11 @@ class ByTokens(Strategy):
         return Refusal("logits are read at padding") if bool(at_padding.any()) else None
 
     def serves(self, sites: Sequence[Site]) -> bool:
-        """Whether states are stored for the place at which these edits begin."""
+        """Whether states are stored for the point at which these edits begin."""
         return self._plan(tuple(sites)).start is not None
 
     def compute(self, rows: Tensor) -> Prefix:
-        """Run some rows once, without edits, and store states, keys and values."""
+        """Run some rows once without edits, and store states, keys and values."""
         data, schedule = self._data, self._schedule
         head, filled = data.backbone.head(), self._recurrent.empty_cache()
         assert head is not None and self._argument is not None
@@ -142,7 +142,7 @@ class ByTokens(Strategy):
     ) -> Resumption:
         """A run of some rows with edits at sites, from the first edited block and token on."""
         plan, device, depth = self._plan(tuple(sites)), self._data.backbone.device, len(self._data.chain.blocks)
-        # After the last block nothing looks back.
+        # No block is left after the last one that could look back.
         suffix = plan.aligned.rows(rows, look_back=plan.boundary < depth)
         inputs: dict[str, Any] = {k: t.to(device, non_blocking=True) for k, t in suffix.inputs().items()}
         earlier = prefix.keys_and_values(at, suffix.earlier(), plan.boundary, device) if suffix.before else {}
@@ -157,25 +157,25 @@ class ByTokens(Strategy):
         return Resumption(inputs, plan.boundary, states, self.resolved(rows, sites), read)
 
     def resolved(self, rows: Tensor, sites: Sequence[Site]) -> dict[Site, ResolvedSite]:
-        """Counted from the first token that runs."""
+        """Positions are counted from the first token that runs."""
         return {site: place.rows(rows) for site, place in self._plan(tuple(sites)).resolved.items()}
 
     def tokens_of(self, sites: Sequence[Site]) -> object:
-        """The object that sites with the same first tokens share."""
+        """An object that is shared by sites with the same first tokens."""
         return id(self._plan(tuple(sites)).aligned)
 
     def length_of(self, sites: Sequence[Site]) -> float:
-        """From the first edited one to the last that is read."""
+        """The tokens from the first edited one to the last that is read."""
         return float(self._plan(tuple(sites)).aligned.length.double().mean())
 
     def trial(self) -> tuple[list[Tensor], list[Site]]:
-        """The rows that begin earliest and latest, and the sites that do."""
+        """The rows, and the sites, with the earliest and the latest start."""
         starts, lowest = self._schedule.starts, self._schedule.lowest
         by_start = sorted(starts, key=lambda site: float(starts[site].double().mean()))
         return [lowest.argmin()[None], lowest.argmax()[None]], [by_start[0], by_start[-1]]
 
     def _plan(self, sites: tuple[Site, ...]) -> Plan:
-        """How this set of sites is run; remembered, as training asks for the same one at each step."""
+        """How this set of sites is run. Cached, because training needs the same plan in each step."""
         if sites in self._plans:
             return self._plans[sites]
         with torch.inference_mode(False):

@@ -1,7 +1,7 @@
 """Everything that depends on how transformers lays out its caches.
 
-A cache has a layer for each block of the model: for a block with attention the keys and values of the tokens so
-far, (rows, heads, tokens, head width); for a block without attention a state of fixed size.
+A cache has a layer for each block of the model. For a block with attention the layer holds the keys and values of the
+tokens so far, (rows, heads, tokens, head width). For a block without attention it holds a state of fixed size.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def text_config(model: nn.Module) -> Any:
 
 
 def empty_cache(model: nn.Module, state_blocks: Collection[int]) -> Any:
-    """A cache that stores the keys of all tokens, of layers with a sliding window too.
+    """A cache that stores the keys of all tokens, also in layers with a sliding window.
 
     Args:
-        state_blocks: numbers of the blocks that have a state; their layers are `FrozenStates`.
+        state_blocks: numbers of the blocks with a state; their layers are `FrozenStates`.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     if not state_blocks:
-        # Made without a configuration it knows of no sliding windows.
+        # Made without a configuration, it has no sliding windows.
         return DynamicCache()
     made: Any = DynamicCache(config=text_config(model))
     made.layers = [
@@ -54,8 +54,8 @@ def filled_cache(found: KeysAndValues, depth: int, rows: int, tokens: int, devic
     """A cache of so many earlier tokens, as if the model had just read them.
 
     Args:
-        found: keys and values, with room behind those of the earlier tokens for the tokens that will run; other
-            blocks are not run, and only the length of their layer is asked for.
+        found: keys and values, with room after those of the earlier tokens for the tokens that will run. Blocks without
+        them are not run, so their layer only needs the right length.
         depth: how many blocks the model has.
     """
     from transformers import DynamicCache
@@ -73,7 +73,7 @@ def filled_cache(found: KeysAndValues, depth: int, rows: int, tokens: int, devic
 
 
 def record_states(made: Any, blocks: Iterable[int]) -> None:
-    """Let the layers of some blocks store the states of the run to come."""
+    """Make the layers of some blocks store the states of the next run."""
     for i in blocks:
         made.layers[i].recording = True
 
@@ -90,7 +90,7 @@ def states_in(filled: Any, blocks: Iterable[int]) -> BlockStates:
 
 
 def put_states(filled: Any, model: nn.Module, states: BlockStates, blocks: Collection[int]) -> Any:
-    """A cache of earlier keys and values, with the states of some blocks as well."""
+    """A cache of earlier keys and values, extended by the states of some blocks."""
     fresh = empty_cache(model, blocks)
     layers = filled.layers or fresh.layers
     for i in blocks:
@@ -106,7 +106,7 @@ def put_states(filled: Any, model: nn.Module, states: BlockStates, blocks: Colle
 
 
 def unserved_blocks(model: nn.Module, depth: int) -> str | None:
-    """Which blocks of a model have a layer in its cache that is read neither as keys nor as a state; in words."""
+    """Which blocks have a layer in the cache that holds neither keys only nor a state only, in words; None if none."""
     from transformers import DynamicCache
     from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
@@ -120,10 +120,10 @@ def unserved_blocks(model: nn.Module, depth: int) -> str | None:
 
 
 def caches_all_states(model: nn.Module, depth: int, state_blocks: Sequence[int]) -> bool:
-    """Whether a cache of this model holds a state of each of these blocks, and keys and values of all others.
+    """Whether a cache of this model holds a state for each of these blocks, and keys and values for all others.
 
     Args:
-        depth: how many blocks the model has; it may be one that was cut short, whose cache has more layers.
+        depth: how many blocks the model has. A model may have been shortened; its cache then has more layers.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import CacheLayerMixin
@@ -134,7 +134,7 @@ def caches_all_states(model: nn.Module, depth: int, state_blocks: Sequence[int])
 
 
 class _Behind(torch.autograd.Function):
-    """New tokens written behind the earlier ones, into the room that is there: `torch.cat` would copy those too."""
+    """Writes new tokens after the earlier ones into memory reserved for them; `torch.cat` would copy both."""
 
     @staticmethod
     def forward(ctx: Any, new: Tensor, whole: Tensor) -> Tensor:
@@ -149,11 +149,11 @@ class _Behind(torch.autograd.Function):
 
 @cache
 def _with_room() -> type:
-    """The class below, made when transformers is first needed."""
+    """The class below, which is created when transformers is first needed."""
     from transformers.cache_utils import DynamicLayer
 
     class WithRoom(DynamicLayer):
-        """A layer that holds earlier tokens, and has room for those of the one run that it serves."""
+        """A layer with the earlier tokens, and room for the tokens of a single run."""
 
         def __init__(self, keys: Tensor, values: Tensor, tokens: int) -> None:
             super().__init__()
@@ -180,14 +180,13 @@ def _with_room() -> type:
 
 @cache
 def _frozen_states() -> type:
-    """The class below, made when transformers is first needed."""
+    """The class below, created when transformers is first needed."""
     from transformers.cache_utils import LinearAttentionLayer
 
     class FrozenStates(LinearAttentionLayer):
-        """A layer that gives the states it holds, and stores new ones only while the data set is read.
+        """A layer that returns its states, and stores new ones only while it is recording.
 
-        In training every step begins from the same states, and a tensor that a gradient goes through must not be
-        written over.
+        In training every step begins from the same states, and a tensor that a gradient needs must not be overwritten.
         """
 
         recording = False

@@ -1,4 +1,4 @@
-"""Modules that run one after the other, of which the first may be skipped."""
+"""Chains of modules that run one after the other, of which the first ones may be skipped."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Chain:
     """A chain of modules, and which of them come before each site.
 
     Attributes:
-        blocks: their paths.
+        blocks: the paths of the modules.
         boundary: {site: how many of them come before it}.
-        position: {path: its place among the modules, in the order of registration}.
+        position: {path: its index among all modules of the model, in the order of registration}.
     """
 
     blocks: list[str]
@@ -29,7 +29,7 @@ class Chain:
 
     @classmethod
     def of(cls, anatomy: Anatomy, resolved: Mapping[Site, ResolvedSite]) -> Chain:
-        """The first chain of a model of which every site is inside some module; an empty one where none is."""
+        """The first chain of a model that contains every site; an empty chain if there is none."""
         sequences = {path: m for path, m in anatomy.modules.items() if isinstance(m, nn.Sequential)}
         below = [[f"{path}.{name}" if path else name for name in m._modules] for path, m in sequences.items()]
         for blocks in [*anatomy.stacks.values(), *below]:
@@ -45,20 +45,20 @@ class Chain:
         return min(self.boundary.values())
 
     def before(self, sites: Iterable[Site]) -> int:
-        """How many blocks come before all of some sites; for no sites, as many as before the deepest one."""
+        """How many blocks come before all of some sites; without sites, as many as before the deepest known site."""
         return min((self.boundary[site] for site in sites), default=max(self.boundary.values()))
 
     def reading(self, found: dict[int, Tensor], take: Callable[[Tensor], Tensor]) -> list[Hook]:
-        """Hooks that put what `take` gives of the states at each boundary into `found`."""
+        """Hooks that apply `take` to the states at each boundary and put the results into `found`."""
         boundaries = sorted(set(self.boundary.values()) - {0})
         return [self._reader(boundary, found, take) for boundary in boundaries]
 
     def resuming(self, boundary: int, states: Tensor | None, hooks: list[Hook]) -> list[Hook]:
-        """The hooks of a run that starts at a boundary: the blocks before it are skipped.
+        """The hooks of a run that starts at a boundary and skips the blocks before it.
 
         Args:
             states: the output of the last skipped block.
-            hooks: of the run, edits of that output among them.
+            hooks: the hooks of the run; those that edit this output are included.
         """
         if not boundary:
             return hooks

@@ -1,10 +1,10 @@
-"""Whether a model and a data set are still what they were when something was computed from them.
+"""Whether a model and a data set are unchanged since something was computed from them.
 
-Comparing every number would cost as much as the run that was saved, so several cheap signs are compared instead:
-which objects the modules hold, torch's counters of in-place writes, addresses, hooks, plain attributes (an epsilon,
-a scale, a replaced `forward`), and a sample of the numbers themselves. The sample is for writes that torch does not
-count, through `.data` or numpy: one that changes most of a tensor is seen, one that changes a single number may not
-be.
+Comparing every number would cost as much as the run that was saved. Instead several cheap signs are compared: the
+objects that the modules hold, torch's counters of in-place writes, addresses, hooks, plain attributes (an epsilon, a
+scale, a replaced `forward`), and a sample of the numbers themselves. The sample is for writes that torch does not
+count, through `.data` or numpy: it detects a write that changes most of a tensor, but may miss one that changes a
+single number.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from subspace_lab.model.batches import Batch
 from subspace_lab.model.offloading import in_host_memory, is_offloaded, running_device
 
 _RANDOM = re.compile(r"drop|jitter|noise")
-_ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters")  # of peft: which weights are in force
+_ADAPTERS = (
+    "_disable_adapters",
+    "_active_adapter",
+    "merged_adapters",
+)  # of peft: they decide which weights are used
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 WEIGHTS_SAMPLED, DATA_SAMPLED, COMPARED = 64, 4096, 4096
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType, partial)
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, *_FUNCTIONS)
-# Of what a state does not depend on: how gradients are computed, and torch's own notes.
+# Attributes that no state depends on: how gradients are computed, and torch's own notes.
 _NO_MATTER = (
     "gradient_checkpointing",
     "_gradient_checkpointing_func",
@@ -39,12 +43,13 @@ _NO_MATTER = (
 
 
 class Fingerprint:
-    """Remembers how a model and some tensors are; `changed()` says what is different now.
+    """Records the state of a model and of some tensors; `changed()` says what is different now.
 
     Args:
-        model: its modules, parameters, buffers, forward hooks, train modes and plain attributes, the numbers of its
-            configuration and its active adapters; None for none.
-        data: called at each comparison for the tensors of the data, so that replaced ones are seen.
+        model: its modules, parameters, buffers, forward hooks, train modes and plain attributes, the numbers in its
+            configuration and its active adapters are recorded; None for no model.
+        data: a function that returns the tensors of the data. It is called at each comparison, so that replaced
+            tensors are detected.
     """
 
     def __init__(self, model: nn.Module | None, data: Callable[[], Sequence[Tensor]]) -> None:
@@ -77,7 +82,7 @@ class Fingerprint:
             i: t.clone() for i, t in enumerate(self._counted) if id(t) in buffers and t.numel() <= COMPARED
         }
         self._addresses = [t.data_ptr() for t in self._placed]
-        # The samples are views: as long as they live, no new tensor can take an old one's address.
+        # The samples are views: as long as they exist, no new tensor can have an old one's address.
         of_data = {id(t) for t in data()}
         groups: dict[Any, list[Tensor]] = defaultdict(list)
         for t in self._placed:
@@ -87,7 +92,7 @@ class Fingerprint:
         self._samples = [(views, torch.cat(views)) for views in groups.values()]
 
     def changed(self) -> str | None:
-        """What is different from how it was at construction, in words; None where nothing is."""
+        """What has changed since construction, in words; None if nothing has."""
         found = self._found()
         if len(found) != len(self._objects) or not all(map(is_, found, self._objects)):
             return "weights, modules or inputs were replaced"
@@ -112,7 +117,7 @@ class Fingerprint:
         return None
 
     def settle(self) -> None:
-        """Forget the plain attributes that are different now: a run of the model itself sets them."""
+        """Ignore the plain attributes that are different now, because a run of the model itself sets them."""
         changing = self._different()
         self._watch([(attributes, [n for n in names if n not in changing]) for attributes, names in self._watched])
 
@@ -124,11 +129,11 @@ class Fingerprint:
     def _plain_now(self) -> list[Any]:
         try:
             return [get(attributes) for get, attributes in self._getters]
-        except KeyError:  # one was deleted
+        except KeyError:  # an attribute was deleted
             return []
 
     def _different(self) -> list[str]:
-        """The names of the attributes that are different now."""
+        """The names of the attributes that have changed."""
         names = []
         for (attributes, own), was in zip(self._watched, self._plain, strict=True):
             values = (was,) if len(own) == 1 else was
@@ -136,7 +141,7 @@ class Fingerprint:
         return list(dict.fromkeys(names))
 
     def _written(self) -> bool:
-        """Whether a tensor was written; a small buffer may be, with the numbers that it had."""
+        """Whether a tensor was written. Writing the same numbers into a small buffer does not count."""
         versions = [t._version for t in self._counted]
         if versions == self._versions:
             return False
@@ -147,7 +152,7 @@ class Fingerprint:
         return False
 
     def _hooks_now(self) -> list[tuple[int, ...]]:
-        """The numbers of all forward hooks, in order, but for those of transformers, which read and do not write."""
+        """The numbers of all forward hooks, in order, without those of transformers, which only read."""
         return [
             (place, *(number for number, hook in table.items() if not _reads_alone(hook)))
             for place, table in enumerate(self._hook_tables)
@@ -157,7 +162,7 @@ class Fingerprint:
     def _found(self) -> list[Any]:
         if not self._offloaded:
             return [*(value for table in self._tables for value in table.values()), *self._data()]
-        # Such parameters are other objects after each run; what they are filled from stays.
+        # Offloaded parameters are new objects in each run; the tensors in `_kept`, from which they are filled, stay.
         held = (value for table in self._tables for value in table.values())
         held = (None if isinstance(value, Tensor) and value.is_meta else value for value in held)
         return [*held, *self._kept, *self._data()]
@@ -172,7 +177,7 @@ class Fingerprint:
 
 
 def _plain_names(module: nn.Module) -> list[str]:
-    """The attributes of a module that are numbers, words or functions, its train mode and its `forward` among them."""
+    """The names of a module's attributes that are numbers, text or functions, with its train mode and `forward`."""
     return [
         name
         for name, value in vars(module).items()
@@ -181,7 +186,7 @@ def _plain_names(module: nn.Module) -> list[str]:
 
 
 def _numbers_in(config: Any) -> list[str]:
-    """The settings of a configuration that a forward pass may compute with."""
+    """The names of the settings of a configuration that a forward pass may use in its computation."""
     return [name for name, value in vars(config).items() if type(value) is float]
 
 
@@ -194,16 +199,16 @@ def _reads_alone(hook: Any) -> bool:
 
 
 def tensors_of(batch: Batch, *more: Tensor | None) -> list[Tensor]:
-    """Every tensor of a batch, and some more."""
+    """Every tensor of a batch, and the given further ones."""
     known = (*batch.inputs.values(), *batch.columns.values(), batch.positional, batch.prompt_lengths, *more)
     return [t for t in known if isinstance(t, Tensor)]
 
 
 def why_not_frozen(model: nn.Module) -> str | None:
-    """Why the model's states are not a function of each row alone; None where they are.
+    """Why the model's states are not a function of each row alone; None if they are.
 
-    Known from the kinds of the modules and the rates among their attributes; dropout that is active anywhere else
-    shows in the numerical check.
+    Detected from the types of the modules and from the dropout rates among their attributes. Dropout that is active
+    elsewhere is found by the numerical check.
     """
     for name, module in model.named_modules():
         if not module.training:
@@ -224,7 +229,7 @@ def _is_setting(module: nn.Module, name: str) -> bool:
 
 
 def _sample(tensor: Tensor, count: int) -> Tensor | None:
-    """About `count` of a tensor's numbers as a view of them, bit by bit, so that NaN equals itself."""
+    """A view of about `count` of a tensor's numbers as integers with the same bits, so that NaN equals itself."""
     dense = tensor.detach()
     if not dense.is_contiguous():
         strides = dense.stride()

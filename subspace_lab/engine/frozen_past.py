@@ -1,18 +1,18 @@
 """The frozen past: training that computes nothing twice.
 
-While a subspace or an edit is trained the base model does not change, so everything before the first edited
-(layer, position) is a constant of the data set. It is computed once, and every step starts from there. Losses and
-gradients are those of the plain run. One pass over the data serves all the sites of a sweep.
+While a subspace or an edit is trained, the base model does not change. So everything before the first edited
+(layer, position) is constant for each row of the data set. It is computed once, and every step starts from there. The
+losses and gradients are those of the plain run. One pass over the data serves all sites of a sweep.
 
-There are several ways of doing so, from best to most general; which one is used, and why no better one, is said by
-`describe()`:
+There are several ways to do this, from the best to the most general; `describe()` says which one is used, and why no
+better one:
 
     keys and values    causal decoders run only the tokens from the first edited one on (`engine/by_tokens.py`)
-    layers             models that attend both ways, and chains of modules, skip blocks (`engine/by_layers.py`)
-    plain              whatever has no block that can be skipped, or whose past is not frozen
+    layers             models that attend in both directions, and chains of modules, skip blocks (`engine/by_layers.py`)
+    plain              models without blocks that can be skipped, or whose past is not frozen
 
-A model may break what the first two assume, so each is compared with the plain run on a few rows before it is used
-(`engine/trust.py`); and what is stored is not used any more once the model or the data have changed
+A model may violate the assumptions of the first two, so each is compared with the plain run on a few rows before it is
+used (`engine/trust.py`). Stored values are no longer used after the model or the data have changed
 (`engine/fingerprint.py`).
 """
 
@@ -54,20 +54,19 @@ class FrozenPast:
     """A data set under a frozen model, from which edits at the given sites are trained and evaluated.
 
     Args:
-        backbone: of the model.
+        backbone: the model.
         batch: the whole data set.
-        sites: every site that will be edited; a tuple of sites are edited together. Sites may be edited together
-            without being named as a tuple; only where a model has blocks without attention (state-space layers,
-            convolutions, linear attention) is it slower then, unless they are all the sites there are.
-        readout: the logits that are wanted.
-        memory: how much may be stored, as bytes or as text ("8GiB"); by default half of what is free. First the
-            model's device is used, then the host; what does not fit is computed again for each batch, without
-            gradient.
+        sites: every site that will be edited; sites in a tuple are edited together. Sites that are not in a tuple can
+            also be edited together. This is slower only in models with blocks without attention (state-space layers,
+            convolutions, linear attention), unless these are all of the given sites.
+        readout: the logits to read.
+        memory: how much may be stored, as bytes or as text ("8GiB"); by default half of the free memory. First the
+            model's device is used, then the host. What does not fit is computed again for each batch, without
+            gradients.
         chunk: how many rows are run at once in the pass over the data.
 
     Raises:
-        TypeError: a model in the place of a backbone, one site in the place of several, a chunk that is not a
-            whole number.
+        TypeError: a model instead of a backbone, one site instead of several, a chunk that is not a whole number.
         ValueError: no site; a component or position that does not exist; a memory budget that cannot be read or
             cannot hold one chunk.
         IndexError: a layer that does not exist.
@@ -85,17 +84,19 @@ class FrozenPast:
         chunk: int = 32,
     ) -> None:
         expect_backbone(backbone)
-        named, together = _named(sites)
+        listed, together = _sites_and_groups(sites)
         self.backbone, self.batch, self.readout = backbone, batch, readout
         self.chunk = expect_integer("chunk", chunk)
         self.prefix: Prefix | None = None
         self._strategy: Strategy | None = None
         self._where = ""
         budget = budgets(memory, backbone.device)
-        with torch.inference_mode(False):  # what is stored must serve training, wherever it is made
+        with torch.inference_mode(
+            False
+        ):  # what is stored must be usable in training, also if made in inference mode
             self.plain = PlainEngine(backbone, batch, readout)
-            self.sites = {site: resolve(backbone, batch, site) for site in named}
-            # Offloaded parameters are other objects in each run, and have to be looked for.
+            self.sites = {site: resolve(backbone, batch, site) for site in listed}
+            # Offloaded parameters are new objects in each run, so they must be looked up each time.
             offloaded = is_offloaded(backbone.model)
             self._weights = None if offloaded else list(backbone.model.parameters())
             self._data = FrozenData.of(backbone, batch, readout, self.sites, together)
@@ -106,11 +107,11 @@ class FrozenPast:
 
     @property
     def mode(self) -> str:
-        """What is stored, in words; "plain" where nothing is."""
+        """What is stored, in words; "plain" if nothing is."""
         return "plain" if self._strategy is None else self._strategy.name
 
     def describe(self) -> str:
-        """One line: what is stored, where, how much, and why no more."""
+        """One line: what is stored, where, how much, and why not a better way."""
         if self._strategy is None:
             return f"plain run ({self.reason})"
         stored = (
@@ -128,11 +129,11 @@ class FrozenPast:
         *,
         vocabulary: bool = False,
     ) -> Tensor:
-        """(rows, reads, answers) logits with the edits in force; see `Engine.logits`.
+        """(rows, reads, answers) logits with the edits; see `Engine.logits`.
 
         Raises:
             RuntimeError: the model or the data were changed after the pass.
-            ValueError: a site that was not named; otherwise, and TypeError, as `Engine.logits`.
+            ValueError: a site that is not among those of this FrozenPast. Otherwise the errors of `Engine.logits`.
         """
         strategy = self._strategy_for([Part(rows, edits, sources)])
         if strategy is None:
@@ -141,7 +142,7 @@ class FrozenPast:
         return self._resume(strategy, [Part(rows, edits, sources)], readout, unmatched)
 
     def side_by_side(self, parts: Sequence[Part], unmatched: Unmatched = "refuse") -> Tensor:
-        """The logits of several parts, one behind the other; see `Engine.side_by_side`. Errors as of `logits`."""
+        """The logits of several parts, concatenated; see `Engine.side_by_side`. Errors as in `logits`."""
         if len(parts) == 1:
             return self.logits(parts[0].rows, parts[0].edits, parts[0].sources, unmatched)
         strategy = self._strategy_for(parts)
@@ -150,7 +151,7 @@ class FrozenPast:
         return self._resume(strategy, parts, self.readout, unmatched)
 
     def cohorts(self, sets: Sequence[tuple[Site, ...]], rows: int) -> list[list[int]]:
-        """Which sets of sites had best run side by side; see `Engine.cohorts` and `engine/cohorts.py`."""
+        """Which sets of sites should run side by side; see `Engine.cohorts` and `engine/cohorts.py`."""
         if self._strategy is None or self.prefix is None:
             return [[i] for i in range(len(sets))]
         alike: dict[object, list[int]] = {}
@@ -168,7 +169,7 @@ class FrozenPast:
         return found
 
     def _strategy_for(self, parts: Sequence[Part]) -> Strategy | None:
-        """The strategy by which these runs start in the middle, if they can; errors as of `logits`."""
+        """The strategy by which these runs can start in the middle; None if they cannot. Errors as in `logits`."""
         for part in parts:
             expect_rows(part.rows)
             expect_edits(part.edits)
@@ -188,7 +189,7 @@ class FrozenPast:
             if not self._strategy.serves(tuple(part.edits)):
                 say_once(
                     f"edits at {list(part.edits)} together run the whole model at each step, which is slower: no "
-                    "states are stored for where they begin. Name them as a tuple among the sites of FrozenPast."
+                    "states are stored for the token at which they begin. Give them as a tuple to FrozenPast."
                 )
                 return None
         return self._strategy
@@ -196,10 +197,10 @@ class FrozenPast:
     # --- which strategy ---------------------------------------------------------------------------------------
 
     def _choose(self, budget: tuple[int, int]) -> str:
-        """Take the first strategy that serves; why no better one, in words."""
+        """Choose the first strategy that can be used. Returns why no better one can, in words."""
         refused = self._not_frozen()
         if refused is not None:
-            _say(refused, "plain runs of the whole model")
+            _notify(refused, "plain runs of the whole model")
             return refused.reason
         for kind in STRATEGIES:
             failed = kind.refusal(self._data) or self._try(kind, budget)
@@ -207,13 +208,13 @@ class FrozenPast:
                 break
             refused = failed
         if refused is not None:
-            _say(
+            _notify(
                 refused, "plain runs of the whole model" if self._strategy is None else f"resuming by {self.mode}"
             )
         return "" if refused is None else refused.reason
 
     def _not_frozen(self) -> Refusal | None:
-        """Why nothing before an edit can be computed once, if it cannot."""
+        """Why nothing before an edit can be computed once; None if it can."""
         varies = why_not_frozen(self.backbone.model)
         if varies:
             return Refusal(f"{varies}: the past is not frozen")
@@ -223,7 +224,7 @@ class FrozenPast:
             return Refusal("no chain of blocks below the sites", expected=True)
         real = self.batch.real_tokens()
         if real is not None and bool((real[:, 1:] & ~real[:, :-1]).sum(1).add(real[:, 0]).gt(1).any()):
-            # The positions of such rows depend on the other rows of their batch.
+            # The positions in such rows depend on the other rows of their batch.
             return Refusal("the attention mask has holes")
         longest = depends_on_longest(self.backbone.model, reaches(self._data.batch))
         return None if longest is None else Refusal(longest)
@@ -231,11 +232,11 @@ class FrozenPast:
     # --- the pass over the data -------------------------------------------------------------------------------
 
     def _try(self, kind: type[Strategy], budget: tuple[int, int]) -> Refusal | None:
-        """Compute the prefix by a strategy and check it; why it cannot be trusted, if it cannot."""
+        """Compute the prefix by a strategy and check it. Returns why it cannot be used; None if it can."""
         try:
             strategy = kind(self._data)
             first = strategy.compute(torch.arange(min(len(self), self.chunk)))
-        except Exception as failure:  # whatever an unfamiliar model does with a cache or a skipped block
+        except Exception as failure:  # an unfamiliar model may raise anything with a cache or a skipped block
             return _failed_check(kind, _one_line(failure))
         rows = min(len(self), self.chunk)
         device, where = placement(first.nbytes(), rows, len(self), budget, self.backbone.device)
@@ -246,7 +247,7 @@ class FrozenPast:
             )
         try:
             prefix = None if device is None else self._fill(strategy, first, device)
-            # Not of self: what is stored would live in a cycle, until somebody collects garbage.
+            # The lambda must not refer to self: this cycle would keep the stored tensors until garbage collection.
             batch, readout = self.batch, self.readout
             fingerprint = Fingerprint(
                 self.backbone.model, lambda: tensors_of(batch, readout.index, readout.valid, readout.tokens)
@@ -265,13 +266,13 @@ class FrozenPast:
         self._strategy, self._fingerprint, self._where = strategy, fingerprint, where
         if device is None:
             say_once(
-                "what is computed once does not fit the memory budget, and is computed again for each batch, "
-                "which is slower; describe() has the figures."
+                "the computed prefix does not fit the memory budget, and is computed again for each batch, which is "
+                "slower; describe() has the figures."
             )
         return None
 
     def _fill(self, strategy: Strategy, first: Prefix, device: torch.device) -> Prefix:
-        """The prefix of the whole data set; that of the first chunk has been computed already."""
+        """The prefix of the whole data set; that of the first chunk is already computed."""
         pinned = device.type == "cpu" and self.backbone.device.type == "cuda"
         whole = first.room_for(len(self), device, pinned)
         for start in range(0, len(self), self.chunk):
@@ -280,20 +281,20 @@ class FrozenPast:
         return whole
 
     def _disagreement(self, strategy: Strategy) -> str | None:
-        """Why resumed runs are not plain ones, if they are not: tried on a few rows and the outermost sites."""
+        """Why resumed runs differ from plain ones; None if they agree on a few rows and the outermost sites."""
         real = self.batch.real_tokens()
         lengths = torch.zeros(len(self)) if real is None else real.sum(1).cpu()
         more_rows, more_sites = strategy.trial()
         rows = torch.cat([lengths.topk(min(2, len(self))).indices, lengths.argmin()[None], *more_rows]).unique()
         by_depth = sorted(self.sites, key=lambda site: self._data.chain.boundary[site])
-        readout = self.readout.over_vocabulary()  # two logits may be near 0, a vocabulary's are not
+        readout = self.readout.over_vocabulary()  # two logits may both be near 0, a whole vocabulary's are not
         plain = PlainEngine(self.backbone, self.batch, readout)
 
         def resumed(rows: Tensor, edits: Edits) -> Tensor:
             return self._resume(strategy, [Part(rows, edits)], readout)
 
         sites = [by_depth[0], by_depth[-1], *more_sites]
-        # Of rows of different lengths the shortest alone as well: what depends on a batch's longest row differs there.
+        # If lengths differ, the shortest row is also tried alone: what depends on the longest row differs there.
         alone = [lengths.argmin()[None]] if lengths.min() < lengths.max() else []
         for some in [rows, *alone]:
             valid = readout.rows(some).valid
@@ -307,9 +308,9 @@ class FrozenPast:
     def _resume(
         self, strategy: Strategy, parts: Sequence[Part], readout: Readout, unmatched: Unmatched = "refuse"
     ) -> Tensor:
-        """One run, from the first block that any part edits; the rows of deeper parts run the blocks before too.
+        """One run, from the first block that any part edits. Rows of deeper parts also run the blocks before theirs.
 
-        Until their own first edit these rows are what they are without any, so that nothing has to be put in.
+        Before their own first edit these rows have their unedited states, so nothing must be inserted for them.
         """
         rows = torch.cat([part.rows.cpu() for part in parts])
         prefix, at = (
@@ -330,7 +331,7 @@ class FrozenPast:
 
 
 def _within(hook: Hook, place: slice) -> Hook:
-    """A hook that sees some rows of a batch alone."""
+    """A hook that sees only some rows of a batch."""
 
     def act(value: Tensor) -> Tensor | None:
         new = hook.act(value[place])
@@ -339,20 +340,20 @@ def _within(hook: Hook, place: slice) -> Hook:
     return replace(hook, act=act)
 
 
-def _named(sites: Any) -> tuple[list[Site], list[tuple[Site, ...]]]:
+def _sites_and_groups(sites: Any) -> tuple[list[Site], list[tuple[Site, ...]]]:
     """All sites, each once, and the tuples of sites that are edited together."""
     if isinstance(sites, Site | str) or not isinstance(sites, Iterable):
-        expect_sites(sites)  # refuses with a sentence
+        expect_sites(sites)  # raises the error
     items = list(sites)
     together = [tuple(expect_sites(item)) for item in items if isinstance(item, tuple)]
     single = [item for item in items if not isinstance(item, tuple)]
-    named = list(dict.fromkeys([*expect_sites(single), *(site for group in together for site in group)]))
-    if not named:
+    listed = list(dict.fromkeys([*expect_sites(single), *(site for group in together for site in group)]))
+    if not listed:
         raise ValueError("A frozen past needs the sites that will be edited; none were given.")
-    return named, together
+    return listed, together
 
 
-def _say(refused: Refusal, instead: str) -> None:
+def _notify(refused: Refusal, instead: str) -> None:
     if not refused.expected:
         say_once(f"{instead} instead of a faster way: {refused.notice or refused.reason}.")
 

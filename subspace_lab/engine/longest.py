@@ -1,7 +1,8 @@
-"""Models in which a row's states depend on the longest row of its batch: such a row has no past of its own.
+"""Models whose states of a row depend on the longest row in its batch, so that they cannot be stored.
 
-Rotary embeddings of the kinds "dynamic" (NTK) and "longrope" choose their frequencies by the highest position of the
-batch: the first grows with it beyond a limit, the second has one set on each side of it.
+Rotary embeddings of the kinds "dynamic" (NTK) and "longrope" choose their frequencies by the highest position in the
+batch. "dynamic" changes them continuously above a limit; "longrope" has one set of frequencies below its limit and one
+above it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from subspace_lab.model.batches import Batch
 
 
 def reaches(batch: Batch) -> Tensor:
-    """(rows,) the highest position of each row as the model is given it, plus 1; nothing where there are no tokens.
+    """(rows,) the highest position of each row plus 1, as the model receives it; empty if there are no tokens.
 
-    Without position_ids a model counts columns, so that each row reaches as far as the padded batch.
+    Without position_ids a model counts columns, so the highest position of each row is that of the padded batch.
     """
     real, given = batch.real_tokens(), batch.inputs.get("position_ids")
     if real is None:
@@ -28,7 +29,7 @@ def reaches(batch: Batch) -> Tensor:
 
 
 def depends_on_longest(model: nn.Module, lengths: Tensor) -> str | None:
-    """Why rows of these lengths change each other in one batch; None where they do not."""
+    """Why rows of these lengths influence each other in one batch; None if they do not."""
     if not len(lengths):
         return None
     low, high = int(lengths.min()), int(lengths.max())
@@ -42,13 +43,13 @@ def depends_on_longest(model: nn.Module, lengths: Tensor) -> str | None:
             if "dynamic" in kind and limit < high and low != high:
                 return (
                     f"rotary embeddings (dynamic) that depend on the longest row of a batch, and rows of different "
-                    f"lengths of which some have more than {limit} positions"
+                    f"lengths, some with more than {limit} positions"
                 )
     return None
 
 
 def _limits(module: nn.Module) -> list[tuple[str, int]]:
-    """(kind, number of positions up to which nothing changes) of a module of rotary embeddings."""
+    """(kind, number of positions up to which the frequencies are fixed), for a module of rotary embeddings."""
     kinds: Any = getattr(module, "rope_type", None)
     if kinds is None:
         return []

@@ -1,4 +1,4 @@
-"""The plain engine: every batch from the first layer to the last."""
+"""The plain engine: runs every batch from the first layer to the last."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from subspace_lab.model.sources import Unmatched
 
 
 class PlainEngine:
-    """A data set under a model, of which every call runs its rows through the whole model.
+    """A data set under a model; every call runs its rows through the whole model.
 
     Args:
-        backbone: of the model.
+        backbone: the model.
         batch: the data set.
-        readout: the logits that are wanted.
+        readout: the logits to read.
 
     Raises:
-        TypeError: a model in the place of a backbone.
+        TypeError: a model instead of a backbone.
         ValueError: a key-value cache among the inputs.
     """
 
@@ -71,19 +71,19 @@ class PlainEngine:
         return torch.cat([self.logits(part.rows, part.edits, part.sources, unmatched) for part in parts])
 
     def cohorts(self, sets: Sequence[tuple[Site, ...]], rows: int) -> list[list[int]]:
-        """As `Engine.cohorts`: each alone."""
+        """As `Engine.cohorts`: each set alone."""
         return [[i] for i in range(len(sets))]
 
     def _resolved_in(self, sites: Iterable[Site], rows: Tensor) -> dict[Site, ResolvedSite]:
-        """Where the sites are in some rows.
+        """The resolved sites of some rows.
 
-        Resolved in the whole data set, so that rows have as many positions as the sources, which were collected
-        there; and once, as long as the data set stays the same.
+        Sites are resolved for the whole data set, so that rows have as many positions as the sources, which were
+        collected for the whole data set. This is done once, as long as the data set does not change.
         """
         if self._fingerprint is None or self._fingerprint.changed():
-            batch = self.batch  # not self, which would be in a cycle
+            batch = self.batch  # not self, which would create a reference cycle
             self._fingerprint, self._resolved = Fingerprint(None, lambda: tensors_of(batch)), {}
-        with torch.inference_mode(False):  # used again by later steps, which may need gradients
+        with torch.inference_mode(False):  # later steps use these tensors, and may need gradients
             for site in sites:
                 if site not in self._resolved:
                     self._resolved[site] = resolve(self.backbone, self.batch, site)

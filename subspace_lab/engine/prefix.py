@@ -18,7 +18,7 @@ KeysAndValues = Mapping[tuple[int, str], Tensor]
 
 @dataclass(frozen=True)
 class Group:
-    """Keys and values of one shape.
+    """Keys and values of the same shape.
 
     Attributes:
         labels: (block, "keys" or "values") of each.
@@ -34,9 +34,9 @@ class Prefix:
     """What a pass over some rows stored.
 
     Attributes:
-        states: {boundary: (rows, tokens, width)} states that enter the block of that number.
+        states: {boundary: (rows, tokens, width)} states at the input of the block with this number.
         groups: keys and values of the earlier tokens.
-        recurrent: for each start the states of blocks without attention after the tokens before it.
+        recurrent: for each start, the states of blocks without attention after the tokens before it.
     """
 
     states: dict[int, Tensor]
@@ -49,11 +49,11 @@ class Prefix:
         return [*self.states.values(), *(group.tensor for group in self.groups), *recurrent]
 
     def nbytes(self) -> int:
-        """The memory that it takes, in bytes."""
+        """Its size in bytes."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def room_for(self, rows: int, device: torch.device, pinned: bool) -> Prefix:
-        """An uninitialised one for more rows, in pinned host memory where that is asked for."""
+        """An uninitialised prefix for more rows, optionally in pinned host memory."""
 
         def room(like: Tensor, axis: int) -> Tensor:
             shape = (*like.shape[:axis], rows, *like.shape[axis + 1 :])
@@ -65,7 +65,7 @@ class Prefix:
         return Prefix(states, groups, recurrent)
 
     def put(self, start: int, part: Prefix) -> None:
-        """Copy what a pass over some rows stored, from row `start` on."""
+        """Copy a prefix of some rows into this one, from row `start` on."""
         for boundary, t in part.states.items():
             self.states[boundary][start : start + len(t)].copy_(t)
         for into, group in zip(self.groups, part.groups, strict=True):
@@ -75,12 +75,12 @@ class Prefix:
                 into_states[name][start : start + len(t)].copy_(t)
 
     def keys_and_values(self, at: Tensor, tokens: Tensor, boundary: int, device: torch.device) -> KeysAndValues:
-        """Of rows `at` the `tokens`, (rows, tokens), in the blocks from a boundary on, on a device."""
+        """Keys and values of the `tokens` (rows, tokens) of rows `at`, in the blocks from a boundary on."""
         return dict(chain.from_iterable(_of_group(group, at, tokens, boundary, device) for group in self.groups))
 
 
 def grouped(found: KeysAndValues, columns: Tensor) -> list[Group]:
-    """Keys and values at some (rows, tokens) columns, those of one shape together; in the order of blocks."""
+    """Keys and values at some (rows, tokens) columns, grouped by shape, in the order of the blocks."""
     shapes: dict[Any, list[tuple[int, str]]] = {}
     for label, t in found.items():
         shapes.setdefault((t.shape, t.dtype, t.device), []).append(label)
@@ -93,9 +93,9 @@ def grouped(found: KeysAndValues, columns: Tensor) -> list[Group]:
 
 
 def gather_tokens(stored: Tensor, at: Tensor, tokens: Tensor, axis: int) -> Tensor:
-    """Of rows `at` the `tokens`, (rows, tokens); the axis of rows is followed by that of tokens.
+    """The `tokens` (rows, tokens) of rows `at`. The tensor's axis of rows is followed by its axis of tokens.
 
-    One look-up of whole tokens: several times faster than an index for each axis.
+    One look-up of whole tokens is several times faster than an index for each axis.
     """
     index = (at[:, None] * stored.shape[axis + 1] + tokens).flatten().to(stored.device)
     return stored.flatten(axis, axis + 1).index_select(axis, index).unflatten(axis, tokens.shape)
@@ -106,7 +106,7 @@ def _of_group(
 ) -> Iterator[tuple[tuple[int, str], Tensor]]:
     for label, stored in zip(group.labels, group.tensor.unbind(0), strict=True):
         if label[0] >= boundary:
-            # One by one: the allocator gives memory of all blocks together back to the system after each step, and to
-            # ask for it again costs several times the copying.
+            # Block by block: memory for all blocks at once is returned to the system by the allocator after each step,
+            # and requesting it again takes several times as long as the copying.
             chosen = gather_tokens(stored, at, tokens, 0).to(device, non_blocking=True)
             yield label, chosen.transpose(1, 2)

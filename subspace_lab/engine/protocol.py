@@ -1,4 +1,4 @@
-"""What training and evaluation need of a data set under a model."""
+"""The interface of an engine: a data set under a model, with the logits that training and evaluation need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from subspace_lab.model.sources import Unmatched
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a data set with edits of their own: one of several that run side by side.
+    """Rows of a data set with their own edits; several parts can run side by side.
 
     Attributes:
         rows: (rows,) indices of the data set, in any order and number.
@@ -30,14 +30,14 @@ class Part:
 
 @runtime_checkable
 class Engine(Protocol):
-    """A data set under a model, of which some logits are wanted, with edits in force.
+    """A data set under a model. It gives some of the model's logits, with edits.
 
-    `PlainEngine` computes everything at each call, `FrozenPast` computes once what no edit changes. They
-    give the same numbers.
+    `PlainEngine` computes everything in each call. `FrozenPast` computes once what no edit changes. Both give the same
+    numbers.
     """
 
     def __len__(self) -> int:
-        """How many rows the data set has."""
+        """The number of rows of the data set."""
         ...
 
     def logits(
@@ -49,37 +49,37 @@ class Engine(Protocol):
         *,
         vocabulary: bool = False,
     ) -> Tensor:
-        """(rows, reads, answers) logits, or the model's own output where the readout has no positions.
+        """(rows, reads, answers) logits, or the model's own output if the readout has no positions.
 
         Args:
             rows: (rows,) indices of the data set, in any order and number.
             edits: {site: intervention}.
             sources: {site: (rows, positions, width) states} of the sources of these rows.
-            unmatched: what becomes of positions that a row or its source lacks, as in `forward`.
-            vocabulary: read the logits of the whole vocabulary in the place of the answers'.
+            unmatched: what happens at positions that only a row or only its source has, as in `forward`.
+            vocabulary: read the logits of the whole vocabulary instead of the answers' logits.
 
         Raises:
             TypeError: rows that are not whole numbers; an edit that cannot be called.
-            ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width.
+            ValueError: overlapping sites; a source that is missing, not needed, or of a wrong shape; a wrong width.
         """
         ...
 
     def side_by_side(self, parts: Sequence[Part], unmatched: Unmatched = "refuse") -> Tensor:
-        """The logits of several parts, one behind the other: what `logits` gives of each, in one run if possible.
+        """The logits of several parts, concatenated: the same as `logits` of each part, in one run if possible.
 
-        Parts whose edits begin at the same tokens, in different blocks, can share a run, which starts at the lowest of
-        these blocks. No part's edits see the rows of another.
+        Parts whose edits begin at the same tokens, in different blocks, can share a run. It starts at the lowest of
+        these blocks. The edits of a part never see the rows of another part.
         """
         ...
 
     def cohorts(self, sets: Sequence[tuple[Site, ...]], rows: int) -> list[list[int]]:
-        """Which of several sets of edited sites had best run side by side, as lists of their numbers.
+        """Which of several sets of edited sites should run side by side, as lists of their numbers.
 
         Args:
-            rows: of each in a step.
+            rows: the number of rows of each set in one step.
         """
         ...
 
     def describe(self) -> str:
-        """One line: what is computed once and what at each call."""
+        """One line: what is computed once, and what in each call."""
         ...

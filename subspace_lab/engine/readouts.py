@@ -1,7 +1,7 @@
-"""Which logits are wanted, and runs that compute few others.
+"""Which logits are read, and runs that compute few others.
 
-Training and evaluation need the logits of a few answer tokens at a few positions. With a large vocabulary the
-output embeddings (the head) are half of a short step, so they are multiplied only where logits are read.
+Training and evaluation need the logits of a few answer tokens at a few positions. With a large vocabulary the output
+embeddings (the head) take half of the time of a short step, so they are only computed where logits are read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from subspace_lab.model.batches import Batch
 BEHIND_BLOCKS = (2**31,)
 """The order of a hook that acts after every block."""
 LOSS_INPUTS = {"labels", "logits_to_keep", "num_items_in_batch"}
-"""Inputs that only change the model's own loss and logits: a readout says which logits are wanted."""
+"""Inputs that only change the model's own loss and logits; a readout replaces them."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Readout:
     """Which logits are read.
 
     Attributes:
-        index: (batch, reads) columns of the padded batch at which they are read; None takes the model's
-            output as it is (a classifier, a plain module).
-        valid: (batch, reads) False where a row has fewer reads; None where all have as many.
+        index: (batch, reads) columns of the padded batch at which they are read; None for the model's output as it is
+            (a classifier, a plain module).
+        valid: (batch, reads) False where a row has fewer reads; None if all rows have the same number.
         tokens: (answers,) the answer tokens; None for the whole vocabulary.
     """
 
@@ -40,16 +40,16 @@ class Readout:
 
     @classmethod
     def at(cls, batch: Batch, positions: str = "last", tokens: Sequence[int] | Tensor | None = None) -> Readout:
-        """Read at positions of the prompt: at the last, what the model says next.
+        """Read at positions of the prompt; at the last one the logits are those of the next token.
 
-        In a batch with tokens for a decoder of its own they are positions of those.
+        In a batch with separate tokens for a decoder, the positions are positions of these tokens.
 
         Raises:
             TypeError: positions that are not text, tokens that are not whole numbers.
-            ValueError, KeyError: positions that cannot be read or name a column that the batch does not have.
+            ValueError, KeyError: positions that cannot be parsed, or that name a column the batch does not have.
         """
         if not isinstance(positions, str):
-            raise TypeError(f"positions={positions!r}: text is needed, as in 'last', '-2' or 'f1+l2'.")
+            raise TypeError(f"positions={positions!r}: text is needed, such as 'last', '-2' or 'f1+l2'.")
         answers = _token_ids(tokens)
         decoder = any(name.startswith("decoder_") for name in batch.inputs)
         real = batch.real_tokens("decoder" if decoder else "")
@@ -65,10 +65,10 @@ class Readout:
         """Read where a next-token loss reads: before each label that is not −100.
 
         Returns:
-            (readout, targets): targets (batch, reads) with −100 where a row has fewer labels.
+            (readout, targets): targets (batch, reads), with −100 where a row has fewer labels.
 
         Raises:
-            ValueError: no label but −100.
+            ValueError: all labels are −100.
         """
         wanted = labels[:, 1:] != -100
         most = int(wanted.sum(1).max()) if wanted.numel() else 0
@@ -80,7 +80,7 @@ class Readout:
         return cls(index, None if bool(valid.all()) else valid), targets
 
     def over_vocabulary(self) -> Readout:
-        """The same reads of all tokens in the place of the answers' alone."""
+        """The same reads, for all tokens of the vocabulary instead of the answers."""
         return replace(self, tokens=None)
 
     def rows(self, rows: Tensor) -> Readout:
@@ -94,9 +94,9 @@ class Head:
     """The output embeddings of a model.
 
     Attributes:
-        path: of the module.
-        narrow: whether the logits of some tokens are the product with these tokens' weights alone, as long as
-            nothing replaces or wraps the module.
+        path: the path of the module.
+        narrow: whether the logits of some tokens are a product with only these tokens' weights, if nothing replaces
+            or wraps the module.
     """
 
     path: str
@@ -104,24 +104,23 @@ class Head:
 
     @classmethod
     def of(cls, backbone: Backbone) -> Head | None:
-        """The model's head; None where it has none."""
+        """The model's head; None if it has none."""
         path = backbone.head()
         if path is None:
             return None
         head = backbone.anatomy.modules[path]
-        # `type(...) is` on purpose: a subclass (quantised, adapted) may multiply in another way.
+        # `type(...) is` on purpose: a subclass (quantised, adapted) may compute its product in another way.
         if type(head) is not nn.Linear:
             return cls(path, False)
-        # A bias that is added behind the head has the size of the vocabulary.
+        # A bias that is added after the head would have the size of the vocabulary.
         added = (t for t in (*backbone.model.parameters(), *backbone.model.buffers()) if t is not head.bias)
         return cls(path, all(t.numel() != head.out_features for t in added))
 
 
 def head_hook(backbone: Backbone, readout: Readout, head: Head | None = None) -> Hook | None:
-    """Make the head compute the wanted logits alone; None where the model or the readout has none to choose.
+    """A hook by which the head computes only the logits to read; None if the model or the readout has no such choice.
 
-    A plain linear head is multiplied with the answers' weights only; any other kind is called and sees fewer
-    positions.
+    A plain linear head uses only the answers' weights. Any other head is called with fewer positions.
     """
     if readout.index is None:
         return None
@@ -141,14 +140,14 @@ def head_hook(backbone: Backbone, readout: Readout, head: Head | None = None) ->
         bias = None if module.bias is None else module.bias[tokens]
         return nn.functional.linear(positions(hidden), module.weight[tokens], bias)
 
-    # Looked at in each run: hooks come and go.
+    # Checked in each run, because hooks can be added and removed.
     if readout.tokens is not None and head.narrow and backbone.is_plain(head.path):
         return Hook(head.path, "replace", BEHIND_BLOCKS, answers)
     return Hook(head.path, "input", BEHIND_BLOCKS, positions)
 
 
 class LogitReader:
-    """Runs a model with hooks, and reads the logits that a readout asks for."""
+    """Runs a model with hooks, and reads the logits of a readout."""
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
@@ -161,13 +160,13 @@ class LogitReader:
         readout: Readout,
         parameters: Sequence[nn.Parameter] | None = None,
     ) -> Tensor:
-        """(rows, reads, answers) logits, with gradients to the hooks' parameters and none to the model's.
+        """(rows, reads, answers) logits, with gradients to the hooks' parameters but not to the model's.
 
         Args:
-            inputs: of the model, by name or by position.
-            hooks: the edits, and what else shall happen inside.
-            readout: of the rows that are run.
-            parameters: the model's parameters, which are quicker to go through than the model.
+            inputs: the model's inputs, by name or by position.
+            hooks: the edits, and any other hooks.
+            readout: the readout of the rows that are run.
+            parameters: the model's parameters, if known: a list is faster to iterate than the model.
         """
         edited = self._head is not None and any(hook.path == self._head.path for hook in hooks)
         head = None if self._head is None or edited else head_hook(self._backbone, readout, self._head)
@@ -179,14 +178,16 @@ class LogitReader:
 
 
 def expect_rows(rows: Any) -> None:
-    """Refuse anything but a one-dimensional tensor of whole numbers (TypeError)."""
+    """TypeError unless `rows` is a one-dimensional tensor of whole numbers."""
     if not isinstance(rows, Tensor) or rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
         found = f"{tuple(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"Rows are a tensor of indices with one axis, torch.tensor([0, 3]) say; found {found}.")
+        raise TypeError(
+            f"Rows are a tensor of indices with one axis, such as torch.tensor([0, 3]); found {found}."
+        )
 
 
 def _read(output: Any, readout: Readout, by_head: Hook | None) -> Tensor:
-    """The logits that a readout asks for, out of the model's output, which the head may have narrowed already."""
+    """The logits of a readout from the model's output; the head may have computed only these already."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None:
         logits = output[0]
@@ -214,6 +215,6 @@ def _without_loss_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[st
     rest = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}
     config = getattr(model, "config", None)
     if "labels" in inputs and getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
-        shift: Any = model.prepare_decoder_input_ids_from_labels  # as the model itself would
+        shift: Any = model.prepare_decoder_input_ids_from_labels  # as the model itself does
         rest["decoder_input_ids"] = shift(labels=inputs["labels"])
     return rest

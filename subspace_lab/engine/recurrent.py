@@ -1,8 +1,8 @@
 """States of blocks without attention: state-space layers, convolutions, linear attention.
 
-Keys of earlier tokens serve every edit, whatever token it begins at. A state sums up the tokens before one place.
-So it is stored once for each place ("start") at which edits of the data set begin, after a pass over the tokens
-before it.
+The keys of earlier tokens serve every edit, whatever token it begins at. But a state summarises the tokens before one
+point. So a state is stored for each point ("start") at which edits of the data set begin. It is computed by a pass over
+the tokens before this start.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from subspace_lab.model.families import attends
 
 
 class RecurrentStates:
-    """The states of a model's blocks without attention; of a model without such blocks, nothing at all.
+    """The states of a model's blocks without attention; empty for a model without such blocks.
 
     Args:
-        backbone: of the model.
+        backbone: the model.
         blocks: numbers of the blocks without attention.
-        schedule: of the data set.
-        starts: (rows,) each: the first token that runs, for every set of edits that is served.
+        schedule: the schedule of the data set.
+        starts: for every set of edits to be served, (rows,) the first token that runs.
     """
 
     def __init__(
@@ -44,21 +44,21 @@ class RecurrentStates:
                 self.starts.append(start)
 
     def number(self, start: Tensor) -> int | None:
-        """Which of the starts this is; None where no states are stored for it, though there are some."""
+        """The number of a start; None if states are stored, but not for this start."""
         if not self.blocks:
             return 0
         return next((i for i, known in enumerate(self.starts) if torch.equal(known, start)), None)
 
     def empty_cache(self) -> Any:
-        """An empty cache of the model, with room for these states."""
+        """An empty cache of the model, with layers for these states."""
         return empty_cache(self._backbone.model, self.blocks)
 
     def compute(self, rows: Tensor) -> list[BlockStates]:
-        """For each start what the tokens of some rows before it leave behind."""
+        """For each start the states after the tokens of some rows before it."""
         return [self.after(rows, start) for start in self.starts]
 
     def after(self, rows: Tensor, start: Tensor) -> BlockStates:
-        """What the tokens of some rows before a start leave behind: {(block, kind, number): (rows, …)}."""
+        """The states after the tokens of some rows before a start: {(block, kind, number): (rows, …)}."""
         if not int(start.max()):
             return {}
         device, filled = self._backbone.device, self.empty_cache()
@@ -69,13 +69,13 @@ class RecurrentStates:
         with torch.no_grad():
             stop = Hook(head, "input", BEHIND_BLOCKS, lambda hidden: None)
             self._backbone.run({**inputs, self._argument: filled, "use_cache": True}, [stop], stop=True)
-        # A row without any token before its start saw padding alone: its state is that of no token.
+        # A row without tokens before its start saw only padding: its state must be the state before any token.
         none = (start[rows] == 0).to(device)
         found = states_in(filled, self.blocks)
         return {key: t.masked_fill(none.view(-1, *[1] * (t.ndim - 1)), 0) for key, t in found.items()}
 
     def put_into(self, filled: Any, stored: Sequence[BlockStates], number: int, at: Tensor) -> Any:
-        """A cache of earlier keys and values, with the states of rows `at` at the start of that number as well."""
+        """A cache of earlier keys and values, extended by the states of rows `at` for this start."""
         if not self.blocks:
             return filled
         device = self._backbone.device
@@ -87,6 +87,6 @@ class RecurrentStates:
 
 
 def without_attention(backbone: Backbone, chain: Sequence[str]) -> list[int]:
-    """The numbers of a chain's blocks that hold no attention."""
+    """The numbers of the blocks of a chain that have no attention."""
     modules = backbone.anatomy.modules
     return [i for i, path in enumerate(chain) if not attends(modules[path])]

@@ -1,11 +1,11 @@
-"""Which tokens of each row run when some sites are edited, and which come from what was computed once.
+"""Which tokens of each row must run when some sites are edited, and which are stored.
 
-Token j of a row is its j-th real token, wherever padding stands. Rows are re-aligned so that their first edited
-tokens are in one column: a batch of ragged rows, whichever side its padding is on, runs only the tokens after its
-edits. The distance between two tokens of a row stays the same, which is all that positions (passed explicitly) and
-sliding windows depend on.
+Token j of a row is its j-th real token, wherever the padding is. Rows are re-aligned so that their first edited tokens
+are in one column. So a batch of rows of different lengths, with padding on either side, runs only the tokens from its
+edits on. The distance between two tokens of a row does not change, and nothing else matters for positions (which are
+passed explicitly) and for sliding windows.
 
-All this is computed on the host, where it does not wait for a device.
+Everything here is computed on the CPU, so that it never waits for an accelerator.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ FAR = torch.iinfo(torch.long).max
 
 @dataclass(frozen=True)
 class Tokens:
-    """The rows of a data set without their padding: token j of a row in column j.
+    """The rows of a data set without their padding: token j of a row is in column j.
 
     Attributes:
         ids, position_ids: (rows, longest).
-        column: (rows, longest) the column of the padded batch in which a token is.
-        number: (rows, columns) the inverse: which token is in a column.
+        column: (rows, longest) the column of the padded batch that contains a token.
+        number: (rows, columns) the inverse: the number of the token in a column.
         lengths: (rows,).
     """
 
@@ -43,7 +43,7 @@ class Tokens:
 
     @classmethod
     def of(cls, batch: Batch) -> Tokens:
-        """From a batch as it goes into the model; without position_ids, positions are the columns."""
+        """From a batch of model inputs; without position_ids, the positions are the columns."""
         real = batch.real_tokens()
         assert real is not None
         real = real.cpu()
@@ -54,22 +54,22 @@ class Tokens:
         return cls(ids, positions, column, real.long().cumsum(1) - 1, real.sum(1))
 
     def columns(self, rows: Tensor, first: Tensor, length: int) -> Tensor:
-        """(rows, length) the columns of so many tokens of some rows, from each row's first one on."""
+        """(rows, length) the columns of `length` tokens of some rows, beginning at each row's first one."""
         number = first[rows][:, None] + torch.arange(length)
-        # After a row's end its last token is repeated; padding is never taken.
+        # After a row's end its last token is repeated, so padding is never used.
         return self.column[rows].gather(1, torch.minimum(number, self.lengths[rows][:, None] - 1).clamp_min(0))
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """All rows of a data set from some token on, their first ones in one column.
+    """All rows of a data set from a given token on, with these first tokens in one column.
 
     Attributes:
         first, length: (rows,) the first token that runs, and how many run.
         ids, position_ids, real: (rows, longest); tokens after a row's end are not real.
-        reads: (rows, reads) at which of these tokens logits are read.
-        offset: (rows,) how many tokens earlier the stored states begin.
-        even: whether all rows begin at one token and have equally many.
+        reads: (rows, reads) the indices of the tokens at which logits are read.
+        offset: (rows,) the number of stored tokens before the first token that runs.
+        even: whether all rows begin at the same token and have the same number of tokens.
     """
 
     first: Tensor
@@ -82,7 +82,7 @@ class Aligned:
     even: bool
 
     def rows(self, rows: Tensor, *, look_back: bool) -> Suffix:
-        """Some rows; `look_back`: with the tokens before them in the mask."""
+        """Some rows; with `look_back` the mask also covers the tokens before them."""
         length = self.ids.shape[1] if self.even else int(self.length[rows].max())
         first = self.first[rows]
         before = int(first.max()) if look_back else 0
@@ -98,16 +98,16 @@ class Aligned:
 
 @dataclass(frozen=True)
 class Suffix:
-    """Some rows from their first edited token on: what the model is given, and which tokens come before.
+    """Some rows from their first edited token on: the model's inputs, and the tokens before.
 
     Attributes:
         ids, position_ids: (rows, tokens).
-        mask: (rows, before + tokens) covers the earlier tokens too, which end where the row begins; None where
-            all are real.
+        mask: (rows, before + tokens), for the earlier tokens too, which end where the row begins; None if all tokens
+            are real.
         reads: (rows, reads).
         first: (rows,) the number of the first token that runs.
-        before: how many earlier tokens the model sees at the most.
-        offset: (rows,) how many tokens earlier the stored states begin.
+        before: how many earlier tokens the model sees, at most.
+        offset: (rows,) the number of stored tokens before the first token that runs.
     """
 
     ids: Tensor
@@ -124,16 +124,16 @@ class Suffix:
         return inputs if self.mask is None else {**inputs, "attention_mask": self.mask.long()}
 
     def earlier(self) -> Tensor:
-        """(rows, before + tokens) the numbers of the earlier tokens, and behind them columns for those that run.
+        """(rows, before + tokens) the numbers of the earlier tokens, then columns for the tokens that run.
 
-        Rows with fewer earlier tokens have theirs on the right. The keys and values of the tokens that run will be
-        written over what the columns behind name, which is the row's first token.
+        In rows with fewer earlier tokens they are aligned to the right. The columns at the end name the row's first
+        token; the keys and values of the tokens that run will overwrite what is taken from there.
         """
         numbers = (torch.arange(self.before) - (self.before - self.first)[:, None]).clamp_min(0)
         return torch.nn.functional.pad(numbers, (0, self.ids.shape[1]))
 
     def stored(self, count: int) -> Tensor:
-        """(rows, tokens) at which of `count` stored tokens the states of these tokens are."""
+        """(rows, tokens) the indices of these tokens among `count` stored tokens."""
         return (self.offset[:, None] + torch.arange(self.ids.shape[1])).clamp_max(count - 1)
 
 
@@ -142,10 +142,10 @@ class Schedule:
 
     Attributes:
         tokens: the rows without padding.
-        stop: (rows,) the first token after everything that is read.
-        starts: {site: (rows,) the first token that it edits, or that is read}.
-        lowest: (rows,) the earliest start: states are stored from there on.
-        before: the latest start: keys and values are stored of the tokens before it.
+        stop: (rows,) the token after the last one that is read.
+        starts: {site: (rows,) the first token that the site edits or that is read}.
+        lowest: (rows,) the earliest start of all sites; states are stored from there on.
+        before: the latest start; keys and values are stored for the tokens before it.
     """
 
     def __init__(self, batch: Batch, resolved: Mapping[Site, ResolvedSite], readout: Readout) -> None:
@@ -164,12 +164,12 @@ class Schedule:
         self.lowest, self.before = starts.amin(0), int(starts.max())
 
     def first(self, sites: Iterable[Site]) -> Tensor:
-        """(rows,) the first token that runs; without any edit the first that is read or has no stored keys."""
+        """(rows,) the first token that runs. Without edits: the first that is read or has no stored keys."""
         starts = [self.starts[site] for site in sites] or [self.first_read.clamp_max(self.before)]
         return torch.stack(starts).amin(0)
 
     def aligned(self, first: Tensor) -> Aligned:
-        """All rows from their first token that runs to the last that is read."""
+        """All rows, from the first token that runs to the last that is read."""
         tokens = self.tokens
         length = (self.stop - first).clamp_min(1)
         number = first[:, None] + torch.arange(int(length.max()))
@@ -181,10 +181,10 @@ class Schedule:
         return Aligned(first, length, ids, positions, real, reads, first - self.lowest, even)
 
     def resolved_in(self, site: Site, aligned: Aligned) -> ResolvedSite:
-        """A site in aligned rows."""
+        """The resolved site in aligned rows."""
         number, real = self._numbers(site)
         index = number - aligned.first[:, None]
-        # An edit after the last logit that is read has no effect on it, and no column here.
+        # An edit after the last read token has no effect on the logits, and no column here.
         real = real & (index < aligned.length[:, None])
         index = torch.minimum(index.clamp_min(0), aligned.length[:, None] - 1)
         return replace(self._resolved[site], index=index, valid=None if bool(real.all()) else real, whole=False)
@@ -198,7 +198,7 @@ class Schedule:
         return self.tokens.columns(rows, torch.zeros_like(self.lowest), self.before)
 
     def before_start(self, rows: Tensor, start: Tensor) -> dict[str, Tensor]:
-        """Inputs of the model: the tokens of some rows before a start, pushed right so that all end together."""
+        """Model inputs: the tokens of some rows before a start, padded on the left so that all end together."""
         first = start[rows]
         longest = max(1, int(first.max()))
         number = torch.arange(longest) - (longest - first)[:, None]
@@ -207,7 +207,7 @@ class Schedule:
         return {"input_ids": ids, "position_ids": positions, "attention_mask": (number >= 0).long()}
 
     def _numbers(self, site: Site) -> tuple[Tensor, Tensor]:
-        """(rows, positions) which tokens of each row a site is, and whether the row has them."""
+        """(rows, positions) the tokens of each row that a site selects, and whether the row has them."""
         place = self._resolved[site]
         assert place.index is not None
         real = torch.ones_like(place.index, dtype=torch.bool) if place.valid is None else place.valid

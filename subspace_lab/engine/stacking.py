@@ -1,7 +1,7 @@
-"""Several interventions of one site, trained or evaluated in one run.
+"""Several interventions at one site, trained or evaluated in one run.
 
-The model is the same for all of them, so their batches are concatenated: the blocks above the site run once over
-the whole, and each intervention edits its own share of the rows. No number of one depends on another's.
+The model is the same for all of them, so their batches are concatenated. The blocks above the site run once over all
+rows, and each intervention edits its own part of the rows. No result of one depends on another.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from subspace_lab.core.values import Source
 
 
 class Stack(nn.Module):
-    """K interventions as one edit: the k-th acts on the k-th of K equal shares of the rows.
+    """K interventions as one edit: the k-th acts on the k-th of K equal parts of the rows.
 
-    Each gives what it would give alone.
+    Each gives the same result as alone.
 
     Raises:
-        TypeError: one intervention in the place of several.
-        ValueError: no intervention; (from a call) rows that do not divide into K shares.
+        TypeError: one intervention instead of several.
+        ValueError: no intervention; (from a call) a number of rows that cannot be divided by K.
     """
 
     def __init__(self, edits: Sequence[nn.Module]) -> None:
@@ -44,7 +44,7 @@ class Stack(nn.Module):
 
 
 def split(source: Any, shares: int) -> list[Any]:
-    """A source, or one for each variable, in equal shares of its rows."""
+    """A source, or a source for each variable, in equal parts of its rows."""
     if isinstance(source, Tensor):
         return list(source.chunk(shares))
     parts = {name: states.chunk(shares) for name, states in source.items()}
@@ -52,7 +52,7 @@ def split(source: Any, shares: int) -> list[Any]:
 
 
 def rows_of(source: Any, rows: Tensor) -> Any:
-    """Some rows of a source, or of one for each variable."""
+    """Some rows of a source, or of a source for each variable."""
     if isinstance(source, Tensor):
         return source[rows.to(source.device)]
     return {name: states[rows.to(states.device)] for name, states in source.items()}

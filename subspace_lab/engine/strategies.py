@@ -1,7 +1,7 @@
-"""What every way of starting in the middle of a model has in common.
+"""The interface of a strategy: a way to start runs in the middle of a model.
 
-A strategy stores something of each row once, and starts every later run from it. `engine/by_tokens.py` and
-`engine/by_layers.py` are the two there are.
+A strategy stores something for each row once, and starts every later run from it. There are two: `engine/by_tokens.py`
+and `engine/by_layers.py`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from subspace_lab.model.resolved_sites import ResolvedSite
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a strategy does not serve.
+    """Why a strategy cannot be used.
 
     Attributes:
         reason: in words, for `describe()`.
         expected: whether this model or these sites allow nothing better, so that no notice is needed.
-        notice: the reason without figures that differ from data set to data set; the reason itself by default.
+        notice: the reason without numbers that differ between data sets; by default the reason itself.
     """
 
     reason: str
@@ -42,12 +42,12 @@ class FrozenData:
     """A data set under a frozen model, and the sites that will be edited.
 
     Attributes:
-        backbone: of the model.
-        batch: the data set as the model is given it, position_ids included.
-        readout: the logits that are wanted.
-        sites: {site: where it is in the data set}.
+        backbone: the model.
+        batch: the data set as the model receives it, with position_ids.
+        readout: the logits to read.
+        sites: {site: its resolved form in the data set}.
         together: sets of sites that will be edited together.
-        chain: the blocks in which the sites lie.
+        chain: the blocks that contain the sites.
     """
 
     backbone: Backbone
@@ -72,21 +72,21 @@ class FrozenData:
         return cls(backbone, whole, readout, sites, together, Chain.of(backbone.anatomy, sites))
 
     def inputs(self, rows: Tensor) -> Any:
-        """What the model is given for some rows, by name or by position."""
+        """The model's inputs for some rows, by name or by position."""
         part = self.batch.rows(rows)
         return part.inputs if part.positional is None else [part.positional]
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """A run that starts in the middle.
+    """A run that starts in the middle of the model.
 
     Attributes:
-        inputs: what the model is given.
+        inputs: the model's inputs.
         boundary: how many blocks are skipped.
-        states: the output of the last of them; None where none is skipped.
-        resolved: {site: where it is in what is run}.
-        readout: of what is run.
+        states: the output of the last skipped block; None if none is skipped.
+        resolved: {site: its resolved form in this run}.
+        readout: the logits to read in this run.
     """
 
     inputs: Any
@@ -101,8 +101,8 @@ class Strategy(ABC):
 
     Attributes:
         name: what is stored, in words.
-        recomputable: whether what is stored may instead be computed again for each batch.
-        writes: whether the model may write into what is stored, which a gradient still needs.
+        recomputable: whether it may also be computed again for each batch instead of being stored.
+        writes: whether the model may write into what is stored while a gradient still needs it.
     """
 
     name: ClassVar[str]
@@ -115,7 +115,7 @@ class Strategy(ABC):
     @staticmethod
     @abstractmethod
     def refusal(data: FrozenData) -> Refusal | None:
-        """Why this strategy cannot serve the data set, as far as it shows without a run; None if it can."""
+        """Why this strategy cannot be used for the data set, as far as known without a run; None if it can."""
 
     @abstractmethod
     def serves(self, sites: Sequence[Site]) -> bool:
@@ -133,18 +133,18 @@ class Strategy(ABC):
 
         Args:
             rows: (rows,) indices of the data set.
-            readout: of the data set.
-            prefix: what was stored, of the whole data set or of these rows.
-            at: (rows,) where in the prefix the rows are.
+            readout: the readout of the data set.
+            prefix: the stored prefix of the whole data set, or of these rows.
+            at: (rows,) the indices of the rows in the prefix.
         """
 
     @abstractmethod
     def resolved(self, rows: Tensor, sites: Sequence[Site]) -> dict[Site, ResolvedSite]:
-        """{site: where it is in a run of some rows}."""
+        """{site: its resolved form in a run of some rows}."""
 
     @abstractmethod
     def tokens_of(self, sites: Sequence[Site]) -> object:
-        """What tells which tokens run: sets of sites with equal answers can run side by side."""
+        """A value that is equal for sets of sites that run the same tokens, and can therefore run side by side."""
 
     @abstractmethod
     def length_of(self, sites: Sequence[Site]) -> float:
@@ -152,4 +152,4 @@ class Strategy(ABC):
 
     @abstractmethod
     def trial(self) -> tuple[list[Tensor], list[Site]]:
-        """Rows and sites at which this strategy is most likely to go wrong, for its check."""
+        """Rows and sites for the numerical check at which this strategy is most likely to be wrong."""

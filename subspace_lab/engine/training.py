@@ -1,4 +1,4 @@
-"""The one training loop: DAS, LoReFT, sweeps and controls all go through it."""
+"""The only training loop: DAS, LoReFT, sweeps and controls all use it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from subspace_lab.model.arguments import expect_integer, expect_number
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How something is trained.
+    """Settings of a training.
 
     Attributes:
-        steps: optimiser steps.
-        learning_rate: of Adam, at its highest.
-        batch_size: rows a step.
-        warmup: share of the steps over which the rate rises from 0.
+        steps: number of optimiser steps.
+        learning_rate: the highest learning rate of AdamW.
+        batch_size: rows in one step.
+        warmup: share of the steps in which the rate rises from 0.
         schedule: "linear" falls to 0 at the end, "constant" stays.
-        weight_decay: of AdamW; a learned basis is scale-free, so leave it 0 for those.
-        max_gradient_norm: gradients longer than this are shortened to it; None leaves them.
-        seed: of the order of the rows.
+        weight_decay: of AdamW. The scale of a learned basis has no meaning, so leave it at 0 for those.
+        max_gradient_norm: gradients with a larger norm are scaled down to this norm; None for no limit.
+        seed: seed of the order of the rows.
 
     Raises:
-        TypeError: text in the place of a number, a fraction in the place of a whole one.
+        TypeError: text instead of a number, or a fraction instead of a whole number.
         ValueError: a number that makes no sense; the message says which are possible.
     """
 
@@ -54,14 +54,14 @@ class TrainingConfig:
                 f"learning_rate={self.learning_rate}, warmup={self.warmup}, weight_decay={self.weight_decay}: "
                 "needed are > 0, 0 ≤ warmup < 1 and ≥ 0."
             )
-        # A negative length would turn the gradients round.
+        # A negative norm would reverse the gradients.
         if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
             raise ValueError(f"max_gradient_norm={self.max_gradient_norm}: needed is > 0, or None.")
         if self.schedule not in ("linear", "constant"):
             raise ValueError(f"schedule={self.schedule!r}: possible are 'linear' and 'constant'.")
 
     def rate(self, step: int) -> float:
-        """The share of the learning rate at a step counted from 0."""
+        """The factor of the learning rate at a step; steps are counted from 0."""
         rising = max(1, round(self.warmup * self.steps))
         if step < rising and self.warmup > 0:
             return (step + 1) / rising
@@ -79,7 +79,7 @@ def train(
 ) -> list[float]:
     """Minimise `loss_of(step)` over the trainable parameters of the modules with AdamW.
 
-    Gradients are taken with respect to these parameters alone; nothing else's `.grad` is touched.
+    Gradients are computed for these parameters only; no other `.grad` is changed.
 
     Args:
         on_step: called after each step with its number and its loss.
@@ -88,9 +88,9 @@ def train(
         The loss at each step.
 
     Raises:
-        TypeError: one module in the place of several.
+        TypeError: one module instead of several.
         ValueError: nothing to train.
-        FloatingPointError: a loss that is not finite (the modules then hold the values of the step before).
+        FloatingPointError: a loss that is not finite (the modules then have the values of the step before).
     """
     if isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList):
         raise TypeError(f"several modules are expected, found one: write [{type(modules).__name__}(...)].")
@@ -106,11 +106,11 @@ def train_together(
     *,
     on_step: Callable[[int, list[float]], None] | None = None,
 ) -> list[list[float]]:
-    """Train K modules that do not depend on each other, each by its own loss and configuration, in one loop.
+    """Train K independent modules, each with its own loss and configuration, in one loop.
 
     Args:
-        losses_of: step → (K,) losses; the k-th depends on the k-th module's parameters alone.
-        configs: one a module; their numbers of steps agree.
+        losses_of: step → (K,) losses; the k-th loss depends only on the k-th module's parameters.
+        configs: one for each module, all with the same number of steps.
 
     Returns:
         For each module its loss at each step. Errors as in `train`.
@@ -119,7 +119,7 @@ def train_together(
         raise ValueError(f"{len(modules)} modules, {len(configs)} configurations: one each, of equal steps.")
     groups = [[p for p in m.parameters() if p.requires_grad] for m in modules]
     if not all(groups):
-        raise ValueError("Nothing to train: an intervention has no parameter that asks for a gradient.")
+        raise ValueError("Nothing to train: an intervention has no parameter that requires a gradient.")
     parameters = [p for group in groups for p in group]
     optimizer = torch.optim.AdamW(
         [{"params": g, "weight_decay": c.weight_decay} for g, c in zip(groups, configs, strict=True)]
@@ -153,14 +153,14 @@ def train_together(
 
 
 def shuffled_rows(n: int, config: TrainingConfig) -> Iterator[Tensor]:
-    """Batches of row indices without end: every epoch is a new permutation, and its last batch may be shorter."""
+    """Endless batches of row indices. Every epoch is a new permutation, and its last batch may be shorter."""
     generator = torch.Generator().manual_seed(config.seed)
     while True:
         yield from torch.randperm(n, generator=generator).split(config.batch_size)
 
 
 def progress_bar(*, quiet: bool = False) -> Progress:
-    """The progress bar of long work, on standard error so that results can be piped."""
+    """The progress bar of long work, on standard error, so that results can be piped."""
     from rich.console import Console
 
     return Progress(

@@ -1,4 +1,4 @@
-"""A network and the places inside it: its blocks, batches of inputs, sites found in it, and runs with edits.
+"""A network and its inside: its blocks, batches of inputs, resolved sites, and runs with edits.
 
 Knows core. Only `model/backbone.py` imports nnsight.
 """

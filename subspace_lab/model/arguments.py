@@ -1,4 +1,4 @@
-"""What callers pass at the public door: anything of another kind is refused in one sentence before work starts."""
+"""Checks of arguments: a wrong type is refused with one clear sentence before any work starts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from subspace_lab.core.sites import Site
 
 
 def expect_edits(value: Any) -> None:
-    """Refuse anything but a mapping from sites to edits (TypeError)."""
+    """TypeError for anything but a mapping from sites to edits."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"Edits are a mapping {{site: intervention}}, found {type(value).__name__}.")
+        raise TypeError(f"Edits must be a mapping {{site: intervention}}, found {type(value).__name__}.")
     for site in value:
         expect_site(site)
 
 
 def expect_site(value: Any) -> None:
-    """Refuse anything but a Site, and a Site whose layer is not a whole number (TypeError)."""
+    """TypeError for anything but a Site, and for a Site whose layer is not a whole number."""
     if not isinstance(value, Site):
         raise TypeError(
             f"A Site is needed, found {value!r}: write Site('block_output', 3, 'last') or "
@@ -33,7 +33,7 @@ def expect_sites(value: Any) -> list[Site]:
     """Several sites as a list.
 
     Raises:
-        TypeError: one site alone, text, or anything else than a Site among them.
+        TypeError: a single site, text, or a list with anything else than sites.
     """
     if isinstance(value, Site):
         raise TypeError(f"Several sites are expected, found one: write [{value}].")
@@ -46,11 +46,11 @@ def expect_sites(value: Any) -> list[Site]:
 
 
 def expect_integer(name: str, value: Any, least: int | None = 1, where: str = "") -> int:
-    """A whole number, numpy's too.
+    """A whole number, also one of numpy's.
 
     Raises:
         TypeError: text, a fraction, True.
-        ValueError: less than the least that is possible.
+        ValueError: less than `least`.
     """
     prefix = f"{where}: " if where else ""
     number = whole_number(value, f"{prefix}{name}")
@@ -60,6 +60,6 @@ def expect_integer(name: str, value: Any, least: int | None = 1, where: str = ""
 
 
 def expect_number(name: str, value: Any) -> None:
-    """Refuse anything but a real number: text, True (TypeError)."""
+    """TypeError for anything but a real number, such as text or True."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r}: a number is needed, found {type(value).__name__}.")

@@ -1,11 +1,11 @@
-"""The one door to a model's insides, by nnsight.
+"""Access to the inside of a model, through nnsight.
 
-Nothing else in the package imports nnsight, so that a change of nnsight touches this file alone.
+Nothing else in the package imports nnsight, so that a change of nnsight only affects this file.
 
-What wrapping does to the user's model: nnsight puts a controller on every module (an instance attribute
-`forward`), which does nothing outside a trace; no torch hook, no parameter, no buffer and no flag is added or
-changed. Importing nnsight patches `torch.Tensor.backward` and gives every object a `.save`; hence it is imported
-when the first backbone is made, not with the package.
+What this does to the user's model: nnsight puts a controller on every module (an instance attribute `forward`), which
+does nothing outside of a trace. No torch hook, parameter, buffer or flag is added or changed. Importing nnsight patches
+`torch.Tensor.backward` and gives every object a `.save`. Therefore it is imported when the first backbone is created,
+not together with the package.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from subspace_lab.model.offloading import running_device
 
 @dataclass(frozen=True)
 class Hook:
-    """A function of the values at one place of a model: what it returns replaces the value, None leaves it.
+    """A function of the values at one place of a model. Its result replaces the value; None leaves it unchanged.
 
     Attributes:
-        path: of the module.
-        side: "input" or "output": `act` sees that tensor of the module. "replace": the module is not run, `act`
-            sees its input and gives its output. "skip": the module is not run, `act` is called with None and
-            gives its output.
-        order: sorts hooks as a forward pass reaches them.
+        path: the path of the module.
+        side: "input" or "output": `act` gets this tensor of the module. "replace": the module is not run; `act` gets
+            its input and returns its output. "skip": the module is not run; `act` gets None and returns its output.
+        order: sorts hooks in the order in which a forward pass reaches them.
         act: the function.
-        steps: the forward passes of a generation at which it acts.
+        steps: the forward passes of a generation in which it acts.
     """
 
     path: str
@@ -48,11 +47,11 @@ class Hook:
 
 
 class Backbone:
-    """A torch model whose insides can be read and written.
+    """A torch model whose hidden states can be read and written.
 
     Args:
-        model: any `nn.Module`. Transformer blocks are found by structure (`model/families.py`); in other
-            modules sites are named by the paths of submodules.
+        model: any `nn.Module`. Transformer blocks are found by structure (`model/families.py`). In other modules sites
+            are named by the paths of submodules.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -66,36 +65,36 @@ class Backbone:
         self.anatomy = Anatomy(model)
         self._hook_points: dict[Site, HookPoint] = {}
         self._lengths: dict[tuple[Any, ...], int] = {}
-        # {class of module: how many values follow the states in its output, None where the output is no tuple}
+        # {class of module: how many values follow the states in its output; None if the output is not a tuple}
         self._further: dict[type, int | None] = {}
         with warnings.catch_warnings():
-            # nnsight renames submodules called "output"; we find envoys by module, not by name.
+            # nnsight renames submodules called "output"; here its envoys are looked up by module, not by name.
             warnings.simplefilter("ignore")
             self._net = NNsight(model)
         self._envoys = {id(envoy._module): envoy for envoy in self._net.modules()}
-        # A model is not re-entrant under a trace, nor are two traces on one model in two threads.
+        # Two runs with hooks must not overlap on one model, neither nested nor in two threads.
         self._lock = threading.RLock()
 
     @property
     def depth(self) -> int:
-        """How many blocks the model has."""
+        """The number of blocks of the model."""
         return self.anatomy.depth()
 
     def head(self) -> str | None:
-        """The path of the output embeddings (the language-model head), if the model has any."""
+        """The path of the output embeddings (the language-model head); None if there are none."""
         find = getattr(self.model, "get_output_embeddings", None)
         head = find() if find is not None else None
         return next((path for path, m in self.anatomy.modules.items() if m is head), None)
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its inputs (ValueError for a model without weights, on "meta")."""
+        """The device of the model's inputs. ValueError for a model without weights, on "meta"."""
         return running_device(self.model)
 
     def is_plain(self, path: str) -> bool:
-        """Whether a module computes what its class says, with weights that it holds.
+        """Whether a module computes what its class defines, with weights that it holds itself.
 
-        Not so where something replaced its `forward`, wraps it, hooks into it, or keeps its weights elsewhere.
+        This is not so if something replaced its `forward`, wraps it, has hooks on it, or keeps its weights elsewhere.
         """
         module: Any = self.anatomy.modules[path]
         own = vars(module)
@@ -112,11 +111,11 @@ class Backbone:
         return all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in weights)
 
     def hook_point(self, site: Site) -> HookPoint:
-        """Where a site is read and written.
+        """The place where a site is read and written.
 
         Raises:
             TypeError: anything but a Site with a whole number as its layer.
-            ValueError, IndexError: as `Anatomy.hook_point`, where the model has no such place.
+            ValueError, IndexError: as in `Anatomy.hook_point`, if the model has no such place.
         """
         if site not in self._hook_points:
             expect_site(site)
@@ -124,10 +123,10 @@ class Backbone:
         return self._hook_points[site]
 
     def stream_length(self, hook_point: HookPoint, inputs: Mapping[str, Any] | Sequence[Any]) -> int:
-        """How many positions a stream without tokens (of patches, say) has, found by a run of these inputs.
+        """The number of positions of a stream without tokens (of image patches, for example), found by a run.
 
         Raises:
-            ValueError: a stream that has no positions.
+            ValueError: a stream without positions.
         """
         given = inputs.values() if isinstance(inputs, Mapping) else inputs
         key = (hook_point.path, hook_point.side, *(tuple(t.shape[1:]) for t in given if isinstance(t, Tensor)))
@@ -144,15 +143,15 @@ class Backbone:
         return self._lengths[key]
 
     def has_class_token(self) -> bool:
-        """Whether the first position of the model's images stands for the whole image."""
+        """Whether the first position of the model's images represents the whole image."""
         names = ("cls_token", "class_token", "class_embedding")
         return any(name in names for m in self.model.modules() for name in m._parameters)
 
     def width(self, site: Site) -> int:
-        """The width of the stream at a site (ValueError where only a run could tell)."""
+        """The width of the stream at a site. ValueError if only a run could find it."""
         width = self.hook_point(site).width
         if width is None:
-            raise ValueError(f"{site}: its width is not known before a run; `collect` its states and look.")
+            raise ValueError(f"{site}: its width is not known before a run; `collect` its states to find it.")
         return width
 
     def run(
@@ -164,23 +163,23 @@ class Backbone:
         stop: bool = False,
         every_step: bool = False,
     ) -> Any:
-        """Run the model with hooks to its insides.
+        """Run the model with hooks.
 
         Args:
             inputs: keyword arguments of the model, or positional ones.
             hooks: in any order.
-            call: what is run, the model by default; `model.generate`, say.
-            stop: leave the run after the last hook; the result is then None.
-            every_step: the run makes several forward passes; hooks happen at those that they name.
+            call: what is run instead of the model, for example `model.generate`.
+            stop: end the run after the last hook; the result is then None.
+            every_step: the run makes several forward passes; each hook acts in those that it names.
 
         Raises:
             ValueError: modules that the model does not run, or not in the order in which they are registered.
         """
         order = sorted(hooks, key=lambda v: v.order)
         first = next(self.model.parameters(), None)
-        # A model without weights is refused, for its numbers have no meaning.
+        # A model without weights is refused, because its numbers have no meaning.
         device = running_device(self.model) if first is not None and first.is_meta else None
-        # What `torch.compile` wraps is run itself, see `_as_written`.
+        # If `torch.compile` wraps the model, the wrapped model is run, see `_uncompiled`.
         run = getattr(self.model, "_orig_mod", self.model) if call is None and order else call or self.model
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         if not order:
@@ -188,19 +187,19 @@ class Backbone:
         self._check_checkpointing(order)
         result: list[Any] = []
         if device is not None:
-            # nnsight would take the inputs to the first parameter, which is on "meta" between runs: hide them.
+            # nnsight would move the inputs to the first parameter's device, which is "meta" between runs: hide them.
             hidden = ([_on(device, a) for a in args], {name: _on(device, a) for name, a in kwargs.items()})
             args, kwargs = (_Hidden(hidden),), {}
 
-        def remembering(*args: Any, **kwargs: Any) -> Any:
+        def run_and_keep_result(*args: Any, **kwargs: Any) -> Any:
             if args and isinstance(args[0], _Hidden):
                 args, kwargs = args[0].arguments
             try:
                 result.append(run(*args, **kwargs))
                 return result[0]
             except EarlyStopException as stopped:
-                # It holds every frame of the model, and so states, keys and values, in a cycle: another takes its
-                # place, which is raised out here.
+                # This error refers to every frame of the model, and so to states, keys and values, in a cycle. Clear
+                # it, and raise a new one from here.
                 stopped.__traceback__ = stopped.__context__ = None
                 vars(stopped).clear()
             del args, kwargs
@@ -209,7 +208,11 @@ class Backbone:
         from nnsight.intervention.interleaver import EarlyStopException, OutOfOrderError
 
         try:
-            with self._lock, self._as_written(), self._net.trace(*args, fn=remembering, **kwargs) as tracer:
+            with (
+                self._lock,
+                self._uncompiled(),
+                self._net.trace(*args, fn=run_and_keep_result, **kwargs) as tracer,
+            ):
                 self._call_hooks(order, tracer, stop, every_step)
         except OutOfOrderError as error:
             places = [f"{hook.path}.{hook.side}" for hook in order]
@@ -219,14 +222,14 @@ class Backbone:
             ) from error
         return result[0] if result else None
 
-    def _as_written(self) -> AbstractContextManager[Any]:
-        """A compiled model runs as it is written: compiling around hooks takes a minute, and ends as nothing faster."""
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        """Run a compiled model without compilation: compiling with hooks takes a minute and makes nothing faster."""
         compiled = any(m._compiled_call_impl is not None for m in self.anatomy.modules.values())
         stance = getattr(torch.compiler, "set_stance", None)
         return stance("force_eager") if compiled and stance is not None else nullcontext()
 
     def _check_checkpointing(self, hooks: Sequence[Hook]) -> None:
-        """Refuse what would get no gradient in silence: in a block that is run again, hooks do not act again."""
+        """Refuse hooks that would silently get no gradient: when a block is run again, hooks do not act again."""
         model = self.model
         if not (torch.is_grad_enabled() and model.training):
             return
@@ -242,7 +245,7 @@ class Backbone:
             )
 
     def _call_hooks(self, order: list[Hook], tracer: Any, stop: bool, every_step: bool) -> None:
-        """The body of the trace: it runs beside the model and waits wherever it asks for a value."""
+        """The body of the trace. It runs alongside the model and waits whenever it needs a value."""
         from nnsight.intervention.interleaver import OutOfOrderError
 
         if not every_step or all(hook.steps == "first" for hook in order):
@@ -262,14 +265,14 @@ class Backbone:
         except OutOfOrderError:
             if not between:
                 raise
-            # Raised at the end of a generation, in the step that it did not make any more.
+            # Raised at the end of a generation, in a step that was not made any more.
 
     def _serve(self, hook: Hook) -> None:
         module = self.anatomy.modules[hook.path]
         envoy = self._envoys[id(module)]
         if hook.side in ("skip", "replace"):
             new = hook.act(None if hook.side == "skip" else _first(envoy.input))
-            # In the form of the module's own output: GPT-J's blocks give (states, attention weights or None).
+            # Like the module's own output: GPT-J's blocks return (states, attention weights or None).
             further = self._further.get(type(module))
             envoy.skip(new if further is None else (new, *[None] * further))
             return
@@ -279,7 +282,7 @@ class Backbone:
         new = hook.act(_first(value))
         if new is None:
             return
-        # Clone and replace, never in place: whether autograd notices an in-place write depends on layout.
+        # Clone and replace, never in place: whether autograd notices an in-place write depends on the layout.
         whole = (new, *value[1:]) if isinstance(value, tuple) else new
         if hook.side == "input":
             envoy.input = whole
@@ -289,7 +292,7 @@ class Backbone:
 
 @dataclass(frozen=True)
 class _Hidden:
-    """Arguments that nnsight is not to look into."""
+    """Arguments that nnsight must not inspect."""
 
     arguments: tuple[Any, Any]
 
@@ -299,13 +302,13 @@ def _on(device: torch.device, value: Any) -> Any:
 
 
 def expect_backbone(value: Any) -> None:
-    """Refuse anything but a backbone, such as a model (TypeError)."""
+    """TypeError for anything but a backbone, for example a model."""
     if not isinstance(value, Backbone):
         raise TypeError(f"A Backbone is needed, found {type(value).__name__}: write Backbone(model).")
 
 
 def _first(value: Any) -> Tensor:
-    """Blocks and attentions give a tensor or a tuple that starts with it."""
+    """The states in a module's output: a tensor, or a tuple that begins with it."""
     value = value[0] if isinstance(value, tuple) else value
     if not isinstance(value, Tensor):
         raise TypeError(f"A tensor was expected at this site, found {type(value).__name__}.")
@@ -314,16 +317,16 @@ def _first(value: Any) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module | Sequence[nn.Parameter]) -> Iterator[None]:
-    """The model's parameters as constants within the block, their flags as they were after it.
+    """Inside the block the model's parameters are constants; after it their flags are as before.
 
-    A graph built inside has no path to the parameters: gradients reach the edits and nothing else, and no memory
-    is spent on what only gradients of weights would need.
+    A graph that is built inside has no path to the parameters: only the edits get gradients, and no memory is used for
+    what only the gradients of weights would need.
 
     Args:
-        model: or its parameters alone, which are quicker to go through (of a model that is not offloaded).
+        model: the model, or a list of its parameters, which is faster to iterate (if the model is not offloaded).
     """
     trainable = [p for p in (model.parameters() if isinstance(model, nn.Module) else model) if p.requires_grad]
-    # Offloaded parameters are other objects after each run.
+    # Offloaded parameters are new objects after each run.
     places = [
         (m, name)
         for m in (model.modules() if isinstance(model, nn.Module) and any(p.is_meta for p in trainable) else ())

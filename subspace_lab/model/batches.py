@@ -1,4 +1,4 @@
-"""A batch: the inputs of a model, and what is known about its rows."""
+"""A batch: the inputs of a model, and facts about its rows."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from subspace_lab.model.cache_argument import NAMES, forward_name, given_cache, named_for, without_cache
 from subspace_lab.model.families import TEXT
 
-SENSES = ("input_features", "input_values", "pixel_values")  # what models hear and see, in the place of tokens
+SENSES = ("input_features", "input_values", "pixel_values")  # inputs of sound and images, instead of tokens
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of a model, with the facts about their rows that positions are counted by.
+    """Inputs of a model, with the facts about their rows that are needed to count positions.
 
     Attributes:
-        inputs: keyword arguments of the model's forward; every tensor has the rows as its first axis. A
-            key-value cache may be among them, under any of the names that transformers has had for it.
-        prompt_lengths: (batch,) real tokens of each row that belong to the prompt; None: all of them.
+        inputs: keyword arguments of the model's forward; the first axis of every tensor is the rows. A key-value cache
+            may be among them, under any of the names that transformers has used for it.
+        prompt_lengths: (batch,) how many real tokens of each row belong to the prompt; None for all of them.
         columns: named positions, {name: (batch,) or (batch, several)}, counted from a row's first real token.
         positional: the single positional input of a plain module, instead of `inputs`.
     """
@@ -35,7 +35,7 @@ class Batch:
 
     @classmethod
     def of(cls, inputs: Batch | Mapping[str, Any] | Tensor) -> Batch:
-        """A batch from what people have at hand: a batch, a tokenizer's output, or one tensor.
+        """A batch from a batch, a tokenizer's output, or one tensor.
 
         Raises:
             TypeError: anything else.
@@ -46,7 +46,7 @@ class Batch:
             return cls(positional=inputs)
         if not isinstance(inputs, Mapping):
             raise TypeError(
-                "A batch is a Batch, a mapping of a model's keyword arguments (a tokenizer's output) or a tensor; "
+                "A batch must be a Batch, a mapping of a model's keyword arguments (a tokenizer's output) or a tensor; "
                 f"found {type(inputs).__name__}. Tokenise texts first."
             )
         return cls(dict(inputs))
@@ -63,9 +63,9 @@ class Batch:
         return len(first)
 
     def real_tokens(self, stack: str = "") -> Tensor | None:
-        """(batch, sequence), True for tokens and False for padding; None where there are no tokens.
+        """(batch, sequence), True for tokens and False for padding; None if there are no tokens.
 
-        A stack that is neither a language model nor the encoder or decoder of one (of images, say) has none.
+        A stack that is neither a language model nor its encoder or decoder (a stack for images, for example) has none.
         """
         if stack not in TEXT:
             return None
@@ -79,7 +79,7 @@ class Batch:
         choices = isinstance(ids, Tensor) and ids.ndim == 3
         ids = self.inputs.get("inputs_embeds") if ids is None else ids
         if ids is None and any(isinstance(self.inputs.get(name), Tensor) for name in SENSES):
-            return None  # a mask is then one of frames or samples, of which several make one position
+            return None  # then the mask is about frames or samples, several of which make one position
         if isinstance(mask, Tensor) and (mask.ndim == 2 or choices):
             return _one_axis(mask, 2).bool()
         if isinstance(ids, Tensor):
@@ -90,12 +90,12 @@ class Batch:
 
     @property
     def cached(self) -> int:
-        """How many columns of the rows are in a cache that is among the inputs: they do not run again."""
+        """The number of columns of the rows that are in a cache among the inputs; these do not run again."""
         cache = given_cache(self.inputs)
         return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
     def continuing(self, cache: Any) -> Batch:
-        """The batch as `generate` takes it with a cache: ids, or the mask, are also of what is in the cache."""
+        """The batch as `generate` takes it with a cache: the ids, or the mask, also cover the tokens in the cache."""
         if cache is None:
             return self
         inputs = {**without_cache(self.inputs), NAMES[0]: cache}
@@ -104,7 +104,7 @@ class Batch:
         return replace(self, inputs=inputs)
 
     def after_cache(self, index: Tensor, valid: Tensor, stack: str = "") -> tuple[Tensor, Tensor]:
-        """Columns of the rows as columns of the stream, which begins after those that are in the cache."""
+        """Columns of the rows as columns of the stream, which begins after the columns in the cache."""
         cached = 0 if stack else self.cached
         return (index - cached).clamp_min(0), valid & (index >= cached)
 
@@ -137,15 +137,15 @@ class Batch:
 
 
 def _one_axis(values: Tensor, ndim: int) -> Tensor:
-    """Choices of examples, (batch, choices, …), as the rows that a model makes of them; rows as they are."""
+    """Choices of examples, (batch, choices, …), as the rows that a model makes of them; rows are not changed."""
     return values.flatten(0, values.ndim - ndim) if values.ndim > ndim else values
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> Mapping[str, Any] | Sequence[Any]:
-    """The arguments of the model's forward pass: by name, or a list of the single positional one.
+    """The arguments of the model's forward pass: by name, or a list with the single positional one.
 
-    A decoder given a left-padded batch counts its positions from the padding; `generate` corrects that and a plain
-    forward does not, so it is corrected here: position_ids from the attention mask, as `generate` makes them.
+    With a left-padded batch, a decoder counts its positions from the padding. `generate` corrects this, but a plain
+    forward does not. So it is corrected here: position_ids are made from the attention mask, as in `generate`.
     """
     if batch.positional is not None:
         return [batch.positional]
@@ -167,7 +167,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> Mapping[str, Any] | Sequence
 
 
 def _counts_from_padding(model: nn.Module) -> bool:
-    """RoBERTa and models like it find positions by the padding token, and count them from its index."""
+    """Whether the model computes positions from the padding token's index, as RoBERTa and similar models do."""
     return any(
         path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
         for path, module in model.named_modules()

@@ -1,9 +1,9 @@
-"""The argument by which a model takes its key-value cache.
+"""The name of the argument for a model's key-value cache.
 
-transformers gives it a new name, `cache`, in the place of `past_key_values` (and of `cache_params` in state-space
-models). The old names raise a FutureWarning for a while and are then refused, while models with code of their own
-may know the old ones alone. Callers of this package may use any of the names; what is passed on is the name that
-the model's forward, or the installed `generate`, wants.
+transformers is replacing the name `past_key_values` (and `cache_params` in state-space models) by a new name,
+`cache`. The old names raise a FutureWarning for a while and are refused later; custom models may only know the old
+names. Callers of this package may use any of these names. The cache is passed on under the name that the model's
+forward, or the installed `generate`, expects.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def given_cache(inputs: Mapping[str, Any]) -> Any:
-    """The cache among the inputs, under whichever name; None where there is none.
+    """The cache among the inputs, under any of its names; None if there is none.
 
     Raises:
         ValueError: caches under several names.
@@ -36,7 +36,7 @@ def without_cache(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named_for(name: str | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs with their cache under a name; as they are where the name is None or no cache is given."""
+    """The inputs with their cache under this name; unchanged if the name is None or there is no cache."""
     found = given_cache(inputs)
     if name is None or found is None:
         return dict(inputs)
@@ -44,9 +44,9 @@ def named_for(name: str | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forward_name(model: nn.Module) -> str | None:
-    """The name that the model's forward has for its cache; None where no forward has one.
+    """The name of the cache in the model's forward; None if its forward takes no cache.
 
-    A wrapper that passes any keyword on (peft's, say) has the name of the model inside it.
+    For a wrapper that passes on any keyword (such as peft's) it is the name in the model inside.
     """
     for module in model.modules():
         name = _parameter(type(module), "forward")  # type: ignore[arg-type]
@@ -56,10 +56,10 @@ def forward_name(model: nn.Module) -> str | None:
 
 
 def generate_name(model: nn.Module) -> str:
-    """The name that the installed `generate` has for the cache of this model."""
+    """The name that the installed `generate` uses for the cache of this model."""
     from transformers import GenerationMixin
 
-    # `generate` itself takes any keyword; this is what it hands the cache to.
+    # `generate` itself accepts any keyword and passes the cache to this method.
     general = _parameter(GenerationMixin, "prepare_inputs_for_generation")
     if general == "cache":
         return general
@@ -69,9 +69,9 @@ def generate_name(model: nn.Module) -> str:
 
 @cache
 def _parameter(kind: type, method: str) -> str | None:
-    """The name that a class's method has for the cache."""
+    """The name of the cache among the parameters of a class's method; None if it has none."""
     try:
         known = inspect.signature(getattr(kind, method, None)).parameters  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # no such method, or one that is not written in Python
+    except (TypeError, ValueError):  # no such method, or it is not written in Python
         return None
     return next((name for name in NAMES if name in known), None)

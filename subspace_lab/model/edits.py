@@ -1,4 +1,4 @@
-"""Edits as hooks of a model: `{site: intervention}`, checked before anything runs."""
+"""Edits, `{site: intervention}`, as hooks of a model; they are checked before anything runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from subspace_lab.model.resolved_sites import ResolvedSite, check_disjoint
 from subspace_lab.model.sources import Unmatched, expect_unmatched, filled, fitted, has_missing
 
 Edit = Callable[..., Tensor]
-"""(states) → states of the same shape and dtype, or (states, source) → states: an intervention, as a rule."""
+"""(states) → states of the same shape and dtype, or (states, source) → states; usually an intervention."""
 Edits = Mapping[Site, Edit]
 Groups = Sequence[tuple[Tensor, Edits]]
 """Edits of some examples of a batch: (the examples' numbers, {site: intervention})."""
@@ -34,14 +34,15 @@ def edit_hooks(
 
     Args:
         edits: {site: intervention}.
-        resolved: {site: where it is in the rows that are run}, of the edits' sites and perhaps of others.
+        resolved: {site: its resolved form in the rows that are run}, for all sites of the edits; others are ignored.
         sources: {site: states of these rows} for interchange interventions.
-        unmatched: "refuse" a source that has more or fewer positions than its base, or "keep_base" there.
+        unmatched: for positions that only a base or only its source has: "refuse" raises, "keep_base" does not change
+            the base's states there.
 
     Raises:
         TypeError: an edit that cannot be called.
-        ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width, a row with another
-            number of positions than its source.
+        ValueError: overlapping sites; a source that is missing, not needed, or of a wrong shape; a wrong width; a row
+            whose number of positions is not that of its source.
     """
     expect_unmatched(unmatched)
     sources = dict(sources or {})
@@ -57,13 +58,13 @@ def edit_hooks(
                 raise ValueError(f"{site} has width {width}; its intervention was made for {edit.width}.")
             if edit.needs_source != (site in sources):
                 raise ValueError(
-                    f"{site}: an interchange needs the source's states and no other intervention takes them; "
-                    f"sources given for {list(sources)}."
+                    f"{site}: an interchange needs the source's states, and no other intervention takes them; "
+                    f"there are sources for {list(sources)}."
                 )
         elif not callable(edit):
-            raise TypeError(f"{site}: an edit is an intervention or a function of states, not {edit!r}.")
+            raise TypeError(f"{site}: an edit must be an intervention or a function of states, not {edit!r}.")
         source = fitted(resolved[site], sources.get(site), unmatched)
-        # Of positions that all rows have and that were matched nothing is missing.
+        # If all rows have all positions, and base and source were matched, no entry is missing.
         ragged = resolved[site].present is not None or unmatched != "refuse"
         fill = ragged and has_missing(source)
         hooks.append(_edit_hook(resolved[site], edit, source, site in sources, fill))
@@ -71,7 +72,7 @@ def edit_hooks(
 
 
 def checked_groups(groups: Groups, batch: Batch) -> Groups:
-    """Groups of examples with edits of their own (ValueError for an example in two groups, or not in the batch)."""
+    """Checked groups of examples with their own edits. ValueError for an example in two groups or not in the batch."""
     chosen = [i for rows, _ in groups for i in rows.tolist()]
     if len(set(chosen)) < len(chosen) or any(not 0 <= i < len(batch) for i in chosen):
         raise ValueError(f"Groups of examples {sorted(chosen)} of a batch of {len(batch)}: each at most once.")
@@ -81,11 +82,12 @@ def checked_groups(groups: Groups, batch: Batch) -> Groups:
 def of_rows(
     edits: Edits, resolved: Mapping[Site, ResolvedSite], rows: Tensor, count: int, new_too: bool = False
 ) -> dict[Site, Edit]:
-    """The edits, changing nothing in other rows where the site alone does not say which rows it is in.
+    """The edits, restricted to some rows if the site alone does not say which rows it is in.
 
     Args:
-        rows: the numbers of the rows, of so many as `count`.
-        new_too: for tokens behind the prompt, of which a site says nothing.
+        rows: the numbers of these rows.
+        count: how many rows there are in all.
+        new_too: for generated tokens too, about which a site says nothing.
     """
     return {
         site: _OfRows(edit, rows, count) if new_too or resolved[site].index is None else edit
@@ -95,7 +97,8 @@ def of_rows(
 
 @dataclass(frozen=True)
 class _OfRows:
-    """An edit of some rows' states, each of them there once or, one after the other, for each of its beams."""
+    """An edit of some rows' states. With beam search each row occurs once for each of its beams, one after the
+    other."""
 
     edit: Edit
     rows: Tensor
@@ -108,45 +111,45 @@ class _OfRows:
 
 
 def new_token_hooks(backbone: Backbone, batch: Batch, site: Site, edit: Edit, cached: bool) -> list[Hook]:
-    """The edit of the tokens that a generation adds behind the batch.
+    """Hooks for the edit of the tokens that a generation adds after the batch.
 
     Args:
-        cached: whether a pass runs the new tokens alone, as with a key-value cache, or all tokens again. The first
-            pass runs the prompt, and in assisted generation the tokens that were guessed behind it too.
+        cached: whether a pass runs only the new tokens, as with a key-value cache, or all tokens again. The first pass
+            runs the prompt, and in assisted generation also tokens that were guessed after it.
 
     Raises:
-        ValueError: an interchange, whose source has no such tokens.
+        ValueError: an interchange, because its source has no such tokens.
     """
     if isinstance(edit, Intervention) and edit.needs_source:
         raise ValueError(f"{site}: the source has no tokens to swap with those that are being generated.")
     hook_point = backbone.hook_point(site)
     real = batch.real_tokens(hook_point.stack)
-    # 1: a decoder's start token
+    # 1 for a decoder's start token
     prompt = 1 if real is None else real.shape[1] - (0 if hook_point.stack else batch.cached)
     everything = ResolvedSite(site, hook_point, len(batch))
 
     def act(value: Tensor) -> Tensor:
         return everything.put(value, edit(everything.read(value)))
 
-    def behind(value: Tensor) -> Tensor | None:
+    def act_on_new(value: Tensor) -> Tensor | None:
         new = value[:, prompt:]
         return torch.cat([value[:, :prompt], act(new)], 1) if new.shape[1] else None
 
     place = (hook_point.path, hook_point.side, hook_point.order)
     if not cached:
-        return [Hook(*place, behind, "every")]
-    return [Hook(*place, behind, "first"), Hook(*place, act, "later")]
+        return [Hook(*place, act_on_new, "every")]
+    return [Hook(*place, act_on_new, "first"), Hook(*place, act, "later")]
 
 
 def grouped(hooks: list[Hook]) -> list[Hook]:
-    """One hook for each stream: several edits of it act one after the other on one value."""
+    """One hook for each stream. Several edits of a stream act one after the other on the same value."""
     streams: dict[tuple[str, str, str], list[Hook]] = {}
     for hook in hooks:
         streams.setdefault((hook.path, hook.side, hook.steps), []).append(hook)
-    return [group[0] if len(group) == 1 else _one_after_the_other(group) for group in streams.values()]
+    return [group[0] if len(group) == 1 else _in_sequence(group) for group in streams.values()]
 
 
-def _one_after_the_other(group: list[Hook]) -> Hook:
+def _in_sequence(group: list[Hook]) -> Hook:
     def act(value: Tensor) -> Tensor | None:
         changed = False
         for hook in group:
@@ -176,7 +179,7 @@ def _edit_hook(resolved: ResolvedSite, edit: Edit, source: Source, with_source: 
 
 
 def _repeated(source: Source, rows: int) -> Source:
-    """A source for each beam of its row."""
+    """A source, repeated for each beam of its row."""
     if isinstance(source, Mapping):
         return {name: _repeated(states, rows) for name, states in source.items()}  # type: ignore[misc]
     if source is None or len(source) == rows:

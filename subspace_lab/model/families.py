@@ -1,6 +1,6 @@
-"""Where the components of a model are: blocks by structure, the parts of a block by the names families use.
+"""Where the components of a model are. Blocks are found by structure, parts of a block by the names that families use.
 
-Knows modules and names only; reading and writing the values is `model/backbone.py`'s.
+This file only knows modules and names; `model/backbone.py` reads and writes the values.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import nn
 
 from subspace_lab.core.sites import COMPONENTS, Site
 
-# Paths inside a block, in the order in which they are tried. One line a part; a new family that names its
-# parts otherwise adds its name here.
+# Paths inside of a block, in the order in which they are tried, one line for each part. If a new family uses another
+# name for a part, add its name here.
 OUTPUT_PROJECTION = (
     "self_attn.o_proj",  # Llama, Mistral, Qwen, Gemma, OLMo, Phi-3
     "self_attn.dense",  # Phi
@@ -45,8 +45,8 @@ PROJECTION = (  # of queries, keys or values, where each has its own
     "attention.attn.{}",  # MPNet
     "layer.0.SelfAttention.{}",  # T5
 )
-# One projection of all three, whose columns are known from the model type alone: [queries | keys | values], or for
-# each head [query | key | value].
+# One projection for all three. How its columns are arranged depends on the model type alone: [queries | keys | values],
+# or [query | key | value] for each head.
 FUSED = {
     "gpt2": ("attn.c_attn", "contiguous"),
     "gpt_bigcode": ("attn.c_attn", "contiguous"),
@@ -75,13 +75,13 @@ MLP_PROJECTION = (
     "layer.2.DenseReluDense.wo",
     "layer.1.DenseReluDense.wo",
 )
-MIXTURE = ("mlp", "block_sparse_moe", "feed_forward")  # of experts: no single projection
-ADDED_TO_MIXTURE = ("shared_mlp",)  # adds to what the mixture gives
+MIXTURE = ("mlp", "block_sparse_moe", "feed_forward")  # mixtures of experts have no single projection
+ADDED_TO_MIXTURE = ("shared_mlp",)  # its output is added to that of the mixture
 WORDS = {"query_output": ("q", "query"), "key_output": ("k", "key"), "value_output": ("v", "value")}
 SEPARATE = {name: tuple(p.format(w) for p in PROJECTION for w in words) for name, words in WORDS.items()}
 TEXT = ("", "encoder", "decoder")  # the stacks whose sizes are in the configuration
-REPEATED = ("albert",)  # one block is run for several layers, so that no layer is one place
-# What a layer's attention says of itself, by the components that it is about.
+REPEATED = ("albert",)  # one block is run for several layers, so that a layer is not a place of its own
+# Attributes of a layer's attention that give the size of its heads, for each component.
 HEAD_SIZE = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 HEAD_SIZES = {
     "query_output": ("qk_head_dim", *HEAD_SIZE),
@@ -91,14 +91,14 @@ HEAD_SIZES = {
 }
 HEAD_COUNT = ("num_heads", "num_attention_heads", "n_heads", "num_head", "n_head")
 KEY_COUNT = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
-TRANSPOSED = ("longformer",)  # its projections see (positions, rows, width)
+TRANSPOSED = ("longformer",)  # its projections get (positions, rows, width)
 
 
 @dataclass(frozen=True)
 class HookPoint:
-    """One stream of values: the input or output of a module, or some columns of it.
+    """One stream of values: the input or output of a module, or some of its columns.
 
-    `order` sorts hook points as a forward pass reaches them.
+    `order` sorts hook points in the order in which a forward pass reaches them.
     """
 
     path: str
@@ -110,7 +110,7 @@ class HookPoint:
 
 
 class Anatomy:
-    """The blocks of a model and how to find a site in it."""
+    """The blocks of a model, and the place of each site in it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
@@ -123,11 +123,11 @@ class Anatomy:
         return len(self._blocks(stack, "the depth"))
 
     def hook_point(self, site: Site) -> HookPoint:
-        """Where a site is read and written.
+        """The place where a site is read and written.
 
         Raises:
-            ValueError: a component, submodule or head that the model has not.
-            IndexError: a layer it has not.
+            ValueError: a component, submodule or head that the model does not have.
+            IndexError: a layer that the model does not have.
         """
         if site.layer is None:
             return self._by_path(site)
@@ -139,29 +139,29 @@ class Anatomy:
         block = blocks[site.layer % len(blocks)]
         path, side, columns, width = self._part(block, component, site)
         if stack not in TEXT and columns is not None:
-            raise ValueError(f"{site}: the configuration of this stack is not looked at; name whole projections.")
+            raise ValueError(f"{site}: the configuration of this stack is not known here; name whole projections.")
         if site.heads is not None:
             columns, width = self._heads(site, component, stack, path, columns, width)
         order = (self.position[block], COMPONENTS.index(component))
-        if component == "block_output":  # after every site by path inside the block
+        if component == "block_output":  # after every site that is named by a path inside of the block
             order = (self._end(block), len(COMPONENTS) + 1)
         return HookPoint(path, side, None if columns is None else tuple(columns), width, order, stack)
 
     def head_count(self, site: Site) -> int:
-        """How many heads the component of a site has in its layer.
+        """The number of heads of a site's component in its layer.
 
         Raises:
-            ValueError, IndexError: as `hook_point`; a component without heads.
+            ValueError, IndexError: as in `hook_point`; a component without heads.
         """
         whole, one = (self.hook_point(Site(site.component, site.layer, "all", heads)) for heads in (None, 0))
-        assert whole.width is not None and one.width is not None  # or there would be no single head
+        assert whole.width is not None and one.width is not None  # otherwise there would be no single head
         return whole.width // one.width
 
     def _stacks(self, lists: list[str], model: nn.Module) -> dict[str, list[str]]:
         """{name: its blocks}.
 
-        The name is "" for a model's only stack, and for the language model where there is an image encoder too;
-        "encoder" and "decoder" where both make one model; else the path.
+        The name is "" for a model's only stack, and for the language model if there is also an image encoder. It is
+        "encoder" and "decoder" if the model consists of both. Otherwise it is the path.
         """
         if len(lists) == 1:
             names = [""]
@@ -176,18 +176,18 @@ class Anatomy:
         return dict(zip(names, blocks, strict=True))
 
     def _language(self, lists: list[str], model: nn.Module) -> str:
-        """The list that has the same parent module as the embeddings of tokens, or the nearest above it."""
+        """The list with the same parent module as the token embeddings, or with the nearest parent above it."""
         try:
             embeddings = model.get_input_embeddings()  # type: ignore[operator]
             parents = [p.rpartition(".")[0] for p, m in self.modules.items() if m is embeddings]
-        except (AttributeError, NotImplementedError):  # CLIP does not say which of its embeddings is of text
+        except (AttributeError, NotImplementedError):  # CLIP does not say which of its embeddings are of text
             parents = [
                 path.rpartition(".")[0]
                 for path, module in self.modules.items()
                 if isinstance(module, nn.Embedding) and re.search("token|word", path.rpartition(".")[2])
             ]
         parent = parents[0] if len(parents) == 1 else ""
-        while parent:  # CLIP's embeddings are a module beside its encoder
+        while parent:  # in CLIP the embeddings are a module next to the encoder
             found = [path for path in lists if path.startswith(f"{parent}.")]
             if found:
                 return found[0] if len(found) == 1 else ""
@@ -197,7 +197,7 @@ class Anatomy:
     def _blocks(self, stack: str, what: str) -> list[str]:
         if not self.stacks:
             raise ValueError(
-                f"{what}: no stack of transformer blocks found in this model; name a submodule instead, as in "
+                f"{what}: no stack of transformer blocks found in this model; name a submodule instead, such as "
                 f"'{next((p for p in self.modules if p), 'layer')}.output'."
             )
         if stack not in self.stacks:
@@ -212,7 +212,7 @@ class Anatomy:
         if path not in self.modules:
             near = sorted(p for p in self.modules if p and p.count(".") <= path.count("."))[:12]
             raise ValueError(f"{site}: the model has no submodule {path!r}; it has {near} and more.")
-        # A module's output comes after everything registered inside it.
+        # A module's output comes after everything registered inside of it.
         order = (self.position[path], -1) if side == "input" else (self._end(path), len(COMPONENTS))
         sizes = _sizes(self.modules[path])
         width = None if sizes is None else sizes[side == "output"]
@@ -220,7 +220,7 @@ class Anatomy:
         return HookPoint(path, side, None, width, order, stack)
 
     def _end(self, path: str) -> int:
-        """The place of the last module registered inside a module."""
+        """The index of the last module that is registered inside of a module."""
         return max(i for p, i in self.position.items() if not path or p == path or p.startswith(f"{path}."))
 
     def _part(
@@ -263,7 +263,7 @@ class Anatomy:
         parts = sorted(p.removeprefix(f"{block}.") for p in self.modules if p.startswith(f"{block}."))
         raise ValueError(
             f"{site}: this model's blocks have no {component} that is known. Submodules of the block: {parts}; "
-            f"name one by its path, as in '{block}.{parts[0] if parts else ''}.output'."
+            f"name one by its path, such as '{block}.{parts[0] if parts else ''}.output'."
         )
 
     def _fused(
@@ -274,7 +274,7 @@ class Anatomy:
         path = self._first(block, (name,))
         if not path or not inner or not projection:
             return None
-        # GPT-BigCode's is by head too unless it is multi-query.
+        # GPT-BigCode's projection is by head too, unless it is multi-query.
         if order == "by head" or not getattr(self.config, "multi_query", True):
             return path, "output", self._part_of_heads(projection, inner, which, 3), inner
         keys = (self._sizes_or_none(path)[1] - inner) // 2
@@ -282,7 +282,7 @@ class Anatomy:
         return path, "output", range(start, start + width), width
 
     def _part_of_heads(self, projection: str | None, inner: int, which: int, parts: int) -> list[int]:
-        """The columns of one of so many equal parts of each head."""
+        """The columns of one of several equal parts of each head."""
         assert projection is not None
         head = self._head_size("head_output", "", projection, inner)
         return [parts * start + which * head + i for start in range(0, inner, head) for i in range(head)]
@@ -292,7 +292,9 @@ class Anatomy:
     ) -> tuple[list[int], int]:
         assert site.heads is not None
         if width is None:
-            raise ValueError(f"{site}: how wide this projection is does not show in it; name the whole of it.")
+            raise ValueError(
+                f"{site}: the width of this projection is not known; use the whole of it, without heads."
+            )
         size = self._head_size(component, stack, path, width)
         count = width // size
         if max(site.heads) >= count:
@@ -301,7 +303,7 @@ class Anatomy:
         return (chosen if columns is None else [columns[i] for i in chosen]), len(chosen)
 
     def _head_size(self, component: str, stack: str, path: str, width: int) -> int:
-        """How wide a head is: as the layer itself says, for layers may differ; else by the configuration's count."""
+        """The width of a head: from the layer itself, because layers may differ; otherwise from the configuration."""
         own = self._attention(path)
         keys = component in ("key_output", "value_output")
         size = _first_whole(own, HEAD_SIZES[component])
@@ -316,7 +318,7 @@ class Anatomy:
         return size
 
     def _attention(self, path: str) -> dict[str, Any]:
-        """The attributes of the attention that a projection belongs to, as far as they tell of heads."""
+        """Attributes about heads of the attention that contains a projection."""
         known = {*HEAD_COUNT, *KEY_COUNT, *(name for names in HEAD_SIZES.values() for name in names)}
         above = path.rpartition(".")[0]
         while above and not isinstance(self.modules[above], nn.ModuleList):
@@ -334,7 +336,7 @@ class Anatomy:
             raise ValueError("The model's configuration does not say how many attention heads it has.")
         if not isinstance(heads, int):
             raise ValueError(
-                f"The layers have different numbers of heads, {heads}, and do not say which is whose."
+                f"The layers have different numbers of heads, {heads}, and do not say which layer has which."
             )
         if component in ("key_output", "value_output"):
             return getattr(config, "num_key_value_heads", None) or heads
@@ -358,7 +360,7 @@ class Anatomy:
 
 
 def _lists(modules: dict[str, nn.Module]) -> list[str]:
-    """The outermost lists of blocks: of modules that contain attention, or that transformers calls so."""
+    """The outermost lists of blocks: of modules that contain attention, or that transformers marks as layers."""
     lists: list[str] = []
     for path, module in modules.items():
         if not isinstance(module, nn.ModuleList) or not len(module):
@@ -371,7 +373,7 @@ def _lists(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def attends(module: nn.Module) -> bool:
-    """Whether a block contains attention; one of Mamba's, say, does not, nor does XLM's attention itself."""
+    """Whether a block contains attention. (A block of Mamba does not; XLM's attention itself does not either.)"""
     return any("attention" in type(part).__name__.lower() for part in module.modules() if part is not module)
 
 
@@ -386,7 +388,7 @@ def _first_whole(attributes: dict[str, Any], names: tuple[str, ...]) -> int | No
 
 
 def _sizes(module: Any) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear map, also of GPT-2's transposed one and of wrapped ones."""
+    """(inputs, outputs) of a linear map, also of GPT-2's transposed ones and of wrapped ones."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)
     if hasattr(module, "nx") and hasattr(module, "nf"):

@@ -1,4 +1,4 @@
-"""Which model a result is of: its name, its kind, and a digest of its weights."""
+"""The identity of a model for results: its name, its class, and a digest of its weights."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 
 from subspace_lab.model.offloading import named_weights
 
-SAMPLED = 64  # numbers of each tensor
+SAMPLED = 64  # numbers of each tensor that go into the digest
 LIBRARIES = ("subspace-lab", "torch", "transformers", "nnsight")
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
-    """Class, name, size and dtype of a model, with a digest that other weights would change.
+    """Class, name, size and dtype of a model, with a digest that is different for other weights.
 
-    The digest is of a sample of each parameter's numbers: training changes it, rounding to another dtype too.
+    The digest uses a sample of each parameter's numbers. Training changes it, and so does rounding to another dtype.
     """
     digest, dtypes, count = hashlib.sha256(), dict[str, int](), 0
     for name, parameter in named_weights(model):
@@ -34,7 +34,7 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
     name = getattr(config, "_name_or_path", None) or ""
     return {
         "class": type(model).__name__,
-        # Of a folder its name alone: where somebody keeps it is nobody's concern.
+        # For a local folder only its name, because its location is private.
         "name": (Path(name).name if Path(name).is_dir() else name) or None,
         "parameters": count,
         "dtype": max(dtypes, key=lambda kind: dtypes[kind], default=None),
@@ -43,12 +43,12 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the libraries that a result depends on."""
+    """The versions of the libraries that a result depends on."""
     return {name.replace("-", "_"): _version(name) for name in LIBRARIES}
 
 
 def _version(name: str) -> str | None:
     try:
         return version(name)
-    except PackageNotFoundError:  # run from a checkout
+    except PackageNotFoundError:  # not installed, run from a checkout
         return None

@@ -1,7 +1,7 @@
 """Running a model with edits: `forward`, `generate`, `collect`.
 
-A model with edits is a model and `{site: intervention}`. Everything is checked before anything runs: that the
-sites exist, that two edits of one stream have disjoint positions or columns, that widths and sources fit.
+A model with edits is a model and `{site: intervention}`. Everything is checked before anything runs: the sites exist,
+two edits of one stream have disjoint positions or columns, and widths and sources fit.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ def forward(
     groups: Groups = (),
     call: Callable[..., Any] | None = None,
 ) -> Any:
-    """The model's own output with the edits in force.
+    """The model's own output with the edits.
 
     Args:
-        backbone: of the model.
-        batch: the model's inputs, with prompt lengths and position columns where the sites ask for them.
-        edits: {site: intervention}; any callable (states) → states serves as an intervention.
-        sources: {site: (batch, positions, width) states, as `collect` gives them} for interchange interventions;
-            {variable: states} where several variables share the site's basis.
-        unmatched: what becomes of positions that a row has and its source has not, or the other way round: "refuse"
-            raises, "keep_base" leaves them as they are in the base. f- and l-terms are matched from their own end.
-        train_base: let gradients reach the model's own parameters too (those that ask for them).
+        backbone: the model.
+        batch: the model's inputs, with prompt lengths and position columns if the sites need them.
+        edits: {site: intervention}; any callable (states) → states can be used as an intervention.
+        sources: {site: (batch, positions, width) states, as `collect` returns them} for interchange interventions;
+            {variable: states} if several variables share the site's basis.
+        unmatched: for positions that only a row or only its source has: "refuse" raises, "keep_base" does not change
+            the base there. f- and l-terms are matched from their own end.
+        train_base: also compute gradients for the model's own parameters (those that require them).
         also: further hooks.
-        groups: further edits, each of some examples of the batch: (their numbers, {site: intervention}). No
-            example is in two of them.
+        groups: further edits, each for some examples of the batch: (their numbers, {site: intervention}). No example is
+            in two groups.
         call: what is run with these inputs, a part of the model that takes them; by default the model.
 
     Raises:
-        TypeError: a model in the place of a backbone, or anything else of another kind than is said above.
-        ValueError: overlapping sites, a missing, superfluous or misshapen source, a wrong width, a row with another
-            number of positions than its source.
+        TypeError: a model instead of a backbone, or another argument of the wrong type.
+        ValueError: overlapping sites; a source that is missing, not needed, or of a wrong shape; a wrong width; a row
+            whose number of positions is not that of its source.
         IndexError: a layer or a position that does not exist.
     """
     expect_backbone(backbone)
@@ -86,15 +86,15 @@ def forward(
 def collect(
     backbone: Backbone, batch: Batch | Mapping[str, Any] | Tensor, sites: Iterable[Site]
 ) -> dict[Site, Tensor]:
-    """The states at the sites in a plain run: {site: (batch, positions, width)}, without gradient.
+    """The states at the sites in a run without edits: {site: (batch, positions, width)}, without gradients.
 
-    Rows with fewer positions than others are filled up at the end with NaN: a mean over these entries is NaN too. A
-    stream without positions gives (batch, width). The run ends after the last site.
+    Rows with fewer positions than others are filled up at the end with NaN, so that a mean over these entries is NaN
+    too. A stream without positions gives (batch, width). The run ends after the last site.
 
     Raises:
-        TypeError: a model in the place of a backbone, one site in the place of several.
+        TypeError: a model instead of a backbone, or one site instead of several.
         ValueError, IndexError: sites that the model or the batch does not have.
-        ValueError: states that are NaN where a row has a position.
+        ValueError: states that are NaN although the row has this position.
     """
     expect_backbone(backbone)
     batch = Batch.of(batch)
@@ -105,10 +105,10 @@ def collect(
 def states_at(
     backbone: Backbone, batch: Batch, resolved: Sequence[ResolvedSite], also: Sequence[Hook] = ()
 ) -> dict[Site, Tensor]:
-    """The states at sites that are resolved in this batch; as `collect`, whose errors it raises.
+    """The states at sites that are resolved in this batch. Otherwise, and in its errors, like `collect`.
 
     Args:
-        also: hooks such as `edit_hooks` gives. What they change on a site's stream is changed before it is read.
+        also: hooks, as `edit_hooks` returns them. What they change on a site's stream is changed before it is read.
     """
     found: dict[Site, Tensor] = {}
     readers = [Hook(p.hook_point.path, p.hook_point.side, p.hook_point.order, _reader(p, found)) for p in resolved]
@@ -131,30 +131,30 @@ def generate(
     groups: Groups = (),
     **generation: Any,
 ) -> Any:
-    """The model's own `generate`, its prompt edited.
+    """The model's own `generate` with an edited prompt.
 
-    The edits happen once, in the prefill (the pass over the prompt), and their effect stays in the key-value
-    cache: decoding runs at the model's own speed. With `use_cache=False` the prompt is run again at each step, and
-    so is the edit; both give the same tokens. Beams, sampling and streamers are `generate`'s own.
+    The edits are made once, in the prefill (the pass over the prompt), and their effect stays in the key-value cache:
+    decoding runs at the model's own speed. With `use_cache=False` the prompt is run again in each step, with the edits;
+    both give the same tokens. Beams, sampling and streamers are those of `generate`.
 
     Args:
         backbone, batch, edits, sources, unmatched: as in `forward`.
         every_token: edit each generated token as well.
         also: further hooks, at the steps that each of them names.
         groups: as in `forward`.
-        generation: keyword arguments of the model's `generate`, which checks them. With `cache` (or
-            `past_key_values`, its older name) the prompt is the whole conversation; of its positions those in the
-            cache stay as they were cached.
+        generation: keyword arguments of the model's `generate`, which checks them. With `cache` (or its older name
+            `past_key_values`) the prompt is the whole conversation; positions that are in the cache stay as they were
+            cached.
 
-    Assisted generation checks several tokens in one pass, those of the prompt and those behind it told apart. It
-    needs an assistant whose passes are not the model's own.
+    Assisted generation checks several tokens in one pass; tokens of the prompt and tokens after it are distinguished.
+    It needs an assistant whose passes are not the model's own.
 
     Raises:
-        TypeError: a model without `generate`; otherwise as `forward`.
-        ValueError: an edit of generated tokens that needs a source; an assistant that runs the model's own layers, a
-            prompt in chunks, or anything else by which the first pass is not that over the prompt; otherwise as
+        TypeError: a model without `generate`; otherwise as in `forward`.
+        ValueError: an edit of generated tokens that needs a source; an assistant that runs the model's own layers; a
+            prompt in chunks; any other setting with which the first pass is not over the prompt; otherwise as in
             `forward`.
-        IndexError: as `forward`.
+        IndexError: as in `forward`.
     """
     expect_backbone(backbone)
     expect_edits(edits)
@@ -192,7 +192,7 @@ def generate(
 
 
 def _check_start(batch: Batch, start: int | None) -> None:
-    """Refuse decoder inputs before which `generate` would put a token, and so move every position."""
+    """ValueError for decoder inputs before which `generate` would put a token, so that all positions would change."""
     ids = batch.inputs.get("decoder_input_ids")
     if isinstance(ids, Tensor) and start is not None and bool((ids[:, 0] != start).any()):
         raise ValueError(

@@ -1,14 +1,14 @@
-"""Edits that become weights: what an affine edit of all tokens does at a projection, another projection does as well.
+"""Merges edits into weights: an affine edit of all tokens at a projection equals a projection with other weights.
 
-An edit A h + c of what a linear map gives, y = W x + b, is the linear map
+The edit A h + c at the output or input of a linear map y = W x + b gives the linear map
 
     W' = A W        b' = A b + c                   at its output (`mlp_output`, `attention_output`, `value_output`, …)
     W' = W A        b' = b + W c                   at its input (`head_output`, `mlp_activation`)
 
-with A = I + Dᵀ M and c = Dᵀ v in the words of `core/interventions.py`, M = W − R for LoReFT. Where a site is some
-columns of the projection (single heads, the values of a fused one) A and c are about these alone. It is exact, so
-what is merged needs nothing of this package, and runs at the speed of the model. It is exact nowhere else: what is
-not one affine map of every token's state at one projection is refused with the reason.
+with A = I + Dᵀ M and c = Dᵀ v in the notation of `core/interventions.py`, M = W − R for LoReFT. Where a site is some
+of the projection's columns (single heads, the values of a fused projection), A and c apply only to these columns.
+The merged model computes the same function, does not need this package and is as fast as the model was. Every edit
+that is not one affine map of every token's state at one projection is refused, with the reason.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Placed = tuple[HookPoint, Intervention]
 
 @dataclass
 class Merged:
-    """Edits that are in the weights of a model.
+    """Edits that were merged into the weights of a model.
 
     Attributes:
-        edits: {site: intervention}, those that were merged.
-        settings: of the model's configuration that were switched on, so that it has the biases that the edits need.
+        edits: {site: intervention}, the merged edits.
+        settings: the settings of the model's configuration that were switched on for the biases that the edits need.
     """
 
     edits: Mapping[Site, Intervention]
@@ -50,11 +50,11 @@ class Merged:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the former weights are kept, so that it can be undone."""
+        """Whether the former weights are kept, so that the merge can be undone."""
         return self._model is not None
 
     def undo(self) -> None:
-        """Give the model the weights that it had, to the bit, and the configuration.
+        """Restore the model's former weights, bit for bit, and its configuration.
 
         Raises:
             ValueError: `keep_nothing` was called.
@@ -72,16 +72,16 @@ class Merged:
 
     def keep_nothing(self) -> None:
         """Free the copies of the former weights; the edits stay in the weights for good."""
-        for module in self._added:  # trains, or not, as the projection does
+        for module in self._added:  # trainable if the projection is
             if module.bias is not None:
                 module.bias.requires_grad_(module.weight.requires_grad)
         self._model, self._kept, self._added = None, [], []
 
     def put(self, tensor: Tensor, new: Tensor) -> None:
-        """Write new numbers into a tensor of the model, and keep a copy of the former ones.
+        """Write new values into a tensor of the model and keep a copy of the former ones.
 
         Raises:
-            ValueError: numbers that are too large for the dtype of the tensor.
+            ValueError: values that are too large for the dtype of the tensor.
         """
         self._kept.append((tensor, tensor.detach().clone()))
         with torch.no_grad():
@@ -91,25 +91,26 @@ class Merged:
 
 
 def merge(backbone: Backbone, edits: Mapping[Site, Intervention]) -> Merged:
-    """Put edits of all tokens into the weights of the model.
+    """Merge edits of all tokens into the weights of the model.
 
-    Afterwards the model runs as with the edits at every token that is no padding, in float64 but for rounding; it is
-    the same object, with `save_pretrained` and all else. Everything is checked before a weight is changed.
+    Afterwards the model gives the same outputs as with the edits, up to rounding (computed in float64), at every token
+    that is not padding. It is the same object with the same methods, such as `save_pretrained`. Everything is checked
+    before a weight is changed.
 
     Args:
-        backbone: of the model.
-        edits: {site: intervention}, of LoReFT, NoReFT, DiReFT, ConsReFT, LobiReFT, RED, steering or ablation.
+        backbone: the backbone of the model.
+        edits: {site: intervention}: LoReFT, NoReFT, DiReFT, ConsReFT, LobiReFT, RED, steering or ablation.
 
     Returns:
-        What was merged, whose `undo` takes it out again.
+        The merge; its `undo` restores the weights.
 
     Raises:
-        TypeError: a model in the place of a backbone; edits that are not {site: intervention}.
-        ValueError: an edit that no weights stand for, or not these: other positions than "all"; one that is not
-            affine (an activation, a source, one value for each example); dropout in train mode; a site that is
-            not the input or output of one linear map; weights that are shared, quantised, offloaded or wrapped; two
-            edits of the same columns; a projection without a bias where the edit has one and no setting gives it.
-        IndexError: a layer that the model has not.
+        TypeError: a model instead of a backbone; edits that are not {site: intervention}.
+        ValueError: an edit that cannot be merged, or weights that cannot take one: positions other than "all"; an edit
+            that is not affine (an activation, a source, one value for each example); dropout in train mode; a site
+            that is not the input or output of one linear map; weights that are shared, quantised, offloaded or
+            wrapped; two edits of the same columns; an edit with b at a projection without bias, if no setting adds it.
+        IndexError: a layer that the model does not have.
     """
     expect_backbone(backbone)
     by_site(edits, "edits", Intervention, Site)
@@ -122,7 +123,7 @@ def merge(backbone: Backbone, edits: Mapping[Site, Intervention]) -> Merged:
         for other, _ in placed.get(point.path, []):
             if overlap(point, other):
                 raise ValueError(
-                    f"{site} and another edit act on the same numbers of {point.path}; merge one of them."
+                    f"{site} and another edit act on the same dimensions at {point.path}; merge only one of them."
                 )
         placed.setdefault(point.path, []).append((point, edit))
     _refuse_shared(backbone.model, list(placed))
@@ -149,30 +150,30 @@ def merge(backbone: Backbone, edits: Mapping[Site, Intervention]) -> Merged:
 
 
 def refuse_model(model: nn.Module) -> None:
-    """ValueError for a model whose weights are no plain numbers in memory."""
+    """ValueError for a model whose weights are not plain floating-point numbers in memory."""
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
-            f"This {type(model).__name__} is quantised: what is merged would be rounded to a few bits. Load the model "
-            "without quantisation and merge into that, or serve the edits with `generate`."
+            f"This {type(model).__name__} is quantised: merged weights would be rounded to a few bits. Load the model "
+            "without quantisation and merge there, or use the edits with `generate`."
         )
     if is_offloaded(model) or is_unloaded(model):
         raise ValueError(
             f"The weights of this {type(model).__name__} are not in memory between runs (offloaded, or on 'meta'), and "
-            "cannot be changed: load the whole model, on the CPU say."
+            "cannot be changed: load the whole model, for example on the CPU."
         )
 
 
 def refuse_edit(site: Site, edit: Intervention) -> None:
-    """ValueError for an edit that is no affine map of every token's state."""
+    """ValueError for an edit that is not an affine map of every token's state."""
     why = None
     if site.positions != "all":
-        why = f"it acts at the positions {site.positions!r}, weights at all tokens; serve it with `generate`"
+        why = f"it acts at the positions {site.positions!r}, weights at all tokens; use it with `generate`"
     elif edit.needs_source:
         why = "it needs a source, which weights do not have"
     elif not edit.is_affine:
         why = (
             "it is not one affine map of the state (another activation than 'linear', a value for each example, or a "
-            "value whose class does not say `is_affine`); serve it with `generate`"
+            "value whose class does not set `is_affine`); use it with `generate`"
         )
     elif edit.dropout.p and edit.training:
         why = (
@@ -183,26 +184,26 @@ def refuse_edit(site: Site, edit: Intervention) -> None:
 
 
 def overlap(one: HookPoint, other: HookPoint) -> bool:
-    """Whether two hook points are of the same numbers of one stream."""
+    """Whether two hook points share dimensions of one stream."""
     if (one.path, one.side) != (other.path, other.side):
         return False
     return one.columns is None or other.columns is None or bool({*one.columns} & {*other.columns})
 
 
 def _refuse_place(backbone: Backbone, site: Site, edit: Intervention, point: HookPoint) -> None:
-    """ValueError where a site is not at a linear map with weights of its own."""
+    """ValueError for a site that is not at a plain linear map."""
     from transformers.pytorch_utils import Conv1D
 
     module: Any = backbone.anatomy.modules[point.path]
     kind, why = type(module), None
     if kind not in (nn.Linear, Conv1D):
         why = (
-            f"{point.path or 'the model'} is a {kind.__name__}, not a linear map whose weights could take it. That can "
-            "be done at mlp_output, attention_output, value_output, head_output and mlp_activation; serve other edits "
-            "with `generate`"
+            f"{point.path or 'the model'} is a {kind.__name__}, not a linear map. Edits can be merged at "
+            "mlp_output, attention_output, value_output, head_output and mlp_activation; use other edits with "
+            "`generate`"
         )
     elif not backbone.is_plain(point.path) or not module.weight.is_floating_point():
-        why = f"something wraps or hooks {point.path}, or its weights are no plain numbers (quantised, offloaded)"
+        why = f"something wraps or hooks {point.path}, or its weights are not plain numbers (quantised, offloaded)"
     elif edit.width != point.width:
         why = f"it has width {point.width}, the intervention was made for {edit.width}"
     if why is not None:
@@ -210,7 +211,7 @@ def _refuse_place(backbone: Backbone, site: Site, edit: Intervention, point: Hoo
 
 
 def _refuse_shared(model: nn.Module, paths: Sequence[str]) -> None:
-    """ValueError where a projection has weights, or is a module, that the model uses in another place as well."""
+    """ValueError if the model uses a projection, or its weights, in another place as well."""
     places: list[tuple[str, int, int, torch.device]] = []
     for path, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
@@ -221,14 +222,15 @@ def _refuse_shared(model: nn.Module, paths: Sequence[str]) -> None:
             if other != path and where == device and first < end and start < last:
                 raise ValueError(
                     f"{path} shares its weights with {other}, which would be edited too: the edit cannot be merged. "
-                    "Untie the two in the model first, or serve the edit with `generate`."
+                    "Untie the two in the model first, or use the edit with `generate`."
                 )
 
 
 def _settings_for(model: nn.Module, lacking: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
-    """By which settings the model has a bias at these modules, and all modules that get one by them.
+    """The settings that give these modules a bias, and all modules that get one from these settings.
 
-    A model is built anew from the changed configuration, without memory: what it has more is what is loaded.
+    A second model is built from the changed configuration on the device "meta", and its parameters are compared: a
+    saved model is loaded with these parameters.
     """
     if not lacking:
         return (), []
@@ -251,14 +253,14 @@ def _settings_for(model: nn.Module, lacking: Sequence[str]) -> tuple[tuple[str, 
     missing = sorted({*lacking} - {*places})
     if missing:
         raise ValueError(
-            f"The edits have a b, and {missing[0]} of a {type(model).__name__} has no bias that could take it, nor a "
-            "setting that gives it one: train without b, ReftConfig(bias=False), which merges everywhere."
+            f"The edits have a b, but {missing[0]} of a {type(model).__name__} has no bias that could take it, and no "
+            "setting adds one: train without b, ReftConfig(bias=False). Such edits do not need a bias."
         )
     return tuple(settings), places
 
 
 def _lacks_bias(module: Any, edits: Sequence[Placed]) -> bool:
-    """Whether the merged map has a bias and the module has none: c is not 0."""
+    """Whether the merged map has a bias (c is not 0) but the module has none."""
     with torch.no_grad():
         zeros = (module.weight.new_zeros(1, edit.width) for _, edit in edits)
         return module.bias is None and any(
@@ -296,7 +298,7 @@ def _computed(module: Any, edits: Sequence[Placed]) -> tuple[Tensor, Tensor]:
 
 
 def _from_the_right(weight: Tensor, edit: Intervention) -> Tensor:
-    """W A of an edit A h + c: the gradient of W-weighted edited states, since each of them is A h + c."""
+    """W A for an edit A h + c: the gradient of the edited states, weighted by W, with respect to h."""
     with torch.enable_grad():
         states = torch.zeros_like(weight, requires_grad=True)
         return torch.autograd.grad(edit(states), states, weight)[0]

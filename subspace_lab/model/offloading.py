@@ -1,8 +1,8 @@
-"""Weights that are not in the model: accelerate keeps them in host memory or on disk, and brings them for each run.
+"""Offloaded weights: accelerate keeps them in host memory or on disk, and loads them for each run.
 
-It puts a hook on a module (`_hf_hook`) that fills in the weights before the module runs and takes them out after it;
-between runs they are on "meta", a device without memory. So whoever wants the numbers asks here, and whoever wants
-a product with them calls the module.
+It puts a hook on a module (`_hf_hook`) that loads the weights before the module runs and removes them afterwards.
+Between runs the weights are on "meta", a device without memory. So use the functions here to get the numbers of the
+weights, and call the module itself to get a product with them.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from torch import Tensor, nn
 
 
 def align_hooks(module: nn.Module) -> list[Any]:
-    """What accelerate does before and after a module runs."""
+    """The hooks with which accelerate acts before and after a module runs."""
     hook = vars(module).get("_hf_hook")
     return [] if hook is None else list(getattr(hook, "hooks", [hook]))
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether some weights are brought for each run alone."""
+    """Whether some weights are loaded only for each run."""
     return any(getattr(hook, "offload", False) for module in model.modules() for hook in align_hooks(module))
 
 
 def is_unloaded(model: nn.Module) -> bool:
-    """Whether the weights are on "meta" and nothing brings them: such a model has sizes, and cannot be run."""
+    """Whether the weights are on "meta" and nothing loads them: such a model has sizes, but cannot be run."""
     first = next(model.parameters(), None)
     return first is not None and first.is_meta and not is_offloaded(model)
 
 
 def running_device(model: nn.Module) -> torch.device:
-    """Where the model takes its inputs (the CPU for a model without parameters).
+    """The device of the model's inputs (the CPU for a model without parameters).
 
     Raises:
-        ValueError: weights on "meta" that nothing brings.
+        ValueError: weights on "meta" that nothing loads.
     """
     first = next(model.parameters(), None)
     if first is None:
@@ -47,25 +47,25 @@ def running_device(model: nn.Module) -> torch.device:
             if getattr(hook, "offload", False) and hook.execution_device is not None:
                 return torch.device(hook.execution_device)
     raise ValueError(
-        f"The weights of this {type(model).__name__} are on 'meta', a device without memory, and nothing brings them "
+        f"The weights of this {type(model).__name__} are on 'meta', a device without memory, and nothing loads them "
         "for a run: load them first."
     )
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters by name, each once, offloaded ones from where they are kept."""
+    """The parameters by name, each once; offloaded ones from where they are stored."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
     for name, parameter in parameters.items():
         if parameter.is_meta and tied.get(name) in parameters:
-            continue  # offloading cuts the ties, and this weight has been given under its other name
+            continue  # offloading separates tied weights; this weight is given under its other name
         path, _, own = name.rpartition(".")
         kept = _kept(modules[path], own) if parameter.is_meta else None
         yield name, parameter if kept is None else kept
 
 
 def in_host_memory(model: nn.Module) -> list[Tensor]:
-    """The offloaded weights that are in memory; those on disk are left out."""
+    """The offloaded weights that are in memory, without those on disk."""
     found = []
     for module in model.modules():
         for hook in align_hooks(module):
@@ -88,7 +88,7 @@ def _kept(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _store(weights: Any, key: str) -> tuple[Any, str]:
-    """Where the weight of this name is looked up in the end, and by which key."""
+    """The store that finally contains the weight of this name, and its key there."""
     while hasattr(weights, "prefix"):
         weights, key = weights.dataset, f"{weights.prefix}{key}"
     return getattr(weights, "state_dict", weights), key

@@ -1,4 +1,4 @@
-"""A site in one batch: which positions of each row it is, and how states are read and written there."""
+"""A site in one batch: its positions in each row, and how states are read and written there."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class ResolvedSite:
         site: the site.
         hook_point: the stream of values that is read and written.
         count: the number of rows of the batch.
-        index: (batch, positions) columns of the stream; None where the stream has no positions or they are not
-            known before a run.
-        valid: (batch, positions) False where there is nothing to read or write; None where there is everywhere.
-        present: (batch, positions) False where a row has no such position; None where every row has all of them.
-            A row may have a position that is not valid: one in a cache, or one that is not run.
-        whole: all positions of all rows are meant, without padding: the stream is taken as it is.
-        repeated: the stream may hold several rows, one after the other, for each row of the batch (beams).
+        index: (batch, positions) columns of the stream; None if the stream has no positions, or if they are not known
+            before a run.
+        valid: (batch, positions) False where there is nothing to read or write; None if there is no such entry.
+        present: (batch, positions) False where a row has no such position; None if every row has all of them. A
+            position that a row has may still not be valid, if it is in a cache or is not run.
+        whole: the site is all positions of all rows, and there is no padding, so the stream is used as it is.
+        repeated: the stream may contain several rows, one after the other, for each row of the batch (beams).
     """
 
     site: Site
@@ -43,7 +43,7 @@ class ResolvedSite:
 
     @property
     def positions(self) -> int | None:
-        """How many positions a source must have in each row; None where only a run can tell."""
+        """The number of positions that a source must have in each row; None if only a run can find it."""
         by_path = self.site.layer is None and self.site.positions == "all"
         return None if self.index is None or by_path else self.index.shape[1]
 
@@ -52,11 +52,13 @@ class ResolvedSite:
         if self.index is None:
             return replace(self, count=len(rows))
         index = self.index[rows.to(self.index.device)]
-        valid, present = (None if t is None else _some(t[rows.to(t.device)]) for t in (self.valid, self.present))
+        valid, present = (
+            None if t is None else _none_if_all_true(t[rows.to(t.device)]) for t in (self.valid, self.present)
+        )
         return replace(self, count=len(rows), index=index, valid=valid, present=present)
 
     def among(self, rows: Tensor, count: int) -> ResolvedSite:
-        """The site in a batch of so many rows, of which this one's rows are some; the others have no position."""
+        """The site in a larger batch of `count` rows that contains these `rows`; the other rows have no position."""
         if self.index is None:
             return replace(self, count=count)
         rows = rows.to(self.index.device)
@@ -81,7 +83,7 @@ class ResolvedSite:
         return states.masked_fill(~valid[..., None], missing)
 
     def put(self, value: Tensor, states: Tensor) -> Tensor:
-        """The whole value with `states` at the site; the rest as it was."""
+        """The whole value with `states` at the site; the rest is unchanged."""
         columns = self.hook_point.columns
         cols = None if columns is None else torch.tensor(columns, device=value.device)
         if self._taken_whole(value):
@@ -97,17 +99,17 @@ class ResolvedSite:
         return value.index_put((rows[..., None], index[..., None], cols), states)
 
     def _taken_whole(self, value: Tensor) -> bool:
-        """Whether the site is all of a value: by its positions, or because the value has none."""
+        """Whether the site is all of a value: because of its positions, or because the value has no positions."""
         flat, shape = value.ndim < 3, tuple(value.shape)
         if self.site.layer is not None and value.ndim != 3:
-            # Llama 4's experts see all rows' tokens as one list, Gemma 3n's blocks several streams at once.
+            # The experts of Llama 4 get the tokens of all rows as one list; blocks of Gemma 3n have several streams.
             raise ValueError(f"{self.site}: the stream there, {shape}, is not (rows, positions, width).")
         if flat and self.site.positions != "all":
             raise ValueError(f"{self.site}: the stream there, {shape}, has no position axis.")
         return flat or self.whole or self.index is None
 
     def _on(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
-        """index and valid for this value: on its device, and once for each beam."""
+        """index and valid for this value: on its device, and repeated for each beam."""
         assert self.index is not None
         index, valid = self.index.to(value.device), self.valid
         valid = None if valid is None else valid.to(value.device)
@@ -121,12 +123,12 @@ class ResolvedSite:
 
 
 def resolve(backbone: Backbone, batch: Batch, site: Site) -> ResolvedSite:
-    """Which positions of each row of a batch a site is.
+    """The positions of a site in each row of a batch.
 
     Raises:
-        ValueError: a component that the model does not have; positions in a stream without tokens.
-        KeyError: a named position that the batch does not have (`cls` is one of images whose model has such a token).
-        IndexError: a layer or a position that does not exist.
+        ValueError: a component that the model does not have; positions in a stream without tokens. KeyError: a named
+        position that the batch does not have. (`cls` exists for images if the model has such a token.) IndexError: a
+        layer or a position that does not exist.
     """
     hook_point = backbone.hook_point(site)
     real = batch.real_tokens(hook_point.stack)
@@ -142,7 +144,7 @@ def resolve(backbone: Backbone, batch: Batch, site: Site) -> ResolvedSite:
 
 
 def _of_patches(backbone: Backbone, batch: Batch, site: Site, hook_point: HookPoint) -> ResolvedSite:
-    """Positions of a stream without tokens of text: all rows have as many, which a run of one row tells."""
+    """Positions of a stream without text tokens. All rows have the same number; a run of one row finds it."""
     length = backbone.stream_length(hook_point, model_inputs(backbone.model, batch.rows(slice(0, 1))))
     columns = {"cls": torch.zeros(len(batch), dtype=torch.long)} if backbone.has_class_token() else {}
     real = torch.ones(len(batch), length, dtype=torch.bool)
@@ -152,14 +154,14 @@ def _of_patches(backbone: Backbone, batch: Batch, site: Site, hook_point: HookPo
 
 
 def resolve_prompt(backbone: Backbone, batch: Batch, site: Site) -> ResolvedSite:
-    """Which positions of a prompt a site is, when tokens are generated behind it, for several beams perhaps.
+    """The positions of a site in a prompt after which tokens are generated, possibly for several beams.
 
     Raises:
-        ValueError, IndexError: as `resolve`.
+        ValueError, IndexError: as in `resolve`.
     """
     hook_point = backbone.hook_point(site)
     if hook_point.stack == "decoder" and batch.real_tokens("decoder") is None:
-        start = torch.ones(len(batch), 1, dtype=torch.bool, device=backbone.device)  # its start token alone
+        start = torch.ones(len(batch), 1, dtype=torch.bool, device=backbone.device)  # only its start token
         found = _among(start, batch, site, hook_point)
     else:
         found = resolve(backbone, batch, site)
@@ -173,16 +175,18 @@ def _among(real: Tensor, batch: Batch, site: Site, hook_point: HookPoint) -> Res
         expect_some(site.positions, present, real.sum(1) if lengths is None else lengths)
     index, valid = batch.after_cache(index, present, hook_point.stack)
     whole = site.positions == "all" and lengths is None and bool(real.all())
-    return ResolvedSite(site, hook_point, len(batch), index, _some(valid), _some(present), whole)
+    return ResolvedSite(
+        site, hook_point, len(batch), index, _none_if_all_true(valid), _none_if_all_true(present), whole
+    )
 
 
-def _some(mask: Tensor) -> Tensor | None:
-    """A mask that hides something; None for one that hides nothing."""
+def _none_if_all_true(mask: Tensor) -> Tensor | None:
+    """The mask; None if it is True everywhere."""
     return None if bool(mask.all()) else mask
 
 
 def check_disjoint(resolved: Sequence[ResolvedSite]) -> None:
-    """Refuse two edits of one value: same stream, a shared position and a shared column (ValueError)."""
+    """ValueError for two edits of the same values: the same stream, a shared position and a shared column."""
     for i, one in enumerate(resolved):
         for other in resolved[:i]:
             if (one.hook_point.path, one.hook_point.side) != (other.hook_point.path, other.hook_point.side):
@@ -199,7 +203,7 @@ def check_disjoint(resolved: Sequence[ResolvedSite]) -> None:
 
 
 def _shared_row(one: ResolvedSite, other: ResolvedSite) -> int | None:
-    """The first row in which two sites of one stream have a position in common; None where there is none."""
+    """The first row in which two sites of one stream have a position in common; None if there is none."""
     if one.index is None or other.index is None:
         return 0
     same = one.index[:, :, None] == other.index[:, None]

@@ -1,4 +1,4 @@
-"""Many sites of a model at once: its layers, positions and heads."""
+"""Lists of sites of a model: all its layers, positions and heads."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ def list_sites(
     positions: str | int | slice | Sequence[PositionSpec] = "all",
     heads: Literal["all"] | int | Iterable[int] | None = None,
 ) -> list[Site]:
-    """Every layer at every position, and each head by itself: what a sweep searches, or what path patching holds.
+    """Every layer at every position, and optionally each head separately, for a sweep or for `hold` of path patching.
 
-    They are in the order of layers, then heads, then positions, and all of them exist in the model.
+    The sites are ordered by layer, then by head, then by position. All of them exist in the model.
 
     Args:
-        backbone: of the model.
-        component: as of `Site`; one that is the path of a submodule has no layers and no heads.
-        layers: "all", or those that are meant; negative ones count from the end.
-        positions: as of `Site`, one of them, or a list of several: ["f1", "last"] is two sites, "f1+last" is one.
-        heads: "all" or some of them, each a site of its own; None takes all heads together, as one site. Of keys and
-            values there may be fewer than of queries.
+        backbone: the model.
+        component: as in `Site`. A component that is the path of a submodule has no layers and no heads.
+        layers: "all", or the numbers of some layers; negative numbers count from the end.
+        positions: one position, as in `Site`, or a list of several: ["f1", "last"] gives two sites, "f1+last" one.
+        heads: "all" or some of them, each as a separate site. None takes all heads together as one site. There may be
+            fewer heads of keys and values than of queries.
 
     Raises:
-        TypeError: a model in the place of a backbone; a component that is no text; layers or heads that are no whole
+        TypeError: a model instead of a backbone; a component that is not text; layers or heads that are not whole
             numbers.
-        ValueError: a component, or a head, that the model has not; nothing at all.
-        IndexError: a layer that it has not.
+        ValueError: a component or a head that the model does not have; no sites at all.
+        IndexError: a layer that the model does not have.
     """
     expect_backbone(backbone)
     instance(component, str, f"component={component!r}", "such as 'block_output'")
@@ -49,7 +49,7 @@ def list_sites(
             raise ValueError(f"{component!r} names a submodule by its path, which has no layers and no heads.")
         numbers: list[int | None] = [None]
     else:
-        Site(component, 0)  # an unknown component before the model's stacks are looked at
+        Site(component, 0)  # raises for an unknown component before the model's stacks are searched
         depth = anatomy.depth(component.rpartition(".")[0])
         numbers = [
             number % depth if -depth <= number < 0 else number for number in _numbers("layers", layers, depth)
@@ -59,7 +59,7 @@ def list_sites(
     for layer in numbers:
         alone: list[int | None] = [None]
         if heads is not None:
-            whole = Site(component, layer, "all", 0)  # its head 0 is checked to be one
+            whole = Site(component, layer, "all", 0)  # this checks that there is a head 0
             alone = [*_numbers("heads", heads, anatomy.head_count(whole))]
         found += [Site(component, layer, spec, head) for head in alone for spec in specs]
     if not found:
@@ -70,7 +70,7 @@ def list_sites(
 
 
 def _numbers(name: str, given: Literal["all"] | int | Iterable[int], count: int) -> list[int]:
-    """Those that are given, or all."""
+    """The given numbers, or all."""
     if isinstance(given, str):
         if given != "all":
             raise ValueError(f"{name}={given!r}: possible are 'all', a number, or several.")

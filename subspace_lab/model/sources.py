@@ -1,8 +1,8 @@
-"""States of sources against the positions of their bases: as many of both, or what is done where they differ.
+"""Matches the states of sources with the positions of their bases, also if their numbers of positions differ.
 
-States at the positions of several rows are one tensor, in which rows with fewer positions than others are filled up
-at the end with NaN (as `collect` marks them). So a source tells how many positions each of its rows has, and a
-mean or a product over entries that are none is loudly NaN.
+States at several positions of several rows are one tensor. A row with fewer positions than others is filled up at the
+end with NaN (as `collect` does). So a source shows how many positions each of its rows has, and a mean or a product
+that includes missing entries is visibly NaN.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from subspace_lab.core.values import Source
 from subspace_lab.model.resolved_sites import ResolvedSite
 
 Unmatched = Literal["refuse", "keep_base"]
-"""What becomes of positions that a base has and its source has not, or the other way round."""
+"""What happens at positions that only a base or only its source has."""
 MISSING = float("nan")
 
 
 def expect_unmatched(value: str) -> None:
-    """ValueError unless it is one of the two words."""
+    """ValueError unless it is one of the two possible texts."""
     if value not in get_args(Unmatched):
         raise ValueError(f"unmatched={value!r}: possible are {' and '.join(map(repr, get_args(Unmatched)))}.")
 
 
 def missing_entries(states: Tensor) -> Tensor | None:
-    """(…,) True where all of a state is NaN; None where none is."""
+    """(…,) True where a whole state is NaN; None if there is no such state."""
     if not states.is_floating_point() or not bool(states[..., 0].isnan().any()):
         return None
     found = states.isnan().all(-1)
@@ -37,7 +37,7 @@ def missing_entries(states: Tensor) -> Tensor | None:
 
 
 def expect_numbers(resolved: ResolvedSite, states: Tensor) -> None:
-    """ValueError where a whole state is NaN though the row has that position: it would pass for a missing one."""
+    """ValueError if a whole state is NaN although the row has this position: it would look like a missing one."""
     missing = missing_entries(states)
     if missing is None:
         return
@@ -51,7 +51,7 @@ def expect_numbers(resolved: ResolvedSite, states: Tensor) -> None:
 
 
 def all_rows(parts: list[Tensor]) -> Tensor:
-    """States of several sets of rows as one tensor, filled up to the longest."""
+    """States of several sets of rows as one tensor, filled up to the largest number of positions."""
     longest = max((p.shape[1] for p in parts if p.ndim == 3), default=0)
     padded = [
         torch.nn.functional.pad(p, (0, 0, 0, longest - p.shape[1]), value=MISSING)
@@ -63,17 +63,17 @@ def all_rows(parts: list[Tensor]) -> Tensor:
 
 
 def fitted(resolved: ResolvedSite, source: Source, unmatched: Unmatched = "refuse", who: str = "") -> Source:
-    """A source in the positions of its base, NaN where the base stays as it is.
+    """A source arranged in the positions of its base, with NaN where the base's state must stay unchanged.
 
     Args:
         resolved: the site in the rows of the base.
-        source: states as `collect` gives them; {variable: states} where several variables share the site.
-        unmatched: "refuse" positions that either side lacks, or "keep_base" there.
-        who: which source it is, for messages.
+        source: states as `collect` returns them; {variable: states} if several variables share the site.
+        unmatched: for positions that only one side has: "refuse" or "keep_base".
+        who: the name of the source, for messages.
 
     Raises:
-        ValueError: another number of rows, another width, or rows with another number of positions than their
-            bases, of which the message names the first.
+        ValueError: a wrong number of rows, a wrong width, or rows whose number of positions is not that of their bases;
+            the message names the first of them.
     """
     if source is None:
         return None
@@ -99,20 +99,20 @@ def fitted(resolved: ResolvedSite, source: Source, unmatched: Unmatched = "refus
     if missing is not None and bool((missing[:, :-1] & ~missing[:, 1:]).any()):
         raise ValueError(
             f"{resolved.site}: the source{who} has states that are NaN before others that are not; only entries "
-            "behind a row's last position may be NaN."
+            "after a row's last position may be NaN."
         )
     if unmatched == "refuse":
         _check_counts(resolved, base, found, who)
     at = match(resolved.site.positions, base, found, slots)
     slot = torch.arange(slots, device=device)
     if source.shape[1] == slots and bool(((at == slot) | (slot >= base[:, None])).all()):
-        return source  # already in place
+        return source  # it is already arranged in this way
     taken = source.gather(1, at.clamp_min(0)[..., None].expand(-1, -1, source.shape[-1]))
     return taken.masked_fill((at < 0)[..., None], MISSING)
 
 
 def filled(source: Source, states: Tensor) -> Source:
-    """A source with the base's own states where it has none, so that nothing changes there."""
+    """A source in which missing entries are replaced by the base's own states, so that nothing changes there."""
     if isinstance(source, Mapping):
         return {name: filled(one, states) for name, one in source.items()}  # type: ignore[misc]
     if source is None or source.shape[:-1] != states.shape[:-1]:
@@ -121,7 +121,7 @@ def filled(source: Source, states: Tensor) -> Source:
 
 
 def has_missing(source: Source) -> bool:
-    """Whether some entry of a source is none."""
+    """Whether some entry of a source is missing."""
     each = source.values() if isinstance(source, Mapping) else [source]
     return any(states is not None and missing_entries(states) is not None for states in each)
 
@@ -132,8 +132,8 @@ def _check_counts(resolved: ResolvedSite, base: Tensor, source: Tensor, who: str
         row = int(wrong[0])
         raise ValueError(
             f"{resolved.site}: row {row} of the base has {_positions(int(base[row]))} and its source{who} has "
-            f"{int(source[row])}; an interchange needs as many of both (states that are all NaN are not counted). "
-            "With unmatched='keep_base' positions that either of them lacks stay the base's."
+            f"{int(source[row])}; an interchange needs the same number in both (states that are all NaN are not "
+            "counted). With unmatched='keep_base' positions that only one of them has stay the base's."
         )
 
 
@@ -153,5 +153,5 @@ def _check_shape(resolved: ResolvedSite, states: Tensor) -> None:
     if positions is not None and states.ndim != 3:
         raise ValueError(
             f"{resolved.site}: a source of shape {tuple(states.shape)}; needed is (batch, positions, width), and "
-            f"the base has {positions} positions a row."
+            f"the base has {positions} positions in each row."
         )

@@ -1,4 +1,4 @@
-"""Representation finetuning (Wu et al. 2024, arXiv 2404.03592) over the core, with PEFT's verbs."""
+"""Representation finetuning (Wu et al. 2024, arXiv 2404.03592), with the method names of PEFT."""
 
 from subspace_lab.reft.adapters_hub import from_adapters
 from subspace_lab.reft.config import METHODS, ReftConfig

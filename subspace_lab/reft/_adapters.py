@@ -23,12 +23,12 @@ from subspace_lab.model.offloading import is_unloaded
 from subspace_lab.reft._alignment_start import Start, started
 from subspace_lab.reft.config import ReftConfig
 
-SAMPLE = 64  # entries of the embeddings by which a base model is recognised
+SAMPLE = 64  # entries of the embeddings that identify a base model
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """What a file says of an adapter: its configuration, its numbers and the alignment that it started from."""
+    """An adapter as a file contains it: its configuration, its tensors and the alignment from which it started."""
 
     config: ReftConfig
     state: Mapping[str, Tensor]
@@ -36,15 +36,15 @@ class SavedAdapter:
 
 
 class Adapter(nn.Module):
-    """The interventions of one adapter and the modules that are trained with them.
+    """The interventions of one adapter, and the modules that are trained with them.
 
     Attributes:
-        config: what the adapter is.
-        sites: where it edits.
+        config: the configuration of the adapter.
+        sites: the sites that it edits.
         edits: its interventions, one for each site.
-        saved: copies of modules of the base model, which are trained with the edits and saved.
-        origin: the alignment that the adapter started from, as JSON ({"variables": {site: variable}, "facts"});
-            empty where it started from random subspaces.
+        saved: copies of modules of the base model that are trained with the edits and saved.
+        origin: the alignment from which the adapter started, as JSON ({"variables": {site: variable}, "facts"}); empty
+            if it started from random subspaces.
     """
 
     def __init__(self, config: ReftConfig, backbone: Backbone, start: Start | None = None) -> None:
@@ -61,7 +61,7 @@ class Adapter(nn.Module):
             for i, site in enumerate(self.sites)
         ).to("meta" if is_unloaded(backbone.model) else backbone.device)
         self.saved = nn.ModuleDict()
-        together: dict[int, Any] = {}  # one memory for all copies, so that tied parameters stay tied
+        together: dict[int, Any] = {}  # one memo for all copies, so that tied parameters stay tied
         copied: list[str] = []
         for name in config.modules_to_save:
             paths = [p for p in backbone.anatomy.modules if p == name or p.endswith(f".{name}")]
@@ -71,7 +71,7 @@ class Adapter(nn.Module):
                     f"{[n for n, _ in backbone.model.named_children()]}."
                 )
             for path in paths:
-                # A copy, so that the base model stays what it was.
+                # A copy, so that the base model does not change.
                 twin = copy.deepcopy(backbone.anatomy.modules[path], together)
                 self.saved[_key(path)] = twin.requires_grad_(True)
                 copied.append(path)
@@ -85,9 +85,9 @@ class Adapter(nn.Module):
         return dict(zip(self.sites, self.edits, strict=True))  # type: ignore[arg-type]
 
     def variables(self) -> dict[str, tuple[Site, Subspace]]:
-        """{variable: (site, subspace that is edited there)}, of a basis in parts one for each part in use.
+        """{variable: (site, subspace that is edited there)}; a basis in parts gives one variable for each used part.
 
-        The names are those of the alignment that the adapter started from, or of the parts; else the site's.
+        The names are those of the alignment from which the adapter started, or of the parts, otherwise of the sites.
         """
         named, found = self.origin.get("variables", {}), {}
         for site, edit in self.by_site().items():
@@ -101,42 +101,42 @@ class Adapter(nn.Module):
         return found
 
     def train_parts(self, names: Sequence[str]) -> None:
-        """Of the bases in parts put these in use, and train them alone from now on."""
+        """Use only these parts of the bases in parts, and train only them from now on."""
         self.use_parts(names)
         for edit in self.by_site().values():
             edit.subspace.train_parts(names)
         self.asks_for_gradient(True)
 
     def use_parts(self, names: Sequence[str]) -> None:
-        """Of the bases in parts put these in use (ValueError for a name that is none of theirs)."""
+        """Use only these parts of the bases in parts. ValueError for a name that is not one of their parts."""
         for edit in self.by_site().values():
             edit.value.use_parts(names)
 
     def asks_for_gradient(self, asks: bool) -> None:
-        """Let the adapter be trained, or not; of bases in parts only those parts that train."""
+        """Switch the training of the adapter on or off; of bases in parts only the trained parts are affected."""
         self.saved.requires_grad_(asks)
         for edit in self.by_site().values():
             edit.asks_for_gradient(asks)
 
-    def refuse_numbers_of(self, config: ReftConfig, backbone: Backbone) -> None:
-        """Raise ValueError where another configuration's numbers would mean something else here."""
+    def expect_same_function(self, config: ReftConfig, backbone: Backbone) -> None:
+        """ValueError if tensors of an adapter with another configuration would mean something else in this one."""
         same = ("method", "activation", "bias", "basis", "parts", "modules_to_save", "every_token")
         there, here = ({n: getattr(c, n) for n in same} for c in (config, self.config))
         there |= {"sites": list(map(str, adapter_sites(config, backbone)))}
         here |= {"sites": list(map(str, self.sites))}
         found = [f"{n} {there[n]!r}, here {here[n]!r}" for n in here if there[n] != here[n]]
         if found:
-            raise ValueError(f"The numbers are of an adapter with another configuration: {'; '.join(found)}.")
+            raise ValueError(f"The tensors belong to an adapter with another configuration: {'; '.join(found)}.")
 
     def saved_at(self, path: str) -> nn.Module | None:
-        """The trained copy of the base model's module at a path, None where it has none."""
+        """The trained copy of the base model's module at a path; None if there is none."""
         key = _key(path)
         return self.saved[key] if key in self.saved else None  # noqa: SIM401 (a ModuleDict has no get)
 
     def hooks(self, backbone: Backbone) -> list[Hook]:
-        """The modules that replace those of the base model."""
+        """The modules that replace modules of the base model."""
         position = backbone.anatomy.position
-        # Such modules are heads, so they come after everything inside the blocks.
+        # Such modules are heads, so they come after everything inside of the blocks.
         return [
             Hook(_path(key), "replace", (position[_path(key)], len(COMPONENTS)), module)
             for key, module in self.saved.items()
@@ -144,7 +144,7 @@ class Adapter(nn.Module):
 
 
 class Adapters(nn.ModuleDict):
-    """The adapters of a model by name."""
+    """The adapters of a model, by name."""
 
     def add(
         self,
@@ -153,7 +153,7 @@ class Adapters(nn.ModuleDict):
         config: ReftConfig | None,
         backbone: Backbone,
     ) -> Adapter:
-        """A new adapter, which asks for no gradient yet; the errors are those of `ReftModel.add_adapter`."""
+        """A new adapter, which does not require gradients yet. Errors as in `ReftModel.add_adapter`."""
         hint = "get_reft_model(model, ReftConfig(…)) or get_reft_model(model, alignment, config=ReftConfig(…))"
         instance(config_or_alignment, (ReftConfig, Alignment), "config_or_alignment", hint)
         instance(config, (ReftConfig, type(None)), "config", hint)
@@ -161,7 +161,7 @@ class Adapters(nn.ModuleDict):
         if isinstance(config_or_alignment, Alignment):
             config, start = started(config_or_alignment, config)
         elif config is not None:
-            raise TypeError(f"Two configurations: config= goes with an alignment. Write {hint}.")
+            raise TypeError(f"Two configurations: config= is only for an alignment. Write {hint}.")
         else:
             config = config_or_alignment
         if name in self or hasattr(self, name) or "." in name:
@@ -174,24 +174,24 @@ class Adapters(nn.ModuleDict):
         return adapter
 
     def fill(self, name: str, saved: SavedAdapter, is_trainable: bool) -> None:
-        """Give an adapter its saved numbers (ValueError where they do not fit, and the adapter is removed)."""
+        """Load the saved tensors of an adapter. If they do not fit, the adapter is removed and ValueError raised."""
         adapter = self.find(name)
         try:
             adapter.load_state_dict(saved.state, strict=True)
         except RuntimeError as error:
             del self[name]
-            raise ValueError(f"The saved numbers do not fit their configuration: {error}") from error
+            raise ValueError(f"The saved tensors do not fit their configuration: {error}") from error
         adapter.origin = dict(saved.origin)
         adapter.asks_for_gradient(is_trainable)
 
     def find(self, name: str) -> Adapter:
-        """One adapter (ValueError where there is none of that name)."""
+        """The adapter of this name; ValueError if there is none."""
         if name not in self:
             raise ValueError(f"No adapter {name!r}; there are {list(self)}.")
         return self[name]  # type: ignore[return-value]
 
     def edits(self, names: Sequence[str]) -> dict[Site, Intervention]:
-        """{site: intervention} of some adapters together (ValueError if two of them share a site)."""
+        """{site: intervention} of some adapters together; ValueError if two of them share a site."""
         merged: dict[Site, Intervention] = {}
         for name in names:
             for site, edit in self.find(name).by_site().items():
@@ -201,7 +201,7 @@ class Adapters(nn.ModuleDict):
         return merged
 
     def with_parts(self, names: Sequence[str]) -> Adapter:
-        """The one of these adapters whose basis is in parts (ValueError where it is not one)."""
+        """The only one of these adapters with a basis in parts; ValueError if there is not exactly one."""
         found = [adapter for adapter in map(self.find, names) if adapter.config.parts]
         if len(found) != 1:
             raise ValueError(f"{len(found)} of the adapters {list(names)} have parts; name one.")
@@ -209,11 +209,11 @@ class Adapters(nn.ModuleDict):
 
 
 def adapter_sites(config: ReftConfig, backbone: Backbone) -> list[Site]:
-    """The sites of an adapter, checked against the model: layers in their order, and in each its groups.
+    """The sites of an adapter, checked against the model, ordered by layer and then by group.
 
     Raises:
-        IndexError: a layer that the model has not.
-        ValueError: a layer named twice, a component that it has not, a rank above the width.
+        IndexError: a layer that the model does not have.
+        ValueError: the same layer twice, a component that the model does not have, a rank above the width.
     """
     stack = config.component.rpartition(".")[0]
     depth = backbone.anatomy.depth(stack)
@@ -231,7 +231,7 @@ def adapter_sites(config: ReftConfig, backbone: Backbone) -> list[Site]:
 
 
 def alignment_of(adapters: Mapping[str, Adapter], model: nn.Module) -> Alignment:
-    """What adapters edit in a base model, with the facts that `ReftModel.alignment` names."""
+    """The subspaces that adapters edit in a base model, with the facts that `ReftModel.alignment` describes."""
     found = [(name, *item) for name, adapter in adapters.items() for item in adapter.variables().items()]
     taken = Counter(variable for _, variable, _ in found)
     variables = {v if taken[v] == 1 else f"{name}/{v}": where for name, v, where in found}
@@ -249,7 +249,7 @@ def alignment_of(adapters: Mapping[str, Adapter], model: nn.Module) -> Alignment
 
 
 def base_facts(model: nn.Module) -> dict[str, Any]:
-    """By what an adapter recognises its base model: its type, its sizes, and a sample of its embeddings."""
+    """The facts by which an adapter recognises its base model: its type, its sizes, a sample of its embeddings."""
     config: Any = getattr(model, "config", None)
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     return {
@@ -261,10 +261,10 @@ def base_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def differences(made_for: dict[str, Any], here: dict[str, Any]) -> str:
-    """In which facts two base models differ, as text; empty where they are the same model.
+    """The facts in which two base models differ, as text; empty if they are the same model.
 
-    Two samples agree if their cosine is at least 0.9, so that a model in another dtype, or trained a little more,
-    is still the same model.
+    Two samples agree if their cosine is at least 0.9. So a model in another dtype, or one that was trained a little
+    further, still counts as the same model.
     """
     keys = [k for k in here if k != "embedding_sample" and k in made_for and made_for[k] != here[k]]
     found = [f"{k} {made_for[k]!r}, here {here[k]!r}" for k in keys]
@@ -272,12 +272,12 @@ def differences(made_for: dict[str, Any], here: dict[str, Any]) -> str:
     if one and other and len(one) == len(other) and any(one) and any(other):
         cosine = torch.cosine_similarity(torch.tensor(one), torch.tensor(other), dim=0)
         if not cosine >= 0.9:
-            found.append(f"its embeddings are others (cosine {cosine:.2f} of a sample)")
+            found.append(f"its embeddings are different (cosine {cosine:.2f} of a sample)")
     return ", ".join(found)
 
 
 def _embedding_sample(model: nn.Module) -> list[float] | None:
-    """A few entries of the input embeddings, of tokens whose index stays the same when the vocabulary grows."""
+    """Some entries of the input embeddings, of tokens whose index does not change when the vocabulary grows."""
     find = getattr(model, "get_input_embeddings", None)
     weight = getattr(find() if find is not None else None, "weight", None)
     if not isinstance(weight, Tensor) or weight.is_meta or weight.ndim != 2 or weight.numel() < SAMPLE:
@@ -289,7 +289,7 @@ def _embedding_sample(model: nn.Module) -> list[float] | None:
 
 
 def _refuse_untying(copied: Sequence[str], modules: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError where a trained copy would leave a parameter that its module shares with another one."""
+    """ValueError if a parameter of a trained copy is shared with a module that is not copied."""
     inside = {p for p in modules if any(p == c or p.startswith(f"{c}.") for c in copied)}
     owners: dict[int, list[str]] = {}
     for path, module in modules.items():
@@ -300,13 +300,13 @@ def _refuse_untying(copied: Sequence[str], modules: Mapping[str, nn.Module]) -> 
         if left and len(left) < len(paths):
             of_these = [p for p in paths if p in inside]
             raise ValueError(
-                f"modules_to_save names {of_these[0]!r}, whose weights are those of {left[0]!r} too: trained alone "
-                f"they would be tied no longer. Name all of {paths}, or untie them in the base model first."
+                f"modules_to_save names {of_these[0]!r}, whose weights are those of {left[0]!r} too: if only "
+                f"one is trained, they are no longer tied. Name all of {paths}, or untie them in the base model first."
             )
 
 
 def _tied(saved: nn.ModuleDict) -> dict[str, str]:
-    """{name of a parameter in the state: name of the one before it that is the same}."""
+    """{name of a parameter in the state: name of an earlier parameter that is the same object}."""
     first: dict[int, str] = {}
     twins = {}
     for name, parameter in saved.named_parameters(prefix="saved", remove_duplicate=False):
@@ -318,7 +318,7 @@ def _tied(saved: nn.ModuleDict) -> dict[str, str]:
 
 
 def _without_tied(adapter: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A tied parameter is saved once: files of tensors refuse memory that is there twice."""
+    """Save a tied parameter once only, because files of tensors refuse shared memory."""
     for name in adapter._tied:
         state.pop(f"{prefix}{name}", None)
 

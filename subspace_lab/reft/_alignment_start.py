@@ -1,4 +1,4 @@
-"""From an alignment to an adapter that starts in its subspaces."""
+"""Creates an adapter that starts in the subspaces of an alignment."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from subspace_lab.reft.config import ORTHONORMAL, ReftConfig
 
 @dataclass(frozen=True)
 class Start:
-    """The subspaces that an adapter starts in, and where they come from.
+    """The subspaces in which an adapter starts, and where they come from.
 
     Attributes:
-        subspaces: {site: subspace}, of all variables at the site together.
-        variables: the variable at each site; empty where several share one site, as parts of one basis.
-        facts: those of the alignment.
+        subspaces: {site: subspace}, with all variables of a site in one subspace.
+        variables: the variable at each site; empty if several variables share one site, as parts of one basis.
+        facts: the facts of the alignment.
     """
 
     subspaces: Mapping[Site, Subspace]
@@ -32,7 +32,7 @@ class Start:
         """The subspaces by the adapter's own sites, whose layers are counted from 0.
 
         Raises:
-            ValueError: a subspace of another width than its site.
+            ValueError: a subspace whose width is not that of its site.
         """
         found = dict(zip(sites, self.subspaces.values(), strict=True))
         for site, subspace in found.items():
@@ -48,10 +48,10 @@ def started(alignment: Alignment, config: ReftConfig | None) -> tuple[ReftConfig
     """The configuration of an adapter that starts in an alignment's subspaces, and the start.
 
     Args:
-        config: of everything that the alignment does not say.
+        config: all settings that the alignment does not contain.
 
     Raises:
-        ValueError: a method without orthonormal basis, or an alignment that one adapter cannot have.
+        ValueError: a method without orthonormal basis, or an alignment that a single adapter cannot have.
     """
     config = config or ReftConfig()
     if config.method not in ORTHONORMAL:
@@ -68,7 +68,7 @@ def started(alignment: Alignment, config: ReftConfig | None) -> tuple[ReftConfig
     if len(same) != 1 or len(layers) != len(sites) or sites[0].heads is not None or (several and len(sites) > 1):
         shown = {name: f"{site}, rank {subspace.rank}" for name, (site, subspace) in alignment.variables.items()}
         raise ValueError(
-            f"No one adapter can have {shown}: an adapter has one component, one set of positions and one rank in "
+            f"No single adapter can have {shown}: an adapter has one component, one set of positions and one rank in "
             "all its layers, no single heads, and several variables at one site only. Make several adapters: "
             "`add_adapter(name, alignment.only(…))`."
         )

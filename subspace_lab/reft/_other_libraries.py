@@ -1,4 +1,4 @@
-"""What adapters of other libraries have in common, when they are read."""
+"""Shared code for reading adapters of other libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from subspace_lab.reft.model import ReftModel
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of one edit: D (rank, width), W (rank, width) where it has one, and b (rank,)."""
+    """The tensors of one edit: D (rank, width), W (rank, width) if it has one, and b (rank,)."""
 
     basis: Tensor
     weight: Tensor | None
@@ -25,7 +25,7 @@ class Numbers:
 
 
 def expect_fractions(state: Mapping[str, Tensor]) -> None:
-    """ValueError for matrices or vectors of whole numbers, which no adapter was trained to."""
+    """ValueError for matrices or vectors of whole numbers, which cannot be the result of training."""
     wrong = sorted(name for name, t in state.items() if t.ndim and not t.is_floating_point())
     if wrong:
         raise ValueError(f"{wrong} hold whole numbers; needed are floating ones.")
@@ -47,10 +47,10 @@ def orthogonal(state: Mapping[str, Tensor], prefix: str) -> Tensor:
 def configured(
     found: Mapping[tuple[int, int], Numbers], method: str, positions: str, *, component: str, activation: str
 ) -> ReftConfig:
-    """The configuration of an adapter with these numbers at each (layer, group of positions).
+    """The configuration of an adapter with these tensors at each (layer, group of positions).
 
     Raises:
-        ValueError: numbers that no one adapter here has.
+        ValueError: tensors that a single adapter of this package cannot have.
     """
     layers, groups = sorted({layer for layer, _ in found}), sorted({group for _, group in found})
     ranks = {len(n.basis) for n in found.values()}
@@ -71,7 +71,7 @@ def configured(
     )
     if len(config.groups()) != len(groups):
         raise ValueError(
-            f"positions={positions!r} are no prefix and suffix, and there are interventions for both."
+            f"positions={positions!r} are not a prefix and a suffix, but there are interventions for both."
         )
     return config
 
@@ -84,19 +84,19 @@ def filled(
     name: str,
     is_trainable: bool,
 ) -> ReftModel:
-    """The base model with an adapter of these numbers, active.
+    """The base model with an active adapter of these tensors.
 
     Args:
-        heads: {name: tensor} of the base model's own parameters, as they were saved with the adapter.
+        heads: {name: tensor} of the base model's own parameters that were saved with the adapter.
 
     Raises:
-        ValueError: parameters that the model has not, or a basis of another width.
+        ValueError: parameters that the model does not have, or a basis of another width.
     """
     own = model.state_dict()
     unknown = [k for k, v in heads.items() if k not in own or own[k].shape != v.shape]
     if unknown:
         raise ValueError(f"The model has no parameters {unknown} of the saved shapes.")
-    # A head that was saved and not trained is the model's own.
+    # A head that was saved but not trained is equal to the model's own.
     changed = {k: v for k, v in heads.items() if not torch.equal(own[k].cpu().float(), v.cpu().float())}
     modules = sorted({k.rpartition(".")[0] for k in changed})
     wrapped = ReftModel(model, replace(config, modules_to_save=modules), name)
@@ -123,7 +123,7 @@ def _fill(edit: Intervention, numbers: Numbers, orthonormal: bool) -> None:
         raise ValueError(f"Made for a width of {basis.shape[1]}; this model has {subspace.width}.")
     if orthonormal:
         error = (basis @ basis.T - torch.eye(len(basis))).abs().max()
-        if not error < 2e-2:  # the rounding of a basis that was saved in bfloat16
+        if not error < 2e-2:  # allows the rounding of a basis that was saved in bfloat16
             raise ValueError(f"The basis vectors are not orthonormal: |R Rᵀ − I| is {error:.2g}.")
     subspace.set_basis(basis)
     weight = {} if numbers.weight is None else {"weight": numbers.weight}
@@ -131,12 +131,12 @@ def _fill(edit: Intervention, numbers: Numbers, orthonormal: bool) -> None:
 
 
 def plain_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors by name of a file of `torch.save`; ValueError where it holds anything else."""
+    """{name: tensor} from a file of `torch.save`; ValueError if it contains anything else."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing.")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own kinds of error are many, and none says which file it was
+    except Exception as error:  # torch raises many types of errors, and none names the file
         raise ValueError(f"{path} is not a file of plain tensors: {str(error).splitlines()[0]}") from error
     if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
         raise ValueError(f"{path} holds {type(found).__name__}, not tensors by name.")

@@ -1,4 +1,4 @@
-"""Prompts and answers over the frozen past: for the loop of this package and for plain `transformers.Trainer`."""
+"""Prompts and answers with a frozen past, for this package's training loop and for plain `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from subspace_lab.reft.data import pad
 
 
 class AnswersPast:
-    """Tokenised prompts and answers; what comes before their first edit is computed once.
+    """Tokenised prompts and answers. What comes before their first edit is computed once.
 
     Args:
-        examples: `input_ids`, `labels` (−100 over the prompt) and the rest, as `reft.data.tokenise` gives them.
-        edits: the edits that will be trained; their sites decide what is computed once.
-        every_token: whether they edit answers too, so that it plays no part where prompts end.
-        memory: budget, as in `FrozenPast`.
+        examples: `input_ids`, `labels` (−100 for the prompt) and so on, as `reft.data.tokenise` returns them.
+        edits: the edits that will be trained; their sites determine what is computed once.
+        every_token: whether the edits act on answers too. Then it does not matter where prompts end.
+        memory: the memory budget, as in `FrozenPast`.
 
     Raises:
-        ValueError: no examples, or one without prompt or answer.
+        ValueError: no examples, or an example without prompt or answer.
     """
 
     def __init__(
@@ -61,9 +61,10 @@ class AnswersPast:
         return len(self.past)
 
     def loss(self, rows: Tensor, edits: Edits, items: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
-        """Cross-entropy over the answers' tokens of some rows, and their logits (rows, reads, vocabulary).
+        """The cross-entropy over the answers' tokens of some rows, and their logits (rows, reads, vocabulary).
 
-        The mean over the tokens, or their sum divided by `items`, as Trainer asks for it where it accumulates.
+        The cross-entropy is the mean over the tokens, or their sum divided by `items`. Trainer gives `items` when it
+        accumulates gradients.
         """
         rows = rows.cpu()
         logits = self.past.logits(rows, edits)

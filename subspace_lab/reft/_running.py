@@ -1,6 +1,6 @@
-"""Calls of a model with adapters: `forward`, `generate`, and what other libraries make of them.
+"""Calls of a model with adapters: `forward`, `generate`, and their use by other libraries.
 
-Nothing here knows how adapters are made, named or saved: that is `reft/model.py`.
+How adapters are made, named and saved is in `reft/model.py`, not here.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ MAIN = (
     "input_ids",
     "inputs_embeds",
     *SENSES,
-)  # of which the first that is there has the examples as its first axis
+)  # the first of these that is given has the examples as its first axis
 RowEdits = list[tuple[Tensor, dict[Site, Intervention]]]
-NO_ADAPTER = "__base__"  # among `adapter_names`: the base model as it is, PEFT's word
+NO_ADAPTER = "__base__"  # in `adapter_names`: the base model without edits (PEFT's name)
 
 
 class Running(Wrapper):
@@ -44,13 +44,13 @@ class Running(Wrapper):
 
     active_adapters: list[str]
     merged_adapters: Sequence[str] = ()
-    _said: Lengths | str | None = None  # prompt lengths, by the method of that name
+    _outer_lengths: Lengths | str | None = None  # prompt lengths given by `prompt_lengths` around a call
     _labelled: dict[str, Tensor] | None = None  # the labels of a call by TRL's forward
     _warned: bool = False
 
     @property
     def running_adapters(self) -> list[str]:
-        """The names of the active adapters that are not in the weights: those whose edits are made in each run."""
+        """The names of the active adapters that are not merged: their edits are applied in each run."""
         return [name for name in self.active_adapters if name not in self.merged_adapters]
 
     @abstractmethod
@@ -59,22 +59,22 @@ class Running(Wrapper):
 
     @abstractmethod
     def hooks(self) -> list[Hook]:
-        """The modules of the active adapters that replace those of the base model."""
+        """The modules of the active adapters that replace modules of the base model."""
 
     @abstractmethod
     def adapter(self, name: str) -> Adapter:
-        """One adapter (ValueError where there is none of that name)."""
+        """The adapter of this name; ValueError if there is none."""
 
     @abstractmethod
     def _past_loss(self, row: Tensor, items: Tensor | int | None) -> Any:
-        """The output for examples whose past is kept."""
+        """The output for examples whose past is stored."""
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """`forward`, also where TRL's `add_fused_lm_head` has put another one in its place.
+        """Call `forward`, even if TRL's `add_fused_lm_head` has replaced it.
 
-        That one calls `base_model` for the last hidden states and multiplies them by the output embeddings itself.
-        For the length of such a call `base_model` is a function that gives these states with the edits in force, so
-        that temperature, scale, chunks and every further output are TRL's own.
+        TRL's forward calls `base_model` for the last hidden states and multiplies them by the output embeddings itself.
+        During such a call `base_model` is a function that computes these states with the edits. So temperature, scale,
+        chunks and every further output are TRL's own.
         """
         if not named.get("fused_lm_head") or "forward" not in self.__dict__:
             return super().__call__(*inputs, **named)
@@ -90,7 +90,7 @@ class Running(Wrapper):
         return super().__getattr__(name)
 
     def _last_states(self, *inputs: Any, **named: Any) -> Any:
-        """What the base model without its head gives, with the edits in force and the labels of the call known."""
+        """The output of the base model without its head, with the edits and with the labels of the call."""
         labels, self._labelled = self._labelled or {}, None
         model = innermost(self.base_model)
         inner = getattr(model, "base_model", model)
@@ -110,22 +110,22 @@ class Running(Wrapper):
     ) -> Any:
         """The base model's output with the edits of the active adapters.
 
-        In a causal language model the tokens before the first label that is not −100 are the prompt, in which
-        positions are counted. Adapters with `every_token` edit all tokens, whatever is the prompt.
+        In a causal language model the tokens before the first label that is not −100 are the prompt. Positions are
+        counted in the prompt. Adapters with `every_token` edit all tokens, of prompt and answer.
 
         Args:
-            inputs, named: as the base model takes them; what it does not know is refused. The key-value cache may
-                be called `cache` or, by its older name, `past_key_values`.
-            prompt_lengths: (batch,) the number of prompt tokens, where labels do not tell it; see the method
+            inputs, named: the arguments of the base model; unknown arguments are refused. The key-value cache may be
+                called `cache` or, by its older name, `past_key_values`.
+            prompt_lengths: (batch,) the number of prompt tokens, if there are no labels; see the method
                 `prompt_lengths` for calls that other libraries make.
             adapter_names: for each example the adapter that edits it, active or not; "__base__" for none.
             row: (batch,) the numbers of examples that `keep_past` prepared; nothing else is needed then.
 
         Raises:
-            TypeError: an argument that the base model does not know.
-            ValueError: labels or lengths that do not tell where the prompt ends; several answers in one example,
-                whose prompts would be edited at different positions; a name that is no adapter's; adapters that
-                edit every token together with such that edit the prompt alone.
+            TypeError: an argument that the base model does not have.
+            ValueError: labels or lengths from which the end of the prompt is not clear; several answers in one example
+                whose prompts would be edited at different positions; a name without an adapter; adapters that edit
+                every token together with adapters that edit only the prompt.
         """
         if row is not None:
             return self._past_loss(row, named.get("num_items_in_batch"))
@@ -155,15 +155,15 @@ class Running(Wrapper):
         output = forward(self.backbone, batch, edits, train_base=True, also=hooks, groups=groups or (), call=call)
         if given.get("fused_lm_head") and not hasattr(output, "log_probs"):
             raise TypeError(
-                "fused_lm_head is TRL's: its trainers, or `add_fused_lm_head(model)`, put it in first."
+                "fused_lm_head belongs to TRL: call its `add_fused_lm_head(model)` first, as its trainers do."
             )
         return output
 
     def _lengths(self, given: dict[str, Any], lengths: Tensor | None, positions: Sequence[str]) -> Tensor | None:
         if lengths is not None:
             return lengths.flatten()
-        if self._said is not None and {"input_ids", "inputs_embeds"} & set(given):
-            return lengths_inside(self._said, given)
+        if self._outer_lengths is not None and {"input_ids", "inputs_embeds"} & set(given):
+            return lengths_inside(self._outer_lengths, given)
         if not self.is_causal():
             return None
         if positions:
@@ -173,9 +173,9 @@ class Running(Wrapper):
             return lengths
         if self.training and torch.is_grad_enabled():
             raise ValueError(
-                "Training needs labels or prompt_lengths, which say where the prompt ends: positions are "
-                "counted in the prompt. Trainer takes the labels away for label smoothing and for a loss of "
-                "your own; PromptCollator(tokenizer, prompt_lengths=True) gives the lengths."
+                "Training needs labels or prompt_lengths, which say where the prompt ends: positions are counted in "
+                "the prompt. Trainer removes the labels for label smoothing and for a custom loss; "
+                "PromptCollator(tokenizer, prompt_lengths=True) gives the lengths."
             )
         if not self._warned:
             self._warned = True
@@ -183,31 +183,31 @@ class Running(Wrapper):
         return None
 
     def edits_every_token(self, names: Sequence[str] | None = None) -> bool:
-        """Whether adapters edit answers and generated tokens too, the active ones or those of these names.
+        """Whether adapters (by default the active ones) also edit answers and generated tokens.
 
         Raises:
-            ValueError: some do and some do not, so that one prompt length cannot serve them all.
+            ValueError: some of them do and others do not, so that one prompt length is not enough.
         """
         chosen = self.running_adapters if names is None else [n for n in dict.fromkeys(names) if n != NO_ADAPTER]
-        told = {name: self.adapter(name).config.every_token for name in chosen}
-        if len(set(told.values())) > 1 and hasattr(self.base_model, "generate"):
+        settings = {name: self.adapter(name).config.every_token for name in chosen}
+        if len(set(settings.values())) > 1 and hasattr(self.base_model, "generate"):
             raise ValueError(
-                f"Adapters that edit every token and such that edit the prompt alone in one call: every_token is "
-                f"{told}. Call the model once for each kind, or train them alike."
+                "Adapters that edit every token and adapters that edit only the prompt are in one call: every_token is "
+                f"{settings}. Call the model once for each kind, or train all with the same every_token."
             )
-        return any(told.values())
+        return any(settings.values())
 
     @contextmanager
     def prompt_lengths(self, lengths: Lengths | str) -> Iterator[None]:
-        """Say where the prompts end, for the calls inside the block that do not say it themselves.
+        """Set where the prompts end, for calls inside the block that do not say it themselves.
 
-        For what others do with the model: evaluation harnesses and trainers that call it without labels.
-        `reft.harness` has this for lm-evaluation-harness.
+        Use it for evaluation harnesses and trainers that call the model without labels. For lm-evaluation-harness,
+        `reft.harness` does this.
 
         Args:
-            lengths: one number for every example; (batch,) numbers, for calls of one batch; a function that is given
-                the call's `input_ids` (or `inputs_embeds`) and returns such numbers; or "all", where calls hold
-                prompts alone. They win over what labels tell, and the argument of a call wins over them.
+            lengths: one number for every example; (batch,) numbers, for calls of one batch; a function that gets the
+                call's `input_ids` (or `inputs_embeds`) and returns such numbers; or "all", if calls contain only
+                prompts. They have priority over labels, and the argument of a call has priority over them.
 
         Raises:
             TypeError: anything else.
@@ -216,12 +216,12 @@ class Running(Wrapper):
         if not callable(lengths):
             instance(lengths, (Tensor, Sequence, int), "lengths", "numbers, a function or 'all'")
         if isinstance(lengths, str) and lengths != "all":
-            raise ValueError(f"lengths={lengths!r}; the only word is 'all'.")
-        before, self._said = self._said, lengths
+            raise ValueError(f"lengths={lengths!r}; the only possible text is 'all'.")
+        before, self._outer_lengths = self._outer_lengths, lengths
         try:
             yield
         finally:
-            self._said = before
+            self._outer_lengths = before
 
     def generate(
         self,
@@ -233,22 +233,21 @@ class Running(Wrapper):
         adapter_names: Sequence[str] | None = None,
         **generation: Any,
     ) -> Any:
-        """The base model's `generate` with the prompt edited; see `model.intervene.generate`.
+        """The base model's `generate` with an edited prompt; see `model.intervene.generate`.
 
-        In a chat that goes on, with the `cache` (or, by its older name, the `past_key_values`) of an earlier
-        generation, the prompt is the whole conversation up to now; its tokens that are in the cache already are
-        not edited again.
+        To continue a chat, give the `cache` (or, by its older name, the `past_key_values`) of an earlier generation.
+        The prompt is then the whole conversation so far; tokens that are already in the cache are not edited again.
 
         Args:
-            inputs: the model's main input, token ids as a rule; by name `input_ids` (`input_features` and so on).
-            attention_mask: without it pad tokens are taken as padding, as `generate` itself does it.
-            every_token: edit each generated token as well; as the adapters' configurations say by default.
+            inputs: the model's main input, usually token ids; by name `input_ids` (`input_features` and so on).
+            attention_mask: without it pad tokens count as padding, as in `generate` itself.
+            every_token: edit each generated token as well. By default the adapters' configurations decide.
             adapter_names: for each example the adapter that edits it, active or not; "__base__" for none.
             generation: keyword arguments of the base model's `generate`, which checks them.
 
         Raises:
-            ValueError: as `model.intervene.generate`, for ways to generate in which it cannot be told which tokens
-                are the prompt; a name that is no adapter's.
+            ValueError: as in `model.intervene.generate`, for generation modes in which prompt tokens cannot be
+                recognised; a name without an adapter.
         """
         known = self.takes()
         given = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -277,12 +276,12 @@ class Running(Wrapper):
     def _groups(
         self, adapter_names: Sequence[str], given: Mapping[str, Any]
     ) -> list[tuple[Tensor, dict[Site, Intervention]]]:
-        """The edits of a batch whose examples have adapters of their own: (the examples' numbers, their edits)."""
+        """The edits of a batch whose examples have different adapters: (the examples' numbers, their edits)."""
         instance(adapter_names, (list, tuple), "adapter_names", "a list with a name for each example")
         if self.merged_adapters:
             raise ValueError(
-                f"adapter_names: the adapters {list(self.merged_adapters)} are in the weights, so in every example: "
-                "call `unmerge_adapter()` first."
+                f"adapter_names: the adapters {list(self.merged_adapters)} are in the weights and edit every "
+                "example: call `unmerge_adapter()` first."
             )
         tensors = [v for name in MAIN for v in [given.get(name)] if isinstance(v, Tensor)]
         if not tensors or len(tensors[0]) != len(adapter_names) or (tensors[0].ndim == 3 and "input_ids" in given):
@@ -296,24 +295,24 @@ class Running(Wrapper):
                 continue
             if len(self.adapter(name).saved):
                 raise ValueError(
-                    f"adapter_names: {name!r} has modules_to_save, which stand in for whole modules of the base "
-                    "model and so for every example; run its examples alone."
+                    f"adapter_names: {name!r} has modules_to_save, which replace whole modules of the base model for "
+                    "every example; run its examples alone."
                 )
             chosen = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=self.device)
             groups.append((chosen, self.adapter(name).by_site()))
         return groups
 
     def get_input_embeddings(self) -> nn.Module:
-        """The input embeddings that are used: an active adapter's, if it has a trained copy of them."""
+        """The input embeddings in use: an active adapter's trained copy, if there is one."""
         base: Any = self.base_model
-        return self._stand_in(base.get_input_embeddings())
+        return self._replacement_of(base.get_input_embeddings())
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The output embeddings that are used: an active adapter's, if it has a trained copy of them."""
+        """The output embeddings in use: an active adapter's trained copy, if there is one."""
         base: Any = self.base_model
-        return self._stand_in(base.get_output_embeddings())
+        return self._replacement_of(base.get_output_embeddings())
 
-    def _stand_in(self, module: Any) -> Any:
+    def _replacement_of(self, module: Any) -> Any:
         path = next((p for p, m in self.backbone.anatomy.modules.items() if m is module), None)
         found = [self.adapter(name).saved_at(path) for name in self.running_adapters if path is not None]
         return next((m for m in found if m is not None), module)

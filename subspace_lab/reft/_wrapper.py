@@ -1,8 +1,8 @@
-"""A frozen base model and what is trained with it, as PyTorch, `transformers.Trainer` and PEFT's users see it.
+"""A frozen base model and what is trained with it, with the interface of PyTorch, `transformers.Trainer` and PEFT.
 
-Nothing here knows what is trained: `ReftModel` adds the adapters. What a wrapper does not have itself is the base
-model's, as with PEFT: `dtype`, `get_input_embeddings`, `prepare_inputs_for_generation` and so on. Modules that are
-reached in this way are the base model's own, which run without edits.
+Nothing here knows what is trained: `ReftModel` adds the adapters. Attributes that a wrapper does not have are taken
+from the base model, as in PEFT: `dtype`, `get_input_embeddings`, `prepare_inputs_for_generation` and so on. Modules
+that are reached in this way are the base model's own modules, which run without edits.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ OWN = (
     "prompt_lengths",
     "adapter_names",
     "row",
-)  # what a wrapper's forward takes beside the base model's arguments
-LOOSE = (  # what language models take beside what their signature names
+)  # arguments of a wrapper's forward that the base model does not have
+LOOSE = (  # arguments that language models accept although their signature does not name them
     "return_dict",
     "use_cache",
     "output_attentions",
@@ -45,14 +45,14 @@ UNEDITED = {
 
 
 class Wrapper(nn.Module):
-    """A module around a base model, whose `state_dict` leaves the base model out.
+    """A module around a base model; its `state_dict` does not contain the base model.
 
     Attributes:
-        base_model: the user's model. Its parameters ask for no gradient while it is wrapped.
+        base_model: the user's model. Its parameters require no gradient while it is wrapped.
         model_tags: tags for the model card.
     """
 
-    # Trainer reads this before it refuses to train a quantised model: there is something beside its weights to train.
+    # Trainer refuses to train a quantised model unless this is set; here something other than its weights is trained.
     _hf_peft_config_loaded = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,18 +60,19 @@ class Wrapper(nn.Module):
         self.__class__ = of_base(type(self), type(innermost(model)))  # type: ignore[arg-type]
         self.backbone = Backbone(model)
         self.base_model = model
-        self.training = model.training  # or the edits' dropout would be on while the base model's is off
-        self._asked = [p for p in model.parameters() if p.requires_grad]
+        self.training = model.training  # otherwise the edits' dropout could be on while the base model's is off
+        self._trainable_before = [p for p in model.parameters() if p.requires_grad]
         self.model_tags: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
-        """What neither this class nor PyTorch's modules have: the base model's."""
+        """Attributes that neither this class nor PyTorch's modules have are those of the base model."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             base = self.__dict__.get("_modules", {}).get("base_model")
-            # A property of ours that fails must not become the base model's attribute of that name; nor is what
-            # other libraries keep in the base model itself (accelerate's `_hf_hook`, say) also the wrapper's.
+            # If a property of this class fails, the base model's attribute of that name must not be returned instead.
+            # Private attributes that other libraries keep in the base model (such as accelerate's `_hf_hook`) are not
+            # attributes of the wrapper either.
             ours = any(name in kind.__dict__ for kind in type(self).__mro__)
             if base is None or ours or (name.startswith("_") and not hasattr(type(base), name)):
                 raise
@@ -85,20 +86,20 @@ class Wrapper(nn.Module):
             ) from None
 
     def get_base_model(self) -> nn.Module:
-        """The base model, which stays wrapped; `unload` gives it back as it was."""
+        """The base model, which stays wrapped; `unload` returns it as it was before."""
         return self.base_model
 
     def unload(self) -> nn.Module:
         """The base model as it was before it was wrapped."""
         if self.is_gradient_checkpointing:
             self.gradient_checkpointing_disable()
-        for p in self._asked:
+        for p in self._trainable_before:
             p.requires_grad_(True)
         return self.base_model
 
     @property
     def config(self) -> Any:
-        """The base model's configuration, None where it has none."""
+        """The base model's configuration; None if it has none."""
         return getattr(self.base_model, "config", None)
 
     @property
@@ -106,7 +107,7 @@ class Wrapper(nn.Module):
         return self.backbone.device
 
     def _get_name(self) -> str:
-        # By this name, and by `loss_type`, Trainer decides whether labels are shifted.
+        # Trainer uses this name, and `loss_type`, to decide whether labels are shifted.
         return self.base_model._get_name()
 
     @property
@@ -115,7 +116,7 @@ class Wrapper(nn.Module):
         return getattr(self.base_model, "loss_type", None)
 
     def is_causal(self) -> bool:
-        """Whether the base model is a causal language model, whose labels show where the prompt ends."""
+        """Whether the base model is a causal language model, in which labels show where the prompt ends."""
         return hasattr(self.base_model, "generate") and not getattr(self.config, "is_encoder_decoder", False)
 
     def takes(self) -> Mapping[str, inspect.Parameter]:
@@ -123,10 +124,10 @@ class Wrapper(nn.Module):
         return dict(list(inspect.signature(type(innermost(self.base_model)).forward).parameters.items())[1:])
 
     def named(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call as the base model names them, without those that are None.
+        """The arguments of a call by the base model's names, without those that are None.
 
         Raises:
-            TypeError: an argument that the base model does not have, or that it would take and not look at.
+            TypeError: an argument that the base model does not have, or that it would accept and ignore.
         """
         base, parameters = type(innermost(self.base_model)), self.takes()
         places = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -143,10 +144,10 @@ class Wrapper(nn.Module):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the base model averages its loss over the number of items that Trainer gives it.
+        """Whether the base model divides its loss by the number of items that Trainer passes.
 
-        Language models do. A classification head may take the number and not use it; the loss of a training that
-        accumulates gradients would then be too large by the number of its micro-batches.
+        Language models do. A classification head may accept this number but not use it. When gradients are accumulated,
+        the loss would then be too large by a factor of the number of micro-batches.
         """
         base: Any = self.base_model
         if hasattr(base, "accepts_loss_kwargs"):
@@ -156,7 +157,7 @@ class Wrapper(nn.Module):
 
     @property
     def generation_config(self) -> Any:
-        """The base model's defaults of `generate`."""
+        """The base model's defaults for `generate`."""
         base: Any = self.base_model
         return base.generation_config
 
@@ -166,7 +167,7 @@ class Wrapper(nn.Module):
         base.generation_config = value
 
     def add_model_tags(self, tags: str | Sequence[str]) -> None:
-        """Tags for the model card."""
+        """Add tags for the model card."""
         self.model_tags += [tags] if isinstance(tags, str) else list(tags)
 
     @property
@@ -175,7 +176,7 @@ class Wrapper(nn.Module):
         return any(getattr(module, "gradient_checkpointing", False) for module in self.base_model.modules())
 
     def check_checkpointing(self, edits: Iterable[Site], hooks: Iterable[Hook]) -> None:
-        """ValueError where gradient checkpointing would lose the gradient of something that is trained."""
+        """ValueError if gradient checkpointing would lose the gradient of something that is trained."""
         base = self.base_model
         if not (base.training and torch.is_grad_enabled() and self.is_gradient_checkpointing):
             return
@@ -194,7 +195,7 @@ class Wrapper(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Recompute the base model's blocks in the backward pass; the arguments are its own."""
+        """Recompute the base model's blocks in the backward pass; the arguments are those of the base model."""
         base: Any = self.base_model
         more = {"every_n_layers": every_n_layers} if every_n_layers != 1 else {}
         more |= {"offload": offload} if offload else {}
@@ -202,8 +203,8 @@ class Wrapper(nn.Module):
             base.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
         else:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **more)
-        # A checkpointed block passes gradients on only if something that enters it asks for one. The base model
-        # may have added the hook for that itself; of two hooks it would remove only one.
+        # A checkpointed block passes gradients on only if one of its inputs requires a gradient. The base model may
+        # already have added the hook for that; it removes only one hook, so remove its hook first.
         base.disable_input_require_grads()
         base.enable_input_require_grads()
 
@@ -213,11 +214,11 @@ class Wrapper(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """`gradient_checkpointing_enable`, by its newer name."""
+        """The newer name of `gradient_checkpointing_enable`."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep the base model's activations again."""
+        """Store the base model's activations again, instead of recomputing them."""
         base: Any = self.base_model
         newer = getattr(base, "activation_checkpointing_disable", None)
         (newer or base.gradient_checkpointing_disable)()
@@ -226,23 +227,23 @@ class Wrapper(nn.Module):
     activation_checkpointing_disable = gradient_checkpointing_disable
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The numbers of what is trained, without those of the base model."""
+        """The tensors of what is trained, without those of the base model."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for key in [k for k in state if k.startswith(f"{prefix}base_model.")]:
             del state[key]
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` gives; RuntimeError where a number is missing or too many."""
+        """Load the result of `state_dict`; RuntimeError if a tensor is missing or unexpected."""
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        # States that were saved by earlier versions have no `_extra_state`.
+        # States from earlier versions have no `_extra_state`.
         missing = [k for k in result.missing_keys if not k.startswith("base_model.") and k != "_extra_state"]
         if missing or result.unexpected_keys:
             raise RuntimeError(f"Missing {missing}, unexpected {result.unexpected_keys} in a ReFT state.")
         return type(result)([], [])
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many parameters base model and adapters have."""
+        """The number of parameters of base model and adapters."""
         tables = [m for m in self.modules() if isinstance(m, nn.Embedding)] if exclude_embeddings else []
         left_out = {id(p) for table in tables for p in table.parameters()}
         chosen = [
@@ -251,7 +252,7 @@ class Wrapper(nn.Module):
         return sum(p.numel() for p in chosen)
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the parameters of base model and adapters, and of their buffers."""
+        """The size in bytes of the parameters and, optionally, buffers of base model and adapters."""
         tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -261,7 +262,7 @@ class Wrapper(nn.Module):
         return trainable, sum(p.numel() for p in self.parameters())
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters are trained, as PEFT does."""
+        """Print how many parameters are trained, in PEFT's format."""
         trainable, every = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {every:,d} || "
@@ -270,18 +271,19 @@ class Wrapper(nn.Module):
 
 
 def innermost(model: nn.Module) -> nn.Module:
-    """The model inside those that PEFT or a wrapper of this package puts around it."""
+    """The model inside of the wrappers of PEFT or of this package."""
     find = getattr(model, "get_base_model", None)
     return model if find is None else find()
 
 
 @cache
 def of_base(kind: type, base: type) -> type:
-    """The kind of wrapper for base models of one class.
+    """The wrapper class for base models of one class.
 
-    `Trainer` asks the class of a model, not the model, which of its arguments are labels and whether it returns a
-    loss, and the signature of `forward` which columns of the data it takes. So for each class of base models there
-    is one of wrappers, whose `forward` has the base model's signature and our arguments.
+    `Trainer` looks at the class of a model, not at the model, to find out which of its arguments are labels and whether
+    it returns a loss. It uses the signature of `forward` to find out which columns of the data the model accepts. So
+    there is one wrapper class for each class of base models; its `forward` has the base model's signature and our
+    arguments.
     """
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
@@ -297,15 +299,15 @@ def of_base(kind: type, base: type) -> type:
     before = [p for p in theirs if p.kind is not p.VAR_KEYWORD]
     forward.__signature__ = inspect.Signature([*before, *own, *rest])  # type: ignore[attr-defined]
     forward.__doc__ = kind.forward.__doc__  # type: ignore[attr-defined]
-    # Pipelines and Trainer go by the class's name, people by the qualified one.
+    # Pipelines and Trainer use the class's name; people see the qualified name.
     shown = {"__module__": kind.__module__, "__qualname__": f"{kind.__qualname__}[{base.__name__}]"}
     return type(base.__name__, (kind,), {**shown, "__doc__": kind.__doc__, "forward": forward})
 
 
 def _further_names(base: type, parameters: Mapping[str, inspect.Parameter]) -> tuple[str, ...] | None:
-    """What a forward takes beside the parameters that it names; None where that is not said, so anything.
+    """The arguments that a forward accepts without naming them; None if unknown, so that any argument is possible.
 
-    Models of transformers pass further keywords down to where no one looks at a misspelt one.
+    Models of transformers pass further keyword arguments on without checking, so that a misspelt one has no effect.
     """
     rest = next((p for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
     if rest is None:

@@ -1,8 +1,8 @@
-"""The folders of the library adapters (1.3), read.
+"""Reads ReFT folders of the library adapters (1.3).
 
-Its file does not say whether an adapter is DiReFT or NoReFT. It stores every orthonormal basis as a d × d matrix,
-of which only the k basis vectors are taken. In prompts shorter than p + s it edits some positions twice, where
-edits here follow the paper. What is read is the same function Φ(h). Nothing is unpickled.
+Its files do not say whether an adapter is DiReFT or NoReFT. They contain every orthonormal basis as a d × d matrix, of
+which only the k basis vectors are used. In prompts shorter than p + s that library edits some positions twice; edits
+here follow the paper. The function Φ(h) is the same. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ def from_adapters(
     adapter_name: str = "default",
     is_trainable: bool = False,
 ) -> ReftModel:
-    """The base model with the ReFT adapter that adapters' `save_adapter` wrote, its head included.
+    """The base model with a ReFT adapter written by `save_adapter` of adapters, with its head.
 
     Args:
-        method: "NoReFT" or "DiReFT" where the projection is not orthonormal: the files do not say which.
+        method: "NoReFT" or "DiReFT" if the projection is not orthonormal, because the files do not say which it is.
 
     Raises:
-        FileNotFoundError, ValueError: as `from_pyreft`.
+        FileNotFoundError, ValueError: as in `from_pyreft`.
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").exists():
-        raise FileNotFoundError(f"{folder} is no folder of adapters': adapter_config.json is missing.")
+        raise FileNotFoundError(f"{folder} is not a folder of adapters: adapter_config.json is missing.")
     written = read_json(folder / "adapter_config.json")
     facts = written.get("config") if isinstance(written.get("config"), dict) else {}
     if facts.get("architecture") != "reft" or not facts.get("output_reft", True):
@@ -67,12 +67,12 @@ def from_adapters(
     for key, value in _either(folder, "adapter.safetensors", "pytorch_adapter.bin").items():
         part = KEY.fullmatch(key)
         if part is None:
-            raise ValueError(f"{folder}: {key!r} is not of a ReFT layer.")
+            raise ValueError(f"{folder}: {key!r} does not belong to a ReFT layer.")
         units.setdefault((part[1], int(part[2]), int(part[3])), {})[part[4]] = value
     stacks = {path for path, _, _ in units}
     if len(stacks) != 1:
         raise ValueError(f"{folder} edits the blocks of {sorted(stacks)}; an adapter here has one stack.")
-    # It makes a unit for each side also where a side has no positions.
+    # The library makes a unit for each side, even if the side has no positions.
     used = [0] if tied else [side for side, count in enumerate((p, s)) if count]
     found = {
         (layer, used.index(unit)): _numbers(state) for (_, layer, unit), state in units.items() if unit in used

@@ -1,4 +1,4 @@
-"""The job of classifying texts: edits and head are trained together, by plain `transformers.Trainer`."""
+"""The job of classifying texts: edits and head are trained together by plain `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from subspace_lab.reft.model import ReftModel
 
 
 class ClassificationJob(TrainingJob):
-    """To classify texts: edits and head are trained together, by plain `transformers.Trainer`.
+    """The job of classifying texts: edits and head are trained together by plain `transformers.Trainer`.
 
-    The loop of this package is not used: it trains only edits, over a past that does not change, while a head that
-    is trained changes.
+    This package's own loop cannot be used: it trains only edits, with a frozen past, but the head changes too.
 
     Args:
-        training, held_out: examples with `text` and `label`, the number of a class.
-        tokenizer, longest: as for `GenerationJob`; longer texts lose their end.
+        training, held_out: examples with `text` and `label` (the number of a class).
+        tokenizer, longest: as in `GenerationJob`; longer texts lose their end.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class ClassificationJob(TrainingJob):
         tokens = [tokenizer(row["text"]) for row in rows]
         too_long = [] if longest is None else [i for i, t in enumerate(tokens) if len(t["input_ids"]) > longest]
         for i in too_long:
-            # Cut by the tokenizer, so that the tokens which it puts at the end of each text are not lost.
+            # The tokenizer cuts the text, so that tokens which it puts at the end of each text are not lost.
             tokens[i] = tokenizer(rows[i]["text"], truncation=True, max_length=longest)
         self.shortened = len(too_long)
         encoded = [self._row(of, row["label"]) for of, row in zip(tokens, rows, strict=True)]
@@ -47,7 +46,7 @@ class ClassificationJob(TrainingJob):
     def _row(tokens: Mapping[str, Any], label: int) -> dict[str, Any]:
         ids = list(tokens["input_ids"])
         if not ids:
-            raise ValueError("The tokenizer makes no token of a text.")
+            raise ValueError("The tokenizer gives no tokens for a text.")
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label}
 
     def prompt_lengths(self) -> Tensor:
@@ -55,7 +54,7 @@ class ClassificationJob(TrainingJob):
 
     @property
     def constant(self) -> float | None:
-        """The share of the held-out texts that are of the training texts' most frequent class."""
+        """The share of the held-out texts in the most frequent class of the training texts."""
         if not self.held_out:
             return None
         frequent = int(torch.tensor([row["labels"] for row in self.training]).bincount().argmax())
@@ -70,14 +69,14 @@ class ClassificationJob(TrainingJob):
         on_step: OnStep | None = None,
         quiet: bool = False,
     ) -> None:
-        """As `TrainingJob.train`, by `transformers.Trainer`.
+        """As `TrainingJob.train`, with `transformers.Trainer`.
 
         Raises:
-            ValueError: a memory budget, since no past is computed once.
+            ValueError: a memory budget is given, but nothing is stored.
             FloatingPointError: a loss that is not finite.
         """
         if memory is not None:
-            raise ValueError(f"memory={memory!r}: with a head that is trained there is no frozen past to hold.")
+            raise ValueError(f"memory={memory!r}: with a trained head there is no frozen past to store.")
         was_training = model.training
         with tempfile.TemporaryDirectory() as scratch, progress_bar(quiet=quiet) as bar:
             task = bar.add_task("finetune (with its head, by Trainer)", total=config.steps)
@@ -107,7 +106,7 @@ class ClassificationJob(TrainingJob):
             return Measured(None)
         found = torch.cat(logits)
         labels = torch.tensor([row["labels"] for row in self.held_out])
-        right = (found.argmax(-1) == labels) & ~found.isnan().any(-1)  # argmax takes NaN for the largest
+        right = (found.argmax(-1) == labels) & ~found.isnan().any(-1)  # argmax treats NaN as the largest
         return Measured(loss, right)
 
     def _collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -115,7 +114,7 @@ class ClassificationJob(TrainingJob):
 
 
 class _Progress(TrainerCallback):
-    """Reports the loss of each step, and ends a training whose loss is not finite."""
+    """Reports the loss of each step, and stops the training if a loss is not finite."""
 
     def __init__(self, on_step: OnStep) -> None:
         self._on_step = on_step
@@ -129,7 +128,7 @@ class _Progress(TrainerCallback):
 
 
 def _arguments(config: TrainingConfig, folder: str, device: torch.device) -> TrainingArguments:
-    """The same training as `core.training` makes of a configuration, in Trainer's words."""
+    """The arguments by which Trainer trains in the same way as `engine.training` with this configuration."""
     return TrainingArguments(
         output_dir=folder,
         max_steps=config.steps,
@@ -152,14 +151,14 @@ def _arguments(config: TrainingConfig, folder: str, device: torch.device) -> Tra
 def heads(network: nn.Module, fresh: Sequence[str]) -> tuple[str, ...]:
     """The modules of a classifier that must be trained and saved with the edits.
 
-    These are its head, which is every module outside the base model, and whatever else the checkpoint did not hold
-    (BERT's pooler, for example): nobody who loads the adapter could draw the same random numbers again.
+    These are its head (every module outside of the base model) and all other modules that are missing in the checkpoint
+    (for example BERT's pooler): they get random weights that nobody who loads the adapter could reproduce.
 
     Args:
-        fresh: the paths of the modules that the checkpoint did not hold.
+        fresh: the paths of the modules that are missing in the checkpoint.
 
     Raises:
-        ValueError: no head; or a block of the model itself that the checkpoint did not hold.
+        ValueError: no head; or a missing block of the model itself.
     """
     trunk = getattr(network, "base_model_prefix", "")
     outside = [name for name, part in network.named_children() if name != trunk and list(part.parameters())]

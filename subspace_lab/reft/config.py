@@ -1,4 +1,4 @@
-"""What a ReFT adapter is: a frozen value with everything that changes the adapter's function."""
+"""The configuration of a ReFT adapter: a frozen value with everything that changes the adapter's function."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ from subspace_lab.core.values import ACTIVATIONS, ByPart
 
 METHODS = ("LoReFT", "NoReFT", "DiReFT", "ConsReFT", "LobiReFT", "RED")
 MAPPED = ("LoReFT", "NoReFT", "DiReFT")  # the methods with z = σ(W h + b), which have a start and an activation
-ORTHONORMAL = ("LoReFT", "ConsReFT", "LobiReFT")  # those that edit in a subspace
+ORTHONORMAL = ("LoReFT", "ConsReFT", "LobiReFT")  # the methods that edit in a subspace
 
-MOST_GROUPS = 4096  # interventions of one layer
+MOST_GROUPS = 4096  # interventions in one layer, at most
 
 _END = re.compile(r"([fl])(\d+)")
 
 
 @dataclass(frozen=True)
 class ReftConfig:
-    """A ReFT adapter: at which layers and positions which intervention is learned.
+    """The configuration of a ReFT adapter: which intervention it learns, at which layers and positions.
 
     The formulas are in `core/interventions.py`.
 
     Attributes:
         method: LoReFT, NoReFT, DiReFT, ConsReFT, LobiReFT or RED, in upper or lower case.
         rank: dimensions of each intervention (RED has none and ignores it).
-        layers: "all", or the blocks, counted from 0, negative from the end.
-        positions: of the prompt, see `core/positions.py`. "f7+l7" is the paper's for reasoning, "all" suits
-            encoders that are pooled over all tokens.
-        every_token: edit the tokens of answers too, in training and in generation, with positions "all". Only
-            such an edit can be merged into weights (`ReftModel.merge_and_unload`).
-        tied: which positions of a layer share one intervention: "all"; "group", one for the prefix and one for
-            the suffix (what the paper's code calls untied); "position", one each (what its text says).
+        layers: "all", or block numbers, counted from 0; negative numbers count from the end.
+        positions: positions in the prompt, see `core/positions.py`. The paper uses "f7+l7" for reasoning tasks. "all"
+            suits encoders that are pooled over all tokens.
+        every_token: edit the tokens of answers too, in training and in generation; needs positions "all". Only such an
+            edit can be merged into weights (`ReftModel.merge_and_unload`).
+        tied: which positions of a layer share one intervention: "all"; "group", one for the prefix and one for the
+            suffix (the paper's code calls this untied); "position", one for each position (as in the paper's text).
         component: where in the block, "block_output" in the paper.
-        basis: "learned"; or "fixed", where the subspace stays what it is at the start and only what is written
-            into it is learned.
-        parts: {name: number of basis vectors} or pairs, where one basis is split into subspaces that can be
-            trained and used one by one (`ReftModel.train_parts`, `use_parts`); the numbers add up to the rank.
+        basis: "learned"; or "fixed": the subspace does not change during training, and only what is written into it
+            is learned.
+        parts: {name: number of basis vectors} or pairs, to split one basis into subspaces that can be trained and
+            used separately (`ReftModel.train_parts`, `use_parts`); the numbers must add up to the rank.
         dropout: probability with which a coordinate of the change is dropped in training.
-        activation: σ, of LoReFT, NoReFT and DiReFT.
-        bias: whether there is a b, of these three and of RED. Without it an edit merges also where the model's
-            own projection has no bias.
-        start: "identity" starts training from the model as it is; "paper" has W as `nn.Linear` starts it.
+        activation: σ, for LoReFT, NoReFT and DiReFT.
+        bias: whether there is a b, in these three methods and in RED. Without b an edit can also be merged into a
+            projection of the model that has no bias.
+        start: "identity": training starts from the unchanged model. "paper": W is initialised as by `nn.Linear`.
         modules_to_save: submodules of the base model that are trained with the edits and saved, such as a head.
-        base_model_name_or_path, revision: of the model that the adapter is for.
-        seed: of the random bases.
+        base_model_name_or_path, revision: the model for which the adapter is made.
+        seed: seed of the random bases.
     """
 
     method: str = "LoReFT"
@@ -104,8 +104,8 @@ class ReftConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}; possible are True and False.")
         if self.every_token and self.positions != "all":
             raise ValueError(
-                f"every_token=True edits all tokens, positions={self.positions!r} only some of the prompt's: write "
-                "positions='all' with it."
+                f"every_token=True edits all tokens, but positions={self.positions!r} only some of the prompt: write "
+                "positions='all'."
             )
         if not self.bias and self.method not in (*MAPPED, "RED"):
             raise ValueError(
@@ -116,7 +116,7 @@ class ReftConfig:
         stays = self.method == "DiReFT" and not bool(ACTIVATIONS[self.activation](torch.zeros(())))
         if self.activation != "linear" and self.start == "identity" and not stays:
             raise ValueError(
-                f"With activation {self.activation!r} {self.method} cannot start as the identity: start='paper'."
+                f"With activation {self.activation!r} {self.method} cannot start as the identity: use start='paper'."
             )
         if self.tied not in ("all", "group", "position"):
             raise ValueError(f"tied={self.tied!r}; possible are 'all', 'group' and 'position'.")
@@ -126,8 +126,8 @@ class ReftConfig:
             raise ValueError(f"{self.method} has no orthonormal basis to fix; {', '.join(ORTHONORMAL)} have.")
         self._check_parts()
         if not any(int(m[2]) if (m := _END.fullmatch(t)) else True for t in self.positions.split("+")):
-            raise ValueError(f"positions={self.positions!r} are no position of any prompt.")
-        self.groups()  # refuses what cannot be split
+            raise ValueError(f"positions={self.positions!r} contain no position of any prompt.")
+        self.groups()  # raises if the positions cannot be split
 
     def _check_parts(self) -> None:
         pairs = self.parts.items() if isinstance(self.parts, Mapping) else self.parts
@@ -136,16 +136,16 @@ class ReftConfig:
             return
         sizes = self.sizes
         if self.method not in ORTHONORMAL:
-            raise ValueError(f"{self.method} has no orthonormal basis to part; {', '.join(ORTHONORMAL)} have.")
-        # PyTorch's containers of modules have methods, whose names no module in them can have.
+            raise ValueError(f"{self.method} has no orthonormal basis to split; {', '.join(ORTHONORMAL)} have.")
+        # A module in PyTorch's ModuleDict cannot have the name of one of its methods.
         wrong = [name for name in sizes if not name.isidentifier() or hasattr(nn.ModuleDict, name)]
         if wrong or len(sizes) < len(self.parts):
             raise ValueError(
-                f"parts={self.parts}: names must be distinct identifiers, and no methods of torch.nn.ModuleDict."
+                f"parts={self.parts}: names must be distinct identifiers, and not methods of torch.nn.ModuleDict."
             )
         if sum(sizes.values()) != self.rank or min(sizes.values()) < 1:
             raise ValueError(
-                f"parts={self.parts} must be 1 or more basis vectors each and {self.rank} together, the rank."
+                f"parts={self.parts} must have 1 or more basis vectors each and {self.rank} together, the rank."
             )
 
     @property
@@ -154,34 +154,34 @@ class ReftConfig:
         return {str(name): int(size) for name, size in self.parts}
 
     def groups(self) -> tuple[str, ...]:
-        """The sets of positions of a layer, each of which has an intervention of its own."""
+        """The sets of positions of a layer; each has its own intervention."""
         terms = self.positions.split("+")
         if self.tied == "all" or (len(terms) == 1 and self.tied == "group"):
             return (self.positions,)
         ends = {m[1]: int(m[2]) for t in terms if (m := _END.fullmatch(t))}
         if len(ends) < len(terms):
             raise ValueError(
-                f"tied={self.tied!r} splits a prefix and a suffix, as in 'f3+l3'; positions are "
+                f"tied={self.tied!r} splits a prefix and a suffix, such as 'f3+l3'; positions are "
                 f"{self.positions!r}."
             )
-        # Each side names the other, for which it leaves room in short prompts.
+        # Each side names the other one, so that it leaves room for it in short prompts.
         partner = {side: "".join(f"({o}{n})" for o, n in ends.items() if o != side) for side in ends}
         if self.tied == "group":
             return tuple(f"{side}{n}{partner[side]}" for side, n in ends.items() if n)
         if sum(ends.values()) > MOST_GROUPS:
             raise ValueError(
                 f"tied='position' gives each of {sum(ends.values())} positions an intervention; possible are "
-                f"{MOST_GROUPS} a layer. Tied by 'group' or 'all' they share one."
+                f"{MOST_GROUPS} in a layer. Tied by 'group' or 'all', positions share an intervention."
             )
         return tuple(f"{side}{n}[{i}]{partner[side]}" for side, n in ends.items() for i in range(n))
 
     def intervention(self, width: int, seed: int, subspace: Subspace | None = None) -> Intervention:
-        """One intervention of this adapter, untrained.
+        """One untrained intervention of this adapter.
 
         Args:
-            width: of the stream.
-            seed: of what it draws at random.
-            subspace: to start in, or to stay in where the basis is fixed; a random one by default.
+            width: the width of the stream.
+            seed: seed of its random numbers.
+            subspace: the subspace in which it starts, or stays if the basis is fixed; by default a random one.
         """
         if self.method == "RED":
             return iv.red(width, dropout=self.dropout, bias=self.bias)
@@ -200,7 +200,7 @@ class ReftConfig:
         return Intervention(basis, values, write=write, dropout=self.dropout)
 
     def _basis(self, width: int, seed: int, subspace: Subspace | None) -> Subspace:
-        """The orthonormal basis of one intervention, learned or fixed, in parts or not."""
+        """The orthonormal basis of one intervention: learned or fixed, with or without parts."""
         start = None if subspace is None else subspace.basis().detach()
         if self.basis == "fixed":
             return random_subspace(width, self.rank, seed) if start is None else FixedSubspace(start)
@@ -219,12 +219,12 @@ class ReftConfig:
         return {"start": self.start, "activation": self.activation, "dropout": self.dropout, "bias": self.bias}
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, as JSON takes them."""
+        """The fields, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> ReftConfig:
-        """The configuration that was written (ValueError for keys that this version does not know)."""
+        """The configuration from `as_dict`. ValueError for keys that this version does not know."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(found) - known)
         if unknown:
@@ -232,7 +232,7 @@ class ReftConfig:
         try:
             return cls(**found)
         except TypeError as error:
-            raise ValueError(f"A ReFT configuration with a value of another type: {error}") from error
+            raise ValueError(f"A ReFT configuration has a value of the wrong type: {error}") from error
 
 
 def _set(config: ReftConfig, name: str, value: Any) -> None:

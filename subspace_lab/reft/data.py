@@ -1,4 +1,4 @@
-"""Prompts and answers as token ids, and several of them as a batch."""
+"""Prompts and answers as token ids, and as batches."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def tokenise(
     end: bool = True,
     max_length: int | None = None,
 ) -> Dataset:
-    """Prompts and their answers as `input_ids`, `attention_mask` and `labels` (−100 over the prompt).
+    """Prompts and their answers as `input_ids`, `attention_mask` and `labels` (−100 for the prompt).
 
-    An example with `messages` goes through the tokenizer's chat template: its last message, which must be the
+    An example with `messages` goes through the tokenizer's chat template. Its last message, which must be the
     assistant's, is the answer.
 
     Args:
-        prompt, answer, messages: the names of the columns. The answer follows the prompt as it is written: where a
-            space belongs between the two, one of them has it ({"prompt": "It is", "answer": " blue"}).
-        end: put the end-of-text token behind each answer, so that the model learns to stop.
+        prompt, answer, messages: the names of the columns. The answer is appended to the prompt as it is. If a space
+            belongs between the two, one of them must contain it ({"prompt": "It is", "answer": " blue"}).
+        end: put the end-of-text token after each answer, so that the model learns to stop.
         max_length: longer examples lose the end of their answer.
 
     Raises:
-        ValueError: an empty prompt or answer, or an example that max_length leaves without an answer.
+        ValueError: an empty prompt or answer, or an example without an answer after it was cut to `max_length`.
     """
     names = (prompt, answer, messages)
     encoded = [_tokenised(i, one, tokenizer, names, end, max_length) for i, one in enumerate(examples)]
@@ -61,8 +61,8 @@ def _tokenised(
         whole = tokenizer.apply_chat_template(talk, return_dict=False)
         if whole[: len(before)] != before:
             raise ValueError(
-                f"Example {i}: the chat template writes the whole conversation differently from its beginning, so "
-                "that it cannot be said where the answer begins; give input_ids and labels instead."
+                f"Example {i}: the chat template changes the beginning when the answer is added, so that it is not "
+                "clear where the answer begins; give input_ids and labels instead."
             )
     else:
         missing = [name for name in (prompt, answer) if not example.get(name)]
@@ -71,7 +71,7 @@ def _tokenised(
         before = tokenizer(example[prompt])["input_ids"]
         whole = tokenizer(example[prompt] + example[answer])["input_ids"]
         if whole[: len(before)] != before:
-            # The tokenizer joins the prompt's last word and the answer's first; at generation it cannot.
+            # The tokenizer joins the prompt's last word and the answer's first; in generation it cannot do that.
             whole = before + tokenizer(example[answer], add_special_tokens=False)["input_ids"]
         if end and tokenizer.eos_token_id is not None and whole[-1] != tokenizer.eos_token_id:
             whole = [*whole, tokenizer.eos_token_id]
@@ -89,7 +89,7 @@ def _tokenised(
 
 
 def pad(examples: Sequence[Mapping[str, Any]], pad_token_id: int | None) -> dict[str, Tensor]:
-    """Examples of different length as one batch, padded on the right: ids by the pad token, labels by −100."""
+    """Examples of different lengths as one batch, padded on the right: ids with the pad token, labels with −100."""
     if not examples:
         raise ValueError("No examples to learn from.")
     longest = max(len(one["input_ids"]) for one in examples)
@@ -115,12 +115,12 @@ class PromptCollator:
     """A data collator for `transformers.Trainer`: makes a batch of tokenised examples or of text.
 
     Examples with `input_ids` are padded as they are. Examples with `prompt` and `answer`, or with `messages`, go
-    through `tokenise` first (give the Trainer `remove_unused_columns=False` for these).
+    through `tokenise` first (these need `remove_unused_columns=False` in the Trainer).
 
     Attributes:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         end, max_length: as in `tokenise`.
-        prompt_lengths: put the number of prompt tokens into the batch, for trainings without labels.
+        prompt_lengths: add the number of prompt tokens to the batch, for training without labels.
     """
 
     tokenizer: Any
@@ -139,14 +139,14 @@ class PromptCollator:
             several = (beginnings(batch["labels"]).sum(1) > 1).nonzero()
             if len(several):
                 raise ValueError(
-                    f"Row {int(several[0])} has several answers, and prompt_lengths would name the first one's prompt: "
+                    f"Row {int(several[0])} has several answers, and prompt_lengths would be those of the first one: "
                     "make an example of each answer, or put prompt_lengths into the data."
                 )
         return batch
 
 
 def prompt_lengths_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """How many real tokens come before the first label that is not −100, in each row.
+    """For each row, how many real tokens come before the first label that is not −100.
 
     Raises:
         ValueError: a row without a label, or without a prompt.
@@ -173,24 +173,24 @@ def prompt_lengths_of(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def beginnings(labels: Tensor) -> Tensor:
-    """(batch, sequence) True where an answer begins: at the first of labels that are not −100."""
+    """(batch, sequence) True where an answer begins: at a label that is not −100 after one that is."""
     answered = labels != -100
     return answered & ~torch.nn.functional.pad(answered[:, :-1], (1, 0))
 
 
 def refuse_packed(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-    """Raise ValueError where a row holds several texts in sequence: its position ids start again from 0."""
+    """ValueError if a row contains several texts one after the other: its position ids start again from 0."""
     if position_ids is None or attention_mask is not None:
         return
     if bool((position_ids[..., 1:] < position_ids[..., :-1]).any()):
         raise ValueError(
-            "Rows hold several packed texts, of which only the first one's prompt is known. Train without packing "
+            "Rows contain several packed texts, of which only the first one's prompt is known. Train without packing "
             "and padding_free."
         )
 
 
 def padding_mask(ids: Tensor, model: Any, generation: Mapping[str, Any]) -> Tensor | None:
-    """The mask that `generate` makes of ids without one: pad tokens are padding unless they also end texts."""
+    """The mask that `generate` makes for ids without one: pad tokens are padding, unless they also end texts."""
     pad, ends = (setting(model, generation, name) for name in ("pad_token_id", "eos_token_id"))
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if pad is None or pad in ends or not bool((ids == pad).any()):

@@ -1,4 +1,4 @@
-"""Examples to learn from in files: prompts and answers, conversations, or labelled texts."""
+"""Training examples from files: prompts and answers, conversations, or labelled texts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ class Examples:
     """The examples of a data file, checked.
 
     Attributes:
-        examples: each with `prompt` and `answer`, with `messages`, or with `text` and `label`, the number of a
-            class.
-        classes: the names of the classes, by number; None where the examples have answers.
+        examples: each with `prompt` and `answer`, or with `messages`, or with `text` and `label` (a class number).
+        classes: the names of the classes, by number; None if the examples have answers.
     """
 
     examples: tuple[Mapping[str, Any], ...]
@@ -36,17 +35,17 @@ class Examples:
 
     @property
     def repeated(self) -> int:
-        """How many examples are the same as one before them: same texts, whatever their spaces."""
+        """How many examples repeat an earlier one: the same texts, apart from white space."""
         return len(self) - len(set(map(_same, self.examples)))
 
     def split(self, held_out: int, seed: int) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-        """(examples to train on, examples held out), drawn at random; each part in the order of the file.
+        """(training examples, held-out examples), drawn at random; each in the order of the file.
 
-        Examples that are the same stay on one side, so that none is held out that is trained on. Where that leaves no
-        way to hold out exactly so many it is fewer, but for a first group of the same ones.
+        Equal examples go to the same side, so that no held-out example is also trained on. Therefore fewer examples
+        than asked may be held out. More are held out only if even the smallest group of equal examples is larger.
 
         Raises:
-            ValueError: all examples are the same.
+            ValueError: all examples are equal.
         """
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         same: dict[Hashable, list[int]] = {}
@@ -62,8 +61,8 @@ class Examples:
             out.update(next(group for i in order if len(group := same[_same(self.examples[i])]) == least))
         if held_out and not out:
             raise ValueError(
-                f"All {len(self)} examples are the same: none can be held out that is not trained on as well. "
-                "Hold out none, or add others."
+                f"All {len(self)} examples are the same: each held-out example would be trained on as well. Hold out "
+                "none, or add other examples."
             )
         parts = [[one for i, one in enumerate(self.examples) if (i in out) == side] for side in (False, True)]
         return parts[0], parts[1]
@@ -72,14 +71,14 @@ class Examples:
 def read_examples(path: str | Path) -> Examples:
     """The examples of a .jsonl, .json, .csv or .parquet file.
 
-    The columns decide what is learned: `prompt` and `answer`, `messages` (a conversation whose last message is
-    the answer), or `text` and `label`. Labels are text or whole numbers; their sorted set is the classes. What is
-    trained is the file's own text: of a CSV file its cells, of JSON also a number as it is written there.
+    The columns determine the task: `prompt` and `answer`, `messages` (a conversation whose last message is the
+    answer), or `text` and `label`. Labels are text or whole numbers; the sorted set of labels gives the classes. Text
+    is used exactly as it is in the file: the cells of a CSV file, and also numbers in JSON as they are written there.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another format, a file that cannot be read or has no examples, columns that are missing, named
-            twice or of two kinds, an example without one of its values, or labels of a single class or of two kinds.
+        ValueError: another format; a file that cannot be read or has no examples; columns that are missing, named
+            twice or of two tasks; an example without one of its values; labels of a single class or of two kinds.
             The message names file and line.
     """
     path = Path(path)
@@ -107,7 +106,7 @@ def read_examples(path: str | Path) -> Examples:
 
 
 def _same(example: Mapping[str, Any]) -> Hashable:
-    """What makes an example the same as another: its texts, whatever their spaces and label."""
+    """A key that is the same for equal examples: their texts without white space and label."""
     if "messages" in example:
         return json.dumps(example["messages"], sort_keys=True, default=str)
     return tuple(" ".join(example[name].split()) for name in ("prompt", "answer", "text") if name in example)
@@ -120,7 +119,7 @@ def _value(value: Any, name: str, where: str) -> Any:
     if name == "label" and isinstance(value, bool):
         return str(value)
     if isinstance(value, Number):
-        # A table with gaps holds whole numbers as 1.0.
+        # A table with empty cells contains whole numbers as 1.0.
         whole = re.fullmatch(r"(-?\d+)(?:\.0*)?", value.text)
         if name == "label" and whole:
             return "0" if whole[1] == "-0" else whole[1]
@@ -138,7 +137,7 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     for one in value:
         if not isinstance(one, Mapping) or not isinstance(one.get("role"), str) or not one["role"]:
             raise ValueError(f"{where} has a message without a role.")
-        # A table gives every message the keys of all.
+        # A table gives every message the keys of all messages.
         message = {k: v for k, v in one.items() if v is not None}
         content = message.get("content")
         if isinstance(content, Number):
@@ -150,11 +149,13 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _text(value: Any, where: str) -> Any:
-    """The value, if all its text can be written in UTF-8 (ValueError for half of a surrogate pair)."""
+    """The value, if all its text can be written in UTF-8; ValueError for half of a surrogate pair."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds {error.object[error.start]!a}, half of a character: no text.") from None
+        raise ValueError(
+            f"{where} contains {error.object[error.start]!a}, half of a character, not text."
+        ) from None
     return value
 
 
@@ -164,7 +165,7 @@ def _shown(value: Any) -> str:
 
 
 def _check_labels(labels: Sequence[str], places: Sequence[str]) -> None:
-    """ValueError for labels of two kinds, or that differ only in how they are written."""
+    """ValueError if labels are of two kinds, or if two labels differ only in how they are written."""
     first: dict[str, str] = {}
     for label, where in zip(labels, places, strict=True):
         first.setdefault(label, where)
@@ -173,7 +174,7 @@ def _check_labels(labels: Sequence[str], places: Sequence[str]) -> None:
         other = next(label for label in first if label not in numbers)
         raise ValueError(
             f"{first[other]} is labelled {_shown(other)}, {first[numbers[0]]} {numbers[0]!r}: a whole number and "
-            "another text would be classes of their own. Write all labels in one way."
+            "another text would be different classes. Write all labels in one way."
         )
     spelled: dict[Any, str] = {}
     for label, where in first.items():
@@ -181,14 +182,14 @@ def _check_labels(labels: Sequence[str], places: Sequence[str]) -> None:
         if meant in spelled:
             one = spelled[meant]
             raise ValueError(
-                f"{where} is labelled {label!r}, {first[one]} {one!r}: two ways to write one label would be classes of "
-                "their own."
+                f"{where} is labelled {label!r}, {first[one]} {one!r}: two ways to write one label would be two "
+                "classes."
             )
         spelled[meant] = label
 
 
 def _classes(labels: Sequence[str]) -> tuple[str, ...]:
-    """The set of labels, numbers in their order."""
+    """The distinct labels in sorted order, numbers by value."""
     found = set(labels)
     numbers = all(WHOLE.fullmatch(label) and len(label) < 1000 for label in found)
     return tuple(sorted(found, key=lambda label: (int(label), label)) if numbers else sorted(found))

@@ -1,4 +1,4 @@
-"""Training an adapter through the frozen past: the core's own loop, the quickest way where it applies."""
+"""Training an adapter with a frozen past, in this package's own loop: the fastest way if it can be used."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def finetune(
 ) -> list[float]:
     """Train the active adapters on tokenised prompts and answers (`reft.data.tokenise`).
 
-    The loss is the mean cross-entropy over the answers' tokens. Layers below the lowest edit, and tokens before
-    the first edit, are computed once in the whole training; only the answers' positions reach the head.
+    The loss is the mean cross-entropy over the answers' tokens. Layers below the lowest edit, and tokens before the
+    first edit, are computed once in the whole training; only the answers' positions go through the head.
 
     Args:
-        memory: budget of the frozen past, as in `FrozenPast`.
+        memory: the memory budget of the frozen past, as in `FrozenPast`.
         quiet: show no progress bar.
         on_step: called with the number and the loss of each step.
 
@@ -35,8 +35,8 @@ def finetune(
 
     Raises:
         TypeError: a model that is not a `ReftModel`.
-        ValueError: examples that are not tokenised or lack a prompt or an answer; an adapter with
-            `modules_to_save` (use Trainer for it).
+        ValueError: examples that are not tokenised or have no prompt or no answer; an adapter with
+            `modules_to_save` (train it with Trainer).
     """
     config = config or TrainingConfig()
     instance(model, ReftModel, "model", "get_reft_model(model, config) makes one")

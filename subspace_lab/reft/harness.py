@@ -1,7 +1,7 @@
 """Scores of lm-evaluation-harness, for models with adapters.
 
-The harness scores an answer by a call over prompt and answer without labels, in which every token would count as
-prompt, and the answer would be edited. `with_prompts` tells the model where each prompt ends:
+The harness scores an answer in a call with prompt and answer but without labels. In such a call every token would count
+as prompt, and the answer would be edited. `with_prompts` tells the model where each prompt ends:
 
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -10,7 +10,7 @@ prompt, and the answer would be edited. `with_prompts` tells the model where eac
     lm = with_prompts(HFLM(pretrained=reft, tokenizer=tokenizer))
     simple_evaluate(model=lm, tasks=["arc_easy"])
 
-Its generations need nothing: `generate` is given prompts alone.
+Generation needs no such help, because `generate` gets prompts only.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from subspace_lab.core.arguments import instance
 from subspace_lab.reft.model import ReftModel
 
 Request = tuple[Any, Sequence[int], Sequence[int]]
-"""What the harness scores: (texts, the prompt's tokens, the answer's tokens)."""
+"""A request of the harness: (texts, the prompt's tokens, the answer's tokens)."""
 
 
 def with_prompts(lm: Any) -> Any:
-    """The harness's model (`HFLM`), the same object, which now says where prompts end when it scores answers.
+    """The same model of the harness (`HFLM`), which now says where prompts end when it scores answers.
 
     Raises:
-        TypeError: a model of the harness that does not hold a `ReftModel`.
+        TypeError: a model of the harness that does not contain a `ReftModel`.
     """
     model: Any = getattr(lm, "model", None)
     instance(model, ReftModel, "lm.model", "HFLM(pretrained=a ReftModel, tokenizer=…)")
     score = getattr(lm, "_loglikelihood_tokens", None)
     if score is None:
-        raise TypeError(f"{type(lm).__name__} has no _loglikelihood_tokens, by which HFLM scores answers.")
-    if getattr(lm, "backend", "causal") == "causal":  # an encoder's prompt is told apart by its own argument
+        raise TypeError(f"{type(lm).__name__} has no _loglikelihood_tokens, with which HFLM scores answers.")
+    if getattr(lm, "backend", "causal") == "causal":  # an encoder has a separate argument for the prompt
         lm._loglikelihood_tokens = _Scores(score, model, lambda: int(lm.max_length))
     return lm
 
 
 class _Scores:
-    """HFLM's `_loglikelihood_tokens` with prompt lengths around it."""
+    """HFLM's `_loglikelihood_tokens`, called with prompt lengths."""
 
     def __init__(self, score: Callable[..., list[Any]], model: ReftModel, longest: Callable[[], int]) -> None:
         self._score, self._model, self._longest = score, model, longest
@@ -54,11 +54,11 @@ class _Scores:
         requests = list(requests)
         found: list[Any] = [None] * len(requests)
         left = list(range(len(requests)))
-        while left:  # once, unless one call's tokens are prompt in one request and answer in another
+        while left:  # one pass, unless two requests have the same tokens but different prompt ends
             ends: dict[tuple[int, ...], int] = {}
             now = []
             for i in left:
-                key, end = self._seen(requests[i])
+                key, end = self._tokens_and_end(requests[i])
                 if ends.setdefault(key, end) == end:
                     now.append(i)
             with self._model.prompt_lengths(_Ends(ends)):
@@ -69,7 +69,7 @@ class _Scores:
             left = [i for i in left if i not in done]
         return found
 
-    def _seen(self, request: Request) -> tuple[tuple[int, ...], int]:
+    def _tokens_and_end(self, request: Request) -> tuple[tuple[int, ...], int]:
         """(the tokens that the harness gives the model, how many of them are the prompt)."""
         _, prompt, answer = request
         whole = [*prompt, *answer][-(self._longest() + 1) :]
@@ -77,7 +77,7 @@ class _Scores:
 
 
 class _Ends:
-    """The prompt lengths of a call's examples, by their tokens."""
+    """The prompt lengths of a call's examples, looked up by their tokens."""
 
     def __init__(self, ends: dict[tuple[int, ...], int]) -> None:
         self._ends = ends
@@ -85,7 +85,7 @@ class _Ends:
     def __call__(self, ids: Tensor) -> Tensor:
         keys = [_without_padding(row) for row in ids.tolist()]
         unknown = [i for i, key in enumerate(keys) if key not in self._ends]
-        if len(unknown) == len(keys):  # the harness tries how large a batch may be
+        if len(unknown) == len(keys):  # the harness is testing how large a batch may be
             return torch.full((len(keys),), ids.shape[1])
         if unknown:
             raise ValueError(f"Row {unknown[0]} of a call by the harness is none of the examples that it scores.")
@@ -93,7 +93,7 @@ class _Ends:
 
 
 def _without_padding(tokens: Sequence[int]) -> tuple[int, ...]:
-    """The tokens without the zeros behind them, by which the harness pads."""
+    """The tokens without trailing zeros, which the harness uses as padding."""
     end = len(tokens)
     while end and tokens[end - 1] == 0:
         end -= 1

@@ -1,7 +1,7 @@
 """Training jobs: examples to train an adapter on, and examples to measure it on.
 
-There are two jobs with the same methods: to generate answers to prompts (here), and to classify texts
-(`reft/classification_job.py`, apart because importing `transformers.Trainer` takes seconds).
+There are two jobs with the same methods: generating answers to prompts (here), and classifying texts
+(`reft/classification_job.py`, a separate file because importing `transformers.Trainer` takes seconds).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Measured:
-    """A model on held-out examples.
+    """The results of a model on held-out examples.
 
     Attributes:
         loss: the mean cross-entropy over the answers' tokens, or over the texts; None without examples.
-        right: (examples,) whether each text's class is the likeliest one; None for answers, and without examples.
+        right: (examples,) whether the class of each text is the most likely one; None for answers or without examples.
         texts: the model's greedy continuation of each sample's prompt.
     """
 
@@ -47,7 +47,7 @@ class TrainingJob(ABC):
 
     Attributes:
         training, held_out: examples with `input_ids`, `attention_mask` and `labels`.
-        shortened: how many examples were cut to the longest that the model takes.
+        shortened: how many examples were cut to the longest length that the model accepts.
     """
 
     training: Sequence[Row]
@@ -68,39 +68,38 @@ class TrainingJob(ABC):
         on_step: OnStep | None = None,
         quiet: bool = False,
     ) -> None:
-        """Train the model's active adapter; `on_step(step, loss)` is called at each step."""
+        """Train the model's active adapter; `on_step(step, loss)` is called after each step."""
 
     @abstractmethod
     def measure(self, model: ReftModel, batch_size: int) -> Measured:
-        """The model on the held-out examples, in eval mode; no parameter changes."""
+        """Measure the model on the held-out examples, in eval mode; no parameter changes."""
 
     def samples(self) -> tuple[tuple[str, str], ...]:
-        """(prompt, the answer that the data has) of each sample, as text."""
+        """(prompt, the answer in the data) of each sample, as text."""
         return ()
 
     @property
     def constant(self) -> float | None:
-        """What the best constant answer scores on the held-out examples; None for jobs without classes."""
+        """The score of the best constant answer on the held-out examples; None for jobs without classes."""
         return None
 
     def check_positions(self, config: ReftConfig) -> None:
-        """Raise IndexError or KeyError where an example lacks a position that an adapter edits."""
+        """IndexError or KeyError if an example does not have a position that the adapter edits."""
         lengths = self.prompt_lengths()
         for group in config.groups():
             select(group, lengths, {})
 
 
 class GenerationJob(TrainingJob):
-    """To generate answers: trained through the frozen past, measured by loss and by what is generated.
+    """The job of generating answers: trained with a frozen past, measured by the loss and by generated texts.
 
     Args:
-        training, held_out: examples with `prompt` and `answer`, or of `messages`.
-        tokenizer: of the model.
-        longest: how many tokens the model takes, None for any number; longer examples lose the end of their
-            answer.
-        samples: for how many prompts to generate answers: held-out ones, or training prompts where none is held
-            out.
-        max_new_tokens: of each generation.
+        training, held_out: examples with `prompt` and `answer`, or with `messages`.
+        tokenizer: the model's tokenizer.
+        longest: how many tokens the model accepts, None for any number; longer examples lose the end of their answer.
+        samples: the number of prompts for which answers are generated: held-out prompts, or training prompts if none
+            are held out.
+        max_new_tokens: tokens of each generated answer, at most.
         end: put the end-of-text token after each answer.
 
     Raises:
@@ -151,7 +150,7 @@ class GenerationJob(TrainingJob):
             return Measured(loss, None, tuple(self._continued(model, _prompt(ids)) for _, ids in self._samples))
 
     def _shown(self, row: Row, encoded: Row) -> tuple[str, str]:
-        """Prompt and answer as in the data; a conversation as the model reads it."""
+        """Prompt and answer as in the data; for a conversation, the text that the model reads."""
         if "messages" not in row:
             return row["prompt"], row["answer"]
         before = _prompt(encoded)
@@ -166,7 +165,7 @@ class GenerationJob(TrainingJob):
             max_new_tokens=room,
             do_sample=False,
             num_beams=1,
-            # The defaults of some models set these for sampling, and transformers would warn at each call.
+            # Some models' defaults set these for sampling; transformers would then warn in each call.
             temperature=None,
             top_p=None,
             top_k=None,
@@ -187,14 +186,14 @@ def _prompt(row: Row) -> list[int]:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """The token that pads batches: where the attention mask is 0 any token will do."""
+    """A token to pad batches with. Any token will do, because the attention mask is 0 there."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(token for token in known if token is not None))
 
 
 @contextmanager
 def evaluating(model: ReftModel) -> Iterator[None]:
-    """Within the block the model is in eval mode and without gradients."""
+    """Inside the block the model is in eval mode and computes no gradients."""
     was_training = model.training
     model.eval()
     try:
@@ -207,9 +206,10 @@ def evaluating(model: ReftModel) -> Iterator[None]:
 def over(
     model: ReftModel, rows: Sequence[Row], batch_size: int, collate: Callable[[Sequence[Row]], dict[str, Tensor]]
 ) -> tuple[float | None, list[Tensor]]:
-    """(mean loss over all labels, logits of each batch of classes); the loss is None without examples.
+    """(mean loss over all labels, logits of each batch of a classification); the loss is None without examples.
 
-    Each batch's mean is weighted by its number of labels, so that all answers' tokens, or texts, count alike.
+    The mean of each batch is weighted by its number of labels, so that all answers' tokens (or all texts) have the same
+    weight.
 
     Raises:
         FloatingPointError: a loss that is not finite.

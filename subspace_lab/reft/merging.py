@@ -1,7 +1,7 @@
-"""Adapters that become weights: which of them can, and what else they replace.
+"""Merges adapters into the weights of their base model.
 
-The algebra, and what it asks of an edit, is `model/merging.py`. Here is what an adapter adds: whether it edits every
-token, and the modules of the base model that were trained with it.
+`model/merging.py` has the algebra and the requirements for a single edit. An adapter adds two things: whether it edits
+every token, and the modules of the base model that were trained with it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from subspace_lab.reft.config import ReftConfig
 
 
 def merge_adapters(backbone: Backbone, adapters: Mapping[str, Adapter], others: Sequence[Site] = ()) -> Merged:
-    """Put adapters into the weights of their base model.
+    """Merge adapters into the weights of their base model.
 
     Args:
-        adapters: {name: adapter}; no two edit the same place.
-        others: sites that go on to be edited in each run.
+        adapters: {name: adapter}, without a site in common.
+        others: sites that will still be edited in each run.
 
     Returns:
-        What was merged, whose `undo` takes it out again.
+        The merge; its `undo` restores the weights.
 
     Raises:
-        ValueError: an adapter that edits the prompt alone, or another edit at its projection; a module that was
-            trained along and holds the projection; otherwise as `model.merging.merge`.
+        ValueError: an adapter that edits only the prompt; another edit at its projection; a projection inside a module
+            of modules_to_save; the errors of `model.merging.merge`.
     """
     refuse_model(backbone.model)
     edits: dict[Site, Intervention] = {}
@@ -55,24 +55,24 @@ def merge_adapters(backbone: Backbone, adapters: Mapping[str, Adapter], others: 
 
 
 def refuse_config(config: ReftConfig) -> None:
-    """ValueError for adapters that no model can take into its weights: what can be said before one is loaded."""
+    """ValueError for an adapter that cannot be merged into any model, as far as its configuration shows."""
     for group in config.groups():
         refuse_edit(Site(config.component, 0, group), config.intervention(max(config.rank, 1), 0).eval())
     if config.component.endswith(("block_input", "block_output")):
         raise ValueError(
-            f"An adapter at {config.component} cannot be merged into weights: the residual stream is the sum of what "
-            "several modules give. That can be done at mlp_output, attention_output, value_output, head_output and "
-            "mlp_activation; serve this one with `generate`."
+            f"An adapter at {config.component} cannot be merged into weights: the residual stream is the sum of the "
+            "outputs of several modules. Edits can be merged at mlp_output, attention_output, value_output, "
+            "head_output and mlp_activation; use this adapter with `generate`."
         )
 
 
 def _refuse_prompts(name: str, adapter: Adapter, site: Site, point: HookPoint, model: nn.Module) -> None:
-    """ValueError where an adapter edits prompts alone and the model also writes."""
+    """ValueError if an adapter edits only prompts and the model also generates tokens."""
     writes = hasattr(model, "generate") and point.stack != "encoder"
     if site.positions == "all" and writes and not adapter.config.every_token:
         raise ValueError(
-            f"The adapter {name!r} cannot be merged into weights: it edits the prompt alone, and weights act at "
-            "answers and generated tokens too. Train with ReftConfig(positions='all', every_token=True), or serve it "
+            f"The adapter {name!r} cannot be merged into weights: it edits only the prompt, while weights also act at "
+            "answers and generated tokens. Train with ReftConfig(positions='all', every_token=True), or use it "
             "with `generate`, which edits the prompt once and then runs at the speed of the base model."
         )
 
@@ -85,7 +85,7 @@ def _refuse_neighbours(
     adapters: Mapping[str, Adapter],
     others: Sequence[Site],
 ) -> None:
-    """ValueError where something else than the adapter replaces or edits what its projection gives."""
+    """ValueError if something else replaces the adapter's projection or edits its output."""
     near = [other for other in others if overlap(point, backbone.hook_point(other))]
     if near:
         raise ValueError(
@@ -96,13 +96,13 @@ def _refuse_neighbours(
         held = [hook.path for hook in adapter.hooks(backbone) if f"{point.path}.".startswith(f"{hook.path}.")]
         if held:
             raise ValueError(
-                f"The adapter {name!r} cannot be merged into weights: its edit at {site} is of {point.path}, and "
-                f"modules_to_save of {owner!r} names {held[0]}."
+                f"The adapter {name!r} cannot be merged into weights: its edit at {site} changes {point.path}, "
+                f"and {held[0]} is one of the modules_to_save of {owner!r}."
             )
 
 
 def _put_in_place(backbone: Backbone, adapter: Adapter, merged: Merged) -> None:
-    """The numbers of the modules that were trained along, in the modules of the base model."""
+    """Copy the tensors of the modules that were trained with the adapter into the base model."""
     for hook in adapter.hooks(backbone):
         module, trained = backbone.anatomy.modules[hook.path], adapter.saved_at(hook.path)
         assert trained is not None
@@ -111,5 +111,5 @@ def _put_in_place(backbone: Backbone, adapter: Adapter, merged: Merged) -> None:
 
 
 def _numbers(module: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers, tied ones once."""
+    """Parameters and buffers; tied ones appear once."""
     return [*module.parameters(), *module.buffers()]

@@ -1,8 +1,8 @@
-"""ReFT adapters with the verbs that users of PEFT know.
+"""ReFT adapters with the methods that users of PEFT know.
 
-A `ReftModel` is a frozen base model and one adapter or several. It is an ordinary module: `transformers.Trainer`
-trains it, its `state_dict` holds only the adapters, and `generate` edits the prompt and then decodes at the speed
-of the base model.
+A `ReftModel` is a frozen base model with one or more adapters. It is an ordinary module: `transformers.Trainer` trains
+it, its `state_dict` contains only the adapters, and `generate` edits the prompt and then decodes at the speed of the
+base model.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from subspace_lab.reft.storage import as_tensor, from_tensor, read_adapter, writ
 
 
 class ReftModel(Running):
-    """A frozen base model with ReFT adapters; make it with `get_reft_model`.
+    """A frozen base model with ReFT adapters; create it with `get_reft_model`.
 
     Attributes:
-        base_model: the user's model. Its parameters ask for no gradient while it is wrapped; `unload` gives
-            it back as it was.
+        base_model: the user's model. Its parameters require no gradient while it is wrapped; `unload` returns the model
+            as it was before.
         adapters: {name: adapter}.
-        active_adapters: the names of those that edit. Several at once need disjoint positions.
-        merged_adapters: the names of those that are in the base model's weights.
+        active_adapters: the names of the adapters that edit. Several active adapters need disjoint positions.
+        merged_adapters: the names of the adapters that are merged into the base model's weights.
     """
 
     _past: AnswersPast | None = None
@@ -63,7 +63,7 @@ class ReftModel(Running):
         self.adapters = Adapters()
         self.active_adapters: list[str] = []
         self.add_adapter(adapter_name, config_or_alignment, config=config)
-        for p in self._asked:
+        for p in self._trainable_before:
             p.requires_grad_(False)
         self.set_adapter(adapter_name)
 
@@ -74,16 +74,16 @@ class ReftModel(Running):
         *,
         config: ReftConfig | None = None,
     ) -> None:
-        """Add an untrained adapter, which is not active yet; the arguments are those of `get_reft_model`.
+        """Add an untrained adapter, which is not active yet. The arguments are those of `get_reft_model`.
 
         Raises:
             TypeError: neither a configuration nor an alignment.
-            ValueError: a name that is taken or has a dot, or as `get_reft_model`.
+            ValueError: a name that is taken or contains a dot; also as in `get_reft_model`.
         """
         self.adapters.add(adapter_name, config_or_alignment, config, self.backbone).train(self.training)
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Make one adapter, or several, the active and trainable ones (ValueError if two share a site)."""
+        """Make one or more adapters the active and trainable ones. ValueError if two of them share a site."""
         self._expect_unmerged("set_adapter")
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.adapters.edits(names)
@@ -92,11 +92,11 @@ class ReftModel(Running):
             self.adapter(name).asks_for_gradient(name in names)
 
     def train_parts(self, parts: str | Sequence[str], adapter_name: str | None = None) -> None:
-        """Of a basis in parts put some in use, and train them alone from now on; the others stay as they are."""
+        """Use only these parts of a basis in parts, and train only them from now on; the other parts do not change."""
         self._with_parts(adapter_name).train_parts([parts] if isinstance(parts, str) else parts)
 
     def use_parts(self, parts: str | Sequence[str], adapter_name: str | None = None) -> None:
-        """Of a basis in parts put some in use, and the others out of use."""
+        """Use only these parts of a basis in parts."""
         self._with_parts(adapter_name).use_parts([parts] if isinstance(parts, str) else parts)
 
     def _with_parts(self, name: str | None) -> Adapter:
@@ -104,7 +104,7 @@ class ReftModel(Running):
         return self.adapters.with_parts(self.active_adapters if name is None else [name])
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter (ValueError while it is in the weights)."""
+        """Remove an adapter. ValueError while it is merged."""
         if adapter_name in self.merged_adapters:
             self._expect_unmerged("delete_adapter")
         self.adapter(adapter_name)
@@ -112,7 +112,7 @@ class ReftModel(Running):
         self.active_adapters = [n for n in self.active_adapters if n != adapter_name]
 
     def adapter(self, name: str) -> Adapter:
-        """One adapter (ValueError where there is none of that name)."""
+        """The adapter of this name; ValueError if there is none."""
         return self.adapters.find(name)
 
     @property
@@ -122,7 +122,7 @@ class ReftModel(Running):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model is the base model (ValueError while adapters are in its weights)."""
+        """Inside the block the model behaves like the base model. ValueError while adapters are merged."""
         self._expect_unmerged("disable_adapter")
         active, self.active_adapters = self.active_adapters, []
         try:
@@ -135,26 +135,26 @@ class ReftModel(Running):
         return self.adapters.edits(self.running_adapters)
 
     def fold(self) -> dict[Site, Intervention]:
-        """The active adapters' edits in plain matrices, to serve from: h + Dᵀ(M h + v), M = W − R for LoReFT.
+        """The active adapters' edits as plain matrices, for serving: h + Dᵀ(M h + v), with M = W − R for LoReFT.
 
-        What is not affine in h (an activation other than linear) or would be d × d (RED) is a copy.
-        `model.intervene.forward` and `generate` run them.
+        Edits that are not affine in h (with an activation other than linear) or whose matrices would be d × d (RED)
+        are copied. `model.intervene.forward` and `generate` can run the result.
         """
         return {site: edit.folded() for site, edit in self.edits().items()}
 
-    # --- in the weights -------------------------------------------------------------------------------------
+    # --- merging into the weights -------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None) -> None:
-        """Put adapters into the base model's weights, the active ones by default; `unmerge_adapter` takes them out.
+        """Merge adapters into the base model's weights, by default the active ones; `unmerge_adapter` undoes it.
 
         An edit of all tokens at a projection (`mlp_output`, `attention_output`, `value_output`, `head_output`,
-        `mlp_activation`) is exactly that projection with other weights, see `model/merging.py`. Language models
-        are merged from adapters with `every_token=True`, since weights act at generated tokens too; classifiers
-        and encoders from adapters with positions="all". Modules that were trained along take their places.
+        `mlp_activation`) equals this projection with other weights, see `model/merging.py`. In language models the
+        adapters need `every_token=True`, since weights also act at generated tokens; in classifiers and encoders they
+        need positions="all". Modules in modules_to_save replace those of the base model.
 
         Raises:
-            ValueError: an adapter that no weights stand for, with the reason, see `model.merging.merge`; adapters
-                that are merged already; another active adapter at the same projection; a name that is no adapter's.
+            ValueError: an adapter that cannot be merged, with the reason, see `model.merging.merge`; adapters that are
+                already merged; another active adapter at the same projection; a name without an adapter.
         """
         given = self.active_adapters if adapter_names is None else adapter_names
         names = [given] if isinstance(given, str) else list(given)
@@ -172,17 +172,17 @@ class ReftModel(Running):
         self.merged_adapters = names
 
     def unmerge_adapter(self) -> None:
-        """Give the base model the weights that it had before `merge_adapter`, to the bit (ValueError if it was not)."""
+        """Restore the base model's weights before `merge_adapter`, bit for bit. ValueError if nothing is merged."""
         if self._merged is None:
             raise ValueError("No adapter is merged.")
         self._merged.undo()
         self._merged, self.merged_adapters = None, []
 
     def merge_and_unload(self, adapter_names: str | Sequence[str] | None = None) -> nn.Module:
-        """The base model with adapters in its weights: the same object, a plain transformers model again.
+        """Merge adapters and return the base model: the same object, a plain transformers model again.
 
-        Save it with its own `save_pretrained`; nothing of this package is needed to load and run it. The arguments
-        and errors are those of `merge_adapter`; the former weights are not kept.
+        Save it with its own `save_pretrained`; loading and running it does not need this package. The arguments and
+        errors are those of `merge_adapter`. The former weights are not kept.
         """
         self.merge_adapter(adapter_names)
         assert self._merged is not None
@@ -191,7 +191,7 @@ class ReftModel(Running):
         return model
 
     def unload(self) -> nn.Module:
-        """The base model as it was before it was wrapped; after `merge_and_unload` the merged one."""
+        """The base model as it was before it was wrapped; after `merge_and_unload` the merged model."""
         if self._merged is not None and self._merged.is_kept:
             self.unmerge_adapter()
         return super().unload()
@@ -205,10 +205,10 @@ class ReftModel(Running):
     # --- what is edited -------------------------------------------------------------------------------------
 
     def subspace(self, site: Site | str) -> Subspace:
-        """The subspace that the active adapters edit at a site; its basis does not train.
+        """The subspace that the active adapters edit at a site, with a basis that does not train.
 
         Raises:
-            ValueError: no active adapter edits there.
+            ValueError: no active adapter edits this site.
         """
         site = Site.parse(site) if isinstance(site, str) else site
         edits = self.edits()
@@ -217,10 +217,10 @@ class ReftModel(Running):
         return edits[site].edited()
 
     def alignment(self) -> Alignment:
-        """What the active adapters edit, as {variable: (site, subspace)}: the way back from `get_reft_model`.
+        """The subspaces that the active adapters edit, as {variable: (site, subspace)}; inverse of `get_reft_model`.
 
-        Variables have the names of the alignment that an adapter started from, or of the parts of its basis, or of
-        their site. The facts say the method, the base model, the configurations, and the facts of that alignment.
+        The variables are named after the alignment from which the adapter started, or after the parts of its basis, or
+        after their site. The facts contain the method, the base model, the configurations, and that alignment's facts.
 
         Raises:
             ValueError: no adapter is active.
@@ -231,15 +231,16 @@ class ReftModel(Running):
         return alignment_of(adapters, self.base_model)
 
     def hooks(self) -> list[Hook]:
-        """The modules of the active adapters that replace those of the base model."""
+        """The modules of the active adapters that replace modules of the base model."""
         return [v for name in self.running_adapters for v in self.adapter(name).hooks(self.backbone)]
 
     # --- on disk and on the Hub ---------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, adapter_name: str | None = None) -> None:
-        """Write one adapter into a folder, or all of them.
+        """Write one adapter, or all adapters, into a folder.
 
-        Of several, "default" goes into the folder itself and each other one into a folder of its name inside.
+        With several adapters, "default" is written into the folder itself, and each other one into a subfolder with
+        its name.
         """
         names = self.names if adapter_name is None else [adapter_name]
         base, kind = base_facts(self.base_model), type(self.base_model).__name__
@@ -251,12 +252,12 @@ class ReftModel(Running):
     def load_adapter(
         self, folder: str | Path, adapter_name: str, is_trainable: bool = False, revision: str | None = None
     ) -> None:
-        """Read an adapter, from a folder or from the Hub, under a name; it is not active yet.
+        """Read an adapter from a folder or from the Hub, under a name; it is not active yet.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: an unknown format or key, a base model that the adapter was not made for, or numbers
-                that do not fit the configuration.
+            ValueError: an unknown format or key, a base model that the adapter was not made for, or tensors that do
+                not fit the configuration.
         """
         folder = hub.local_folder(folder, "an adapter", revision)
         saved = read_adapter(folder, base_facts(self.base_model), adapter_name)
@@ -272,10 +273,10 @@ class ReftModel(Running):
         is_trainable: bool = False,
         revision: str | None = None,
     ) -> ReftModel:
-        """The base model with a saved adapter, active; the errors are those of `load_adapter`.
+        """The base model with a saved adapter, active. Errors as in `load_adapter`.
 
-        The folder is one of `save_pretrained`, or one that `transformers.Trainer` or a trainer of TRL wrote: a
-        checkpoint, or what `trainer.save_model` saves. Of several adapters in these the one of the name is read.
+        The folder was written by `save_pretrained`, or by `transformers.Trainer` or a trainer of TRL: a checkpoint, or
+        the result of `trainer.save_model`. If it contains several adapters, the one with this name is read.
         """
         saved = read_adapter(hub.local_folder(folder, "an adapter", revision), base_facts(model), adapter_name)
         wrapped = cls(model, saved.config, adapter_name)
@@ -293,29 +294,30 @@ class ReftModel(Running):
             return hub.upload_folder(Path(folder), name, private=private, token=token)
 
     def get_extra_state(self) -> Tensor:
-        """What no number says of the adapters, for `state_dict`; so files of the state alone can be read again."""
+        """The configurations of the adapters, as a part of `state_dict`, so that a file of the state can be read
+        again."""
         return as_tensor({name: self.adapter(name) for name in self.names}, base_facts(self.base_model))
 
     def set_extra_state(self, state: Any) -> None:
-        """Refuse the numbers of adapters that are not these (ValueError): shapes alone do not tell."""
+        """ValueError if the state belongs to adapters with another configuration, which shapes alone do not show."""
         for name, (config, _) in from_tensor(state, "The state").items():
             if name in self.names:
-                self.adapter(name).refuse_numbers_of(config, self.backbone)
+                self.adapter(name).expect_same_function(config, self.backbone)
 
     # --- running ----------------------------------------------------------------------------------------
 
     def keep_past(self, examples: Dataset, *, memory: int | str | None = None) -> Dataset:
         """Compute once what comes before the first edit of these examples (`engine/frozen_past.py`).
 
-        Until `forget_past` the base model stays in eval mode, since dropout would make its states random.
+        Until `forget_past` the base model stays in eval mode, because dropout would make its states random.
 
         Args:
-            examples: tokenised prompts and answers, as `reft.data.tokenise` gives them.
-            memory: the most memory to use for it.
+            examples: tokenised prompts and answers, as `reft.data.tokenise` returns them.
+            memory: the memory budget.
 
         Returns:
-            The examples with a column `row`, by which `forward` finds what was computed. Train on them, with plain
-            `Trainer` too, and with `PromptCollator` or any collator that passes an integer column.
+            The examples with a column `row`, by which `forward` finds the stored states. Train on them, with plain
+            `Trainer` too, with `PromptCollator` or any collator that passes on an integer column.
 
         Raises:
             ValueError: no active adapter, or one with `modules_to_save`, which change what comes before the edit.
@@ -323,7 +325,7 @@ class ReftModel(Running):
         edits = self.edits()
         if not edits or self.hooks():
             raise ValueError(
-                "keep_past needs active adapters without modules_to_save, which change what it computes once."
+                "keep_past needs active adapters without modules_to_save, which would change the states that it stores."
             )
         self.base_model.eval()
         whole = self.edits_every_token()
@@ -331,11 +333,11 @@ class ReftModel(Running):
         return examples.add_column("row", list(range(len(examples))))
 
     def forget_past(self) -> None:
-        """Free the memory of `keep_past`, and compute everything anew again."""
+        """Free the memory of `keep_past`; from now on everything is computed in each call."""
         self._past = None
 
     def train(self, mode: bool = True) -> ReftModel:
-        """Train mode of edits and base model; after `keep_past` the base model stays in eval mode."""
+        """Set the train mode of edits and base model; after `keep_past` the base model stays in eval mode."""
         super().train(mode)
         if self._past is not None:
             self.base_model.eval()
@@ -357,20 +359,20 @@ def get_reft_model(
     *,
     config: ReftConfig | None = None,
 ) -> ReftModel:
-    """A model with a new, untrained adapter; its own parameters are frozen while it is wrapped.
+    """A model with a new, untrained adapter. The model's own parameters are frozen while it is wrapped.
 
     Args:
         model: the base model.
-        config_or_alignment: the configuration of the adapter; or an alignment, in whose subspaces the adapter
-            starts. Several variables at one site become the parts of one basis (`ReftModel.train_parts`).
+        config_or_alignment: the configuration of the adapter; or an alignment, in whose subspaces the adapter starts.
+            Several variables at one site become the parts of one basis (`ReftModel.train_parts`).
         adapter_name: a name for the adapter.
-        config: with an alignment, everything that it does not say: LoReFT by default; `basis="fixed"` keeps the
-            subspaces as they were found and trains only what is written into them. Component, layers, positions,
-            rank and parts are the alignment's.
+        config: for an alignment, all settings that it does not contain; by default LoReFT. `basis="fixed"` keeps the
+            subspaces as they are and trains only what is written into them. Component, layers, positions, rank and
+            parts are those of the alignment.
 
     Raises:
-        TypeError: a model, configuration or alignment that is none.
-        ValueError, IndexError: a layer, component, module, rank or width that the model has not; an alignment that
-            no one adapter can have.
+        TypeError: a model, configuration or alignment of the wrong type.
+        ValueError, IndexError: a layer, component, module, rank or width that the model does not have; an alignment
+            that a single adapter cannot have.
     """
     return ReftModel(model, config_or_alignment, adapter_name, config=config)

@@ -1,8 +1,8 @@
-"""pyreft's (0.1) folders, read and written: `config.json` and one `intkey_….bin` a site.
+"""Reads and writes pyreft's (0.1) folders: `config.json`, and one `intkey_….bin` for each site.
 
-They hold neither the positions, which pyreft's users pass at every call, nor activation and dropout. What is read
-is the same function Φ(h). In prompts shorter than p + s the positions here follow the paper, where pyreft leaves
-some out. Nothing is unpickled.
+They contain neither the positions, which pyreft's users pass in every call, nor activation and dropout. The function
+Φ(h) is the same. In prompts shorter than p + s the positions here follow the paper, while pyreft leaves some out.
+Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from subspace_lab.reft._other_libraries import (
 )
 from subspace_lab.reft.model import ReftModel
 
-# pyreft's classes; its DireftIntervention keeps R orthonormal, which no name of the paper's has, and its
-# NodireftIntervention is the paper's DiReFT. One formula with D free serves both.
+# pyreft's classes. Its DireftIntervention keeps R orthonormal, which the paper has under no name; its
+# NodireftIntervention is the paper's DiReFT. One formula with a free D covers both.
 METHODS = {
     "LoreftIntervention": "LoReFT",
     "NoreftIntervention": "NoReFT",
@@ -69,17 +69,17 @@ def from_pyreft(
     """The base model with the interventions that `pyreft.ReftModel.save` wrote.
 
     Args:
-        positions: at which they were trained; pyreft does not save them. Layers that it names twice get the
-            prefix first and the suffix second, so positions like "f7+l7".
-        activation: theirs (`act_fn`), which it does not save either.
+        positions: the positions at which they were trained; pyreft does not save them. If a layer is named twice, the
+            first intervention is for the prefix and the second for the suffix, so use positions like "f7+l7".
+        activation: their activation (`act_fn`), which pyreft does not save either.
 
     Raises:
-        FileNotFoundError, ValueError: no such folder, a class, component or number that has no counterpart here,
-            or a file that is more than tensors.
+        FileNotFoundError, ValueError: no such folder; a class, component or tensor without counterpart here; or a file
+            with more than tensors.
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} is no folder of pyreft's: config.json is missing.")
+        raise FileNotFoundError(f"{folder} is not a folder of pyreft: config.json is missing.")
     facts = read_json(folder / "config.json")
     kinds = {str(k) for k in facts.get("intervention_types", [])}
     kind = re.fullmatch(r"<class 'pyreft\.(?:\w+\.)*(\w+)'>", next(iter(kinds), ""))
@@ -107,11 +107,11 @@ def from_pyreft(
 def to_pyreft(model: ReftModel, folder: str | Path, adapter_name: str | None = None) -> None:
     """Write an adapter in pyreft's layout.
 
-    The layout has no place for positions, activation and dropout. Where a layer has one intervention for the
-    prefix and one for the suffix, the layer is named twice, the prefix first.
+    The layout cannot contain positions, activation and dropout. If a layer has one intervention for the prefix and one
+    for the suffix, the layer is named twice, the prefix first.
 
     Raises:
-        ValueError: an adapter that this layout cannot hold.
+        ValueError: an adapter that this layout cannot contain.
     """
     names = model.active_adapters if adapter_name is None else [adapter_name]
     if len(names) != 1:
@@ -130,7 +130,7 @@ def to_pyreft(model: ReftModel, folder: str | Path, adapter_name: str | None = N
     folder.mkdir(parents=True, exist_ok=True)
     groups = len(config.groups())
     kind = WRITTEN[config.method]
-    # All prefixes, then all suffixes.
+    # First all prefixes, then all suffixes.
     ordered = sorted(enumerate(adapter.by_site().items()), key=lambda item: item[0] % groups)
     keys = [f"layer_{s.layer}_comp_{component}_unit_pos_nunit_1#{i % groups}" for i, (s, _) in ordered]
     for key, (_, (_, edit)) in zip(keys, ordered, strict=True):
@@ -161,7 +161,7 @@ def _site(key: str) -> tuple[int, str, int]:
     if path and path[2] in PATHS:
         return int(path[1]), PATHS[path[2]], int(path[3])
     raise ValueError(
-        f"{key!r} is not a site that is known here; of pyreft's components these are: {', '.join(COMPONENTS)}."
+        f"{key!r} is not a site that is known here; known components of pyreft are {', '.join(COMPONENTS)}."
     )
 
 
@@ -169,10 +169,10 @@ def _numbers(state: Mapping[str, Tensor], kind: str, activation: str) -> Numbers
     expect_fractions(state)
     if kind in ("NoreftIntervention", "NodireftIntervention"):
         bias, shift = state["learned_source.bias"].float(), state.get("proj_layer.bias")
-        if shift is not None and kind == "NoreftIntervention":  # the other one never uses it
+        if shift is not None and kind == "NoreftIntervention":  # the other class never uses it
             if activation != "linear" and bool(shift.any()):
                 raise ValueError(
-                    "NoReFT with add_bias and an activation, σ(W h + b) − (D h + c), has no form here."
+                    "NoReFT with add_bias and an activation, σ(W h + b) − (D h + c), cannot be represented here."
                 )
             bias = bias - shift.float()
         return Numbers(state["proj_layer.weight"].float(), state["learned_source.weight"].float(), bias)

@@ -1,15 +1,14 @@
 """Adapters on disk and on the Hub, in PEFT's layout.
 
 adapter_config.json         everything that changes the function; the base model; the alignment it started from
-adapter_model.safetensors   the numbers: raw bases, W, b, saved modules; nothing of size d × d
+adapter_model.safetensors   the tensors: raw bases, W, b, saved modules; nothing of size d × d
 README.md                   a model card
 
-The first two belong together: the metadata of the numbers has a digest of the configuration. A save that is
-interrupted leaves the old pair, or the new numbers with the new configuration under its provisional name; both can
-be read.
+The first two belong together: the metadata of the tensors contains a digest of the configuration. An interrupted save
+leaves either the old pair, or the new tensors with the new configuration under its provisional name; both can be read.
 
-What `Trainer` writes is read too: model.safetensors with the state of the whole `ReftModel`, in which one entry, a
-module's extra state in PyTorch's sense, holds the configurations of all its adapters.
+Files of `Trainer` can be read too: model.safetensors contains the state of the whole `ReftModel`. One of its entries,
+a module's extra state in PyTorch's sense, contains the configurations of all adapters.
 """
 
 from __future__ import annotations
@@ -32,10 +31,11 @@ from subspace_lab.reft.config import ReftConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NEXT = f".{CONFIG}.next"
-CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")  # what Trainer writes
+CHECKPOINTS = ("model.safetensors", "pytorch_model.bin")  # the files that Trainer writes
 EXTRA = "_extra_state"  # PyTorch's name
 FORMAT = 1
-# Fields that earlier versions did not have, with what these did: left out of the digest, which stays theirs.
+# Fields that earlier versions did not have, and the values that these versions used. With these values the fields are
+# left out of the digest, so that it equals that of the earlier versions.
 LATER = {"every_token": False, "bias": True}
 
 CARD = """---
@@ -90,19 +90,19 @@ def write_adapter(
 
 
 def described(adapter: Adapter, base: dict[str, Any]) -> dict[str, Any]:
-    """What is written of an adapter beside its numbers."""
+    """The JSON that is written for an adapter beside its tensors."""
     facts = {"peft_type": "REFT", "format": FORMAT, "subspace_lab": package_version(), **adapter.config.as_dict()}
     return {**facts, "base": base, **({"alignment": adapter.origin} if adapter.origin else {})}
 
 
 def as_tensor(adapters: Mapping[str, Adapter], base: dict[str, Any]) -> Tensor:
-    """What is written of adapters, as a tensor of the bytes of JSON: all that a file of tensors can hold."""
+    """The JSON of some adapters as a tensor of its bytes, because a file of tensors can contain nothing else."""
     text = json.dumps({name: described(adapter, base) for name, adapter in adapters.items()}, sort_keys=True)
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def from_tensor(state: Any, where: Path | str) -> dict[str, tuple[ReftConfig, dict[str, Any]]]:
-    """{adapter: (its configuration, all that was written of it)} from `as_tensor`.
+    """{adapter: (its configuration, all of its JSON)} from the result of `as_tensor`.
 
     Raises:
         ValueError: anything else.
@@ -119,12 +119,12 @@ def read_adapter(folder: Path, base: dict[str, Any], name: str = "default") -> S
     """A saved adapter, for a base model with these facts.
 
     Args:
-        name: which one, where `Trainer` wrote a model with several; the only one is taken whatever its name.
+        name: the adapter to read if `Trainer` wrote a model with several. A single adapter is read whatever its name.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: an unknown format or key, files that are broken or do not belong together, or a base model
-            that the adapter was not made for.
+        ValueError: an unknown format or key, files that are broken or do not belong together, or a base model for which
+            the adapter was not made.
     """
     checkpoint = next((folder / c for c in CHECKPOINTS if (folder / c).exists()), None)
     if checkpoint is not None and not (folder / WEIGHTS).exists():
@@ -159,13 +159,13 @@ def read_adapter(folder: Path, base: dict[str, Any], name: str = "default") -> S
 def _from_checkpoint(path: Path, base: dict[str, Any], name: str) -> SavedAdapter:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    except Exception as error:  # safetensors' and torch's own kinds are many
+    except Exception as error:  # safetensors and torch raise many types of errors
         raise ValueError(f"{path} is not a whole file of tensors: {str(error).splitlines()[0]}") from error
     expect_stored(path, state)
     if EXTRA not in state:
         raise ValueError(
-            f"{path} holds no ReFT adapter, or was written by an earlier version, which left the "
-            "configuration out: then make the model with its configuration and use `load_state_dict`."
+            f"{path} holds no ReFT adapter, or was written by an earlier version, which did not save the "
+            "configuration: then create the model with its configuration and use `load_state_dict`."
         )
     found = from_tensor(state[EXTRA], path)
     if name not in found and len(found) != 1:
@@ -181,26 +181,26 @@ def _from_checkpoint(path: Path, base: dict[str, Any], name: str) -> SavedAdapte
 
 
 def _refuse_two(one: Mapping[str, Tensor], other: Mapping[str, Tensor], first: Path, second: Path) -> None:
-    """Raise ValueError where a folder that was saved into in two ways holds different numbers."""
+    """ValueError if a folder was saved into in two ways and contains different tensors."""
     if one.keys() != other.keys() or not all(torch.equal(one[k], other[k].to(one[k].dtype)) for k in one):
         raise ValueError(f"{first} and {second.name} beside it hold different adapters: remove one of the two.")
 
 
 def digest(config: ReftConfig) -> str:
-    """A digest of the configuration, which no file may change, except for the name of the base model."""
+    """A digest of the configuration without the name of the base model, which may be changed in a file."""
     facts = {k: v for k, v in config.as_dict().items() if k not in ("base_model_name_or_path", "revision")}
     facts = {k: v for k, v in facts.items() if k not in LATER or v != LATER[k]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _written_with(folder: Path) -> str | None:
-    """The digest of the configuration that the numbers were saved with."""
+    """The digest of the configuration with which the tensors were saved."""
     with safe_open(folder / WEIGHTS, "pt") as file:
         return (file.metadata() or {}).get("config")
 
 
 def _finish(folder: Path) -> None:
-    """Complete a save that was interrupted between its files, before the next save overwrites what it needs."""
+    """Complete a save that was interrupted between its files, before the next save overwrites them."""
     if not (folder / NEXT).exists():
         return
     try:

@@ -1,4 +1,4 @@
-"""Tasks: a causal model, prompts that pose it, and the tokens that answer; one file each."""
+"""Tasks, one file each: a causal model, prompts that pose its problem, and the tokens that answer it."""
 
 from subspace_lab.das.counterfactuals import Task
 from subspace_lab.tasks.addition import ADDITION, DIGIT_SUMS
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def load_task(name: str) -> Task:
-    """The task called `name`; ValueError, naming those that exist, for any other."""
+    """The task with this name. ValueError for an unknown name; the message lists the tasks."""
     if name not in _TASKS:
         raise ValueError(f"unknown task {name!r}; possible are {list(_TASKS)}")
     return _TASKS[name]

@@ -1,13 +1,13 @@
-"""Addition, told by examples: does the model carry?
+"""Addition, shown by examples: does the model carry?
 
     addition     two numbers of two digits, 38 + 27 =; the answer is the first digit of the sum, (tens of both) + carry
-    digit_sums   two digits, 8 + 7 =; the answer is the first digit of the sum, 1 with a carry, else the ones' digit
+    digit_sums   two digits, 8 + 7 =; the answer is the first digit of the sum: 1 with a carry, else the ones' digit
 
-The variable is the carry of the ones. A prompt shows a few additions and then asks for one; sums are below 100. Held
-out are the pairs of ones' digits: a subspace that memorised which of them carry is of no use on the test split.
+The variable is the carry of the ones. A prompt shows a few additions and then asks for one; sums are below 100. Pairs
+of ones' digits are held out: a subspace that memorised which pairs carry is useless on the test split.
 
-Small language models add digits and cannot add numbers of two digits: SmolLM2-135M answers .9 of `digit_sums` and about
-.3 of `addition`, which is for larger ones.
+Small language models add digits but cannot add numbers of two digits: SmolLM2-135M answers .9 of `digit_sums` and about
+.3 of `addition`, which is for larger models.
 """
 
 import random
@@ -27,18 +27,18 @@ ONES = {"test": tuple(_ones[:30]), "dev": tuple(_ones[30:45]), "train": tuple(_o
 
 
 def sample(rng: random.Random, split: str) -> dict[str, Any]:
-    """Two numbers whose ones digits are a pair of the split; every second sum carries, no sum reaches 100."""
+    """Two numbers whose ones' digits are a pair of the split; every second sum carries, no sum reaches 100."""
     check_split(split)
     carries = rng.random() < 0.5
     ones = rng.choice([pair for pair in ONES[split] if (sum(pair) >= 10) == carries])
-    both = rng.randint(2, 8)  # tens; with a carry exchanged for none, or none for one, the sum stays below 100
+    both = rng.randint(2, 8)  # sum of the tens; the sum stays below 100 with either carry, also after an exchange
     tens = rng.randint(1, both - 1)
     first, second = (10 * t + o for t, o in zip((tens, both - tens), ones, strict=True))
     return {"first": first, "second": second, "ones": f"{ones[0]} and {ones[1]}"}
 
 
 def prompt(setting: Mapping[str, Any]) -> Prompt:
-    """Spans: `first` and `second`, of which a tokenizer may make several tokens, and `last`, the equals sign."""
+    """Spans: `first` and `second` (possibly several tokens each), and `last`, the equals sign."""
     return fill("\n".join((*EXAMPLES, "{first} + {second}{last}")), {**setting, "last": " = "})
 
 
@@ -51,7 +51,7 @@ def sample_digits(rng: random.Random, split: str) -> dict[str, Any]:
 
 
 def prompt_digits(setting: Mapping[str, Any]) -> Prompt:
-    """Spans as of `prompt`."""
+    """Spans as in `prompt`."""
     return fill("\n".join((*DIGIT_EXAMPLES, "{first} + {second}{last}")), {**setting, "last": " = "})
 
 

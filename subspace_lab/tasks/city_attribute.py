@@ -1,11 +1,11 @@
 """Cities and their country, language and continent (after RAVEL, Huang et al. 2024, arXiv 2402.17700).
 
 For a pretrained language model of English. A prompt asks for one attribute of a city. Exchanging an attribute must
-change the answer where it is asked for ("cause") and leave it where another one is ("isolate"). The language and the
-continent of a city follow from its country in the world, but not in the causal model: there each is a variable of its
-own, and whether a network keeps them apart is the question.
+change the answer if the prompt asks for it ("cause"), and must not change the answer if the prompt asks for another
+one ("isolate"). In the world the country determines a city's language and continent, but not in the causal model:
+there they are separate variables. Whether a network separates them is the question.
 
-Cities are held out; every country has some in each split. The cities are those of which SmolLM2-135M knows most.
+Cities are held out; every country has some in each split. The cities are those that SmolLM2-135M knows best.
 """
 
 import random
@@ -63,7 +63,7 @@ _LAST = {"country": "of", "language": "speak", "continent": "of"}
 
 
 def _split() -> tuple[dict[str, str], dict[str, dict[str, tuple[str, ...]]]]:
-    """{city: its country}, and {split: {country: its cities}}; of six cities one is for dev, two are for the test."""
+    """{city: its country}, and {split: {country: its cities}}; a sixth of the cities is dev, a third is test."""
     country_of: dict[str, str] = {}
     splits: dict[str, dict[str, tuple[str, ...]]] = {"train": {}, "dev": {}, "test": {}}
     for country, listed in _CITIES.items():
@@ -80,7 +80,7 @@ COUNTRY_OF, CITIES = _split()
 
 
 def sample(rng: random.Random, split: str) -> dict[str, Any]:
-    """A country, one of its cities of the split, and the attribute that is asked for."""
+    """A country, one of its cities of the split, and the attribute that the prompt asks for."""
     check_split(split)
     cities = CITIES[split]
     return {

@@ -1,8 +1,9 @@
-"""Programs that were compiled into the weights of a stock language model: which residual columns hold which variable.
+"""Programs compiled into the weights of a stock language model, so that each variable's residual columns are known.
 
 The package `torchwright` (extra `benchmarks`) writes a program as a Phi-3 checkpoint with its tokenizer and a
-schematic, which says after each block which node of the program stands in which columns of the residual stream. So
-the truth about every variable is known, though nothing was trained and nothing was planted by this package.
+schematic. The schematic says, for each block, which columns of the residual stream hold which node of the program
+after it. So the truth about every variable is known, although nothing was trained, and nothing was planted by this
+package.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Axes
 
 Homes = Mapping[str, Mapping[str, str]]
-"""{variable: {name of a node of the program: the positions at which its value is the variable's}}"""
+"""{variable: {name of a node of the program: the positions at which its value is that of the variable}}"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +28,9 @@ class Compiled:
     """A compiled program.
 
     Attributes:
-        model, tokenizer: of the checkpoint, as transformers loads them.
-        truth: {variable: {site: columns}}, every block's output at which the schematic has the variable, the
-            earliest first. A variable that was read already may still stand there; an interchange of it then does
-            nothing.
+        model, tokenizer: the checkpoint, as transformers loads it.
+        truth: {variable: {site: columns}}, every block output at which the schematic has the variable, the earliest
+            first. A variable may still be there after it was read for the last time; exchanging it then has no effect.
     """
 
     model: Any
@@ -38,7 +38,7 @@ class Compiled:
     truth: Mapping[str, Mapping[Site, tuple[int, ...]]]
 
     def holds(self, variable: str, site: Site) -> bool:
-        """Whether the schematic has the variable at a site (ValueError for a variable that it does not name)."""
+        """Whether the schematic has the variable at a site. ValueError for a variable without an entry."""
         return site in self._of(variable)
 
     def alignment(self, variable: str) -> Alignment:
@@ -53,17 +53,17 @@ class Compiled:
 
 
 def load(folder: str | Path, homes: Homes | None = None) -> Compiled:
-    """Load a checkpoint that torchwright wrote, with what its schematic says of some variables.
+    """Load a checkpoint written by torchwright, and what its schematic says about some variables.
 
     Args:
-        folder: as `compile_hf_bundle` wrote it.
-        homes: {variable: {node name: positions}}. A program runs at every position, so the schematic cannot tell at
-            which of them a node's value is the variable's. By default what was given to the compiler as
-            `schematic_metadata={"variables": homes}`.
+        folder: a folder written by `compile_hf_bundle`.
+        homes: {variable: {node name: positions}}. A program runs at every position, so the schematic does not say at
+            which of them a node's value is that of the variable. By default it is read from the argument
+            `schematic_metadata={"variables": homes}` of the compiler.
 
     Raises:
         ModuleNotFoundError: torchwright is not installed.
-        ValueError: no variables, a node that the program does not have or that has no columns of its own.
+        ValueError: no variables, or a node that the program does not have or that has no columns of its own.
         torchwright's SchematicValidationError: a folder without a schematic, or one that does not fit its files.
     """
     try:
@@ -95,7 +95,7 @@ def columns_of(schematic: Any, nodes: Mapping[str, str]) -> dict[Site, tuple[int
         nodes: {node name: positions}.
 
     Raises:
-        ValueError: a name that no node has, or several; a node that never stands in the stream.
+        ValueError: a name that no node or several nodes have; a node that is never in the residual stream.
     """
     found: dict[Site, tuple[int, ...]] = {}
     for name, positions in nodes.items():
@@ -115,12 +115,12 @@ def columns_of(schematic: Any, nodes: Mapping[str, str]) -> dict[Site, tuple[int
                 here[Site("block_output", layer, positions)] = tuple(columns)
         if not here:
             raise ValueError(
-                f"The node {name!r} never stands in the residual stream: the compiler merged it away."
+                f"The node {name!r} is never in the residual stream: the compiler merged it into others."
             )
         found |= here
     return dict(sorted(found.items(), key=lambda one: one[0].layer or 0))
 
 
 def _layer(key: str) -> int | None:
-    """The block after which a state of the stream is: 3 for "L3.post"; None for the input and the output."""
+    """The block after which the stream has this state: 3 for "L3.post"; None for the input and the output."""
     return int(key[1:-5]) if key.startswith("L") and key.endswith(".post") else None

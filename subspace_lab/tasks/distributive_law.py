@@ -6,8 +6,8 @@ a, …, f; the answer is ((a = b) ∧ (c = d)) ∨ ((c = d) ∧ (e = f)), which 
     And-Or-And   the variables are the two conjunctions
     And-Or       the variables are c = d and the disjunction
 
-Both give every input the same answer; they differ in what they expect of an interchange. Inputs are vectors, not text:
-batches are positional, and the sites are the hidden layers of an `EqualityMLP`.
+Both algorithms give every input the same answer; they differ in what they expect after an interchange. Inputs are
+vectors, not text: batches are positional, and the sites are the hidden layers of an `EqualityMLP`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.batches import Batch
 from subspace_lab.tasks.hierarchical_equality import NETWORK_TRAINING, SIZE, EqualityMLP, trained
 
-WIDTH = 6 * SIZE  # of inputs and hidden layers
+WIDTH = 6 * SIZE  # width of inputs and hidden layers
 ANSWERS = ("no", "yes")
-OVERSAMPLING = 4  # draws for each pair, of which those are kept that make combinations of answers equally frequent
+OVERSAMPLING = 4  # draws for each pair; pairs are chosen so that combinations of answers are equally frequent
 
-# (a = b, c = d, e = f) of the cases in which the answer is no and yes, each as frequent as the next of its answer.
+# (a = b, c = d, e = f) for the answers no and yes; all cases of an answer are equally frequent.
 _CASES = (
     torch.tensor([[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1], [0, 1, 0]]).bool(),
     torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 1]]).bool(),
@@ -86,11 +86,11 @@ def setting(inputs: Float[Tensor, "*batch 24"]) -> dict[str, Tensor]:
 
 
 def counterfactuals(n: int, generator: torch.Generator | int) -> dict[str, Counterfactuals]:
-    """{hypothesis: n pairs}, with the same bases and sources for both.
+    """{hypothesis: n pairs}, with the same bases and sources for both hypotheses.
 
-    Every pair exchanges the first variable, the second, or both, each equally likely; a variable that is left alone
-    has the base as its source. The combinations of the base's answer and the two expected answers are equally
-    frequent, up to what n leaves over.
+    Every pair exchanges the first variable, the second, or both, with equal probability; a variable that is not
+    exchanged has the base as its source. The combinations of the base's answer and the two expected answers are equally
+    frequent, up to a remainder.
     """
     generator, drawn = _generator(generator), OVERSAMPLING * n
     base, before = sample(drawn, generator)
@@ -116,12 +116,12 @@ def counterfactuals(n: int, generator: torch.Generator | int) -> dict[str, Count
 
 
 def rivals(batch_size: int, seed: int, *, dev: int = 1024, test: int = 4096) -> dict[str, Pairs]:
-    """{hypothesis: pairs} in which the training pairs are drawn afresh at every step.
+    """{hypothesis: pairs}, with training pairs that are drawn at every step.
 
     Args:
-        batch_size: pairs of a step.
-        seed: of all draws; other seeds give other pairs in every split.
-        dev, test: how many pairs are held out.
+        batch_size: pairs in one step.
+        seed: seed of all draws; other seeds give other pairs in every split.
+        dev, test: numbers of held-out pairs.
     """
     held_out = {split: counterfactuals(n, _seed(seed, split)) for split, n in (("dev", dev), ("test", test))}
 
@@ -135,20 +135,20 @@ def rivals(batch_size: int, seed: int, *, dev: int = 1024, test: int = 4096) -> 
 
 
 def _seed(seed: int, what: object) -> int:
-    # Hashed, so that no step shares its numbers with a small seed.
+    # Hashed, so that no step shares its random numbers with a small seed.
     return zlib.crc32(f"{seed}:{what}".encode())
 
 
 def train_network(
     seed: int, config: TrainingConfig = NETWORK_TRAINING, *, min_accuracy: float = 0.99
 ) -> tuple[EqualityMLP, Estimate]:
-    """A network trained on fresh samples, and its accuracy on 20,000 samples that are none of them.
+    """A network trained on fresh samples, and its accuracy on 20,000 other samples.
 
     Args:
-        seed: of the initialisation and of the samples; it replaces that of `config`.
+        seed: seed of the initialisation and of the samples; it replaces the seed of `config`.
 
     Raises:
-        RuntimeError: the network is less accurate than asked.
+        RuntimeError: the network is less accurate than `min_accuracy`.
     """
     network = EqualityMLP(seed, WIDTH, WIDTH)
     return trained(network, sample, replace(config, seed=seed), min_accuracy, "the distributive law")

@@ -1,7 +1,7 @@
 """Entities and attributes: facts about made-up entities (after RAVEL, Huang et al. 2024).
 
-An entity has two attributes. Exchanging one must leave the other, so this is the task on which cause (the
-attribute takes the source's value) and isolation (the other keeps the base's) can be told apart.
+An entity has two attributes, and exchanging one must not change the other. So with this task cause (the attribute takes
+the source's value) and isolation (the other attribute keeps the base's value) can be measured separately.
 """
 
 import random
@@ -33,7 +33,7 @@ def _table() -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, ...]]]:
         for i, country in enumerate(COUNTRIES):
             for j, food in enumerate(FOODS):
                 facts[name := names[len(facts)]] = (country, food)
-                # A Latin pattern: in each split every country and every food is as frequent as the next.
+                # A Latin square: in each split all countries, and all foods, are equally frequent.
                 held_out = "test" if (i + j) % 3 else "dev"
                 split[held_out if second else "train"].append(name)
     return facts, {name: tuple(entities) for name, entities in split.items()}
@@ -43,7 +43,7 @@ FACTS, ENTITIES = _table()
 
 
 def sample(rng: random.Random, split: str) -> dict[str, Any]:
-    """An entity of the split, asked for either attribute."""
+    """An entity of the split, with a question about one of its two attributes."""
     check_split(split)
     return {
         "entity": rng.choice(ENTITIES[split]),

@@ -1,13 +1,13 @@
 """Hierarchical equality: is (a = b) the same as (c = d)? A small network, and counterfactuals for two hypotheses.
 
 Source: Geiger et al. 2023, "Finding alignments between interpretable causal variables and distributed neural
-representations" (arXiv 2303.02536), section 4. Inputs are vectors, not text: batches are positional, and the
-sites are the hidden layers of `EqualityMLP`.
+representations" (arXiv 2303.02536), section 4. Inputs are vectors, not text: batches are positional, and the sites are
+the hidden layers of `EqualityMLP`.
 
-What is known of it, with 8 + 8 of 16 dimensions for "both equalities": IIA 1.00 at layer 1 as published, which
-is the best of several seeds; .842 ± .087, .614 ± .090 and .498 at layers 1, 2 and 3 over ten seeds, held out, in
-the replication of Sutter et al. 2025 (arXiv 2507.08802); .50 in untrained networks. On a fixed pool of pairs a
-search memorises even an untrained network: give it `fresh` pairs at every step.
+Known results with 8 + 8 of 16 dimensions for "both equalities": IIA 1.00 at layer 1 as published, the best of several
+seeds. The replication of Sutter et al. 2025 (arXiv 2507.08802) has .842 ± .087, .614 ± .090 and .498 at layers 1, 2 and
+3 on held-out pairs, over ten seeds, and .50 in untrained networks. With a fixed set of pairs a search memorises the
+pairs even in an untrained network: use `fresh` pairs at every step.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.engine.training import TrainingConfig, train
 from subspace_lab.model.batches import Batch
 
-SIZE = 4  # of each of the four vectors
+SIZE = 4  # size of each of the four vectors
 HIDDEN = 16
 LAYERS = 3
 ANSWERS = ("different", "same")
 BOTH_EQUALITIES = ("left_equal", "right_equal")
 LEFT_EQUALITY = ("left_equal",)
 
-# 1.02 M samples, chosen by the accuracy of eight networks: .9990 to .9999 here, .90 to .99 at a rate of 1e-3.
+# 1.02 M samples, chosen by the accuracy of eight networks: .9990 to .9999 here, .90 to .99 with a rate of 1e-3.
 NETWORK_TRAINING = TrainingConfig(steps=2000, learning_rate=1e-2, batch_size=512)
 # As published: 3.1 M samples at 1e-3. Seeds 0 to 4 reach .990 to .9995.
 PUBLISHED_TRAINING = TrainingConfig(
     steps=3072, learning_rate=1e-3, batch_size=1024, warmup=0.0, schedule="constant"
 )
-# Chosen on five other networks (seeds 100 to 104), layer 1, where rates of .003, .01, .03, .1 and .3 gave a mean
-# IIA of .906, .929, .941, .945 and .944; 1000 steps gave .946, 200 gave .936. Layers 2 and 3 do not depend on it.
+# Chosen on five other networks (seeds 100 to 104), layer 1: rates of .003, .01, .03, .1 and .3 gave a mean IIA of .906,
+# .929, .941, .945 and .944; 1000 steps gave .946, 200 gave .936. Layers 2 and 3 do not depend on it.
 SEARCH_TRAINING = TrainingConfig(steps=400, learning_rate=0.1, batch_size=512)
 
 EQUALITY_MODEL = CausalModel(
@@ -55,18 +55,18 @@ EQUALITY_MODEL = CausalModel(
 
 
 class HiddenLayer(nn.Linear):
-    """relu(W h + b): one module, so that a site can name the states after the ReLU and know their width."""
+    """relu(W h + b) as one module, so that a site can name the states after the ReLU and their width is known."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu()
 
 
 class EqualityMLP(nn.Module):
-    """Three hidden layers and a linear head over two answers, as torch initialises them.
+    """Three hidden layers and a linear head over two answers, with torch's initialisation.
 
     Args:
-        seed: of the initialisation; the global generator stays as it was.
-        inputs: numbers in an input.
+        seed: seed of the initialisation; the global generator is not changed.
+        inputs: size of an input.
         hidden: width of the hidden layers.
     """
 
@@ -89,9 +89,9 @@ def hidden(layer: int) -> Site:
 
 
 def sample(n: int, generator: torch.Generator | int) -> tuple[Float[Tensor, "n 16"], Int[Tensor, " n"]]:
-    """n inputs [a, b, c, d], each vector from U(−½, ½)⁴, and their labels (1 where (a = b) is (c = d)).
+    """n inputs [a, b, c, d], each vector from U(−½, ½)⁴, and their labels: 1 if (a = b) has the same truth as (c = d).
 
-    The four cases of (a = b, c = d) are equally frequent, up to what n leaves over, in random order.
+    The four cases of (a = b, c = d) are equally frequent (up to the remainder of n / 4), in random order.
     """
     generator = _generator(generator)
     case = torch.randperm(n, generator=generator) % 4
@@ -111,14 +111,13 @@ def setting(inputs: Float[Tensor, "*batch 16"]) -> dict[str, Tensor]:
 def counterfactuals(
     n: int, generator: torch.Generator | int, variables: Sequence[str] = BOTH_EQUALITIES
 ) -> Counterfactuals:
-    """n bases, a source for each variable, and the answers expected after the interchange.
+    """n bases, a source for each variable, and the answers that are expected after the interchange.
 
-    Every pair intervenes on one non-empty subset of the variables, all subsets being equally likely; a variable
-    that is left alone has the base as its source. Base and sources are independent, so the answer changes in
-    about half of the pairs, whichever the subset.
+    Every pair exchanges a random non-empty subset of the variables; a variable outside of the subset has the base as
+    its source. Base and sources are independent, so with any subset the answer changes in about half of the pairs.
 
     Raises:
-        ValueError: a variable other than `left_equal` and `right_equal`, none, or one twice.
+        ValueError: a variable other than `left_equal` and `right_equal`, no variable, or the same variable twice.
     """
     if not variables or len(set(variables)) < len(variables) or not set(variables) <= set(BOTH_EQUALITIES):
         raise ValueError(f"Variables {list(variables)}: possible are one or both of {list(BOTH_EQUALITIES)}.")
@@ -140,9 +139,9 @@ def counterfactuals(
 
 
 def fresh(n: int, seed: int, variables: Sequence[str] = BOTH_EQUALITIES) -> Callable[[int], Counterfactuals]:
-    """The function step → n new pairs that `das.search` trains on; the same step gives the same pairs again."""
+    """A function step → n new pairs, for the training of `das.search`. The same step gives the same pairs again."""
 
-    # Hashed, so that no step shares its numbers with `counterfactuals(n, seed)` of a small seed.
+    # Hashed, so that no step shares its random numbers with `counterfactuals(n, seed)` for a small seed.
     def pairs(step: int) -> Counterfactuals:
         return counterfactuals(n, zlib.crc32(f"{seed}:{step}".encode()), variables)
 
@@ -152,13 +151,13 @@ def fresh(n: int, seed: int, variables: Sequence[str] = BOTH_EQUALITIES) -> Call
 def train_network(
     seed: int, config: TrainingConfig = NETWORK_TRAINING, *, min_accuracy: float = 0.99
 ) -> tuple[EqualityMLP, Estimate]:
-    """An `EqualityMLP` trained on fresh samples, and its accuracy on 20,000 samples that are none of them.
+    """An `EqualityMLP` trained on fresh samples, and its accuracy on 20,000 other samples.
 
     Args:
-        seed: of the initialisation and of the samples; it replaces that of `config`.
+        seed: seed of the initialisation and of the samples; it replaces the seed of `config`.
 
     Raises:
-        RuntimeError: the network is less accurate than asked.
+        RuntimeError: the network is less accurate than `min_accuracy`.
     """
     return trained(EqualityMLP(seed), sample, replace(config, seed=seed), min_accuracy, "hierarchical equality")
 
@@ -173,7 +172,7 @@ def trained(
     """The network after training on fresh samples (inputs, labels), and its accuracy on 20,000 new ones.
 
     Raises:
-        RuntimeError: the network is less accurate than asked.
+        RuntimeError: the network is less accurate than `min_accuracy`.
     """
     generator = torch.Generator().manual_seed(config.seed)
 
@@ -183,7 +182,9 @@ def trained(
 
     train([network], loss_of, config)
     with torch.no_grad():
-        inputs, labels = sample(20_000, generator)  # goes on where the training stopped, so they are new
+        inputs, labels = sample(
+            20_000, generator
+        )  # new samples: the generator continues after those of the training
         accuracy = proportion(network(inputs).argmax(-1) == labels)
     if accuracy.value < min_accuracy:
         raise RuntimeError(f"Network {config.seed} learned {task} to {accuracy}, not to {min_accuracy}.")
@@ -195,12 +196,12 @@ def calibrated(
 ) -> EqualityMLP:
     """A copy whose head gives both answers equally often, with logit differences of this standard deviation.
 
-    An untrained network gives nearly every input the same answer, by differences of logits around .01: no
-    interchange can score anything but .50, and hardly any gradient flows. Calibrated, it answers at random, and
-    an IIA of .50 then tells that there is nothing to find.
+    An untrained network gives nearly every input the same answer, by logit differences of about .01. So every
+    interchange scores .50, and there are hardly any gradients. A calibrated network answers at random; then an IIA of
+    .50 really shows that there is nothing to find.
 
     Args:
-        inputs: on which it answers so; by default those of hierarchical equality.
+        inputs: the inputs on which the answers are equally frequent; by default those of hierarchical equality.
     """
     network = copy.deepcopy(network)
     head = network.layers.get_submodule("head")

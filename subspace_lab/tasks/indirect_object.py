@@ -1,12 +1,12 @@
 """Indirect object identification: of two names, which one is not repeated? (Wang et al. 2022, arXiv 2211.00593)
 
-Two hypotheses, `HYPOTHESES`, for what is passed on to the last word:
+There are two hypotheses (`HYPOTHESES`) about what is passed on to the last word:
 
-    position   which of the two places is the repeated name's; the name at the other place is then looked up
+    position   the position of the repeated name, first or second; the name at the other position is then looked up
     name       the name that is the answer
 
-A subspace for the name has to hold all names, and names that the search never saw tell whether it does: with names held
-out, as here, a search that learned its names by heart is at its floor.
+A subspace for the name must represent all names. Names that the search never saw show whether it does: if a search only
+memorised its training names, its score on held-out names (as here) is at the floor.
 """
 
 import random
@@ -34,7 +34,7 @@ TEMPLATES = (
 
 
 def sample(rng: random.Random, split: str) -> dict[str, Any]:
-    """Two different names of the split; the one that is repeated is the first or the second equally often."""
+    """Two different names of the split; the first and the second are repeated equally often."""
     check_split(split)
     first, second = rng.sample(NAMES[split], 2)
     return {

@@ -1,13 +1,14 @@
-"""Multiple choice with a pointer: where the right choice stands, and which letter stands there.
+"""Multiple choice with a pointer: which choice is right, and which letter it has.
 
 After the task MCQA of MIB (Mueller et al. 2025, arXiv 2504.13151) and Wiegreffe et al. 2024 (arXiv 2407.15018). The
-colour of a thing is told, then asked for; the choices carry letters that are drawn anew. Two variables lie on the way:
+prompt says the colour of a thing and then asks for it; the choices have random letters. There are two variables:
 
-    pointer   the place of the right choice, from 0; exchanged, the answer is the base's letter at the source's place
-    letter    the answer itself; exchanged, the answer is the source's letter
+    pointer   the number of the right choice, from 0; after its exchange the answer is the base's letter of the
+              source's choice
+    letter    the answer itself; after its exchange the answer is the source's letter
 
-Things are held out, colours and letters are not. The task is for models that can do it: SmolLM2-135M cannot, with or
-without examples, and a search wants a model that is right.
+Things are held out, colours and letters are not. The task is for models that can do it. SmolLM2-135M cannot, with or
+without examples, and a search needs a model that is right.
 """
 
 import random
@@ -41,7 +42,7 @@ COLOURS = [
 ]
 CHOICES = 4
 _CHOICES = "".join(f"{{letter_{i}}}. {{choice_{i}}}\n" for i in range(CHOICES))
-# Two questions with their answers go before: without them an instructed model writes a sentence, or nothing.
+# Two answered questions come first: without them an instructed model writes a sentence, or nothing.
 _SHOWN = (
     "The vase is red. What color is the vase?\nK. blue\nT. red\nD. green\nW. black\nAnswer: T\n\n"
     "The tent is yellow. What color is the tent?\nP. pink\nB. white\nM. gray\nF. yellow\nAnswer: F\n\n"
@@ -72,7 +73,7 @@ def prompt(setting: Mapping[str, Any]) -> Prompt:
 
 MULTIPLE_CHOICE = Task(
     name="multiple_choice",
-    description="the letter of the choice that is the colour told before",
+    description="the letter of the choice that is the colour named before",
     causal_model=CausalModel(
         {
             "pointer": lambda colour, choice_0, choice_1, choice_2, choice_3: (

@@ -1,9 +1,9 @@
-"""Number agreement: is the verb singular or plural? It follows the subject, whatever noun stands before it.
+"""Number agreement: is the verb singular or plural? It agrees with the subject, whatever noun is next to the verb.
 
 Source: Linzen et al. 2016, "Assessing the ability of LSTMs to learn syntax-sensitive dependencies" (arXiv 1611.01368).
-For a pretrained language model of English. Between subject and verb stands another noun, the attractor, whose number
-is drawn apart from the subject's: a model that looks at the nearest noun is right in half of the prompts. So there are
-two hypotheses, the number of the subject and the number of the attractor; only the first is right.
+For a pretrained language model of English. Between subject and verb there is another noun, the attractor. Its number is
+independent of the subject's, so a model that uses the nearest noun is right in half of the prompts. So there are two
+hypotheses, the number of the subject and the number of the attractor; only the first is right.
 """
 
 import random

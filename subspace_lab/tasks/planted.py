@@ -1,6 +1,6 @@
-"""Models whose truth is known by construction: a variable that was written into a rotated subspace at a known site.
+"""Models whose truth is known by construction: a variable is written into a rotated subspace at a known site.
 
-A search that is right finds this subspace at this site. Two of them:
+A correct search finds this subspace at this site. There are two models:
 
     planted_regression   a plain module that reads a variable from a subspace of an isometric copy of its input
     planted_decoder      a stock Llama that forms a variable at one layer and position and reads it in the next layer
@@ -33,12 +33,12 @@ VARIABLE = "planted"
 
 @dataclass(frozen=True, eq=False)
 class Planted:
-    """A model, pairs that exchange the planted variable, and where the variable is.
+    """A model, pairs that exchange the planted variable, and the truth about this variable.
 
     Attributes:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         pairs: in three splits.
-        truth: {"planted": (site, subspace)}, as a search should find it.
+        truth: {"planted": (site, subspace)}, the result of a correct search.
     """
 
     model: nn.Module
@@ -59,11 +59,11 @@ class Planted:
 
 
 class PlantedRegression(nn.Module):
-    """y = (V R₀ h + 1) / C with h = Qᵀ x: an orthogonal copy of the input, of which k dimensions are read.
+    """y = (V R₀ h + 1) / C with h = Qᵀ x: an orthogonal copy of the input, from which k dimensions are read.
 
-    Q is orthogonal and drawn from the seed, R₀ its first k rows. V holds the C = k + 1 corners of a regular simplex
-    in R^k. Where R₀ h is a corner, y is 1 for this corner and 0 for the others. The map from R₀ h to y is a multiple
-    of an isometry, so that no direction of the subspace counts more than another.
+    Q is a random orthogonal matrix, and R₀ are its first k rows. V contains the C = k + 1 corners of a regular
+    simplex in R^k. If R₀ h is a corner, y is 1 for this corner and 0 for the others. The map from R₀ h to y is a
+    multiple of an isometry, so all directions of the subspace have the same effect.
     """
 
     def __init__(self, width: int, rank: int, seed: int) -> None:
@@ -89,7 +89,7 @@ def simplex(rank: int) -> Float[Tensor, "value rank"]:
 
 
 def squared_error(logits: Float[Tensor, "pair value"], answer: Int[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-    """|y − e_v|², the regression's loss: 0 for every pair where the subspace is R₀ and for no other of its rank."""
+    """|y − e_v|², the regression's loss: 0 for all pairs if the subspace is R₀, and for no other one of its rank."""
     return (logits - nn.functional.one_hot(answer, logits.shape[-1])).square().sum(-1)
 
 
@@ -103,40 +103,41 @@ def planted_regression(
     dev: int = 256,
     test: int = 512,
 ) -> Planted:
-    """A `PlantedRegression` whose variable has one of rank + 1 values, among nuisances of N(0, 1).
+    """A `PlantedRegression` whose variable has one of rank + 1 values; the other dimensions are noise from N(0, 1).
 
-    All directions of the stream have variance 1, so their variance tells nothing. The variable fills k of them: of
-    rank k only R₀ gives the expected output, since any other direction brings the source's nuisances with it.
+    All directions of the stream have variance 1, so variance gives no information. The variable uses k of them. Of all
+    subspaces of rank k only R₀ gives the expected output, because any other subspace also brings noise from the source.
 
-    With `copy` = s above 0, k of the nuisances are s · z + N(0, 1) for the variable's z: a copy that nothing reads. A
-    direction turned from the variable's by arctan s towards its copy exchanges the variable as well, but for the
-    noise. A search ends there if the copy is strong, and has the wrong span; if it is as strong as the variable it
-    finds the variable (for the construction see Makelov et al. 2023, arXiv 2311.17030).
+    With `copy` = s above 0, k of the other dimensions are s · z + N(0, 1), where z is the variable: a copy that the
+    model does not read. A direction that is turned from the variable's direction by arctan s towards the copy also
+    exchanges the variable, apart from the noise. With a strong copy a search ends at such directions and has the wrong
+    span; with a copy as strong as the variable it finds the variable (the construction follows Makelov et al. 2023,
+    arXiv 2311.17030).
 
     Args:
-        seed: of the rotation and of the pairs.
+        seed: seed of the rotation and of the pairs.
         width, rank: d and k.
-        copy: s, how strong the copy is; 0 has none.
-        batch: fresh training pairs a step.
-        dev, test: held-out pairs.
+        copy: s, the strength of the copy; 0 means no copy.
+        batch: fresh training pairs in each step.
+        dev, test: numbers of held-out pairs.
 
     Raises:
-        ValueError: a rank that leaves no room for nuisances, or none for the copy.
+        ValueError: a rank that leaves no dimension for the noise, or too few for the copy.
     """
     width, rank = whole_number(width, "width"), whole_number(rank, "rank")
     if not 1 <= rank < width:
         raise ValueError(f"rank={rank} in a width of {width}: possible are 1 to {width - 1}.")
     if copy and 2 * rank > width:
-        raise ValueError(f"rank={rank} and a copy of it in a width of {width}: possible are 1 to {width // 2}.")
+        raise ValueError(f"rank={rank} with a copy, width={width}: possible are 1 to {width // 2}.")
     model = PlantedRegression(width, rank, seed).eval().requires_grad_(False)
     corners = simplex(rank)
 
     def draw(n: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
         value = torch.randint(rank + 1, (n,), generator=generator)
-        nuisance = torch.randn(n, width - rank, generator=generator)
+        noise = torch.randn(n, width - rank, generator=generator)
         if copy:
-            nuisance[:, :rank] += copy * corners[value]
-        return Batch.of(torch.cat([corners[value], nuisance], 1)), value
+            noise[:, :rank] += copy * corners[value]
+        return Batch.of(torch.cat([corners[value], noise], 1)), value
 
     def counterfactuals(n: int, which: int) -> Counterfactuals:
         generator = _generator(seed, which)
@@ -161,25 +162,25 @@ def planted_regression(
 
 WIDTH, HEADS, HEAD_WIDTH, HIDDEN = 64, 4, 16, 64
 LAYERS, LENGTH, VALUES, FILLERS = 4, 7, 3, 12
-SHARP = 10.0  # its square times a flag's square is a score of attention: every other position gets nothing
+SHARP = 10.0  # its square times a flag's square is an attention score: all other positions get no attention
 READ, WRITTEN = (
     0.15,
     0.02,
-)  # standard deviations of the random weights: what they write is as long as what is planted
+)  # standard deviations of the random weights, so that they write as much as the planted weights
 
-# Tokens: one begins each text, one marks the place where the variable is formed, one of `VALUES` tokens each is the
-# first number, the second, the question, and the answer; the others say nothing.
+# Tokens: one begins each text, and one marks the position where the variable is formed. The first number, the second
+# number, the question and the answer are each one of `VALUES` tokens. All other tokens are fillers.
 BEGIN, MARKER = 0, 1
 FIRST, SECOND, ASK, ANSWER = (2 + i * VALUES for i in range(4))
 FILLER = 2 + 4 * VALUES
 VOCABULARY = FILLER + FILLERS
 
-# Before the rotation each of these has axes of its own; a number is a point on the unit circle, so it has two.
+# Before the rotation each of these has its own axes. A number is a point on the unit circle, so it has two axes.
 FLAGS = ("always", "begin", "marker", "first", "second", "ask")
 PLANES = ("number", "moved first", "moved second", VARIABLE, "moved planted", "answer")
 AXES = {name: [i] for i, name in enumerate(FLAGS)}
 AXES |= {name: [len(FLAGS) + 2 * i, len(FLAGS) + 2 * i + 1] for i, name in enumerate(PLANES)}
-BEHIND = slice(len(FLAGS) + 2 * len(PLANES), WIDTH)  # what the random weights read and write
+BEHIND = slice(len(FLAGS) + 2 * len(PLANES), WIDTH)  # the dimensions that the random weights read and write
 
 PLANTED_MODEL = CausalModel(
     {
@@ -192,18 +193,18 @@ PLANTED_MODEL = CausalModel(
 def planted_decoder(seed: int = 0, *, train: int = 256, dev: int = 128, test: int = 256) -> Planted:
     """A Llama of four layers that adds three numbers modulo 3; the sum of the first two is the planted variable.
 
-    In layer L two heads at position p, where a mark stands, look at the two numbers; the gated MLP multiplies them
-    as complex numbers e^{2πi v / 3}, which adds v, and writes the product into a plane. Before layer L nothing at p
-    depends on either number. In layer L + 1 the last position reads the plane and adds the third number in the same
-    way, so that behind it no site has the variable by itself: what the last position holds is the answer. The other
-    heads and hidden units are random; they read and write the dimensions that are left, and change the length of
-    the states. At last all weights are rotated by an orthogonal matrix, to which RMS norm without weights is blind.
+    In layer L two heads at position p, which has the marker, attend to the two numbers. The gated MLP multiplies them
+    as complex numbers e^{2πi v / 3}, which adds the values v, and writes the product into a plane. Before layer L
+    nothing at p depends on either number. In layer L + 1 the last position reads the plane and adds the third number
+    in the same way. So after it no site has the variable alone: the last position holds the answer. The other heads
+    and hidden units are random; they read and write the remaining dimensions and change the length of the states.
+    Finally all weights are rotated by an orthogonal matrix, which an RMS norm without weights does not notice.
 
-    L, p, the places of the numbers, the rotation and the random weights are drawn from the seed.
+    L, p, the positions of the numbers, the rotation and the random weights are drawn from the seed.
 
     Args:
-        seed: of the model and of the pairs.
-        train, dev, test: how many pairs.
+        seed: seed of the model and of the pairs.
+        train, dev, test: numbers of pairs.
     """
     generator = torch.Generator().manual_seed(whole_number(seed, "seed"))
     layer = int(torch.randint(1, LAYERS - 1, (), generator=generator))
@@ -269,14 +270,14 @@ def _batch(ids: Tensor) -> Batch:
 def _weights(layer: int, generator: torch.Generator) -> dict[str, Tensor]:
     """All matrices before the rotation, under the names of a Llama's state."""
 
-    def behind(outputs: int, scale: float = READ) -> Tensor:
-        """(outputs, WIDTH), random, of what reads the dimensions behind the planted ones."""
+    def random_weights(outputs: int, scale: float = READ) -> Tensor:
+        """(outputs, WIDTH) random weights that read only the dimensions after the planted ones."""
         found = torch.zeros(outputs, WIDTH, dtype=torch.float64)
         found[:, BEHIND] = torch.randn(outputs, WIDTH, generator=generator)[:, BEHIND].double() * scale
         return found
 
-    embedding = behind(VOCABULARY, 0.25)
-    head = behind(VOCABULARY, 0.02)
+    embedding = random_weights(VOCABULARY, 0.25)
+    head = random_weights(VOCABULARY, 0.02)
     embedding[:, AXES["always"]] = 1
     for flag, start, count in (
         ("begin", BEGIN, 1),
@@ -291,9 +292,9 @@ def _weights(layer: int, generator: torch.Generator) -> dict[str, Tensor]:
     head[ANSWER : ANSWER + VALUES, AXES["answer"]] = 4 * _circle()
     found = {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
     for i in range(LAYERS):
-        q, k, v = (behind(HEADS * HEAD_WIDTH) for _ in range(3))
-        o, down = behind(HEADS * HEAD_WIDTH, WRITTEN).T, behind(HIDDEN, WRITTEN).T
-        gate, up = behind(HIDDEN), behind(HIDDEN)
+        q, k, v = (random_weights(HEADS * HEAD_WIDTH) for _ in range(3))
+        o, down = random_weights(HEADS * HEAD_WIDTH, WRITTEN).T, random_weights(HIDDEN, WRITTEN).T
+        gate, up = random_weights(HIDDEN), random_weights(HIDDEN)
         if i == layer:
             _look(0, "marker", "first", "number", "moved first", (q, k, v, o))
             _look(1, "marker", "second", "number", "moved second", (q, k, v, o))
@@ -311,8 +312,8 @@ def _weights(layer: int, generator: torch.Generator) -> dict[str, Tensor]:
 def _look(head: int, who: str, whom: str, what: str, to: str, weights: tuple[Tensor, ...]) -> None:
     """Make a head copy the plane `what` from the token `whom` to the plane `to` of the token `who`.
 
-    Tokens other than `who` look at the first token of the text, which has nothing there. Scores live in the head's
-    last dimensions, whose rotary angles are less than .01 over a text.
+    Other tokens than `who` attend to the first token of the text, which has nothing in this plane. The scores use the
+    head's last dimensions, whose rotary angles are less than .01 over a text.
     """
     q, k, v, o = weights
     rows = slice(head * HEAD_WIDTH, (head + 1) * HEAD_WIDTH)
@@ -325,13 +326,13 @@ def _look(head: int, who: str, whom: str, what: str, to: str, weights: tuple[Ten
     k[there, AXES[whom]] = SHARP
     for i, (source, target) in enumerate(zip(AXES[what], AXES[to], strict=True)):
         v[rows.start + i, source] = 1
-        o[target, rows.start + i] = 0.4  # the norm before the head lengthens what it reads
+        o[target, rows.start + i] = 0.4  # compensates for the norm before the head, which scales up its input
 
 
 def _add(one: str, other: str, to: str, weights: tuple[Tensor, ...]) -> None:
-    """Make hidden units write the complex product of two planes: the sum of their angles.
+    """Make hidden units write the complex product of two planes, whose angle is the sum of their angles.
 
-    A product of two real numbers takes two gated units, since silu(x) − silu(−x) = x: silu(x) y − silu(−x) y = x y.
+    A product of two real numbers needs two gated units, because silu(x) − silu(−x) = x: silu(x) y − silu(−x) y = x y.
     """
     gate, up, down = weights
     re, im = AXES[to]
@@ -351,9 +352,9 @@ def _circle() -> Float[Tensor, "value 2"]:
     return torch.stack([angles.cos(), angles.sin()], 1)
 
 
-# --- both ---------------------------------------------------------------------------------------------------
+# --- helpers of both ----------------------------------------------------------------------------------------
 
 
 def _generator(seed: int, which: int) -> torch.Generator:
-    """Of one set of pairs; hashed, so that no two sets of any seeds share their numbers."""
+    """A generator for one set of pairs; the seed is hashed, so that no two sets share their random numbers."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{which}".encode()))

@@ -1,12 +1,12 @@
 """Price tagging: is an amount between two bounds? (Wu et al. 2023, "Interpretability at Scale", section 4)
 
-The two comparisons are the variables of interest: does a model decide "at least the lower bound" on its own,
-before it combines it with "at most the upper bound"? The paper sets four hypotheses beside each other, `HYPOTHESES`:
+The two comparisons are the variables of interest: does a model compute "at least the lower bound" separately, before it
+combines it with "at most the upper bound"? The paper compares four hypotheses, `HYPOTHESES`:
 
-    left boundary      amount ≥ lower is decided, and the upper bound is compared later
-    both boundaries    both comparisons are decided, and then combined
+    left boundary      amount ≥ lower is computed first, and the upper bound is compared later
+    both boundaries    both comparisons are computed, and then combined
     midpoint distance  |amount − (lower + upper) / 2| is computed, and compared with half of the width
-    bracket identity   the bounds are passed on as they are, and compared with the amount later
+    bracket identity   the bounds are passed on unchanged, and compared with the amount later
 """
 
 import random
@@ -28,7 +28,7 @@ _FIXED = {"unit": "dollars", "query": "answer", "last": ":"}
 
 _amounts = list(range(1, HIGHEST + 1))
 random.Random(0).shuffle(_amounts)
-# Amounts, not bounds, are held out: a subspace that memorised amounts is of no use on the test split.
+# Amounts are held out, bounds are not: a subspace that memorised amounts is useless on the test split.
 AMOUNTS = {
     "test": tuple(sorted(_amounts[:30])),
     "dev": tuple(sorted(_amounts[30:45])),
@@ -81,7 +81,7 @@ HYPOTHESES = (
         "midpoint distance",
         CausalModel(
             {
-                # Twice each, so that whole numbers stay whole.
+                # Both are doubled, so that they stay whole numbers.
                 "distance": lambda lower, upper, amount: abs(2 * amount - (lower + upper)),
                 "width": lambda lower, upper: upper - lower,
                 "answer": lambda distance, width: distance <= width,

@@ -1,9 +1,9 @@
 """Story gender: openings of children's stories that a TinyStories model continues with "She" or "He".
 
-For a pretrained model and its own tokenizer: the answers are pieces of a SentencePiece vocabulary. The gender
-is told by the word girl or boy and, less strongly, by the name. Every name here gives way to the word: in all
-templates a 260 K-parameter TinyStories model (llama2.c's stories260K) prefers She after "girl" and He after
-"boy" with whichever name, so that the gender has a home at that word, which an interchange there can find.
+For a pretrained model with its own tokenizer: the answers are pieces of a SentencePiece vocabulary. The gender is given
+by the word girl or boy and, more weakly, by the name. The word decides: in all templates, and with all names here, a
+260 K-parameter TinyStories model (llama2.c's stories260K) prefers She after "girl" and He after "boy". So the model
+represents the gender at this word, and an interchange there can find it.
 """
 
 import random

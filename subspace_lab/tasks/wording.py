@@ -1,4 +1,4 @@
-"""Templates to prompts with named spans."""
+"""Makes prompts with named spans from templates."""
 
 from collections.abc import Mapping
 from string import Formatter
@@ -8,9 +8,9 @@ from subspace_lab.das.counterfactuals import Prompt
 
 
 def fill(template: str, words: Mapping[str, Any]) -> Prompt:
-    """`template` with each `{name}` replaced by `words[name]`; the spans are where those words stand.
+    """`template` with each `{name}` replaced by `words[name]`; the spans are those of the inserted words.
 
-    A name that occurs twice keeps its last span. KeyError if `words` lacks a name.
+    A name that occurs twice has its last span. KeyError if `words` does not contain a name.
     """
     text, spans = "", {}
     for literal, name, _, _ in Formatter().parse(template):

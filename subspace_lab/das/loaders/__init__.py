@@ -1,6 +1,6 @@
-"""Public data sets as rows of pairs, in the schema of `das/datafiles.py`: a file a data set.
+"""Public data sets as rows of pairs, in the format of `das/datafiles.py`, one file for each data set.
 
-Each gives a list of rows, of which `load_pairs` makes pairs with any tokenizer:
+Each loader returns a list of rows. `load_pairs` turns them into pairs with any tokenizer:
 
     load_pairs(ravel("ravel/data", "city", "Country"), tokenizer, drop=True)
 """

@@ -1,4 +1,4 @@
-"""What the loaders share: files that are whole, words that are held out, prompts with a place in them."""
+"""Helpers of the loaders: reading files, holding out words, filling templates."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def read(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        FileNotFoundError: no such file; the message names those that are there.
-        ValueError: another content.
+        FileNotFoundError: no such file; the message names the files in the folder.
+        ValueError: the file is not JSON.
     """
     if not path.is_file():
         there = sorted(one.name for one in path.parent.glob("*.json")) if path.parent.is_dir() else []
@@ -34,7 +34,7 @@ def read(path: Path) -> Any:
 
 
 def expect(value: Any, kind: type, where: str) -> Any:
-    """The value, if it is of the kind (ValueError that names what is missing)."""
+    """The value, if it has this type and is not empty; otherwise ValueError."""
     if not isinstance(value, kind) or not value:
         found = f"an empty {type(value).__name__}" if isinstance(value, kind) else type(value).__name__
         raise ValueError(f"{where}: needed is a {kind.__name__} that is not empty, found {found}.")
@@ -42,11 +42,11 @@ def expect(value: Any, kind: type, where: str) -> Any:
 
 
 def parted(values: Sequence[str], seed: int) -> dict[str, list[str]]:
-    """Different values in three splits at random, none in two (ValueError for fewer than six)."""
+    """Distinct values in three random splits, each value in one split. ValueError for fewer than six values."""
     order = list(dict.fromkeys(values))
     if len(order) < 6:
         raise ValueError(
-            f"{len(order)} different values ({', '.join(order)}) for three splits: each needs two at least."
+            f"{len(order)} different values ({', '.join(order)}) for three splits: each split needs at least two."
         )
     random.Random(seed).shuffle(order)
     n = {name: max(2, round(share * len(order))) for name, share in SHARES.items()}
@@ -58,7 +58,7 @@ def parted(values: Sequence[str], seed: int) -> dict[str, list[str]]:
 
 
 def filled(template: str, values: Mapping[str, str]) -> tuple[str, dict[str, list[int]]]:
-    """A template with each {name} replaced, and where each stands; of a name that comes twice, the last place."""
+    """A template with each {name} replaced, and the span of each name (of its last occurrence)."""
     text, rest = "", template
     places: dict[str, list[int]] = {}
     while True:
@@ -72,7 +72,7 @@ def filled(template: str, values: Mapping[str, str]) -> tuple[str, dict[str, lis
 
 
 def numbers_of(pairs: int | Mapping[str, int] | None) -> dict[str, int]:
-    """How many pairs each split gets; of one number train gets all, and dev and test a fifth and two fifths of it."""
+    """How many pairs each split gets. A single number is that of train; dev gets a fifth of it, test two fifths."""
     if pairs is None:
         return dict(NUMBERS)
     if isinstance(pairs, int):

@@ -1,16 +1,16 @@
 """CausalGym (Arora et al. 2024, arXiv 2402.12560): linguistic minimal pairs.
 
-Two formats, as published there. Templates, many in a file:
+There are two published formats. Templates, many in one file:
 
     {name: {"templates": ["The {noun}"], "label": "noun", "variables": {"noun": {"is": [words], "are": [words]}, …}}}
 
-The values of the variable `label` are the answers. Suites of SyntaxGym (Gauthier et al. 2020), one in a file:
+The values of the variable named by `label` are the answers. Suites of SyntaxGym (Gauthier et al. 2020), one in a file:
 
     {"items": [{"item_number": 1, "conditions": [{"condition_name": "match_sing",
                 "regions": [{"region_number": 1, "content": "The"}, …]}, …]}, …],
      "predictions": [{"formula": "(6;%match_sing%) < (6;%mismatch_sing%)"}, …], "region_meta": {"1": "intro", …}}
 
-A prediction says in which of two conditions a region is less surprising. What stands before the region is the prompt.
+A prediction says in which of two conditions a region is less surprising. The text before the region is the prompt.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ def templates_of(path: str | Path) -> list[str]:
 def minimal_pairs(
     path: str | Path, name: str, *, pairs: int | Mapping[str, int] | None = None, seed: int = 0
 ) -> list[Row]:
-    """Rows of pairs from a set of templates: base and source differ in the word of the variable `label` alone.
+    """Rows of pairs from a set of templates. Base and source differ only in the word of the variable named by `label`.
 
-    In half of them the source's word is of the other type, and with it the answer. The words of each type are drawn
-    into three splits, so that none is in two. The variable, and the position of its word, have the name of `label`;
-    labels are entity and source_entity (the words) and template.
+    In half of the pairs the source's word, and with it the answer, is of the other type. The words of each type are
+    divided into three splits. The variable, and the position of its word, have the name that `label` gives; the labels
+    are entity and source_entity (the words) and template.
 
     Args:
-        path: of a file of templates.
-        name: of the set.
-        pairs: how many, {"train": 1000, "dev": 200, "test": 400} or the number to train on.
-        seed: of the draw, and of the splits.
+        path: a file of templates.
+        name: the name of the set.
+        pairs: how many pairs, such as {"train": 1000, "dev": 200, "test": 400}, or a number for train.
+        seed: seed of the random draw and of the splits.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no such set, or one with fewer than two answers, or six words of each.
+        ValueError: no such set, or a set with fewer than two answers or fewer than six words for an answer.
     """
     sets = expect(read(Path(path)), dict, str(path))
     if name not in sets:
@@ -102,25 +102,26 @@ def suite(
     pairs: int | Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> list[Row]:
-    """Rows of pairs from a SyntaxGym suite: what stands before the region that the predictions are about.
+    """Rows of pairs from a SyntaxGym suite. The prompt is the text before the region that the predictions compare.
 
-    Where two conditions begin alike and differ in that region, the one that is predicted to be less surprising has the
-    right answer. Where all conditions have the same region ("any", licensed by one beginning and not by the other),
-    `instead` is the answer behind the beginnings that do not license it. In half of the pairs base and source are of
-    different types, and of one item; else of one type, and of two items. Items are drawn into three splits.
+    If two conditions have the same prompt and different regions, the right answer is the region that is predicted to
+    be less surprising. If all conditions have the same region ("any", which one prompt licenses and the other does
+    not), `instead` is the answer to prompts that do not license it. In half of the pairs base and source are of
+    different types and of the same item; in the other half they are of the same type and of different items. The
+    items are divided into three splits.
 
-    The variable is called "type"; positions have the names of the regions; labels are entity and source_entity (the
-    items).
+    The variable is called "type". The positions have the names of the regions; the labels are entity and source_entity
+    (the items).
 
     Args:
-        path: of a suite.
-        instead: the answer where the region is not expected.
-        pairs, seed: as of `minimal_pairs`.
+        path: a file with a suite.
+        instead: the answer to prompts after which the region is not expected.
+        pairs, seed: as in `minimal_pairs`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another format, or predictions that compare one region behind different beginnings while `instead`
-            is not given.
+        ValueError: another format, or `instead` is missing and the predictions compare one region after different
+            prompts.
     """
     whole = expect(read(Path(path)), dict, str(path))
     items = expect(whole.get("items"), list, f"{path}, 'items'")
@@ -135,8 +136,8 @@ def suite(
     if len(kinds) < 2:
         raise ValueError(
             f"{path}: its predictions {[one.get('formula') for one in whole.get('predictions', [])]} give {len(kinds)} "
-            "types of prompts with an answer; needed are two. Where conditions differ only before the region that is "
-            "compared, say with instead=… what is expected behind those that do not license it."
+            "types of prompts with an answer; needed are two. If conditions differ only before the region that is "
+            "compared, use instead=… for the answer to prompts that do not license this region."
         )
     parts = parted(list(types), seed)
     rng = random.Random(seed)
@@ -173,7 +174,7 @@ def suite(
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What stands before a region, what comes next, and where its regions are."""
+    """The text before a region, the content of the region as the answer, and the spans of the regions before it."""
 
     text: str
     answer: str
@@ -187,7 +188,7 @@ def _types(
     instead: str | None,
     path: str,
 ) -> dict[str, _Prompt]:
-    """{type: its prompt}: one for each condition in which a region is expected."""
+    """{type: its prompt}, one for each condition in which a region is expected."""
     found: dict[str, _Prompt] = {}
     for one in predictions:
         region, (expected, other) = int(one[1]), (one[2], one[5]) if one[3] == "<" else (one[5], one[2])
@@ -205,7 +206,7 @@ def _types(
 
 
 def _prompt(regions: list[Mapping[str, Any]], region: int, names: Mapping[int, str]) -> _Prompt:
-    """The text before a region, and what stands in it."""
+    """The prompt before a region, and the content of this region as its answer."""
     text, answer = "", ""
     places: dict[str, list[int]] = {}
     for one in sorted(regions, key=lambda one: int(one["region_number"])):
@@ -221,6 +222,6 @@ def _prompt(regions: list[Mapping[str, Any]], region: int, names: Mapping[int, s
 
 
 def _named(text: str) -> str:
-    """A region's name as one of a position: letters, digits and underscores."""
+    """A region's name as the name of a position: letters, digits and underscores."""
     name = re.sub(r"\W+", "_", text.strip().lower()).strip("_")
     return name if name and not name[0].isdigit() else f"region_{name}"

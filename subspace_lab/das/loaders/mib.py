@@ -1,13 +1,13 @@
 """MIB (Mueller et al. 2025, arXiv 2504.13151): the data sets of its causal-variable track, and its word lists.
 
-A row has a prompt, its answer, and other prompts, each with an answer, in columns whose names end in `_counterfactual`:
+A row has a prompt, its answer, and counterfactual prompts with their answers, in columns that end in `_counterfactual`:
 
     {"prompt": …, "choices": [texts] or {"label": [letters], "text": [texts]}, "answerKey": 0, "template": …,
      "s2_io_flip_counterfactual": {"prompt": …, "choices": …, "answerKey": 1}, …}
 
-Arithmetic has `label`, `operand1` and `operand2` in the place of choices; RAVEL has `entity`, `attribute` and a column
-for each attribute. What is expected after the interchange depends on the variable, a function of base and source:
-`token_of`, `position_of`, `carry_of`, `attribute_of("Country")`, or one of your own.
+Arithmetic has `label`, `operand1` and `operand2` instead of choices; RAVEL has `entity`, `attribute` and a column for
+each attribute. The answer that is expected after the interchange depends on the variable. It is a function of base and
+source: `token_of`, `position_of`, `carry_of`, `attribute_of("Country")`, or your own function.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def counterfactuals_of(
 ) -> list[Row]:
     """Rows of pairs from a data set of MIB and one of its counterfactuals.
 
-    Labels are template, and of RAVEL's rows entity, source_entity and kind ("cause" where the variable is asked for,
-    else "isolate"), with the position `entity`.
+    The label is template. Rows of RAVEL also have the labels entity, source_entity and kind ("cause" if the prompt asks
+    for the variable, otherwise "isolate"), and the position `entity`.
 
     Args:
-        data: a .json file of rows, a `datasets.Dataset`, {split: data set} as `load_dataset` gives it, or a list.
+        data: a .json file of rows, a `datasets.Dataset`, {split: data set} as `load_dataset` returns it, or a list.
         counterfactual: the column with the sources, with or without the ending "_counterfactual".
-        expected: what the variable is: from base and source to the answer after the interchange.
-        variable: its name.
+        expected: defines the variable: (base, source) → the answer after the interchange.
+        variable: the name of the variable.
 
     Raises:
         FileNotFoundError: no such file.
@@ -87,7 +87,7 @@ def counterfactuals_of(
 
 
 def answer_of(case: Case, where: str = "A row") -> str:
-    """The right answer to a prompt: a choice, or its letter, a label, or the value of the attribute asked for."""
+    """The right answer to a prompt: a choice or its letter, a label, or the value of the attribute."""
     if case.get("choices") and case.get("answerKey") is not None:
         return str(_choices(case)[int(case["answerKey"])])
     if case.get("label") not in (None, ""):
@@ -98,12 +98,12 @@ def answer_of(case: Case, where: str = "A row") -> str:
 
 
 def token_of(base: Case, source: Case) -> str:
-    """The answer itself is the variable: the source's answer is expected."""
+    """The variable is the answer itself: the source's answer is expected."""
     return answer_of(source)
 
 
 def position_of(base: Case, source: Case) -> str:
-    """Where the answer stands is the variable: expected is the base's choice in the place of the source's answer."""
+    """The variable is the answer's place among the choices: the base's choice at the source's place is expected."""
     choices, place = _choices(base), int(source["answerKey"])
     if place >= len(choices):
         raise ValueError(f"The source's answer is choice {place}; the base has {len(choices)}: {choices}.")
@@ -111,13 +111,13 @@ def position_of(base: Case, source: Case) -> str:
 
 
 def carry_of(base: Case, source: Case) -> str:
-    """Whether the ones of a sum of two numbers carry is the variable: the base's sum with the source's carry."""
+    """The variable is the carry of the ones in a sum of two numbers: the base's sum with the source's carry."""
     carries = [(int(case["operand1"]) % 10 + int(case["operand2"]) % 10) // 10 for case in (base, source)]
     return str(int(base["operand1"]) + int(base["operand2"]) + 10 * (carries[1] - carries[0]))
 
 
 def attribute_of(variable: str) -> Expected:
-    """An attribute is the variable: the source's value where the base asks for it, else the base's own answer."""
+    """The variable is an attribute: the source's value is expected if the base asks for it, else the base's answer."""
 
     def expected(base: Case, source: Case) -> str:
         return str(source[variable]) if base["attribute"] == variable else answer_of(base)
@@ -135,14 +135,15 @@ def indirect_objects(
 ) -> list[Row]:
     """Rows of pairs about indirect objects from MIB's word lists: names, places, objects and templates (.json).
 
-    The variable "position" is which of two names is not repeated, the first or the second; expected is the base's name
-    in the place that is the source's. It changes in half of the pairs. Names are drawn into three splits. Positions are
-    name_A, name_B and name_C, the one that is repeated; labels are entity (the base's indirect object) and template.
+    The variable "position" says which of two names is not repeated, the first or the second. Expected is the base's
+    name at the source's position. In half of the pairs the position changes. The names are divided into three splits.
+    The positions are name_A, name_B and name_C (the repeated name); the labels are entity (the base's indirect
+    object) and template.
 
     Args:
-        folder: with names.json, places.json, objects.json and templates.json.
-        pairs: how many, {"train": 1000, "dev": 200, "test": 400} or the number to train on.
-        seed: of the draw, and of the splits.
+        folder: the folder with names.json, places.json, objects.json and templates.json.
+        pairs: how many pairs, such as {"train": 1000, "dev": 200, "test": 400}, or a number for train.
+        seed: seed of the random draw and of the splits.
     """
     lists = {
         what: expect(read(Path(folder) / f"{what}.json"), list, f"{what}.json")
@@ -160,7 +161,7 @@ def indirect_objects(
             first = rng.random() < 0.5
             source_first = first if i % 2 else not first
             base, source = rng.sample(names[split], 2), rng.sample(names[split], 2)
-            # The position of the answer is that of the name which is not repeated.
+            # The variable is the position of the name that is not repeated, which is the answer.
             text, at = filled(template, {**shared, **_names(base, first)})
             text_of_source, at_source = filled(template, {**shared, **_names(source, source_first)})
             rows.append(
@@ -183,5 +184,5 @@ def indirect_objects(
 
 
 def _names(both: Sequence[str], first: bool) -> dict[str, str]:
-    """The names of a prompt whose indirect object is its first name, or its second."""
+    """The names of a prompt whose indirect object is its first name (`first`), or its second."""
     return {"name_A": both[0], "name_B": both[1], "name_C": both[1] if first else both[0]}

@@ -18,10 +18,10 @@ from typing import Any
 
 from subspace_lab.das.loaders._parts import Row, expect, numbers_of, read
 
-ALTERNATIVES = re.compile(r",(?! )")  # "Arabic,Kurdish"; a comma with a space behind it is part of a value
+ALTERNATIVES = re.compile(r",(?! )")  # as in "Arabic,Kurdish"; a comma followed by a space is part of a value
 ITS_SPLIT = {"train": "train", "dev": "val", "test": "test"}
 PLACE = "%s"
-PATIENCE = 1000  # draws of two entities that differ
+PATIENCE = 1000  # at most so many draws to find two entities that differ
 
 
 def ravel(
@@ -33,21 +33,21 @@ def ravel(
     pairs: int | Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> list[Row]:
-    """Rows of pairs about one attribute: in half of them it is asked for, in half another one is.
+    """Rows of pairs about one attribute. Half of the prompts ask for this attribute, half for another one.
 
-    Where it is asked (kind "cause"), the answer after the interchange is the source's. Where another attribute is asked
-    (kind "isolate"), the base's answer has to stay. The two entities of a pair differ in the variable, and in the
-    attribute asked. Base and source have one prompt. Splits are RAVEL's own, of entities and of prompts. The position
-    `entity` is the entity; of several values ("Arabic,Kurdish") the first is the answer; labels are entity,
-    source_entity, template and kind.
+    If the prompt asks for the attribute (kind "cause"), the answer after the interchange is the source's. If it asks
+    for another attribute (kind "isolate"), the answer must stay the base's. The two entities of a pair have different
+    values of the variable and of the attribute that the prompt asks for. Base and source have the same prompt. The
+    splits of entities and prompts are RAVEL's own. The position `entity` is the entity. Of several values
+    ("Arabic,Kurdish") the first is the answer. The labels are entity, source_entity, template and kind.
 
     Args:
-        folder: of RAVEL's files.
+        folder: the folder with RAVEL's files.
         entity_type: "city", "nobel_prize_winner", "physical_object", "verb" or "occupation".
-        variable: the attribute that is searched for, "Country" say.
-        isolated: the other attributes that are asked for; by default all.
-        pairs: how many, {"train": 1000, "dev": 200, "test": 400} or the number to train on.
-        seed: of the draw.
+        variable: the attribute to search for, for example "Country".
+        isolated: the other attributes that prompts ask for; by default all.
+        pairs: how many pairs, such as {"train": 1000, "dev": 200, "test": 400}, or a number for train.
+        seed: seed of the random draw.
 
     Raises:
         FileNotFoundError: no such files.
@@ -86,7 +86,7 @@ def ravel(
 def _two(
     rng: random.Random, entities: Sequence[str], facts: Mapping[str, Mapping[str, Any]], differ: set[str]
 ) -> tuple[str, str]:
-    """Two entities that have these attributes, with different values."""
+    """Two entities that both have these attributes, with different values."""
     for _ in range(PATIENCE):
         one, other = rng.sample(entities, 2)
         values = [(facts[one].get(name), facts[other].get(name)) for name in differ]

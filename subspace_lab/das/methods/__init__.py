@@ -1,14 +1,14 @@
-"""Methods that find the subspaces of causal variables, a file each. Baselines and controls are methods too.
+"""Methods that find the subspaces of causal variables, one file each. Baselines and controls are methods too.
 
-To add one: a frozen dataclass that derives from `Method`, in a file of its own here or in your own code. A sweep runs
-the methods in its list; nothing has to be registered. This one takes the direction of a logistic probe's weights:
+To add a method, write a frozen dataclass that derives from `Method`, in its own file here or in your own code. A sweep
+runs the methods in its list; there is no registry. This example takes the direction of a logistic probe's weights:
 
     @dataclass(frozen=True)
     class MyProbe(Method):
         steps: int = 100
 
         def seeds(self, asked):
-            return [0]  # nothing is random: once is enough
+            return [0]  # nothing is random: one run is enough
 
         def learner(self, problem):
             found = {}

@@ -22,16 +22,16 @@ from subspace_lab.das.methods.method import (
 
 
 class MaskedLearner(Learner):
-    """Soft exchanges while it is trained, exchanges of the subspaces that the masks chose when it is finished.
+    """Soft exchanges during the training; exchanges of the subspaces that the masks chose after it.
 
     Args:
         problem: the search.
-        wholes: {site: the basis whose coordinates are chosen from}.
+        wholes: {site: the basis from which coordinates are chosen}.
         mask: (rank, variables) → a mask.
-        temperatures: T at the start and at the end of the training; it falls by equal factors.
-        penalty: the term that is added to the loss, of one mask.
-        rates: learning rates of the bases and of the masks; None is the sweep's own.
-        start: as of `Learner`.
+        temperatures: T at the start and at the end of the training; it falls by the same factor in each step.
+        penalty: a function of a mask that gives the term added to the loss.
+        rates: learning rates of the bases and of the masks; None is that of the sweep.
+        start: as in `Learner`.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class MaskedLearner(Learner):
         self.subspaces = {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The bases that train, and the masks."""
+        """The trained bases, and the masks."""
         parts = [self._wholes.values(), self._masks.values()]
         found = []
         for modules, rate in zip(parts, self._rates, strict=True):
@@ -95,7 +95,7 @@ class MaskedLearner(Learner):
 
 
 def check_temperatures(method: Method, temperatures: tuple[float, float]) -> None:
-    """ValueError unless the training goes from a higher temperature to a lower one, both above 0."""
+    """ValueError unless the temperature falls during the training, and stays above 0."""
     first, last = temperatures
     if not 0 < last <= first < float("inf"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How far an edit takes states from natural ones: the counterfactual latent loss of arXiv 2511.04638."""
+"""The distance of edited states from natural ones: the counterfactual latent loss of arXiv 2511.04638."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 class NearNatural(nn.Module):
-    """An exchange that keeps what it was last given and gave, for its loss.
+    """An exchange that keeps its last inputs and outputs for the loss.
 
     Args:
         edit: the exchange.
-        states: natural states at the site, NaN in none of them.
-        values: the variable's value in each.
+        states: natural states at the site, without NaN.
+        values: the variable's value in each state.
     """
 
     def __init__(
@@ -30,9 +30,9 @@ class NearNatural(nn.Module):
         return edited
 
     def loss(self) -> Tensor:
-        """½ |h′ − x|² / s² − ½ cos(h′, x), the mean over the states that were edited last.
+        """½ |h′ − x|² / s² − ½ cos(h′, x), averaged over the states of the last call.
 
-        Which value a source has is told by the natural state that it is, or is nearest to.
+        The value of a source is that of the natural state that equals it or is nearest to it.
         """
         edited = self._edited.flatten(0, -2).float()
         source = self._source.detach().flatten(0, -2).to(edited)

@@ -1,4 +1,4 @@
-"""Boundless DAS: a rotated basis, and how many of its vectors a variable needs.
+"""Boundless DAS: a rotated basis, and the number of its vectors that a variable needs.
 
 Source: Wu et al. 2023, "Interpretability at scale: identifying causal mechanisms in Alpaca" (arXiv 2305.08809).
 """
@@ -27,21 +27,22 @@ from subspace_lab.das.methods.method import (
 class BoundlessDAS(Method):
     """DAS that learns the rank: h + Rᵀ(m ⊙ (R h_source − R h)) with mᵢ = σ((i − b₀)/T) σ((b₁ − i)/T).
 
-    R is a trained orthonormal basis and b₁ a learned boundary (b₀ is 0, or where the variable before ends: several
-    variables at one site share one basis, with a boundary each). T falls during the training, and at the end the
-    boundaries are hard: what is scored and given back are the basis vectors between them, an ordinary subspace.
+    R is a trained orthonormal basis and b₁ a learned boundary. b₀ is 0; if several variables share a site, they share
+    the basis, and b₀ is the boundary of the variable before. T falls during the training. At the end the boundaries
+    become hard. The result, which is scored and returned, is the ordinary subspace of the vectors between them.
 
     Attributes:
-        vectors: of the basis, of which the boundary chooses; by default as many as the states are wide, at most 256:
-            a wider basis makes each step slower, and no variable is likely to need so many.
-        penalty: what the boundary's share of the vectors (between 0 and 1) is multiplied with before it is added to
-            the loss, so that fewer vectors are preferred; 0 leaves it out.
-        first_temperature, last_temperature: T in basis vectors. The first is for 4,096 vectors, as published, and
-            shrinks with their number; a last one of 0.1 leaves the vector next to the boundary alone soft.
-        boundary_rate: learning rate of the boundaries, in shares of the vectors (published: 0.01, for longer
-            trainings than the few hundred steps that are usual here); that of the basis is
-            `learning_rate`, by default the sweep's.
-        boundary_start: share of the vectors that the variables together begin with.
+        vectors: number of vectors of the basis. By default the width of the states, but at most 256: a larger basis
+            makes each step slower, and a variable is unlikely to need so many vectors.
+        penalty: weight in the loss of the share of vectors (between 0 and 1) that the variables use, so that fewer
+            vectors are preferred; 0 means no penalty.
+        first_temperature, last_temperature: T at the start and at the end, in basis vectors. The first is for 4,096
+            vectors, as published, and is scaled down in proportion to their number. At the default last value of 0.1
+            only the vector next to the boundary is still soft.
+        learning_rate: learning rate of the basis, by default that of the sweep.
+        boundary_rate: learning rate of the boundaries, in shares of the vectors. (Published: 0.01, for longer
+            trainings than the few hundred steps that are usual here.)
+        boundary_start: share of the vectors that all variables together have at the start.
     """
 
     vectors: int | Sequence[int] | None = None
@@ -66,7 +67,7 @@ class BoundlessDAS(Method):
 
     def check(self, sites: Mapping[str, Site], widths: Mapping[Site, int]) -> None:
         for site in dict.fromkeys(sites.values()):
-            # Of the vectors each variable at the site needs one.
+            # Each variable at the site needs at least one vector.
             there = {name: own for name, own in sites.items() if own == site}
             check_rank_fits(self, 1, there, widths)
             if self._vectors(widths[site]) > widths[site] or self._vectors(widths[site]) < len(there):

@@ -1,17 +1,18 @@
 """Distributed alignment search: a trained orthonormal basis.
 
 Source: Geiger et al. 2023, "Finding alignments between interpretable causal variables and distributed neural
-representations" (arXiv 2303.02536). R is trained by gradient descent so that the model answers after the interchange
-h + Rᵀ(R h_source − R h) as the causal model says.
+representations" (arXiv 2303.02536). R is trained by gradient descent so that, after the interchange
+h + Rᵀ(R h_source − R h), the model gives the answer of the causal model.
 
-Such a training may leave the states that the model knows. `natural` adds a counterfactual latent loss (Grant et al.
-2025, "Addressing divergent representations from causal interventions on neural networks", arXiv 2511.04638), which
-draws each edited state h′ to a natural state x in which the variable has the source's value:
+Such training can move hidden states away from all states that the model has in normal runs. `natural` adds a
+counterfactual latent loss (Grant et al. 2025, "Addressing divergent representations from causal interventions on neural
+networks", arXiv 2511.04638), which pulls each edited state h′ to a natural state x in which the variable has the
+source's value:
 
     natural · mean( ½ |h′ − x|² / s² − ½ cos(h′, x) )        s² the variance of the natural states
 
-x is the nearest to h′ of the training sources with that value. (In the paper it is the mean of natural states in which
-all variables have the values of the counterfactual; here the other variables need not be known.)
+x is the state nearest to h′ among the training sources with that value. (In the paper it is the mean of natural states
+in which all variables have the values of the counterfactual; here the other variables need not be known.)
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ class DAS(Method):
     """Distributed alignment search.
 
     Attributes:
-        rank: dimensions of each variable's subspace; a list runs once for each.
-        learning_rate: of the basis, the sweep's by default; a list runs once for each.
+        rank: dimensions of each variable's subspace; a list runs once for each entry.
+        learning_rate: learning rate of the basis, by default that of the sweep; a list runs once for each entry.
         orthonormalise: how the basis is kept orthonormal, "qr" or "polar" (see `LearnedSubspace`).
-        natural: weight of the loss above that keeps edited states near natural ones; 0 leaves it out.
-        start: what to start from instead of a random basis: an alignment that was found earlier, with the same
-            variables and ranks, or for a single variable a basis of shape (rank, width).
+        natural: weight of the loss above, which keeps edited states near natural ones; 0 means no such loss.
+        start: the start, instead of a random basis: an alignment with the same variables and ranks, or, for a single
+            variable, a basis of shape (rank, width).
     """
 
     rank: int | Sequence[int] = 1
@@ -69,8 +70,8 @@ class DAS(Method):
         check_rank_fits(self, self.rank, sites, widths)
         if self.natural and len(set(sites.values())) < len(sites):
             raise ValueError(
-                f"{self.label}: natural={self.natural} for {list(sites)}, of which some share a site: the natural "
-                "states with the values of all of them are not known. Search one variable at a time, or take natural=0."
+                f"{self.label}: natural={self.natural} for {list(sites)}, some of which share a site: natural "
+                "states with the values of all of them are not known. Search one variable at a time, or set natural=0."
             )
         for name, basis in self._starts(sites).items():
             if tuple(basis.shape) != (self.rank, widths[sites[name]]):
@@ -92,7 +93,7 @@ class DAS(Method):
         def basis_of(site: Site, names: list[str]) -> Subspace:
             width = problem.widths[site]
             given = torch.cat([starts[name] for name in names]) if starts else None
-            # One seed a site: variables at different sites start independently too.
+            # One seed for each site, so that variables at different sites also start independently.
             seed = problem.seed + list(dict.fromkeys(problem.sites.values())).index(site)
             return LearnedSubspace(
                 width, rank * len(names), seed=seed, start=given, orthonormalise=self.orthonormalise
@@ -111,7 +112,7 @@ class DAS(Method):
         if isinstance(self.start, Tensor):
             if len(sites) > 1:
                 raise ValueError(
-                    f"A start for the variables {list(sites)} is an Alignment, one basis is not enough."
+                    f"The start of several variables, {list(sites)}, must be an Alignment; one basis is not enough."
                 )
             return {name: self.start.detach().cpu() for name in sites}
         missing = [name for name in sites if name not in self.start.variables]
@@ -134,7 +135,7 @@ class _DASLearner(Learner):
         self._natural = 0.0
 
     def keep_natural(self, problem: Problem, weight: float) -> None:
-        """From now on edited states are drawn to natural ones."""
+        """Add the loss that pulls edited states to natural ones, for the training that follows."""
         self._natural = weight
         for name, site in problem.sites.items():
             states, values = problem.states(name), problem.values(name)
@@ -156,7 +157,7 @@ class _DASLearner(Learner):
 
 
 def _digest(starts: Mapping[str, Tensor]) -> str:
-    """Tells one given start from another."""
+    """Identifies a given start."""
     whole = hashlib.sha256()
     for basis in starts.values():
         whole.update(basis.contiguous().numpy().tobytes())

@@ -14,14 +14,14 @@ from subspace_lab.das.methods.method import Learner, Method, Problem, check_sett
 
 @dataclass(frozen=True)
 class DifferenceOfMeans(Method):
-    """The span of the differences between the mean states of the variable's values, in the training pairs' sources.
+    """The span of the differences between the mean states of the variable's values, over the training pairs' sources.
 
-    Nothing is trained. With two values it is one direction, a strong rival of DAS of rank 1 (Marks & Tegmark 2023,
+    Nothing is trained. With two values it is one direction, and often as good as DAS of rank 1 (Marks & Tegmark 2023,
     arXiv 2310.06824; Arora et al. 2024, arXiv 2402.12560).
 
     Attributes:
-        rank: at most so many dimensions, the principal ones of the span; by default all of them, one fewer than the
-            variable has values.
+        rank: at most this many dimensions, the principal ones of the span. By default all dimensions: the number of
+            values minus one.
     """
 
     rank: int | Sequence[int] | None = None

@@ -1,4 +1,4 @@
-"""The interchange of the whole state: what no subspace of a site can hold more of."""
+"""The interchange of the whole state, which exchanges everything that any subspace of the site can hold."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from subspace_lab.das.methods.method import Learner, Method, Problem
 
 @dataclass(frozen=True)
 class FullVector(Method):
-    """Exchange all of the state: h becomes h_source. Possible where no two variables share a site.
+    """Exchange the whole state: h becomes h_source. Not possible if variables share a site.
 
-    A variable can be exchanged here and still share the site with others: a full swap exchanges all of them. So it
-    can score lower than a subspace. Also called activation patching.
+    The state may hold other variables too, and the full vector exchanges all of them, so its score can be lower than
+    that of a subspace. Also called activation patching.
     """
 
     control: ClassVar[bool] = True
@@ -32,7 +32,7 @@ class FullVector(Method):
 
 
 def expect_apart(method: Method, sites: Mapping[str, Site]) -> None:
-    """ValueError where variables share a site, of which each would exchange all."""
+    """ValueError if variables share a site, because each of them would exchange all of it."""
     if len(set(sites.values())) < len(sites):
         raise ValueError(
             f"{type(method).__name__} for {list(sites)} at {sorted(set(sites.values()))}: variables that share a site "
@@ -41,6 +41,6 @@ def expect_apart(method: Method, sites: Mapping[str, Site]) -> None:
 
 
 def whole_states(problem: Problem) -> dict[str, tuple[Site, Subspace]]:
-    """{variable: (its site, all dimensions there)}."""
+    """{variable: (its site, the subspace of all dimensions)}."""
     whole = {name: Axes(problem.width(name)).to(problem.device) for name in problem.sites}
     return {name: (problem.sites[name], axes) for name, axes in whole.items()}

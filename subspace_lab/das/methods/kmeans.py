@@ -1,4 +1,4 @@
-"""k-means: the directions between clusters that the states fall into by themselves."""
+"""k-means: the directions between clusters of the states, found without looking at the variable."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ STARTS, ROUNDS = 8, 100
 
 @dataclass(frozen=True)
 class KMeans(Method):
-    """The span of the differences between the centres of clusters of the sources' states in the training pairs.
+    """The span of the differences between cluster centres of the training pairs' source states.
 
-    It does not look at the variable; with two clusters it is one direction (Arora et al. 2024, arXiv 2402.12560).
-    Centres are found by Lloyd's algorithm, the best of eight starts (k-means++, Arthur & Vassilvitskii 2007) that are
-    the same in every run.
+    The variable's values are not used. With two clusters it is one direction (Arora et al. 2024, arXiv 2402.12560).
+    The centres are found by Lloyd's algorithm, the best of eight starts (k-means++, Arthur & Vassilvitskii 2007). The
+    starts are the same in every run.
 
     Attributes:
-        clusters: how many; a list runs once for each.
+        clusters: how many clusters; a list runs once for each entry.
     """
 
     clusters: int | Sequence[int] = 2
@@ -54,14 +54,14 @@ class KMeans(Method):
 
 
 def centres_of(states: Tensor, clusters: int, seed: int = 0) -> Tensor:
-    """(clusters, width) centres with the least sum of squared distances to their states, of several starts.
+    """(clusters, width) centres, from the start with the least sum of squared distances between states and centres.
 
     Raises:
         ValueError: fewer different states than clusters.
     """
     states = states.double()
     if len(states.unique(dim=0)) < clusters:
-        raise ValueError(f"{clusters} clusters of {len(states)} states, of which fewer than that differ.")
+        raise ValueError(f"{clusters} clusters of {len(states)} states: fewer than that are different.")
     generator = torch.Generator().manual_seed(seed)
     best, least = states[:clusters], torch.inf
     for _ in range(STARTS):
@@ -69,7 +69,7 @@ def centres_of(states: Tensor, clusters: int, seed: int = 0) -> Tensor:
         for _ in range(ROUNDS):
             distance = torch.cdist(states, centres)
             nearest = distance.argmin(1)
-            # A centre that no state is nearest to stays where it is.
+            # A centre stays where it is if no state is nearest to it.
             moved = torch.stack(
                 [
                     states[nearest == k].mean(0) if bool((nearest == k).any()) else centres[k]
@@ -86,7 +86,7 @@ def centres_of(states: Tensor, clusters: int, seed: int = 0) -> Tensor:
 
 
 def _spread(states: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """States far from each other: each is drawn with the square of its distance to those before."""
+    """States that are far from each other: each is drawn with probability ∝ its squared distance to those before."""
     chosen = [int(torch.randint(len(states), (1,), generator=generator))]
     for _ in range(clusters - 1):
         square = torch.cdist(states, states[chosen]).amin(1).square().cpu()

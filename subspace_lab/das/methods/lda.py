@@ -1,4 +1,4 @@
-"""Linear discriminant analysis: the directions that tell a variable's values apart best, given how states vary."""
+"""Linear discriminant analysis: the directions that best separate a variable's values, given how states vary."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from subspace_lab.das.methods.method import (
 class LDA(Method):
     """The span of Σ⁻¹(μ_c − μ), with μ_c the mean state of value c and Σ the covariance within the values.
 
-    Nothing is trained. Where Σ is a multiple of the identity it is the difference of means (Fisher 1936; as a method
-    of search Arora et al. 2024, arXiv 2402.12560).
+    Nothing is trained. If Σ is a multiple of the identity, it is the difference of means. (Fisher 1936; used as a
+    search method by Arora et al. 2024, arXiv 2402.12560.)
 
     Attributes:
-        rank: at most so many dimensions, the principal ones of the span; by default all of them, one fewer than the
-            variable has values.
-        shrinkage: Σ becomes (1 − s) Σ + s tr(Σ)/d · I, so that it can be inverted where there are fewer examples than
-            dimensions.
+        rank: at most this many dimensions, the principal ones of the span. By default all dimensions: the number of
+            values minus one.
+        shrinkage: s in (1 − s) Σ + s tr(Σ)/d · I, which replaces Σ, so that it can be inverted even with fewer examples
+            than dimensions.
     """
 
     rank: int | Sequence[int] | None = None

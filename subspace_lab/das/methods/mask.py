@@ -1,4 +1,4 @@
-"""A binary mask over axes that are given: neurons, principal components, or features.
+"""A binary mask over given axes: neurons, principal components, or features.
 
 Sources: De Cao et al. 2020 (arXiv 2004.14992) and Davies et al. 2023 (arXiv 2307.03637) for masks trained by gradient
 descent; Mueller et al. 2025, "MIB" (arXiv 2504.13151) for the settings.
@@ -24,21 +24,22 @@ AXES = ("neurons", "pca", "features")
 
 @dataclass(frozen=True)
 class Mask(Method):
-    """Which of some fixed axes hold the variable: h + Dᵀ(m ⊙ (D h_source − D h)) with m = σ(a/T), a learned.
+    """Learn which axes of a fixed basis hold the variable: h + Dᵀ(m ⊙ (D h_source − D h)), m = σ(a/T), a is trained.
 
-    T falls during the training, and at the end m is hard: an axis is in where a > 0. What is scored and given back is
-    the subspace of those axes (of the best one, if none is in). Of several variables at one site an axis belongs to
-    one or to none: m is then the softmax of their a and of 0. Nothing is drawn at random.
+    T falls during the training. At the end m becomes hard: an axis is chosen if a > 0. The result, which is scored
+    and returned, is the subspace of the chosen axes (of the best one, if none is chosen). If several variables share
+    a site, an axis belongs to at most one of them: m is then the softmax over their values of a and 0. Nothing is
+    random.
 
     Attributes:
         axes: "neurons", the axes of the stream; "pca", the principal components of the sources' states in the
-            training pairs; "features", those that are given. A list runs once for each.
-        features: (features, width) orthonormal directions, or the `Dictionary` of a sparse autoencoder. Features of a
-            dictionary are encoded, exchanged and decoded; what they leave unexplained stays the base's. It is no
-            subspace then, so it has no overlaps with others.
-        penalty: what the sum of m is multiplied with before it is added to the loss, so that fewer axes are preferred.
+            training pairs; "features", the given features. A list runs once for each entry.
+        features: (features, width) orthonormal directions, or the `Dictionary` of a sparse autoencoder. The features of
+            a dictionary are encoded, exchanged and decoded; the part of the state that they do not explain stays the
+            base's. The result is then not a subspace, so it has no overlap with others.
+        penalty: weight of the sum of m in the loss, so that fewer axes are preferred.
         first_temperature, last_temperature: T at the start and at the end.
-        learning_rate: of a, the sweep's by default.
+        learning_rate: learning rate of a, by default that of the sweep.
     """
 
     axes: str | Sequence[str] = "neurons"
@@ -62,7 +63,7 @@ class Mask(Method):
         check_temperatures(self, (self.first_temperature, self.last_temperature))
 
     def seeds(self, asked: Sequence[int]) -> list[int]:
-        return list(asked)  # they draw the order of the pairs
+        return list(asked)  # a seed sets the order of the pairs
 
     def check(self, sites: Mapping[str, Site], widths: Mapping[Site, int]) -> None:
         check_rank_fits(self, 1, sites, widths)
@@ -82,7 +83,7 @@ class Mask(Method):
             n, count = len(self.features), sum(own == site for own in sites.values())
             if n < count:
                 raise ValueError(
-                    f"{self.label} at {site}: {n} feature(s) for {count} variables, one each is needed."
+                    f"{self.label} at {site}: {n} feature(s) for {count} variables; each needs at least one."
                 )
             if n > widths[site]:
                 raise ValueError(
@@ -93,8 +94,8 @@ class Mask(Method):
                 check_orthonormal(self.features, (n, widths[site]))
             except ValueError as error:
                 raise ValueError(
-                    f"{self.label}: the features overlap ({error}); give an orthonormal basis of those that you mean, "
-                    "or the Dictionary of a sparse autoencoder."
+                    f"{self.label}: the features overlap ({error}); give an orthonormal basis of their span, or the "
+                    "Dictionary of a sparse autoencoder."
                 ) from error
 
     def _check_dictionary(

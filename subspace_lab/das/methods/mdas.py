@@ -1,7 +1,7 @@
-"""DAS with isolation losses: the variable is exchanged, and what else the states hold has to stay.
+"""DAS with isolation losses: the variable is exchanged, and everything else in the states must stay.
 
 Source: Huang et al. 2024, "RAVEL: evaluating interpretability methods on disentangling language model
-representations" (arXiv 2402.17700), where it is called multi-task DAS, MDAS.
+representations" (arXiv 2402.17700), which calls it multi-task DAS (MDAS).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from subspace_lab.das.objectives import CAUSE, ISOLATE
 class MDAS(DAS):
     """DAS that minimises cause · L(pairs that change) + isolate · L(pairs that stay), each L a mean over its pairs.
 
-    The kinds of pairs are those of `Counterfactuals.kinds`: "cause" or "changes", where the answer has to become the
-    source's, and "isolate" or "stays", where something else is asked for and the answer has to stay the base's.
-    `isolate=0` is DAS on the pairs that change alone.
+    The kinds of pairs are those of `Counterfactuals.kinds`. In pairs of the kinds "cause" and "changes" the answer must
+    become the source's. In pairs of the kinds "isolate" and "stays" the prompt asks for something else, and the answer
+    must stay the base's. `isolate=0` is DAS on only the pairs that change.
 
     Attributes:
-        cause, isolate: weights of the two losses, which are divided by their sum.
-        others: as of `DAS`.
+        cause, isolate: weights of the two losses; they are divided by their sum.
+        others: as in `DAS`.
     """
 
     cause: float | Sequence[float] = 1.0
@@ -43,8 +43,8 @@ class MDAS(DAS):
         for kinds, weight in parts.items():
             if weight and problem.kinds and not set(kinds) & set(problem.kinds):
                 raise ValueError(
-                    f"{self.label} needs training pairs of the kind {' or '.join(map(repr, kinds))}; those here are of "
-                    f"the kinds {sorted(problem.kinds)}."
+                    f"{self.label} needs training pairs of the kind {' or '.join(map(repr, kinds))}; the kinds here "
+                    f"are {sorted(problem.kinds)}."
                 )
         learner = super().learner(problem)
         learner.weights = {kind: weight for kinds, weight in parts.items() for kind in kinds}

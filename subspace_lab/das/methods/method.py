@@ -1,8 +1,8 @@
-"""What a method is: a frozen value that builds a learner, which ends as an alignment.
+"""What a method is: a frozen value that builds a learner, whose result is an alignment.
 
     method.learner(problem) → learner → trained, if it has parameters → learner.alignment()
 
-A method with nothing to train (the principal components, a random subspace) builds a learner without parameters.
+A method without training (principal components, a random subspace) builds a learner without parameters.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from subspace_lab.das.paths import Path
 
 @dataclass(frozen=True)
 class Problem:
-    """One search: which variables are looked for, and where.
+    """One search: the variables, and their sites.
 
     Attributes:
         sites: {variable: its site}.
         widths: {site: width of its states}.
-        seed: of everything that the method draws at random. It belongs to this method, site and sweep seed alone.
-        device: of the model.
+        seed: the seed of everything random in the method; different for each method, site and seed of the sweep.
+        device: the model's device.
         states: variable → (examples, width) states of its sources in the training pairs, at its site.
         values: variable → (examples,) the variable's value in these sources, as a number.
-        kinds: of the training pairs, each once; empty where they are drawn afresh at each step.
+        kinds: the kinds of the training pairs, each once; empty if pairs are drawn at each step.
     """
 
     sites: Mapping[str, Site]
@@ -57,15 +57,15 @@ class Problem:
 class Learner:
     """Subspaces of variables while they are being fitted.
 
-    A method whose edits are more than an interchange of subspaces derives from this class.
+    Derive from this class if a method's edits are not simply interchanges of subspaces.
 
     Args:
         subspaces: {variable: (site, subspace)}; several variables at one site are parts of one basis.
-        start: what tells this random start from others; None where nothing was drawn.
+        start: identifies this random start; None if nothing was drawn at random.
 
     Attributes:
-        weights: {kind of pair: what its mean loss counts}, as `Counterfactuals.kinds` names them; kinds without a
-            weight are not trained on. None counts all pairs alike.
+        weights: {kind of pair: weight of its mean loss}, with the kinds of `Counterfactuals.kinds`; kinds without a
+            weight are not trained on. None gives all pairs the same weight.
     """
 
     weights: Mapping[str, float] | None = None
@@ -79,7 +79,7 @@ class Learner:
         self._first = {} if start is None else first
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """What is trained; empty where nothing is."""
+        """The parameters to train; empty if there are none."""
         trained = [p for edit in self.edits.values() for p in edit.parameters() if p.requires_grad]
         return [ParameterGroup(trained)] if trained else []
 
@@ -88,19 +88,19 @@ class Learner:
         return None
 
     def advance(self, progress: float) -> None:
-        """Called before each step with the share of the training that is done, for temperatures."""
+        """Called before each step with the fraction of the training that is done, for example to set temperatures."""
 
     def finish(self) -> None:
-        """Called once, after the last step: what is soft becomes hard, so that what is scored is what is found."""
+        """Called once after the last step. Soft choices become hard here, so that the score is that of the result."""
 
     def alignment(self) -> Alignment:
-        """What was found: fixed subspaces on the CPU."""
+        """The result: fixed subspaces on the CPU."""
         return Alignment({name: (site, s.frozen().to("cpu")) for name, (site, s) in self.subspaces.items()})
 
     def start_overlap(self) -> dict[str, float]:
-        """{variable: tr(P P₀) / k}, how near its subspace still is to its random start: 1 if training went nowhere.
+        """{variable: tr(P P₀) / k}, the overlap of its subspace with its random start: 1 if training did not move it.
 
-        A subspace that fills its site's width is always the whole space and tells nothing; it is left out.
+        A subspace as large as its site's width is always the whole space; it is left out.
         """
         overlaps = {}
         for name, first in self._first.items():
@@ -121,11 +121,11 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """How subspaces are found. A frozen dataclass whose fields are the method's settings.
+    """How subspaces are found: a frozen dataclass whose fields are the method's settings.
 
     Class attributes:
-        control: whether it says what chance or the whole state gives, so that it is never "the best" of a sweep.
-        caution: what has to be known to read its scores, shown below every table that has them.
+        control: whether it shows the chance level or the effect of the whole state; a control is never the best fit.
+        caution: a note that is needed to interpret its scores; shown below every table with its scores.
     """
 
     control: ClassVar[bool] = False
@@ -136,7 +136,7 @@ class Method(ABC):
         """The learner of one search."""
 
     def variants(self) -> list[Method]:
-        """This method once for each of its settings that was given as a list, such as `rank=[1, 4]`."""
+        """The method with single settings: once for each value of a setting that is a list, such as `rank=[1, 4]`."""
         found: list[Method] = [self]
         for name in (f.name for f in fields(self)):
             if isinstance(getattr(self, name), list | tuple):
@@ -144,20 +144,20 @@ class Method(ABC):
         return found
 
     def seeds(self, asked: Sequence[int]) -> list[int]:
-        """The seeds that it is run with; one that draws nothing at random runs once."""
+        """The seeds with which the method is run; a method without randomness runs once."""
         return list(asked)
 
     @property
     def path(self) -> Path | None:
-        """The way that the exchange takes to the answer, of a method that trains nothing; None for all ways."""
+        """The path by which the exchange reaches the answer, for methods without training; None means all paths."""
         return None
 
     def check(self, sites: Mapping[str, Site], widths: Mapping[Site, int]) -> None:  # noqa: B027 (most need none)
-        """ValueError where it cannot be fitted at sites of these widths."""
+        """ValueError if the method cannot be fitted at sites of these widths."""
 
     @property
     def label(self) -> str:
-        """Its name and the settings that differ from their defaults, for tables and pictures."""
+        """Its name and the settings that differ from their defaults, for tables and plots."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
         defaults = {f.name: f.default for f in fields(self)}
         rank = given.pop("rank", None)
@@ -173,7 +173,7 @@ class Method(ABC):
 
 
 def interchanges(subspaces: Mapping[str, tuple[Site, Subspace]]) -> dict[Site, nn.Module]:
-    """{site: interchange} of these very subspaces, which an alignment would copy, so that training reaches them."""
+    """{site: interchange} of these subspace objects themselves (an alignment would copy them), so that they train."""
     at: dict[Site, dict[str, Subspace]] = {}
     for name, (site, subspace) in subspaces.items():
         at.setdefault(site, {})[name] = subspace
@@ -181,7 +181,7 @@ def interchanges(subspaces: Mapping[str, tuple[Site, Subspace]]) -> dict[Site, n
 
 
 def check_rank_fits(method: Method, rank: int, sites: Mapping[str, Site], widths: Mapping[Site, int]) -> None:
-    """ValueError unless a subspace of this rank for each variable has room at its site."""
+    """ValueError if a subspace of this rank for each variable does not fit into the width of its site."""
     for site in dict.fromkeys(sites.values()):
         count = sum(own == site for own in sites.values())
         if not 1 <= rank * count <= widths[site]:
@@ -192,8 +192,8 @@ def check_rank_fits(method: Method, rank: int, sites: Mapping[str, Site], widths
 
 
 def check_setting(method: Method, name: str, kind: type = int, *, least: float | None = None) -> None:
-    """Refuse a setting of the wrong type, such as a rank of 2.5 (TypeError), an empty list, or a value that is not
-    above 0, or where `least` is given not at least that (ValueError)."""
+    """Check a setting, or each entry if it is a list. TypeError for the wrong type, such as a rank of 2.5. ValueError
+    for an empty list, and for a value that is not above 0 or, if `least` is given, below `least`."""
     value = getattr(method, name)
     values = list(value) if isinstance(value, list | tuple) else [value]
     if not values:
@@ -212,7 +212,7 @@ def check_setting(method: Method, name: str, kind: type = int, *, least: float |
 def joined_at_sites(
     problem: Problem, basis_of: Callable[[Site, list[str]], Subspace], ranks: Mapping[str, int]
 ) -> dict[str, tuple[Site, Subspace]]:
-    """{variable: (site, subspace)} from one basis a site, split among the variables that share it."""
+    """{variable: (site, subspace)}, from one basis for each site, split among the variables that share it."""
     found: dict[str, tuple[Site, Subspace]] = {}
     for site in dict.fromkeys(problem.sites.values()):
         names = problem.at(site)
@@ -225,11 +225,11 @@ def joined_at_sites(
 def orthonormal_together(
     problem: Problem, directions: Mapping[str, FixedSubspace]
 ) -> dict[str, tuple[Site, Subspace]]:
-    """Subspaces that were fitted one by one, as parts of one orthonormal basis at each site.
+    """Subspaces that were fitted separately, as parts of one orthonormal basis at each site.
 
-    Variables at one site need orthogonal subspaces. The basis is orthonormalised in the order of the variables, so
-    the first keeps its span, and each later one loses what lies in the spans before it (ValueError where nothing of
-    a direction is left).
+    Variables at one site need orthogonal subspaces. The basis is orthonormalised in the order of the variables: the
+    first keeps its span, and each later one loses the part that lies in the spans before it. ValueError if nothing of
+    a direction is left.
     """
 
     def basis_of(site: Site, names: list[str]) -> Subspace:
@@ -246,15 +246,15 @@ def orthonormal_together(
 
 
 def principal_span(directions: Tensor, rank: int | None, most: int) -> FixedSubspace:
-    """The span of some directions, or of its largest principal ones.
+    """The span of some directions, or its largest principal directions.
 
     Args:
         directions: (n, width).
         rank: how many dimensions, at most; None for all.
-        most: dimensions that the span has in theory.
+        most: the dimensions that the span has in theory.
 
     Raises:
-        ValueError: directions that do not span that many dimensions.
+        ValueError: directions that span fewer than `most` dimensions.
     """
     _, sizes, right = torch.linalg.svd(directions.double(), full_matrices=False)
     there = int((sizes > 1e-9 * sizes[0]).sum()) if sizes[0] > 0 else 0

@@ -1,4 +1,4 @@
-"""Path patching: the interchange of the whole state, of which one receiver alone takes the effect to the answer."""
+"""Path patching: the interchange of the whole state, with an effect on the answer through one receiver only."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from subspace_lab.das.paths import Path
 
 @dataclass(frozen=True)
 class PathPatching(Method):
-    """Exchange all of the state at the site, the sender, and take its effect to the answer through one receiver only.
+    """Exchange the whole state at the site (the sender), and let only the effect through one receiver reach the answer.
 
-    Which paths that includes is said in `das/paths.py`: all ways from the sender to the receiver but those through the
-    sites in `hold`, and everything from the receiver on. With the sender as receiver it is `FullVector`, and so it is
-    wherever all ways to the answer pass the receiver, such as a later block's output at all positions. A receiver at
-    a position in front of the sender's, or one that no path reaches, scores what no intervention scores.
+    `das/paths.py` says which paths this includes: all paths from the sender to the receiver that avoid the sites in
+    `hold`, and everything after the receiver. If the receiver is the sender, or if all paths to the answer go through
+    the receiver (such as a later block's output at all positions), the result is that of `FullVector`. A receiver at a
+    position before the sender's, or one that no path reaches, gives the score without intervention.
 
-    It is a method, and the sites of a sweep are the senders: what reaches one receiver from every layer, position or
-    head then has the floors, intervals, files and pictures that everything else has. What is saved as the alignment is
-    the exchange at the sender, without its path.
+    This is a method, and the sites of a sweep are the senders. So the effects of all layers, positions or heads on one
+    receiver have floors, intervals, files and plots like every other method. The saved alignment is the exchange at the
+    sender, without the path.
 
     Source: Goldowsky-Dill et al. 2023 (arXiv 2304.05969).
 
     Attributes:
-        receiver: a site, or the text of one, behind every sender. A list runs once for each.
-        hold: sites that stay as they are in the base between sender and receiver, such as
-            `list_sites(backbone, "head_output", positions="all")`: then the sender's effect arrives straight or through
-            MLPs, not through other heads.
+        receiver: a site, or its text, after every sender. A list runs once for each entry.
+        hold: sites between sender and receiver that keep their states in the base. With
+            `list_sites(backbone, "head_output", positions="all")`, for example, the sender's effect arrives directly or
+            through MLPs, not through other heads.
 
     Raises:
-        TypeError: a receiver that is no site.
-        ValueError: no receiver; text that is not a site's. From a sweep: a receiver that no path from a sender reaches.
+        TypeError: a receiver that is not a site.
+        ValueError: no receiver; text that is not a site. In a sweep: a receiver that no path from a sender reaches.
     """
 
     control: ClassVar[bool] = True
@@ -53,7 +53,7 @@ class PathPatching(Method):
 
     @property
     def path(self) -> Path:
-        assert isinstance(self.receiver, Site), "a list is run by its variants"
+        assert isinstance(self.receiver, Site), "a list is run as its variants"
         return Path(self.receiver, _sites("hold", self.hold))
 
     def variants(self) -> list[Method]:

@@ -1,4 +1,4 @@
-"""Principal components of the states: the directions in which they vary most, whatever the variable."""
+"""Principal components: the directions in which the states vary most, independent of the variable."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from subspace_lab.das.methods.method import (
 class PCA(Method):
     """The largest principal components of the sources' states in the training pairs (centred, not standardised).
 
-    It does not look at the variable: a search that is no better has found where the states vary, nothing more. Of
-    several variables at one site the first gets the largest components.
+    The variable's values are not used: a search that is no better than PCA has only found where the states vary. If
+    several variables share a site, the first gets the largest components.
 
     Attributes:
-        rank: dimensions of each variable's subspace; a list runs once for each.
+        rank: dimensions of each variable's subspace; a list runs once for each entry.
     """
 
     rank: int | Sequence[int] = 1

@@ -23,15 +23,15 @@ from subspace_lab.das.methods.method import (
 class Probe(Method):
     """The span of the weights of a multinomial logistic regression from the states to the variable's value.
 
-    It is fitted to the optimum by L-BFGS from zero weights, so nothing is random. That a variable can be read along
-    a direction does not mean that the model reads it there: a probe can be right about every state and its exchange
-    change nothing (Arora et al. 2024, arXiv 2402.12560).
+    It is fitted to the optimum by L-BFGS from zero weights, so nothing is random. If a variable can be read along a
+    direction, this does not mean that the model itself reads it there: a probe can be right about every state while an
+    exchange of its subspace changes nothing (Arora et al. 2024, arXiv 2402.12560).
 
     Attributes:
-        rank: at most so many dimensions, the principal ones of the span; by default all of them, one fewer than the
-            variable has values.
-        decay: λ in the mean cross-entropy + λ/2 ‖W‖², with the states centred and divided by one number, their root
-            mean square.
+        rank: at most this many dimensions, the principal ones of the span. By default all dimensions: the number of
+            values minus one.
+        decay: λ in the mean cross-entropy + λ/2 ‖W‖². Before, the states are centred and divided by one number, their
+            root mean square.
     """
 
     rank: int | Sequence[int] | None = None
@@ -56,7 +56,7 @@ class Probe(Method):
 
 
 def logistic_regression(states: Tensor, values: Tensor, decay: float) -> Tensor:
-    """(values, width) weights at the optimum, in float64 (ValueError with fewer than two values)."""
+    """(values, width) weights at the optimum, in float64. ValueError for fewer than two values."""
     classes, number = values.unique(return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"The variable has {len(classes)} value here; a probe needs two or more.")

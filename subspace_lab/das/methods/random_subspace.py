@@ -1,4 +1,4 @@
-"""Random subspaces: what an interchange of the same rank gives by chance."""
+"""Random subspaces: the chance level of an interchange of the same rank."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class RandomSubspace(Method):
     """Subspaces drawn uniformly (from the Haar measure), independent of model and data.
 
     Attributes:
-        rank: dimensions of each variable's subspace; a list runs once for each.
-        draws: how many are drawn at each site. Each draw is a fit of its own, whose seed is the draw's number.
+        rank: dimensions of each variable's subspace; a list runs once for each entry. draws: how many subspaces are
+        drawn at each site. Each draw is a separate fit, and its seed is the draw's number.
     """
 
     rank: int | Sequence[int] = 1

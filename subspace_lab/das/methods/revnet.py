@@ -1,4 +1,4 @@
-"""A nonlinear alignment map, as a warning and a control: it finds variables where there are none."""
+"""A nonlinear alignment map. It is a control that serves as a warning: it finds variables even where none exist."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from subspace_lab.das.methods.method import (
 class RevNet(Method):
     """The exchange of the first k coordinates of a trained invertible map: φ⁻¹(φ(h_source)₁…ₖ, φ(h)ₖ₊₁…).
 
-    Warning: with maps that are not restricted such a search reaches about 100 % IIA on randomly initialised language
-    models, and over 80 % on random multilayer perceptrons, which implement no algorithm (Sutter et al. 2025, arXiv
-    2507.08802). A high score of this method is no evidence that the model represents the variable. It serves to show
-    what a linear map does not find, beside the same search of a randomly initialised twin.
+    Warning: a search with unrestricted maps reaches about 100 % IIA on randomly initialised language models, and over
+    80 % on random multilayer perceptrons, although these implement no algorithm (Sutter et al. 2025, arXiv 2507.08802).
+    A high score of this method is not evidence that the model represents the variable. Use it together with the same
+    search in a randomly initialised twin, to see what a linear map does not find.
 
-    What it finds is no subspace: it can be exchanged, read, saved and loaded, but has no basis, no angles and no
+    The result is not a subspace: it can be exchanged, read, saved and loaded, but it has no basis, no angles and no
     overlap with others. Variables that share a site cannot have a map each.
 
     Attributes:
-        rank: k; a list runs once for each.
-        blocks: reversible blocks of the map.
-        hidden: units of each of their layers, by default the width of the states.
-        learning_rate: of the map; a basis learns well at higher rates than its layers do.
+        rank: k; a list runs once for each entry.
+        blocks: number of reversible blocks of the map.
+        hidden: number of units in each layer of a block, by default the width of the states.
+        learning_rate: learning rate of the map. (A linear basis learns well at higher rates than these layers.)
     """
 
     rank: int | Sequence[int] = 1
@@ -42,8 +42,8 @@ class RevNet(Method):
     hidden: int | None = None
     learning_rate: float | Sequence[float] = 3e-3
     caution: ClassVar[str] = (
-        "RevNet is a nonlinear map, with which a search reaches about 100 % on randomly initialised models too (Sutter "
-        "et al. 2025): its score is no evidence unless a randomly initialised twin scores far lower."
+        "RevNet is a nonlinear map. With it a search reaches about 100 % on randomly initialised models too (Sutter et "
+        "al. 2025), so its score is not evidence unless a randomly initialised twin scores far lower."
     )
 
     def __post_init__(self) -> None:
@@ -63,7 +63,9 @@ class RevNet(Method):
         check_rank_fits(self, self.rank, sites, widths)
         for site, width in widths.items():
             if site in sites.values() and width < 2:
-                raise ValueError(f"{self.label} at {site}: states of width {width} have no two halves.")
+                raise ValueError(
+                    f"{self.label} at {site}: states of width {width} cannot be split into two halves."
+                )
 
     def learner(self, problem: Problem) -> Learner:
         assert isinstance(self.rank, int) and isinstance(self.blocks, int)
@@ -72,7 +74,7 @@ class RevNet(Method):
             states = problem.states(name)
             size = float((states - states.mean(0)).float().square().mean().sqrt())
             if not 0 < size < float("inf"):
-                raise ValueError(f"The states at {site} have the size {size}: a map needs states that differ.")
+                raise ValueError(f"The states at {site} have the scale {size}: a map needs states that differ.")
             made = InvertibleMap(
                 problem.width(name),
                 self.rank,
