@@ -64,7 +64,7 @@ def test_an_adapter_that_adds_is_written_as_it_generates(tmp_path):
     again = load_control_vector(tmp_path / "lobi.gguf")
     assert torch.equal(generate(model.backbone, given, again, every_token=True, **options), expected)
     prompts = get_reft_model(model.unload(), ReftConfig(**config))
-    with pytest.raises(ValueError, match="edit the prompt alone"):
+    with pytest.raises(ValueError, match="edit only the prompt"):
         save_control_vector(tmp_path / "prompts.gguf", prompts)
 
 
@@ -73,16 +73,24 @@ def test_an_adapter_that_adds_is_written_as_it_generates(tmp_path):
     [
         (Site("block_output", 0), iv.steer(random_subspace(WIDTH, 1, 1), 1.0), "no vector for block 0"),
         (Site("block_output", -3), iv.steer(random_subspace(WIDTH, 1, 1), 1.0), "no vector for block 0"),
-        (Site("mlp_output", 1), iv.steer(random_subspace(WIDTH, 1, 1), 1.0), "and to nothing else"),
-        (Site("block_output", 1, "last"), iv.steer(random_subspace(WIDTH, 1, 1), 1.0), "and to nothing else"),
-        (Site("block_output", 1), iv.zero_ablation(random_subspace(WIDTH, 1, 1)), "more than one vector"),
-        (Site("block_output", 1), iv.red(WIDTH), "more than one vector"),
+        (
+            Site("mlp_output", 1),
+            iv.steer(random_subspace(WIDTH, 1, 1), 1.0),
+            "can only be added to the block_output",
+        ),
+        (
+            Site("block_output", 1, "last"),
+            iv.steer(random_subspace(WIDTH, 1, 1), 1.0),
+            "can only be added to the block_output",
+        ),
+        (Site("block_output", 1), iv.zero_ablation(random_subspace(WIDTH, 1, 1)), "more than add one vector"),
+        (Site("block_output", 1), iv.red(WIDTH), "more than add one vector"),
         (
             Site("block_output", 1),
             iv.steer(random_subspace(WIDTH, 1, 1), torch.ones(3, 1)),
-            "more than one vector",
+            "more than add one vector",
         ),
-        (Site("block_output", 1), iv.loreft(WIDTH, 2, seed=1, start="paper"), "more than one vector"),
+        (Site("block_output", 1), iv.loreft(WIDTH, 2, seed=1, start="paper"), "more than add one vector"),
         (Site("block_output", 1), iv.lobireft(WIDTH, 2, seed=1, dropout=0.5), "dropout=0.5"),
     ],
     ids=str,

@@ -1,10 +1,10 @@
-"""Steering as llama.cpp reads it: a GGUF file with one vector a layer, which is added to what the layer gives.
+"""Steering in llama.cpp's format: a GGUF file with one vector for each layer, which is added to the layer's output.
 
     general.architecture      "controlvector"
-    controlvector.model_hint  the type of the model, as its configuration calls it
+    controlvector.model_hint  the `model_type` in the model's configuration
     direction.3               (width,) float32, added to block_output[3] of every token
 
-Block 0 has no vector in that format. Other edits than additions have no form in it.
+The format has no vector for block 0, and no edits except additions.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def save_control_vector(
 ) -> None:
     """Write edits that add one vector to the block output of every token as a GGUF control vector.
 
-    These are `steer`, and adapters of LobiReFT at block_output with positions="all" and `every_token=True`.
+    Such edits are `steer`, and LobiReFT adapters at block_output with positions="all" and `every_token=True`.
 
     Args:
         edits: {site: intervention}, or a model with its active adapters.
-        backbone: of the model that the edits are for; a `ReftModel` has one.
+        backbone: the backbone of the edited model; not needed for a `ReftModel`.
 
     Raises:
-        TypeError: edits that are neither; a model in the place of a backbone.
-        ValueError: an edit that is no such addition, or at block 0; no edit at all.
+        TypeError: edits of another type; a model instead of a backbone.
+        ValueError: an edit that is not such an addition, or is at block 0; no edits.
         ImportError: the package gguf is missing.
     """
     gguf = _gguf()
     if isinstance(edits, ReftModel):
         if not edits.edits_every_token():
             raise ValueError(
-                "A control vector acts at every token, and the active adapters edit the prompt alone: train with "
+                "A control vector acts at every token, but the active adapters edit only the prompt: train with "
                 "ReftConfig(positions='all', every_token=True)."
             )
         backbone, edits = edits.backbone, edits.edits()
@@ -59,7 +59,9 @@ def save_control_vector(
     by_site(edits, "edits", Intervention, Site)
     vectors = {_layer(backbone, site): _vector(site, edit) for site, edit in edits.items()}
     if len(vectors) < len(edits) or not vectors:
-        raise ValueError(f"{len(edits)} edits of {len(vectors)} layers; a control vector needs one edit a layer.")
+        raise ValueError(
+            f"{len(edits)} edits of {len(vectors)} layers; a control vector needs one edit for each layer."
+        )
     with whole_file(path) as provisional:
         writer = gguf.GGUFWriter(provisional, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", str(getattr(backbone.model.config, "model_type", "")))
@@ -73,11 +75,11 @@ def save_control_vector(
 
 
 def load_control_vector(path: str | Path) -> dict[Site, Intervention]:
-    """The edits of a GGUF control vector, whoever wrote it: {block_output of a layer: h + its vector}.
+    """The edits of a GGUF control vector, also of one from another tool: {block_output of a layer: h + its vector}.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is none, or holds something else.
+        ValueError: a file that is not GGUF, or not a control vector.
         ImportError: the package gguf is missing.
     """
     gguf = _gguf()
@@ -88,13 +90,13 @@ def load_control_vector(path: str | Path) -> dict[Site, Intervention]:
         field = reader.get_field("general.architecture")
         kind = None if field is None else field.contents()
         found = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
-    except Exception as error:  # the reader has no kinds of errors of its own
+    except Exception as error:  # the reader has no exception types of its own
         raise ValueError(f"{path} is no whole GGUF file: {error}") from error
     layers = {name: DIRECTION.fullmatch(name) for name in found}
     fits = all(layers.values()) and all(t.ndim == 1 and t.dtype == torch.float32 for t in found.values())
     if kind != ARCHITECTURE or not found or not fits:
         raise ValueError(
-            f"{path} is of the kind {kind!r} with the tensors {sorted(found)[:4]}: no control vector."
+            f"{path} is of the kind {kind!r} with the tensors {sorted(found)[:4]}: this is not a control vector."
         )
     return {
         Site("block_output", int(layers[name][1])): Intervention(  # type: ignore[index]
@@ -105,11 +107,9 @@ def load_control_vector(path: str | Path) -> dict[Site, Intervention]:
 
 
 def _layer(backbone: Backbone, site: Site) -> int:
-    """The layer of a site whose stream a control vector can be added to."""
+    """The layer of a site. ValueError if a control vector cannot be added there."""
     if site.component != "block_output" or site.positions != "all" or site.layer is None:
-        raise ValueError(
-            f"{site}: a control vector is added to the block_output of all tokens, and to nothing else."
-        )
+        raise ValueError(f"{site}: a control vector can only be added to the block_output of all tokens.")
     backbone.hook_point(site)
     layer = site.layer % backbone.depth
     if layer == 0:
@@ -118,12 +118,12 @@ def _layer(backbone: Backbone, site: Site) -> int:
 
 
 def _vector(site: Site, edit: Intervention) -> Tensor:
-    """What an edit adds to every state."""
+    """The vector that an edit adds to every state."""
     found = edit.value.affine(edit.subspace, edit.write) if edit.is_affine else None
     if found is None or bool(found[0].any()):
         raise ValueError(
-            f"{site}: the edit is more than one vector that is added to every state, as `steer` and LobiReFT add it. "
-            "Merge it into weights where that is possible, or serve it with `generate`."
+            f"{site}: the edit does more than add one vector to every state, as `steer` and LobiReFT do. "
+            "Merge it into weights if possible, or use it with `generate`."
         )
     if edit.dropout.p and edit.training:
         raise ValueError(
