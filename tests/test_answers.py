@@ -393,7 +393,7 @@ def test_a_search_counts_them_and_says_so() -> None:
     assert kept.train is given.train and len(kept.test) == 30 == len(kept.dev)
     assert kept.answered["test"] == {"base": 40, "pair": 30, "of": 60}
     assert kept.dropped["test pairs whose base or source the model answers wrong"] == 30
-    with pytest.raises(ValueError, match=r"answers 0\.67 .* of 60 bases .* less than 0\.9"):
+    with pytest.raises(ValueError, match=r"answers 0\.67 .* of 60 bases .* less than the 0\.9"):
         only_answered(tiny(), given, min_accuracy=0.9)
     fixed = Pairs(data, data, data)
     options: dict[str, Any] = {"methods": [FullVector()], "config": QUICK, "quiet": True}

@@ -110,7 +110,7 @@ def test_where_everything_fails_nothing_is_lost_silently() -> None:
         ),
         ({"sites": [{"v": SITES[0], "u": SITES[1]}]}, r"sites for \['v', 'u'\].*variables \['v'\]"),
         ({"sites": [{}]}, r"sites for \[\]"),
-        ({"min_accuracy": 0.9}, "of 60 bases as the causal model does, less than 0.9.*min_accuracy=None"),
+        ({"min_accuracy": 0.9}, "of 60 bases as the causal model does, less than the 0.9.*min_accuracy=None"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_the_work(

@@ -28,7 +28,8 @@ from subspace_lab.analysis._subspace_parts import (
 from subspace_lab.analysis.variation import EXAMPLES, READ, VARIES, Variation, variations
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.subspaces import Axes
-from subspace_lab.das.estimates import Clusters, Estimate, estimate
+from subspace_lab.das.equal_pairs import clusters_of
+from subspace_lab.das.estimates import Estimate, estimate
 from subspace_lab.das.fits import Fit
 from subspace_lab.das.pairs import Pairs
 from subspace_lab.das.prepared_pairs import PreparedPairs
@@ -177,7 +178,7 @@ def illusion(
     prepared = PreparedPairs.of(backbone, pairs.test, [assignment])
     whole = [] if len(set(assignment.values())) < len(assignment) else [_whole(known)]
     found, *each = scores_of(prepared, assignment, [bases, *tried.values(), *whole])
-    clusters = Clusters.of(pairs.test.labels)
+    clusters = clusters_of(pairs.test)
     by_part = dict(zip(tried, each, strict=False))
     lost = {name: estimate(found - by_part[name], clusters) for name in ("varies", "both")}
     full = estimate(each[-1], clusters) if whole else None

@@ -28,7 +28,8 @@ from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.interventions import interchange, steer
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import FixedSubspace, Subspace, random_subspace
-from subspace_lab.das.estimates import Clusters, Estimate, estimate
+from subspace_lab.das.equal_pairs import clusters_of
+from subspace_lab.das.estimates import Estimate, estimate
 from subspace_lab.das.objectives import Outcome, iia
 from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.das.prepared_pairs import PreparedPairs
@@ -129,7 +130,7 @@ def mediation(
     size = effect.square().sum(-1)
     if not float(size.sum()) > 0:
         raise ValueError(f"The exchange at {start} moves no answer's logit: there is no effect that could pass.")
-    clusters = Clusters.of(data.labels)
+    clusters = clusters_of(data)
 
     def lost(outcome: Outcome) -> Tensor:
         return (size - (_effect(outcome) * effect).sum(-1)) / size.mean()

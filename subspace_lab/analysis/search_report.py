@@ -96,7 +96,7 @@ def _whole(twins: Sequence[Fits], fits: Fits) -> Fits | None:
 
 
 def _remarks(fits: Fits, twins: Sequence[Fits], comparison: Comparison) -> list[str]:
-    best, n = fits.best(), len(comparison.labels)
+    n = len(comparison.labels)
     remarks = []
     for number, twin in enumerate(twins):
         if "interrupted" in twin.facts:
@@ -109,10 +109,6 @@ def _remarks(fits: Fits, twins: Sequence[Fits], comparison: Comparison) -> list[
             )
     if len(twins) > 1:
         remarks.append(f"Of the twins: the mean of {len(twins)}, and in brackets the lowest and the highest.")
-    if best.iia.low <= fits.floors["test"].highest:
-        remarks.append(
-            "The site that dev chose is not above the floors: nothing was found, the pictures show noise."
-        )
     if n > 1:
         remarks.append(f"Overlap of the trained subspaces: {comparison.sentence}")
     return [*remarks, f"Engine: {fits.facts.get('engine')}."]

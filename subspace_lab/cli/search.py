@@ -200,7 +200,10 @@ def search(
             made = asked.pairs(tokenizer)
         finished = resume and is_finished(folder, number)
         searched = Searched()
-        with threads(network), refusing({"min_accuracy=None": "--allow-failing-model"}):
+        with (
+            threads(network),
+            refusing({"min_accuracy=None": "--allow-failing-model", "right_only=False": "--count-all"}),
+        ):
             bar = None if allow_failing_model else MIN_ACCURACY
             if not count_all and not allow_failing_model:
                 made = only_answered(backbone, made, min_accuracy=bar)

@@ -10,7 +10,7 @@ import torch
 from subspace_lab.core.sites import Site
 from subspace_lab.das._places import name_of
 from subspace_lab.das.methods.method import Method
-from subspace_lab.das.objectives import Metric
+from subspace_lab.das.objectives import Metric, Towards
 from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
@@ -112,3 +112,31 @@ def check_types(
         raise TypeError(
             f"loss must be a function and metrics a list of functions, found {loss!r} and {metrics!r}."
         )
+    if classes := [one for one in (loss, *metrics) if isinstance(one, type)]:
+        raise TypeError(
+            f"{classes[0].__name__} is a class where a function is needed; write {classes[0].__name__}()."
+        )
+    _check_loss(loss, config.batch_size, len(pairs.test.answers))
+
+
+def _check_loss(loss: Any, n: int, answers: int) -> None:
+    """TypeError for a loss that is no function of logits and answers; it is tried on n made-up pairs."""
+    needed = (
+        "needed is a function of (pairs, answers) logits and (pairs,) expected answers, as numbers, that gives a "
+        "differentiable value for each pair"
+    )
+    logits = torch.zeros(n, answers, requires_grad=True)
+    towards_source = isinstance(loss, Towards) and loss.target == "source"
+    expected = torch.zeros(n, answers) if towards_source else torch.zeros(n, dtype=torch.long)
+    with torch.enable_grad():
+        try:
+            found = loss(logits, expected)
+        except (TypeError, ValueError, LookupError, RuntimeError, AttributeError) as error:
+            raise TypeError(
+                f"The loss {name_of(loss)!r} fails on {n} made-up pairs ({error}); {needed}."
+            ) from error
+    if not isinstance(found, torch.Tensor) or found.shape != (n,):
+        given = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise TypeError(f"The loss {name_of(loss)!r} gives {given} for {n} pairs; {needed}.")
+    if not found.requires_grad:
+        raise TypeError(f"The loss {name_of(loss)!r} gives numbers without a gradient; {needed}.")

@@ -115,14 +115,21 @@ def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
             f"*: chosen on dev, {chosen.method.label} at {chosen.place}. On test: {chosen.score(metric)}."
         )
     if floors is not None:
-        lines.append(
-            f"Floors on these pairs: no intervention {floors.no_intervention.value:.2f}, best constant answer "
-            f"{floors.constant.value:.2f}. Without any intervention the model answers {floors.accuracy} of the "
-            "bases right."
-        )
+        right = f"Without any intervention the model answers {floors.accuracy} of the bases right."
+        if metric == "iia":
+            lines.append(
+                f"Floors on these pairs: no intervention {floors.no_intervention.value:.2f}, best constant answer "
+                f"{floors.constant.value:.2f}. {right}"
+            )
+        else:
+            without = fits.facts.get("without_edit", {}).get(metric)
+            lines.append(right if without is None else f"{right} Without it {metric} is {without:.2f}.")
+        lines += _doubts(fits, chosen, floors.highest, metric)
         lines += _suspicion(fits, chosen, floors.highest, metric)
     lines += _by_kind(fits, chosen, metric)
     lines += dict.fromkeys(fit.method.caution for fit in fits if fit.method.caution)
+    if others := [name for name in fits.facts.get("metrics", ()) if name != metric]:
+        lines.append(f"Scored too: {', '.join(others)}. See `mean(metric=…)` and `records()`.")
     lines += _left_out(fits.facts)
     if fits.screened:
         places = {one.place for one in fits.screened}
@@ -145,6 +152,19 @@ def _left_out(facts: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Only pairs whose base and sources the model answers right are used: {test['pair']} of {test['of']} test "
             f"pairs. It answers {test['base']} of their bases right."
+        )
+    return lines
+
+
+def _doubts(fits: Fits, chosen: Fit | None, floor: float, metric: str) -> list[str]:
+    """Why the score that dev chose may say nothing."""
+    lines = []
+    if chosen is not None and metric == "iia" and chosen.iia.low <= floor:
+        lines.append("The site that dev chose is not above the floors: nothing was found.")
+    if seen := fits.facts.get("test pairs in training"):
+        lines.append(
+            f"Caution: {seen} of the test pairs are training pairs too. Their scores say what was memorised; search "
+            "with splits that share no pair, as Pairs.split makes them."
         )
     return lines
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.sites import Site
-from subspace_lab.das.estimates import Clusters, Estimate, estimate
+from subspace_lab.das.equal_pairs import clusters_of, interval_labels
+from subspace_lab.das.estimates import Estimate, estimate
 from subspace_lab.das.fits import Failure, Fit, Fits, Floors, place_of
 from subspace_lab.das.methods import DifferenceOfMeans, FullVector
 from subspace_lab.das.methods.method import Learner, Method, Problem
@@ -175,7 +176,7 @@ class Places:
         """Labels of each test pair: its kind, the exchanged variables if there are several, and the pairs' labels."""
         data = self.pairs.test
         several = {"exchanged": data.exchanged} if len(data.sources) > 1 else {}
-        return {"kind": data.kinds, **several, **data.labels}
+        return {"kind": data.kinds, **several, **interval_labels(data)}
 
     def at(
         self, assignment: Assignment, on_step: Callable[[], Any], splits: Sequence[str] = SPLITS
@@ -307,7 +308,7 @@ class Places:
                     )
             values = [{name_of(metric): metric(outcome) for metric in self.metrics} for outcome in outcomes]
             by_pair[split] = values
-            clusters = Clusters.of(prepared.data.labels)
+            clusters = clusters_of(prepared.data)
             if clusters is not None and some is not None:
                 clusters = clusters.where(some)
             for i, found in zip(chosen, values, strict=True):

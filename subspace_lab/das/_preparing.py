@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from subspace_lab.das._places import TRAINING_SCORED, Places, name_of
 from subspace_lab.das.answered import expect_accuracy
-from subspace_lab.das.estimates import Clusters, proportion
+from subspace_lab.das.equal_pairs import clusters_of, seen_in
+from subspace_lab.das.estimates import proportion
 from subspace_lab.das.fits import Floors
 from subspace_lab.das.objectives import Metric
 from subspace_lab.das.pairs import Counterfactuals
@@ -33,7 +35,8 @@ def prepare(places: Places, model: Mapping[str, Any], min_accuracy: float | None
     places.floors["dev"] = _floors(places.dev)
     pairs = places.pairs
     splits = {"test": test, "dev": places.dev, "train": places.train if train else None}
-    _try_metrics(places.metrics, splits, places.assignments)
+    without_edit = _try_metrics(places.metrics, splits, places.assignments)
+    seen = 0 if callable(pairs.train) else seen_in(pairs.train, pairs.test)
     places.facts |= {
         "task": pairs.task,
         "variables": pairs.variables,
@@ -50,6 +53,8 @@ def prepare(places: Places, model: Mapping[str, Any], min_accuracy: float | None
         "loss": name_of(places.loss),
         "metrics": [name_of(metric) for metric in places.metrics],
         "intervals": _intervals(pairs.test),
+        "without_edit": without_edit,
+        **({"test pairs in training": seen} if seen else {}),
         "seeds": places.seeds,
         "engine": test.engine.describe(),
         "unmatched": places.unmatched,
@@ -61,8 +66,13 @@ def prepare(places: Places, model: Mapping[str, Any], min_accuracy: float | None
 
 def _try_metrics(
     metrics: Sequence[Metric], splits: Mapping[str, PreparedPairs | None], assignments: Sequence[Assignment]
-) -> None:
-    """Compute each metric on the bases without an edit, so that a metric that fails is found before the work."""
+) -> dict[str, float | None]:
+    """Compute each metric on the bases without an edit, so that a metric that fails is found before the work.
+
+    Returns:
+        {metric: its mean over the test pairs}; None where it says nothing of them.
+    """
+    found: dict[str, float | None] = {}
     for split, prepared in splits.items():
         if prepared is None:
             continue
@@ -70,18 +80,22 @@ def _try_metrics(
         for metric in metrics:
             try:
                 values = metric(prepared.without_edit(some, assignments))
-            except ValueError as error:
+            except (ValueError, ArithmeticError, LookupError) as error:
                 raise ValueError(f"The metric {name_of(metric)!r} on the {split} pairs: {error}") from error
             if not isinstance(values, Tensor) or values.shape != some.shape:
-                found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise ValueError(
-                    f"The metric {name_of(metric)!r} gives {found}; needed is a value for each of {len(some)} pairs."
+                    f"The metric {name_of(metric)!r} gives {given}; needed is a value for each of {len(some)} pairs."
                 )
+            if split == "test":
+                mean = float(values.double().nanmean())
+                found[name_of(metric)] = mean if math.isfinite(mean) else None
+    return found
 
 
 def _intervals(data: Counterfactuals) -> str:
     """How the intervals of the scores are computed, in words."""
-    clusters = Clusters.of(data.labels)
+    clusters = clusters_of(data)
     return "of independent pairs" if clusters is None else f"of a bootstrap over {clusters}"
 
 

@@ -39,9 +39,11 @@ def only_answered(backbone: Backbone, pairs: Pairs, *, min_accuracy: float | Non
     found: dict[str, Any] = {}
     dropped, answered = dict(pairs.dropped), dict(pairs.answered)
     for name in sorted(fixed, key=lambda name: name != "test"):  # the test split first: it may refuse the model
-        base, pair = right(backbone, fixed[name])
+        split = fixed[name]
+        given = _answers(backbone, split, split.base)
+        base, pair = _right(backbone, split, given)
         if name == "test":
-            expect_accuracy(proportion(base), len(base), min_accuracy)
+            expect_accuracy(proportion(base), len(base), min_accuracy, _example(split, given))
         n, of = int(pair.sum()), len(pair)
         answered[name] = {"base": int(base.sum()), "pair": n, "of": of}
         if not n:
@@ -57,21 +59,38 @@ def only_answered(backbone: Backbone, pairs: Pairs, *, min_accuracy: float | Non
 
 def right(backbone: Backbone, data: Counterfactuals) -> tuple[Tensor, Tensor]:
     """(pairs,) whether the model answers the base right, and (pairs,) whether it answers base and all sources right."""
-    base = _answers(backbone, data, data.base) == data.base_answer.cpu()
+    return _right(backbone, data, _answers(backbone, data, data.base))
+
+
+def _right(backbone: Backbone, data: Counterfactuals, given: Tensor) -> tuple[Tensor, Tensor]:
+    base = given == data.base_answer.cpu()
     pair = base.clone()
     for name, answer in data.source_answers.items():
         pair &= _answers(backbone, data, data.sources[name]) == answer.cpu()
     return base, pair
 
 
-def expect_accuracy(accuracy: Estimate, n: int, min_accuracy: float | None) -> None:
-    """ValueError for a model that answers fewer of n bases right than `min_accuracy`."""
+def expect_accuracy(accuracy: Estimate, n: int, min_accuracy: float | None, example: str = "") -> None:
+    """ValueError for a model that answers fewer of n bases right than `min_accuracy`.
+
+    Args:
+        example: of a base that it answers wrong, in words.
+    """
     if min_accuracy is not None and accuracy.value < min_accuracy:
         raise ValueError(
-            f"The model answers {accuracy} of {n} bases as the causal model does, less than "
-            f"{min_accuracy}: do not search for variables of an algorithm that the model does not follow. To search "
-            "nevertheless, for example in a randomly initialised twin, use min_accuracy=None."
+            f"The model answers {accuracy} of {n} bases as the causal model does, less than the {min_accuracy} that "
+            f"are asked for.{example} A variable of an algorithm that a model does not follow cannot be found in it: "
+            "look at the prompts, or search all the same with min_accuracy=None."
         )
+
+
+def _example(data: Counterfactuals, given: Tensor) -> str:
+    """The first base that is answered wrong: what is expected, and what the model says."""
+    wrong = (given != data.base_answer.cpu()).nonzero()[:, 0].tolist()
+    if not wrong:
+        return ""
+    expected, said = data.answers[int(data.base_answer[wrong[0]])], data.answers[int(given[wrong[0]])]
+    return f" For example base {wrong[0]} of the test split: expected is {expected!r}, it prefers {said!r}."
 
 
 def _answers(backbone: Backbone, data: Counterfactuals, batch: Batch) -> Tensor:

@@ -248,7 +248,7 @@ def _checked(found: Sequence[Found], columns: Mapping[str, str]) -> list[_Cells]
     }
     missing = [name for name in NEEDED if name not in have]
     if missing:
-        close = difflib.get_close_matches(missing[0], names, 1, 0.5)
+        close = difflib.get_close_matches(missing[0], [n for n in names if n not in {*NEEDED, *OTHERS}], 1, 0.5)
         hint = f" Is {close[0]!r} meant? Say so with columns={{{missing[0]!r}: {close[0]!r}}}." if close else ""
         raise ValueError(
             f"{found[0].where}: pairs need the columns {', '.join(NEEDED)}; missing are {', '.join(missing)}, found "

@@ -92,8 +92,12 @@ class Clusters:
     def of(
         cls, labels: Mapping[str, Sequence[str]], names: Sequence[str] = ("entity", "template")
     ) -> Clusters | None:
-        """The clusters of those labels that exist and that differ between cases; None if there are none."""
+        """The clusters of those labels that exist and that differ between cases; None if there are none.
+
+        If neither is known, the label "pair" says which cases come from equal pairs.
+        """
         known = tuple(name for name in names if len(set(labels.get(name, ()))) > 1)
+        known = known or tuple(name for name in ("pair",) if name in labels)
         numbers = []
         for name in known:
             number = {text: i for i, text in enumerate(dict.fromkeys(labels[name]))}
@@ -110,9 +114,8 @@ class Clusters:
         return Clusters(self.names, tuple(numbers[there] for numbers in self.numbers))
 
     def __str__(self) -> str:
-        return " and ".join(
-            f"{size} values of {name!r}" for size, name in zip(self.sizes, self.names, strict=True)
-        )
+        whats = ("different pairs" if name == "pair" else f"values of {name!r}" for name in self.names)
+        return " and ".join(f"{n} {what}" for n, what in zip(self.sizes, whats, strict=True))
 
 
 def cluster_mean(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from subspace_lab.core.arguments import whole_number
 from subspace_lab.das.answers import Spelled, as_spelled, as_tensor, check_apart, distinguishing
+from subspace_lab.das.equal_pairs import keys_of
 from subspace_lab.das.splits import assigned
 from subspace_lab.das.splits import balanced as even
 from subspace_lab.engine.readouts import Readout
@@ -103,7 +104,7 @@ class Counterfactuals:
     @property
     def exchanged(self) -> tuple[str, ...]:
         """The variables that each pair exchanges, as "a, b": those whose source is not the base itself."""
-        keys = [_key(self, i) for i in range(len(self))]
+        keys = keys_of(self)
         names = list(self.sources)
         return tuple(
             ", ".join(name for name, own in zip(names, sources, strict=True) if own != base)
@@ -344,7 +345,7 @@ class Pairs:
 
 def _drawn(pairs: Counterfactuals, shares: Mapping[str, float], seed: int) -> list[str | None]:
     """A random split for each pair; equal pairs get the same split."""
-    keys = [_key(pairs, i) for i in range(len(pairs))]
+    keys = keys_of(pairs)
     distinct = list(dict.fromkeys(keys))
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
     n_dev, n_test = round(shares["dev"] * len(distinct)), round(shares["test"] * len(distinct))
@@ -399,18 +400,3 @@ def _tensors(pairs: Counterfactuals) -> dict[str, Tensor]:
         found |= {f"{who}, input {name}": value for name, value in batch.inputs.items()}
         found |= {f"{who}, position {name}": value for name, value in batch.columns.items()}
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
-
-
-def _key(pairs: Counterfactuals, i: int) -> tuple[Any, ...]:
-    """A key that is the same for equal pairs: the inputs of the base and the sources, without padding."""
-    parts: list[Any] = []
-    for batch in (pairs.base, *pairs.sources.values()):
-        ids, mask = batch.inputs.get("input_ids"), batch.inputs.get("attention_mask")
-        if batch.positional is not None:
-            parts.append(tuple(batch.positional[i].flatten().tolist()))
-        elif isinstance(ids, Tensor):
-            parts.append(tuple((ids[i] if mask is None else ids[i][mask[i].bool()]).tolist()))
-        else:
-            tensors = [t[i] for t in batch.inputs.values() if isinstance(t, Tensor)]
-            parts.append(tuple(x for t in tensors for x in t.flatten().tolist()))
-    return tuple(parts)
