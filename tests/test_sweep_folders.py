@@ -322,7 +322,7 @@ def test_where_a_method_starts_is_part_of_the_recipe() -> None:
 
 
 def test_functions_are_told_apart() -> None:
-    told = _recipe.told
+    told = _recipe.identity_of
     assert told(iia) == "subspace_lab.das.objectives.iia" != told(log_odds)
     assert told(lambda a: a + 1) != told(lambda a: a + 2) and told(lambda a: a.one) != told(lambda a: a.two)
     once, again = ((lambda a: a + 1) for _ in range(2))
