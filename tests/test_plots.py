@@ -413,6 +413,17 @@ def test_cells_of_fits_at_their_floor_are_hatched():
     assert "Hatched" not in caption(overlap_heatmap(compare(made_fits(fits[::2]))))
 
 
+def test_of_many_fits_that_mostly_count_not_those_that_do_are_shown():
+    fits = [made_fit(Site("block_output", i, "last"), DAS_3, test=0.9 if i < 10 else 0.3) for i in range(30)]
+    figure = overlap_heatmap(compare(made_fits(fits), across="layer"))
+    panel = figure.axes[1]
+    assert len(panel.patches) == 45 and not [p for p in panel.patches if p.get_hatch()]
+    assert len(panel.get_yticklabels()) == 9 and "Of 30 fits those at their floor are not shown" in caption(figure)
+    most = overlap_heatmap(compare(made_fits(fits[:18] + fits[20:28]), across="layer"))
+    few = overlap_heatmap(compare(made_fits(fits[:20]), across="layer"))
+    assert [len([p for p in one.axes[1].patches if p.get_hatch()]) for one in (most, few)] == [0, 190 - 45]
+
+
 def test_a_measure_that_is_not_the_same_both_ways_has_all_its_cells():
     spans = {"small": random_subspace(16, 2, 0), "large": random_subspace(16, 6, 1)}
     panel, bar = overlap_heatmap(compare(spans, measure=containment)).axes

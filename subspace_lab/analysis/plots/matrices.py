@@ -77,13 +77,18 @@ def overlap_heatmap(comparison: Matrix, path: str | Path | None = None) -> Figur
 
     A measure that is the same both ways is a triangle. One panel a position, layer against layer, where the labels are
     sites and every position has several layers; else one matrix of all. Cells inside the 95 % band of random subspaces
-    are pale and marked; those of fits at their floor are hatched and count in no mean.
+    are pale and marked; those of fits at their floor are hatched and count in no mean. Where these are
+    most of many, they are not shown.
 
     Args:
         comparison: from `compare`.
         path: of a PNG; without one the figure is only returned, as a notebook shows it.
     """
-    compared, panels = _panels(comparison.labels)
+    shown = list(range(len(comparison.labels)))
+    if len(shown) > SMALL_NUMBERS and 2 * sum(comparison.counts) < len(shown) and sum(comparison.counts) > 1:
+        shown = [i for i in shown if comparison.counts[i]]
+    compared, panels = _panels([comparison.labels[i] for i in shown])
+    panels = {name: ([shown[i] for i in members], ticks) for name, (members, ticks) in panels.items()}
     most = max(len(members) for members, _ in panels.values())
     each = 0.6 if most <= MOST_NUMBERS else 0.4 if most <= SMALL_NUMBERS else 0.2 if most <= 40 else 0.165
     size = max(1, most - (1 if comparison.symmetric else 0)) * each + 0.6
@@ -93,6 +98,8 @@ def overlap_heatmap(comparison: Matrix, path: str | Path | None = None) -> Figur
     height = max(down * size + 1.1, 2.6 if beside else 0)
     what = f"{comparison.measure[:1].upper()}{comparison.measure[1:]}"
     floors = " Hatched: the IIA is at its floor, not counted." if not all(comparison.counts) else ""
+    if len(shown) < len(comparison.labels):
+        floors = f" Of {len(comparison.labels)} fits those at their floor are not shown."
     bands = "; ".join(_band(ranks, chance) for ranks, chance in comparison.chance.items())
     figure = new_figure(
         (across * size + 1.9 + (4.2 if beside else 0), height),
