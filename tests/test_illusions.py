@@ -106,8 +106,18 @@ def test_what_varies_is_the_span_of_the_differences() -> None:
     assert torch.equal(found.sources - found.bases, by_hand)
     assert len(found.varies) == torch.linalg.matrix_rank(by_hand) == DIMENSIONS - 1
     assert in_span(along(dormant=1), found.varies) < 1e-9
+    shared = replace(data.train, sources={"v": Batch.of(with_axis_of(data.train, OTHER))})
+    fewer = variations(backbone, shared, {"v": PLACE}, varies=1.0)["v"].varies
+    assert len(fewer) == DIMENSIONS - 2 and in_span(along(other=1), fewer) < 1e-9  # it varies, in no pair
     most = variations(backbone, data, {"v": PLACE}, varies=0.3)["v"].varies
     assert len(most) == 1 and in_span(along(value=1, copy=2), most) > 0.9
+
+
+def with_axis_of(data: Counterfactuals, axis: int) -> Tensor:
+    """The sources with one of their axes as in their bases."""
+    base, source = data.base.positional, data.sources["v"].positional
+    assert isinstance(base, Tensor) and isinstance(source, Tensor)
+    return source.index_copy(1, torch.tensor([axis]), base[:, axis : axis + 1])
 
 
 def test_what_is_read_is_the_span_of_the_gradients() -> None:
@@ -170,6 +180,8 @@ def test_gradients_through_a_language_model_are_those_of_its_own_forward() -> No
     )
     torch.testing.assert_close(found.gradients.float(), by_hand, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(found.differences.float(), s - h)
+    less = variations(backbone, data, {"v": site}, read=0.5, examples=12)["v"]
+    assert 0 < len(less.both) < len(found.both) and 0 < len(less.read) < len(found.read)
     assert not any(p.grad is not None for p in model.parameters())
 
 
@@ -333,7 +345,7 @@ def test_purify_takes_the_dormant_part_off_and_says_so() -> None:
 
 def test_purify_keeps_no_more_directions_than_dev_asks_for() -> None:
     backbone, data = reader()
-    two = torch.cat([along(value=1), along(noise=1)])
+    two = torch.cat([along(value=1, dormant=0.5), along(noise=1)])  # all of the noise varies, not all of the other
     found = purify(backbone, data, aligned(two), varies=1.0)
     assert found.subspace().rank == 1 and in_span(along(noise=1), found.subspace().basis().double()) < 1e-6
     assert found.facts["purified"]["took"] == "varies" and found.facts["purified"]["variables"]["v"]["kept"] == 1

@@ -109,7 +109,11 @@ def test_all_that_a_reader_asks_for_is_there() -> None:
         assert control in sections["Controls"]
     assert "subspace-lab search --task prices" in sections["How to repeat it"]
     captions = [attrs["alt"] for tag, attrs in found.tags if tag == "img"]
-    assert captions[0] == "Scores by layer and position" and captions[-1] == "overlap.png" and len(captions) == 5
+    assert (
+        captions[0] == "Scores by layer and position"
+        and captions[-1] == "Overlap of the subspaces found"
+        and len(captions) == 5
+    )
 
 
 def test_the_file_stands_alone() -> None:

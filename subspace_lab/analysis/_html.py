@@ -23,7 +23,8 @@ p { margin: .4rem 0; max-width: 46rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .6rem; text-align: left; border-bottom: 1px solid #e6e6e6; vertical-align: top; }
 thead th { border-bottom: 1px solid #999; }
-figure { margin: 1.2rem 0; }
+.scores td, .scores th { white-space: nowrap; }
+figure { margin: 1.2rem 0; overflow-x: auto; }
 img { max-width: 100%; height: auto; display: block; }
 figcaption, .small { color: #555; font-size: .86rem; }
 pre { background: #f6f6f6; padding: .7rem; font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -34,6 +35,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
   body { font-size: 15px; }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: .4rem; }
+  img { max-width: none; width: 42rem; } /* the numbers in a picture stay readable: it is moved sideways */
 }
 @media print { main { max-width: none; } h2, figure { break-inside: avoid; } }
 """

@@ -24,6 +24,7 @@ from subspace_lab.das.fits import Fit, Fits
 
 RESULTS, VERDICT, MODEL = "results.json", "verdict.json", "model"
 OWN = ("iia.png",)  # pictures of a search that are drawn anew here, with all that the report knows
+CAPTIONS = {"overlap.png": "Overlap of the subspaces found", "verdict.png": "The model against its twins"}
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,7 @@ def _question(run: Run, best: Fit) -> str:
 def _told_verdict(verdict: Mapping[str, Any] | None) -> str:
     if verdict is None:
         return paragraph(
-            "None was given: the numbers below are no claim by themselves. `subspace-lab check` on this folder asks "
-            "for one.",
+            "None was given: the numbers below are no claim by themselves. The command subspace-lab check gives one."
         )
     conclusion = str(verdict.get("conclusion", verdict.get("verdict", "unknown")))
     preliminary = " (preliminary)" if verdict.get("preliminary") else ""
@@ -187,7 +187,7 @@ def _data(run: Run) -> str:
 
 def _scores(run: Run) -> str:
     # Escaped by the table itself.
-    return f'<div class="wide">{run.fits._repr_html_()}</div>'
+    return f'<div class="wide scores">{run.fits._repr_html_()}</div>'
 
 
 def _pictures(run: Run, best: Fit) -> str:
@@ -208,7 +208,7 @@ def _pictures(run: Run, best: Fit) -> str:
         into = BytesIO()
         figure.savefig(into, format="png", **FRAME)
         found.append(figure_of(into.getvalue(), caption))
-    found += [figure_of(png, str(name)) for name, png in run.pictures.items()]
+    found += [figure_of(png, CAPTIONS.get(name, name)) for name, png in run.pictures.items()]
     return "".join(found) or paragraph("None can be drawn of these fits.")
 
 
@@ -270,7 +270,10 @@ def _twin(run: Run, best: Fit) -> str:
         for fit in twin
         if fit.place == best.place and fit.method.label == best.method.label
     ]
-    return f", the highest of {len(run.twins)} randomly initialised twins {max(values):.2f}" if values else ""
+    if not values:
+        return ""
+    several = f"the highest of {len(run.twins)} randomly initialised twins" if len(run.twins) > 1 else "its twin's"
+    return f", {several} {max(values):.2f}"
 
 
 def _joined(twins: Sequence[Fits]) -> Fits | None:
