@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from subspace_lab.analysis.checking import check
     from subspace_lab.analysis.comparisons import compare
     from subspace_lab.analysis.plots import iia_heatmap, overlap_heatmap
     from subspace_lab.analysis.twins import reinitialised
@@ -83,6 +84,7 @@ _ROOMS = {
         "get_reft_model",
     ),
     "tasks": ("load_task",),
+    "analysis.checking": ("check",),
     "analysis.comparisons": ("compare",),
     "analysis.plots": (
         "iia_heatmap",
@@ -110,6 +112,7 @@ __all__ = [
     "ReftModel",
     "Site",
     "TrainingConfig",
+    "check",
     "collect",
     "compare",
     "finetune",

@@ -63,7 +63,7 @@ def test_all_files_are_written_and_nothing_else(done):
 
 def test_results_have_the_documented_keys(done):
     _, _, results = done
-    assert set(results) == {"settings", "model", "twin", "comparison"}
+    assert set(results) == {"settings", "model", "twin", "comparison", "verdict"}
     settings = results["settings"]
     expected = {
         "model": "tiny_decoder", "task": "price_tagging", "variable": PRICE_TAGGING.variable, "layers": "1",

@@ -167,7 +167,3 @@ def test_a_configuration_that_does_not_describe_the_model_is_refused():
     cut.model.layers = cut.model.layers[:1]
     with pytest.raises(ValueError, match=r"does not describe it.*model\.layers\.1"):
         reinitialised(cut, 0)
-    quantised = LlamaForCausalLM(config)
-    quantised.is_quantized = True
-    with pytest.raises(ValueError, match="quantised"):
-        reinitialised(quantised, 0)

@@ -2,7 +2,7 @@
 
 results.json         "settings"; "model" and "twin" (null where none was searched): floors and every fit with its
                      scores; "twins" of several; "comparison": the overlaps of the trained subspaces with what
-                     chance gives
+                     chance gives; "verdict" (null where none can be given)
 model/, twin/        every fit with its subspaces, for `Fits.load`; further twins in twin2/, twin3/
 iia.png, overlap.png `analysis/plots`
 """
@@ -19,6 +19,7 @@ from subspace_lab.analysis.plots.canvas import console
 from subspace_lab.analysis.plots.heatmaps import iia_heatmap
 from subspace_lab.analysis.plots.matrices import overlap_heatmap
 from subspace_lab.analysis.saves import Saves
+from subspace_lab.analysis.verdicts import Verdict
 from subspace_lab.core.files import write_json
 from subspace_lab.core.texts import printable
 from subspace_lab.das.fits import Fits, notes_of, table_of
@@ -30,6 +31,7 @@ def save_search(
     fits: Fits,
     twins: Sequence[Fits],
     comparison: Comparison,
+    verdict: Verdict | str,
     unsaved: Mapping[str, OSError],
 ) -> Saves:
     """Write what a search leaves beside its fits, which stand in the folder already.
@@ -41,6 +43,7 @@ def save_search(
         settings: how the search was made, as JSON.
         fits, twins: of the model, and of its randomly initialised twins if there are any.
         comparison: of the fits' subspaces.
+        verdict: on the fit that dev chose, or why there is none.
         unsaved: {folder of fits: why they could not be written}.
     """
     saves = Saves(folder, errors=dict(unsaved))
@@ -54,15 +57,21 @@ def save_search(
         "twin": twins[0].as_dict() if twins else None,
         **({"twins": [one.as_dict() for one in twins]} if len(twins) > 1 else {}),
         "comparison": comparison.as_dict(),
+        "verdict": verdict.as_dict() if isinstance(verdict, Verdict) else None,
     }
     saves.save("results.json", lambda: write_json(folder / "results.json", results))
     return saves
 
 
 def print_search(
-    settings: Mapping[str, Any], fits: Fits, twins: Sequence[Fits], comparison: Comparison, saves: Saves
+    settings: Mapping[str, Any],
+    fits: Fits,
+    twins: Sequence[Fits],
+    comparison: Comparison,
+    verdict: Verdict | str,
+    saves: Saves,
 ) -> None:
-    """The table on standard output, and under it what has to be known to read it."""
+    """The table on standard output, under it what has to be known to read it, and at last the verdict."""
     terminal = console()
     title = printable(f"{settings['task']}: {settings['variable']} in {settings['component']}")
     best, whole = fits.best().method, _whole(twins, fits)
@@ -78,6 +87,14 @@ def print_search(
     terminal.print(table_of(fits, title=title, more=more))
     for line in [*notes_of(fits), *_remarks(fits, twins, comparison), saves.line()]:
         terminal.print(printable(line), markup=False)
+    terminal.print(printable(f"\n{_last_paragraph(verdict, saves)}"), markup=False)
+
+
+def _last_paragraph(verdict: Verdict | str, saves: Saves) -> str:
+    if isinstance(verdict, str):
+        return f"No verdict. {verdict}"
+    more = f" `subspace-lab check {saves.folder}` holds it against 19 twins." if verdict.preliminary else ""
+    return f"{verdict}{more}"
 
 
 def _ranges(twins: Fits) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The command line: `subspace-lab search`, `compare`, `finetune`, `merge` and `report`, one file each.
+"""The command line: `subspace-lab search`, `check`, `compare`, `finetune`, `merge` and `report`, one file each.
 
 Only the libraries of the command line are imported at the top of these files. torch, and everything that needs it, is
 imported when a command runs, so that `--help` answers at once. Results go to standard output; progress and errors go to
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import typer
 
+from subspace_lab.cli.check import check as _check
 from subspace_lab.cli.compare import compare as _compare
 from subspace_lab.cli.finetune import finetune as _finetune
 from subspace_lab.cli.merge import merge as _merge
@@ -23,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # it joins the lines of a paragraph
 )
 app.command("search")(_search)
+app.command("check")(_check)
 app.command("compare")(_compare)
 app.command("finetune")(_finetune)
 app.command("merge")(_merge)

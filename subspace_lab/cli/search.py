@@ -36,12 +36,14 @@ from subspace_lab.cli.searching import (
 )
 
 if TYPE_CHECKING:
+    from subspace_lab.analysis.verdicts import Verdict
     from subspace_lab.core.sites import Site
     from subspace_lab.das.fits import Fits
     from subspace_lab.das.methods import Method
+    from subspace_lab.das.pairs import Pairs
     from subspace_lab.model.backbone import Backbone
 else:  # names in annotations must exist at run time too, but importing these takes seconds
-    Backbone = Fits = Method = Site = Any
+    Backbone = Fits = Method = Pairs = Site = Verdict = Any
 
 # The positions around the answer and, for contrast, before it. For a task that is not named here: all its spans.
 POSITIONS = {"price_tagging": "amount,unit,query,last"}
@@ -163,10 +165,11 @@ def search(
     comparison the difference of means, principal components, random subspaces and the full vector. The score (IIA) is
     the share of held-out pairs in which the model gives the causal model's answer after the subspace was exchanged.
     Sites are chosen on dev pairs and reported on test pairs. The same search runs on a randomly initialised twin.
+    The last lines are a verdict: whether to believe what was found (`check` gives a complete one).
     Every site is saved when it is finished: after Ctrl-C or a kill, --resume continues.
 
-    Writes into --out: results.json (settings, model, twin, comparison), the fits with their subspaces (model, twin),
-    iia.png and overlap.png.
+    Writes into --out: results.json (settings, model, twin, comparison, verdict), the fits with their subspaces (model,
+    twin), iia.png and overlap.png.
     """
     settings = {**locals(), "out": str(out)}
     del settings["resume"], settings["workers"]  # they do not change any result
@@ -253,10 +256,11 @@ def search(
         from subspace_lab.analysis.comparisons import compare
         from subspace_lab.analysis.search_report import print_search, save_search
 
-        with undisturbed() as came:
+        with undisturbed() as came, threads(network):
             comparison = compare(found)
-            saves = save_search(folder, settings, found, searched.twins, comparison, searched.unsaved)
-            print_search(settings, found, searched.twins, comparison, saves)
+            verdict = _verdict(backbone, made, found, searched.twins)
+            saves = save_search(folder, settings, found, searched.twins, comparison, verdict, searched.unsaved)
+            print_search(settings, found, searched.twins, comparison, verdict, saves)
             with refusing():
                 saves.finish()
         if searched.interrupted:
@@ -264,6 +268,16 @@ def search(
             say(f"Interrupted: {what}; finished results are saved in {folder}. --resume continues.")
         if searched.interrupted or came:
             raise typer.Exit(INTERRUPTED)
+
+
+def _verdict(backbone: Backbone, pairs: Pairs, fits: Fits, twins: list[Fits]) -> Verdict | str:
+    """What the search allows to conclude, or why it allows nothing."""
+    from subspace_lab.analysis.checking import of_search
+
+    try:
+        return of_search(backbone, pairs, fits, twins)
+    except ValueError as error:
+        return str(error)
 
 
 def _integers(option: str, text: str) -> list[int]:

@@ -13,6 +13,7 @@ from subspace_lab.cli.common import SMALL
 
 RESULTS, MODEL, PICTURES = "results.json", "model", ("iia.png", "overlap.png")
 REPORT = "report.html"
+CHECK, VERDICT, VERDICT_PICTURE = "check", "verdict.json", "verdict.png"  # what `subspace-lab check` leaves
 TWIN = re.compile(r"twin\d*")
 
 
@@ -62,12 +63,12 @@ def how_many_twins(twin: bool, twins: int) -> int:
 
 
 def resumable(folder: Path) -> None:
-    """FileExistsError if a folder contains anything that no search writes."""
+    """FileExistsError if a folder contains anything that no search or check writes."""
     strangers = [
         path.name
         for path in sorted(folder.iterdir())
         if not path.name.startswith(".")
-        and path.name not in (RESULTS, MODEL, REPORT, *PICTURES)
+        and path.name not in (RESULTS, MODEL, REPORT, *PICTURES, CHECK, VERDICT, VERDICT_PICTURE)
         and not TWIN.fullmatch(path.name)
     ]
     if strangers:

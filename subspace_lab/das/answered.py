@@ -40,7 +40,7 @@ def only_answered(backbone: Backbone, pairs: Pairs, *, min_accuracy: float | Non
     dropped, answered = dict(pairs.dropped), dict(pairs.answered)
     for name in sorted(fixed, key=lambda name: name != "test"):  # the test split first: it may refuse the model
         split = fixed[name]
-        given = _answers(backbone, split, split.base)
+        given = answers_given(backbone, split, split.base)
         base, pair = _right(backbone, split, given)
         if name == "test":
             expect_accuracy(proportion(base), len(base), min_accuracy, _example(split, given))
@@ -59,14 +59,14 @@ def only_answered(backbone: Backbone, pairs: Pairs, *, min_accuracy: float | Non
 
 def right(backbone: Backbone, data: Counterfactuals) -> tuple[Tensor, Tensor]:
     """(pairs,) whether the model answers the base right, and (pairs,) whether it answers base and all sources right."""
-    return _right(backbone, data, _answers(backbone, data, data.base))
+    return _right(backbone, data, answers_given(backbone, data, data.base))
 
 
 def _right(backbone: Backbone, data: Counterfactuals, given: Tensor) -> tuple[Tensor, Tensor]:
     base = given == data.base_answer.cpu()
     pair = base.clone()
     for name, answer in data.source_answers.items():
-        pair &= _answers(backbone, data, data.sources[name]) == answer.cpu()
+        pair &= answers_given(backbone, data, data.sources[name]) == answer.cpu()
     return base, pair
 
 
@@ -93,7 +93,7 @@ def _example(data: Counterfactuals, given: Tensor) -> str:
     return f" For example base {wrong[0]} of the test split: expected is {expected!r}, it prefers {said!r}."
 
 
-def _answers(backbone: Backbone, data: Counterfactuals, batch: Batch) -> Tensor:
+def answers_given(backbone: Backbone, data: Counterfactuals, batch: Batch) -> Tensor:
     """(pairs,): the model's answer to each text of a batch; a text that occurs twice is run once."""
     seen: dict[Any, int] = {}
     first: list[int] = []

@@ -10,6 +10,7 @@ from subspace_lab.analysis.plots.curves import (
 from subspace_lab.analysis.plots.graphs import plot_causal_model
 from subspace_lab.analysis.plots.heatmaps import iia_heatmap
 from subspace_lab.analysis.plots.matrices import angle_spectrum, overlap_heatmap
+from subspace_lab.analysis.plots.verdicts import verdict_plot
 
 __all__ = [
     "angle_spectrum",
@@ -21,4 +22,5 @@ __all__ = [
     "overlap_heatmap",
     "plot_causal_model",
     "training_curves",
+    "verdict_plot",
 ]

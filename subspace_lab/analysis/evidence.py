@@ -1,0 +1,323 @@
+"""What a claim is held against, one check after the other: plain functions of fits.
+
+Nothing is trained here. `analysis/checking.py` makes the fits, `analysis/judging.py` concludes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist, fmean
+
+import torch
+from torch import Tensor
+
+from subspace_lab.analysis.verdicts import Check
+from subspace_lab.das.estimates import Clusters, estimate, proportion
+from subspace_lab.das.fits import Fit, Fits
+from subspace_lab.das.methods import PCA, DifferenceOfMeans, RandomSubspace
+
+METRIC = "iia"
+LEVEL = 0.05  # of p, and one minus the confidence of the intervals
+POWER = 0.8  # the field's habit (Cohen 1988): four in five effects of the asked size are seen
+# Of what is possible: a variable that is held whole has an effect near 1, and half of that must not be missed.
+HALF = 0.5
+# Five entities are all on one side of the floor by luck in 2 of 2⁵ cases, which is .06: six are needed.
+FEWEST_CLUSTERS = 6
+SMALLEST = 0.1  # an effect that is worth a claim; with less, nine of ten pairs that could change are as without
+# A null that reaches half of the effect explains more of it than it leaves.
+AS_WELL = 0.5
+# Training effects of searches that learned 200 pairs by heart were .2 and more, where the held-out ones were 0.
+BY_HEART = 0.2
+# Of pairs whose answer the variable changes, in so many the answer has to stay while all else is exchanged. With
+# less the rest of the state carries the answer more often than not.
+STAYS = 0.5
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The fits that a verdict is made of.
+
+    Attributes:
+        fits: of the model, over all sites.
+        twins: of each twin at least the chosen method at the chosen place, with the seeds of the model's.
+        grid: of twins that were searched wherever the model was; they may be among `twins`.
+        here: of the model at the chosen place, what `fits` does not have: random subspaces, baselines, more seeds.
+        partial: {kind: fits of twins that keep a part of what was learned}.
+        controls: of the model on pairs in which there is nothing to find, by what their task says.
+        planted: of a planted variable; None where none was looked for.
+        stays: (test pairs,) complement_stays of the chosen fit, NaN where the answer does not change; None where
+            the complement cannot be exchanged.
+        training_floor: of the training pairs; None where they are drawn afresh.
+        left_out: {check: why it was not made}.
+    """
+
+    fits: Fits
+    twins: Sequence[Fits]
+    grid: Sequence[Fits] = ()
+    here: Fits | None = None
+    partial: Mapping[str, Sequence[Fits]] = field(default_factory=dict)
+    controls: Sequence[Fits] = ()
+    planted: Fits | None = None
+    stays: Tensor | None = None
+    training_floor: float | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> Fit:
+        return chosen_of(self.fits)
+
+
+def chosen_of(fits: Fits) -> Fit:
+    """The fit that is claimed (ValueError where there is none, or no IIA)."""
+    if not fits or METRIC not in fits[0].scores.get("test", {}):
+        there = list(fits[0].scores.get("test", {})) if fits else "no fits"
+        raise ValueError(f"A verdict is of {METRIC!r}; this sweep has {there}. Sweep with metrics=(iia, …).")
+    chosen = fits.best(METRIC)
+    if chosen.method.control:
+        raise ValueError(
+            f"Only controls were searched ({', '.join(fits.methods)}): they are what a claim is held against."
+        )
+    if fits.floors["test"].highest >= 1:
+        raise ValueError("The floor of the test pairs is 1: nothing can be above it, so nothing can be claimed.")
+    return chosen
+
+
+def twins_needed(level: float = LEVEL) -> int:
+    """How many twins a p of this level takes."""
+    return math.ceil(round(1 / level, 9)) - 1
+
+
+def at_cell(fits: Fits, chosen: Fit) -> Fits:
+    """All seeds of the chosen method at the chosen place, none where there are none."""
+    same = [fit for fit in fits if fit.place == chosen.place and fit.method.label == chosen.method.label]
+    return Fits(tuple(same), fits.floors, facts=fits.facts, labels=fits.labels)
+
+
+def effect(value: float, floor: float) -> float:
+    """(value − floor) / (1 − floor): 0 at the floor, 1 where every pair is as the causal model says."""
+    return (value - floor) / (1 - floor)
+
+
+def check_number(twins: int, level: float | None) -> None:
+    """ValueError where there are no twins, or fewer than a p of this level takes."""
+    if level is not None and not 0 < level < 1:
+        raise ValueError(f"level={level!r}: needed is a p between 0 and 1, such as {LEVEL}.")
+    if level is not None and twins < twins_needed(level):
+        raise ValueError(
+            f"p ≤ {level:g} was asked for, with {twins} twins: the lowest that they can give is {1 / (twins + 1):.2g}, "
+            f"and {twins_needed(level)} twins are needed. Ask for no level, and the verdict is preliminary."
+        )
+    if not twins:
+        raise ValueError(
+            "Without twins no verdict can be given: nothing says what a model that learned nothing gives."
+        )
+
+
+# --- the checks -------------------------------------------------------------------------------------------
+
+
+def power(chosen: Fit, fits: Fits) -> Check:
+    """Whether an effect of half of what is possible would be told from the floor."""
+    floor, n = fits.floors["test"].highest, chosen.iia.n
+    if "pair" in fits.labels:  # some are equal, and what is said twice is known once
+        n = min(n, len(set(fits.labels["pair"])))
+    wanted, z = floor + HALF * (1 - floor), NormalDist().inv_cdf
+    spread = z(1 - LEVEL / 2) * math.sqrt(floor * (1 - floor)) + z(POWER) * math.sqrt(wanted * (1 - wanted))
+    needed = math.ceil((spread / (wanted - floor)) ** 2)
+    clusters = Clusters.of(fits.labels)
+    worth = n / _design_effect(chosen, clusters)
+    enough = worth >= needed
+    because = f"{n} test pairs, worth {worth:.0f} independent ones; {needed} would show an effect of a half"
+    entities = len(set(fits.labels.get("entity", ())))
+    if 0 < entities < FEWEST_CLUSTERS:
+        enough = False
+        because += f"; but they are about {entities} entities only, and {FEWEST_CLUSTERS} are needed"
+    return Check("power", worth, (float(needed),), None, enough, because)
+
+
+def _design_effect(chosen: Fit, clusters: Clusters | None) -> float:
+    """By what factor pairs that share an entity are worth less than independent ones, by the interval of the IIA."""
+    values = chosen.pair_scores.get(METRIC)
+    if clusters is None or values is None or len(values.unique()) < 2:
+        return 1.0
+    alone = proportion(values.bool())
+    return max(1.0, ((chosen.iia.high - chosen.iia.low) / (alone.high - alone.low)) ** 2)
+
+
+def held_out(chosen: Fit, floor: float) -> Check:
+    found, iia = effect(chosen.iia.value, floor), chosen.iia
+    passed = iia.low > floor and found >= SMALLEST
+    because = f"IIA {iia} of {iia.n} held-out pairs, floor {floor:.2f}"
+    if iia.low > floor and not passed:
+        because += f"; an effect of {found:.2f} is less than {SMALLEST}"
+    return Check("held-out effect", iia.value, (floor,), None, passed, because)
+
+
+def training(chosen: Fit, floor: float | None, seen: Check) -> Check | None:
+    """Whether the training pairs were learned by heart: they have an effect, and the held-out ones have none."""
+    if floor is None or floor >= 1 or METRIC not in chosen.scores.get("train", {}):
+        return None
+    iia = chosen.score(METRIC, "train")
+    learned = iia.low > floor and effect(iia.value, floor) >= BY_HEART
+    because = f"IIA {iia} of the training pairs, floor {floor:.2f}, against {chosen.iia} of the held-out ones"
+    return Check("training", iia.value, (floor,), None, bool(seen.passed) or not learned, because)
+
+
+def selection(chosen: Fit) -> Check:
+    dev = chosen.score(METRIC, "dev")
+    because = f"IIA {dev} on the dev pairs that chose the site, {chosen.iia} on the test pairs, which took no part"
+    return Check("selection", chosen.iia.value, (dev.value,), None, None, because)
+
+
+def seeds(evidence: Evidence) -> Check | None:
+    values = [fit.iia.value for fit in seeds_of(evidence)]
+    if len(values) < 2:
+        return Check("seeds", None, tuple(values), None, None, "one seed: nothing tells how others would end")
+    because = f"IIA of {len(values)} seeds {min(values):.2f} to {max(values):.2f}, mean {fmean(values):.2f}"
+    return Check("seeds", evidence.chosen.iia.value, tuple(values), None, None, because)
+
+
+def seeds_of(evidence: Evidence) -> Sequence[Fit]:
+    here = at_cell(evidence.here, evidence.chosen) if evidence.here is not None else ()
+    return here if len(here) else at_cell(evidence.fits, evidence.chosen)
+
+
+def _best(fits: Fits) -> Fit | None:
+    """Of some seeds the one that dev chooses."""
+    return max(fits, key=lambda fit: fit.score(METRIC, "dev").value, default=None)
+
+
+def effect_of_best(fits: Fits, chosen: Fit) -> float | None:
+    """The test effect of the chosen cell in another search; None where nothing was found there at all."""
+    best = _best(at_cell(fits, chosen))
+    floor = fits.floors["test"].highest
+    if best is None:
+        return None
+    return effect(best.iia.value, floor) if floor < 1 else 0.0
+
+
+def twins(
+    chosen: Fit, floor: float, observed: float, nulls: Sequence[float], level: float, preliminary: bool
+) -> Check:
+    n, most = len(nulls), max(nulls)
+    p = (1 + sum(null >= observed for null in nulls)) / (n + 1)
+    low = effect(chosen.iia.low, floor)
+    # Few twins give no small p: then all of the interval has to be above them. With many, above their mean.
+    passed = low > most if preliminary else p <= level and low > fmean(nulls)
+    passed = passed and fmean(nulls) < AS_WELL * observed
+    reach = (
+        f"{n} twins have effects of {most:.2f} at most, mean {fmean(nulls):.2f}"
+        if n > 1
+        else (f"one twin has an effect of {most:.2f}")
+    )
+    because = (
+        f"{reach}; the model has {observed:.2f} [{low:.2f}, {effect(chosen.iia.high, floor):.2f}]; p = {p:.2g}"
+    )
+    return Check("twins", observed, tuple(nulls), p, passed, because)
+
+
+def grid(evidence: Evidence, observed: float) -> Check | None:
+    """Each twin at the site that its own dev pairs choose, of those of the chosen method."""
+    label = evidence.chosen.method.label
+    nulls = []
+    for twin in evidence.grid:
+        own = Fits(tuple(fit for fit in twin if fit.method.label == label), twin.floors)
+        if len(own):
+            best, floor = own.best(METRIC), twin.floors["test"].highest
+            nulls.append(effect(best.iia.value, floor) if floor < 1 else 0.0)
+    if not nulls:
+        return None
+    p = (1 + sum(null >= observed for null in nulls)) / (len(nulls) + 1)
+    because = f"{len(nulls)} twins, each at the best of its own sites: {max(nulls):.2f} at most; p = {p:.2g}"
+    return Check("twins over the grid", observed, tuple(nulls), p, None, because)
+
+
+def partial_twins(kind: str, twins: Sequence[Fits], chosen: Fit) -> Check:
+    found = [one for one in (effect_of_best(twin, chosen) for twin in twins) if one is not None]
+    told = f"{', '.join(f'{one:.2f}' for one in found[:6])}{' …' if len(found) > 6 else ''}" if found else "none"
+    return Check(f"twins, {kind}", None, tuple(found), None, None, f"effects of twins with {kind}: {told}")
+
+
+def control(control: Fits, chosen: Fit, observed: float) -> Check:
+    """Pairs with nothing to find: their effect has to be at the floor, or at least far below the claim's."""
+    task = str(control.facts.get("task", "")).rpartition(": ")[2] or "pairs"
+    best, floor = _best(at_cell(control, chosen)), control.floors["test"].highest
+    name = f"control: {task}"
+    if best is None or floor >= 1:
+        return Check(name, None, (), None, True, "the search found nothing at all on them")
+    found = effect(best.iia.value, floor)
+    as_well = best.iia.low > floor and found >= AS_WELL * observed
+    because = f"IIA {best.iia}, floor {floor:.2f}, where there is nothing to find"
+    if best.iia.low > floor:
+        because += f"; an effect of {found:.2f} beside the claim's {observed:.2f}"
+    return Check(name, observed, (found,), None, not as_well, because)
+
+
+def random_subspaces(evidence: Evidence, observed: float, floor: float, seen: Check) -> Check | None:
+    chosen = evidence.chosen
+    for fits in (evidence.here, evidence.fits):
+        drawn = [
+            fit.iia.value
+            for fit in fits or ()
+            if isinstance(fit.method, RandomSubspace) and fit.place == chosen.place and fit.rank == chosen.rank
+        ]
+        if drawn:
+            nulls = tuple(effect(value, floor) for value in drawn)
+            mean = fmean(drawn)
+            because = f"IIA of {len(drawn)} of rank {chosen.rank}: mean {mean:.2f}, highest {max(drawn):.2f}"
+            passed = fmean(nulls) < AS_WELL * observed if seen.passed else None
+            return Check("random subspaces", observed, nulls, None, passed, because)
+    return None
+
+
+def complement(stays: Tensor | None, fits: Fits, seen: Check) -> Check | None:
+    """Whether the answer stays while all but the subspace is exchanged, in pairs where the variable changes it."""
+    if stays is None or bool(stays.isnan().all()):
+        return None
+    found = estimate(stays, Clusters.of(fits.labels))
+    because = f"with all else exchanged the answer stays in {found} of {found.n} pairs that the variable changes"
+    return Check("complement", found.value, (STAYS,), None, found.value >= STAYS if seen.passed else None, because)
+
+
+def baselines(evidence: Evidence) -> Check | None:
+    """The difference from the best of the obvious subspaces, pair by pair."""
+    chosen = evidence.chosen
+    found: list[Fit] = []
+    for fits in (evidence.here, evidence.fits):
+        found += [
+            fit
+            for fit in fits or ()
+            if isinstance(fit.method, DifferenceOfMeans | PCA) and fit.place == chosen.place
+        ]
+    found = [fit for fit in found if fit.method.label != chosen.method.label]
+    mine = chosen.pair_scores.get(METRIC)
+    if not found or mine is None:
+        return None
+    best = max(found, key=lambda fit: fit.score(METRIC, "dev").value)
+    difference = estimate(mine.double() - best.pair_scores[METRIC].double(), Clusters.of(evidence.fits.labels))
+    word = "better than" if difference.low > 0 else "worse than" if difference.high < 0 else "no better than"
+    because = (
+        f"{word} {best.method.label}, the best of the obvious ones ({best.iia}): "
+        f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+    )
+    nulls = tuple(fit.iia.value for fit in found)
+    return Check("baselines", chosen.iia.value, nulls, None, None, because)
+
+
+def planted_variable(planted: Fits | None) -> Check | None:
+    if planted is None:
+        return None
+    best, floor = _best(planted), planted.floors["test"].highest
+    if best is None or floor >= 1:
+        return Check("planted variable", None, (), None, False, "the search of a planted variable gave nothing")
+    found = effect(best.iia.value, floor)
+    passed = best.iia.low > floor and found >= HALF
+    because = f"the same search of a planted variable reaches IIA {best.iia}, floor {floor:.2f}"
+    return Check("planted variable", found, (HALF,), None, passed, because)
+
+
+def changing(stays: Tensor, answer: Tensor, base_answer: Tensor) -> Tensor:
+    """`stays` of pairs whose answer the variable changes, NaN elsewhere."""
+    return stays.float().where(answer.cpu() != base_answer.cpu(), torch.nan)

@@ -1,0 +1,146 @@
+"""From the checks of a claim to its verdict: the decision table of `analysis/verdicts.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from subspace_lab.analysis import evidence as of
+from subspace_lab.analysis.evidence import LEVEL, Evidence, effect
+from subspace_lab.analysis.verdicts import Check, Claim, Verdict
+from subspace_lab.das.fits import Fits
+
+
+def judge(evidence: Evidence, level: float | None = None) -> Verdict:
+    """The verdict of some evidence.
+
+    Args:
+        level: the p that is asked for; by default .05 where there are twins enough, and else a preliminary
+            verdict.
+
+    Raises:
+        ValueError: no twins; too few for the level; fits without IIA; nothing that could be claimed.
+    """
+    chosen, fits = evidence.chosen, evidence.fits
+    floor = fits.floors["test"].highest
+    nulls = [of.effect_of_best(twin, chosen) for twin in evidence.twins]
+    of_twins = [one for one in nulls if one is not None]
+    of.check_number(len(of_twins), level)
+    preliminary = len(of_twins) < of.twins_needed(LEVEL if level is None else level)
+    observed = effect(chosen.iia.value, floor)
+    ranked = of.effect_of_best(Fits(tuple(of.seeds_of(evidence)), fits.floors), chosen)
+    assert ranked is not None
+    mean = fmean(of_twins)
+    power, seen = of.power(chosen, fits), of.held_out(chosen, floor)
+    twins = of.twins(chosen, floor, ranked, of_twins, LEVEL if level is None else level, preliminary)
+    grid = of.grid(evidence, observed)
+    training = of.training(chosen, evidence.training_floor, seen)
+    planted = of.planted_variable(evidence.planted)
+    controls = [of.control(one, chosen, observed) for one in evidence.controls]
+    random = of.random_subspaces(evidence, observed, floor, seen)
+    complement = of.complement(evidence.stays, fits, seen)
+    partial = [of.partial_twins(kind, kept, chosen) for kind, kept in evidence.partial.items()]
+    made = [power, seen, training, planted, twins, grid, *partial, *controls, random, complement]
+    made += [of.baselines(evidence), of.selection(chosen), of.seeds(evidence)]
+    told = [one for one in made if one is not None]
+    told += [Check(name, None, (), None, None, f"not made: {why}") for name, why in evidence.left_out.items()]
+    conclusion = _conclude(
+        power=power,
+        seen=seen,
+        training=training,
+        planted=planted,
+        nulls=[twins, *controls],
+        specific=[random, complement],
+    )
+    low, high = (effect(value, floor) - mean for value in (chosen.iia.low, chosen.iia.high))
+    model = fits.facts.get("model", {})
+    claim = Claim(
+        variable=", ".join(chosen.alignment.variables),
+        place=chosen.place,
+        method=chosen.method.label,
+        iia=chosen.iia,
+        floor=floor,
+        pairs={name: fits.facts.get("pairs", {}).get(name) for name in ("train", "test")},
+        model=model.get("name") or model.get("class"),
+        task=fits.facts.get("task", ""),
+    )
+    assert twins.p is not None
+    return Verdict(
+        claim=claim,
+        checks=tuple(told),
+        conclusion=conclusion,
+        reason=_reason(conclusion, claim, told, twins),
+        effect=observed - mean,
+        interval=(low, high),
+        p=twins.p,
+        grid_p=None if grid is None else grid.p,
+        preliminary=preliminary,
+    )
+
+
+# --- the decision -------------------------------------------------------------------------------------------
+
+
+def _conclude(
+    *,
+    power: Check,
+    seen: Check,
+    training: Check | None,
+    planted: Check | None,
+    nulls: Sequence[Check],
+    specific: Sequence[Check | None],
+) -> str:
+    """The table of `analysis/verdicts.py`, line by line."""
+    if not power.passed:
+        return "underpowered"
+    if not seen.passed:
+        if training is not None and training.passed is False:
+            return "memorised"
+        return "underpowered" if planted is not None and not planted.passed else "not found"
+    if not all(one.passed for one in nulls):
+        return "expressive"
+    if any(one is not None and one.passed is False for one in specific):
+        return "non-specific"
+    return "supported"
+
+
+# --- in words -----------------------------------------------------------------------------------------------
+
+
+def _reason(conclusion: str, claim: Claim, checks: Sequence[Check], twins: Check) -> str:
+    by_name = {one.name: one for one in checks}
+    found = (
+        f"At {claim.place}, {claim.method} gives {claim.iia} of {claim.iia.n} held-out pairs the answer of the causal "
+        f"model; the floor is {claim.floor:.2f}."
+    )
+
+    def failed(*starts: str) -> str:
+        told = [one for one in checks if one.passed is False and one.name.startswith(starts)]
+        return "; ".join(f"{one.name}: {one.because}" for one in told)
+
+    if conclusion == "memorised":
+        return f"{found} The training pairs were learned by heart: {by_name['training'].because}."
+    if conclusion == "expressive":
+        return f"{found} So does a search where there is nothing to find ({failed('twins', 'control')})."
+    if conclusion == "non-specific":
+        return f"{found} But it is not this subspace that matters ({failed('random', 'complement')})."
+    if conclusion == "underpowered":
+        return f"{found} That says little ({failed('power', 'planted')})."
+    if conclusion == "not found":
+        would = by_name.get("planted variable", by_name["power"])
+        return f"{found} No effect is seen, where one could have been ({would.name}: {would.because})."
+    return f"{found} {_beside(checks, twins)}"
+
+
+def _beside(checks: Sequence[Check], twins: Check) -> str:
+    """What a claim that stands is held against, in short."""
+    n, most = len(twins.null), max(twins.null)
+    who = f"{n} twins reach {most:.2f} at most (p = {twins.p:.2g})" if n > 1 else f"a twin reaches {most:.2f}"
+    others = []
+    for one in checks:
+        if one.name.startswith("control") and one.null:
+            others.append(f"{one.name.partition(': ')[2]} {one.null[0]:.2f}")
+        elif one.name == "random subspaces":
+            others.append(f"random subspaces {fmean(one.null):.2f}")
+    beside = f", {', '.join(others)}" if others else ""
+    return f"Of the way from the floor to the causal model it goes {twins.observed:.2f}; {who}{beside}."
