@@ -359,7 +359,7 @@ def test_modules_that_were_trained_along_take_their_places(undone):
         ),
         ({"positions": "f3+l3", "every_token": False, "tied": "group"}, r"'f3\(l3\)', weights at all tokens"),
         ({"every_token": False}, "edits only the prompt.*every_token=True"),
-        ({"component": "block_output"}, "GPT2Block, not a linear map.*mlp_output, attention_output"),
+        ({"component": "block_output"}, "GPT2Block, not a plain linear map.*mlp_output, attention_output"),
         ({"activation": "tanh", "start": "paper"}, "not one affine map"),
         ({"modules_to_save": ("mlp",)}, r"transformer.h.0.mlp is one of the modules_to_save of 'default'"),
     ],
@@ -449,7 +449,7 @@ def test_weights_that_cannot_be_changed_are_refused():
     kind = type("Linear4bit", (nn.Linear,), {})
     quantised = fresh("llama")
     quantised.model.layers[0].mlp.down_proj.__class__ = kind
-    refused(quantised, edits, "is a Linear4bit, not a linear map")
+    refused(quantised, edits, r"\.Linear4bit, not a plain linear map")
 
 
 def test_weights_that_become_too_large_are_refused_and_given_back():

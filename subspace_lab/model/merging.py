@@ -198,9 +198,9 @@ def _refuse_place(backbone: Backbone, site: Site, edit: Intervention, point: Hoo
     kind, why = type(module), None
     if kind not in (nn.Linear, Conv1D):
         why = (
-            f"{point.path or 'the model'} is a {kind.__name__}, not a linear map. Edits can be merged at "
-            "mlp_output, attention_output, value_output, head_output and mlp_activation; use other edits with "
-            "`generate`"
+            f"{point.path or 'the model'} is a {kind.__module__}.{kind.__name__}, not a plain linear map. Edits can be "
+            "merged at mlp_output, attention_output, value_output, head_output and mlp_activation; use other edits "
+            "with `generate`"
         )
     elif not backbone.is_plain(point.path) or not module.weight.is_floating_point():
         why = f"something wraps or hooks {point.path}, or its weights are not plain numbers (quantised, offloaded)"
