@@ -5,41 +5,18 @@ A pair that comes eight times is not eight pieces of evidence, and a test pair t
 
 from __future__ import annotations
 
-import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
-
+from subspace_lab.das._pair_keys import keys_of as _keys_of
 from subspace_lab.das.estimates import Clusters
-
-if TYPE_CHECKING:
-    from subspace_lab.das.pairs import Counterfactuals
+from subspace_lab.das.pairs import Counterfactuals
 
 PAIR = "pair"  # the label of equal pairs
 
 
 def keys_of(pairs: Counterfactuals) -> list[tuple[Any, ...]]:
     """For each pair (base, source, …) of what makes it equal to another: the inputs, without padding."""
-    columns: list[Any] = []
-    for batch in (pairs.base, *pairs.sources.values()):
-        ids, mask = batch.inputs.get("input_ids"), batch.inputs.get("attention_mask")
-        if batch.positional is not None:
-            columns.append(_digests(batch.positional))
-        elif isinstance(ids, Tensor):
-            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-            both = zip(ids.tolist(), real.tolist(), strict=True)
-            columns.append([tuple(i for i, is_real in zip(*one, strict=True) if is_real) for one in both])
-        else:
-            tensors = [_digests(t) for t in batch.inputs.values() if isinstance(t, Tensor)]
-            columns.append(list(zip(*tensors, strict=True)))
-    return list(zip(*columns, strict=True))
-
-
-def _digests(inputs: Tensor) -> list[bytes]:
-    """For each row a digest of its numbers: images are large."""
-    rows = inputs.detach().cpu().contiguous()
-    return [hashlib.blake2b(row.flatten().view(torch.uint8).numpy().tobytes()).digest() for row in rows]
+    return _keys_of((pairs.base, *pairs.sources.values()))
 
 
 def interval_labels(pairs: Counterfactuals) -> dict[str, tuple[str, ...]]:

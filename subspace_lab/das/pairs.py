@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from subspace_lab.core.arguments import whole_number
+from subspace_lab.das._pair_keys import keys_of
 from subspace_lab.das.answers import Spelled, as_spelled, as_tensor, check_apart, distinguishing
-from subspace_lab.das.equal_pairs import keys_of
 from subspace_lab.das.splits import assigned
 from subspace_lab.das.splits import balanced as even
 from subspace_lab.engine.readouts import Readout
@@ -104,7 +104,7 @@ class Counterfactuals:
     @property
     def exchanged(self) -> tuple[str, ...]:
         """The variables that each pair exchanges, as "a, b": those whose source is not the base itself."""
-        keys = keys_of(self)
+        keys = keys_of((self.base, *self.sources.values()))
         names = list(self.sources)
         return tuple(
             ", ".join(name for name, own in zip(names, sources, strict=True) if own != base)
@@ -345,7 +345,7 @@ class Pairs:
 
 def _drawn(pairs: Counterfactuals, shares: Mapping[str, float], seed: int) -> list[str | None]:
     """A random split for each pair; equal pairs get the same split."""
-    keys = keys_of(pairs)
+    keys = keys_of((pairs.base, *pairs.sources.values()))
     distinct = list(dict.fromkeys(keys))
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
     n_dev, n_test = round(shares["dev"] * len(distinct)), round(shares["test"] * len(distinct))
