@@ -3,9 +3,9 @@
     python benchmarks/sweep_speed.py [--quick] [--device cuda] [--json PATH]
 
 Ours is timed from nothing to the last trained basis: the passes over bases and sources, which serve all sites,
-and every training step at every site. pyvene's sweep takes hours, so its step is measured at the first, middle
-and last layer, and the mean is multiplied by the number of steps; its step does not depend on the position. The
-plain loop of two forward passes is measured likewise, and the bare blocks above the edit (the floor, without any
+and every training step at every site. pyvene's sweep takes hours, so its step is measured at the first, the middle
+two and the last layer, and the mean is multiplied by the number of steps; its step does not depend on the position.
+The plain loop of two forward passes is measured likewise, and the bare blocks above the edit (the floor, without any
 pass over the data) at each position.
 """
 
@@ -91,7 +91,8 @@ def main() -> None:
     taken = ours(case, config, layers)
     wait(args.device)
     whole = clock(args.device) - start
-    measured = sorted({0, depth // 2, depth - 1})
+    # With as many blocks above them, in the mean, as all the layers that are swept.
+    measured = sorted({0, (depth - 1) // 2, depth // 2, depth - 1})
     contenders, loss_gaps, gradient_gaps = {}, [], []
     for layer in measured:
         case.layer, case.site = layer, Site("block_output", layer, "last")
