@@ -19,6 +19,7 @@ from subspace_lab.analysis import checking
 from subspace_lab.analysis.checking import check, complement_of, of_search, training_floor
 from subspace_lab.analysis.controls import control_labels
 from subspace_lab.analysis.evidence import at_cell
+from subspace_lab.analysis.illusions import illusion
 from subspace_lab.analysis.twins import embeddings_kept, only_above, only_below, reinitialised
 from subspace_lab.core.sites import Site
 from subspace_lab.das.fits import Fits
@@ -71,6 +72,10 @@ def test_what_the_shipped_decoder_holds_is_supported(shipped, partial, tmp_path)
         (told,) = verdict.check(f"twins, {kind}").null
         assert verdict.check(f"twins, {kind}").passed is None and told < 0.9
     assert {path.name for path in (tmp_path / "check").iterdir()} >= {"twin_1", "twin_2", "control_1"}
+    report = illusion(backbone, pairs, fits.best())
+    parts = verdict.check("illusion")
+    assert parts.passed is None and parts.observed == pytest.approx(min(report.sensed.values()))
+    assert parts.because.startswith("flagged") == report.flagged
     # What search has already is not fitted again.
     assert not (tmp_path / "check" / "model").exists()
     assert {one.name for one in verdict.checks} >= {
@@ -240,6 +245,7 @@ def test_a_nonlinear_map_of_a_random_network_is_expressive():
     verdict = check(backbone, pairs, fits, twins=2, quiet=True)
     assert verdict.claim.iia.low > verdict.claim.floor
     assert verdict.conclusion == "expressive" and verdict.check("twins").passed is False, verdict
+    assert verdict.check("illusion").because.startswith("not made: ")
 
 
 def test_ten_pairs_are_underpowered_even_where_the_variable_is():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from subspace_lab.analysis.controls import control_labels
 from subspace_lab.analysis.evidence import Evidence, at_cell, changing, check_number, chosen_of
+from subspace_lab.analysis.illusions import illusion
 from subspace_lab.analysis.judging import judge
 from subspace_lab.analysis.planting import plant
 from subspace_lab.analysis.twins import reinitialised
@@ -49,6 +50,7 @@ def check(
     seed: int = 0,
     level: float | None = None,
     power: bool = True,
+    parts: bool = True,
     loss: Loss = cross_entropy,
     memory: int | str | None = None,
     out: str | Path | None = None,
@@ -76,6 +78,8 @@ def check(
         level: the p that is asked for: refused where the twins are too few. By default .05 with 19 twins or more,
             and a preliminary verdict with fewer.
         power: where nothing is seen, look for a planted variable.
+        parts: where something is seen, try the parts of the subspace alone (`illusion`); what that gives is reported
+            and decides nothing.
         loss: of the sweep.
         memory: budget of the frozen past, as of `sweep`.
         out: a folder in which each search is kept, so that the same call goes on where it ended.
@@ -124,7 +128,17 @@ def check(
     verdict = judge(evidence, level)
     if power and verdict.conclusion == "not found":
         verdict = judge(again.with_power(evidence, backbone.model, pairs, seed), level)
+    if parts and verdict.check("held-out effect").passed:
+        verdict = judge(_with_parts(evidence, backbone, pairs), level)
     return verdict
+
+
+def _with_parts(evidence: Evidence, backbone: Backbone, pairs: Pairs) -> Evidence:
+    """The evidence with what the parts of the chosen subspace do alone, or why that was not tried."""
+    try:
+        return replace(evidence, illusion=illusion(backbone, pairs, evidence.chosen))
+    except (TypeError, ValueError) as error:
+        return replace(evidence, left_out={**evidence.left_out, "illusion": " ".join(str(error).split())})
 
 
 def of_search(backbone: Backbone, pairs: Pairs, fits: Fits, twins: Sequence[Fits]) -> Verdict:

@@ -13,6 +13,7 @@ from statistics import NormalDist, fmean
 import torch
 from torch import Tensor
 
+from subspace_lab.analysis.illusions import IllusionReport
 from subspace_lab.analysis.verdicts import Check
 from subspace_lab.das.estimates import Clusters, estimate, proportion
 from subspace_lab.das.fits import Fit, Fits
@@ -50,6 +51,7 @@ class Evidence:
         stays: (test pairs,) complement_stays of the chosen fit, NaN where the answer does not change; None where
             the complement cannot be exchanged.
         training_floor: of the training pairs; None where they are drawn afresh.
+        illusion: what the parts of the chosen subspace do alone; None where that was not tried.
         left_out: {check: why it was not made}.
     """
 
@@ -62,6 +64,7 @@ class Evidence:
     planted: Fits | None = None
     stays: Tensor | None = None
     training_floor: float | None = None
+    illusion: IllusionReport | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -304,6 +307,17 @@ def baselines(evidence: Evidence) -> Check | None:
     )
     nulls = tuple(fit.iia.value for fit in found)
     return Check("baselines", chosen.iia.value, nulls, None, None, because)
+
+
+def illusion(report: IllusionReport | None) -> Check | None:
+    """Whether the subspace reads and writes what the model does. It decides nothing: a site can be right without it."""
+    if report is None:
+        return None
+    both = report.part("both")
+    advice = "; `purify` keeps the part that varies and is read" if report.flagged else ""
+    because = f"{report.because.rstrip('.')}; that part alone has IIA {both.iia}{advice}"
+    said = "flagged: " if report.flagged else ""
+    return Check("illusion", min(report.sensed.values()), (), None, None, said + because)
 
 
 def planted_variable(planted: Fits | None) -> Check | None:

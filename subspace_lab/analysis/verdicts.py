@@ -19,7 +19,8 @@ Too few pairs come first: what they show by luck would be believed, and what the
 there is an effect comes before whether others have it. A twin that does as well comes before the question of the
 subspace, since that question is idle where nothing was learned. Other checks are told and decide nothing:
 selection (dev against test), the spread over seeds, baselines (difference of means, principal components), twins
-that keep a part of what was learned, and twins over the whole grid of sites.
+that keep a part of what was learned, twins over the whole grid of sites, and whether the subspace reads and writes what
+the model does (`illusions.py`): the site can be right where the span is not.
 
     effect = (IIA − floor) / (ceiling − floor) − the twins' mean effect
 
