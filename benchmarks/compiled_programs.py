@@ -1,10 +1,12 @@
-"""Twelve small programs for torchwright's compiler, each with one variable that the answer depends on.
+"""Small programs for torchwright's compiler, each with one variable that the answer depends on.
 
 A program reads x and y, forms a variable of both, and answers with a function of the variable and of z. There are
-two layouts of a text:
+two layouts of a text, with or without tokens that say nothing before z:
 
     at the end     x y z =        the last position looks at x, y and z, forms the variable, then the answer
     on the way     x y ; z =      the position of the mark forms the variable; the last one fetches it and answers
+
+`PROGRAMS` are twelve; `variants` are those and eight more, in other layouts, some with longer texts and wider models.
 
 The answer is no function of the variable alone, so where only the answer is left no interchange can pass for the
 variable. Values are coded as one column, +1 or −1, where there are two, else one-hot.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from subspace_lab.model.batches import Batch
 from subspace_lab.tasks.compiled import Compiled, load
 
 WIDTH, HEAD_WIDTH, LONGEST = 128, 16, 32
-MARK, END = ";", "="
+MARK, END, FILLER = ";", "=", "_"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Program:
         value: (x, y) → the variable's value.
         answer: (value, z) → the token that answers.
         on_the_way: the layout.
+        fillers: how many tokens that say nothing stand before z.
+        width: of the residual stream.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Program:
     value: Callable[[str, str], Any]
     answer: Callable[[Any, str], str]
     on_the_way: bool = False
+    fillers: int = 0
+    width: int = WIDTH
 
     @property
     def values(self) -> list[Any]:
@@ -58,15 +64,16 @@ class Program:
     @property
     def vocabulary(self) -> list[str]:
         answers = "".join(self.answer(v, z) for v, z in product(self.values, self.z))
-        return list(dict.fromkeys(self.x + self.y + self.z + answers + MARK + END))
+        return list(dict.fromkeys(self.x + self.y + self.z + answers + MARK + END + FILLER * bool(self.fillers)))
 
     @property
     def positions(self) -> tuple[str, ...]:
         """Where the variable is at some time."""
-        return ("2", "4") if self.on_the_way else ("3",)
+        return ("2", str(4 + self.fillers)) if self.on_the_way else (str(3 + self.fillers),)
 
     def text(self, x: str, y: str, z: str) -> str:
-        return f"{x}{y}{MARK}{z}{END}" if self.on_the_way else f"{x}{y}{z}{END}"
+        fillers = FILLER * self.fillers
+        return f"{x}{y}{MARK}{fillers}{z}{END}" if self.on_the_way else f"{x}{y}{fillers}{z}{END}"
 
     def sites(self, layers: int) -> list[Site]:
         return [Site("block_output", layer, where) for layer in range(layers) for where in self.positions]
@@ -81,13 +88,13 @@ class Program:
         embedding = create_onehot_embedding(self.vocabulary)
         rope = create_rope_config(d_head=HEAD_WIDTH, max_positions=LONGEST)
         tables = _Tables(self, embedding)
-        back = (-2, -1) if self.on_the_way else (-3, -2)
+        back = (-2, -1) if self.on_the_way else (-3 - self.fillers, -2 - self.fillers)
         x, y = (attend_to_offset(rope, embedding, delta) for delta in back)
         variable = tables.variable(concat([x, y]))
         variable.name = self.name
         homes = {self.name: self.positions[0]}
         if self.on_the_way:
-            variable = attend_to_offset(rope, variable, -2)
+            variable = attend_to_offset(rope, variable, -2 - self.fillers)
             variable.name = f"fetched {self.name}"
             homes[variable.name] = self.positions[1]
         z = attend_to_offset(rope, embedding, -1)
@@ -95,7 +102,7 @@ class Program:
             tables.answers(concat([variable, z])),
             embedding,
             folder,
-            d=WIDTH,
+            d=self.width,
             d_head=HEAD_WIDTH,
             max_seq_len=LONGEST,
             bos_token=None,
@@ -207,6 +214,32 @@ PROGRAMS = (
     Program("distance", FIVE, FIVE, FIVE, lambda x, y: abs(int(x) - int(y)), shifted),
     Program("product sign", "+-0", "+-0", LETTERS, lambda x, y: _sign(x) * _sign(y), lambda v, z: _letter(v, z)),
 )
+
+
+MORE = (
+    Program("sum mod 2", FIVE, FIVE, FIVE, lambda x, y: (int(x) + int(y)) % 2, shifted),
+    Program("sum mod 3", FIVE, FIVE, FIVE, lambda x, y: (int(x) + int(y)) % 3, shifted),
+    Program("sum mod 4", FIVE, FIVE, FIVE, lambda x, y: (int(x) + int(y)) % 4, shifted),
+    Program("difference mod 3", FIVE, FIVE, FIVE, lambda x, y: (int(x) - int(y)) % 3, shifted),
+    Program("product mod 3", FIVE, FIVE, FIVE, lambda x, y: int(x) * int(y) % 3, shifted),
+    Program("minimum", FIVE, FIVE, FIVE, lambda x, y: min(int(x), int(y)), shifted),
+    Program("order", FIVE, FIVE, LETTERS, lambda x, y: _sign_of(int(x) - int(y)), lambda v, z: _letter(v, z)),
+    Program("one of both", LETTERS, LETTERS, FIVE, lambda x, y: (x in "abc") != (y in "ace"), shifted),
+)
+
+
+def variants() -> list[Program]:
+    """Fifty-two programs: twenty functions in both layouts, and twelve of them with longer texts and wider models."""
+    found = []
+    for i, program in enumerate([*PROGRAMS, *MORE]):
+        found += [program, replace(program, on_the_way=not program.on_the_way)]
+        if program in PROGRAMS:
+            found.append(replace(program, fillers=1 + i % 3, width=(128, 256)[i % 2], on_the_way=i % 4 < 2))
+    return found
+
+
+def _sign_of(number: int) -> int:
+    return (number > 0) - (number < 0)
 
 
 def _sign(token: str) -> int:
