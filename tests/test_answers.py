@@ -399,7 +399,7 @@ def test_a_search_counts_them_and_says_so() -> None:
     options: dict[str, Any] = {"methods": [FullVector()], "config": QUICK, "quiet": True}
     fits = search(tiny(), fixed, SITES[:1], min_accuracy=0.5, **options)
     assert fits[0].iia.n == 30 and fits.facts["answered"]["test"]["of"] == 60
-    assert "30 of 60 test pairs. It answers 40 of their bases right" in " ".join(str(fits).split())
+    assert "30 of 60 test pairs. Of these 60 bases it answers 40 right" in " ".join(str(fits).split())
     for more in ({"min_accuracy": 0.5, "right_only": False}, {"min_accuracy": None}):
         every = search(tiny(), fixed, SITES[:1], **options, **more)
         assert every[0].iia.n == 60 and every.facts["answered"] == {} and "Left out" not in str(every)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from subspace_lab.cli import app
 from subspace_lab.das.counterfactuals import counterfactual_dataset
+from subspace_lab.das.pairs import SURPLUS
 from subspace_lab.tasks import PRICE_TAGGING
 
 NUMBERS = {"train": 40, "dev": 20, "test": 40}
@@ -87,10 +88,30 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
         result = search(*QUICK, *options, "--data", path, "--out", out)
         assert result.exit_code == 0, (result.stderr, result.exception)
         facts = results(out)["model"]["facts"]
-        surplus = facts["dropped"].get("surplus pairs of the more frequent answers", 0)
+        surplus = facts["dropped"].get(SURPLUS, 0)
         assert facts["dropped"]["answers, not known to the tokenizer (Zebra)"] == 1
         assert facts["pairs"]["test"] == n - surplus
         assert "not known to the tokenizer (Zebra)" in " ".join(result.stdout.split())
+
+
+def test_pairs_that_balance_left_out_are_told_and_can_be_kept(tmp_path: Path) -> None:
+    lines = rows()
+    lines += [{**line, "base": f"{line['base']} "} for line in lines if line["answer"] == "yes"]
+    path = written(tmp_path / "prices.jsonl", lines)
+    told = {}
+    for options in ([], ["--no-balance"]):
+        result = search(*QUICK, "--count-all", *options, "--data", path, "--out", tmp_path / f"out{len(options)}")
+        assert result.exit_code == 0, (result.stderr, result.exception)
+        told[len(options)] = " ".join(result.stdout.split())
+    pairs = results(tmp_path / "out0")["model"]["facts"]["pairs"]
+    n = len(lines) - sum(pairs.values())
+    assert n > 0 and sum(results(tmp_path / "out1")["model"]["facts"]["pairs"].values()) == len(lines)
+    assert (
+        f"{n} pairs, so that each answer is about as frequent as the others (--no-balance keeps them)" in told[0]
+    )
+    assert f"Pairs that are left: {pairs['train']} train, {pairs['dev']} dev, {pairs['test']} test." in told[0]
+    assert "keeps them" not in told[1]
+    assert "--no-balance is for --data" in search("--no-balance", "--out", tmp_path / "out").stderr
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,10 @@ def test_an_interrupted_search_goes_on_and_leaves_what_an_undisturbed_one_leaves
         stop_at(patched, number)
         result = search(*OPTIONS, "--out", out)
         assert result.exit_code == 130 and "--resume continues" in result.stderr, (result.stderr, result.exception)
-    assert search(*OPTIONS, "--out", out).exit_code == 2  # not without --resume
+    refused = search(*OPTIONS, "--out", out)  # not without --resume
+    assert refused.exit_code == 2 and ("it contains a search. --resume continues it" in refused.stderr) == (
+        number > 1
+    )
     with monkeypatch.context() as patched:
         calls = stop_at(patched, 99)
         result = search(*OPTIONS, "--resume", "--out", out)
@@ -92,21 +95,25 @@ def test_resume_begins_where_nothing_is_and_ends_at_once_where_all_is(whole, tmp
         result = search(*OPTIONS, "--no-twin", "--resume", "--out", folder)
         assert result.exit_code == 0, (result.stderr, result.exception)
         assert results_of(folder)["model"] == results_of(whole)["model"]
+        assert f"there is no search in {folder}; a new one begins" in result.stderr
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     calls = stop_at(monkeypatch, 1)
     result = search(*OPTIONS, "--resume", "--out", whole)
     assert result.exit_code == 0 and "finished: nothing is left to do" in result.stderr and not calls
+    assert "there is no search" not in result.stderr
+    told = " ".join(result.stdout.split())  # the table, and what was written before
+    assert "chosen on dev" in told and "model, twin, iia.png, overlap.png, results.json." in told
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--steps", "6"], "folder of another sweep (training: "),
+        (["--steps", "6"], "folder of another sweep (training: steps 5 there, 6 asked)"),
         (["--seed", "1"], "folder of another sweep"),
         (["--layers", "1"], "folder of another sweep (sites: "),
-        (["--rank", "4"], "folder of another sweep (methods: "),
-        (["--test-pairs", "41"], "folder of another sweep (data: "),
+        (["--rank", "4"], "folder of another sweep (methods: of DAS rank 8 there, 4 asked)"),
+        (["--test-pairs", "41"], "folder of another sweep (data: the pairs are others)"),
     ],
 )
 def test_another_search_is_refused(changes, message, whole):
@@ -143,8 +150,8 @@ def test_workers_give_the_same_results_and_lines_say_how_far_they_are(whole, tmp
     result = search(*OPTIONS, "--workers", "2", "--out", tmp_path / "out")
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert results_of(tmp_path / "out") == results_of(whole)
-    assert re.search(r"^model: 4 of 4 places, \d+ s$", result.stderr, re.MULTILINE)
-    assert re.search(r"^twin: 4 of 4 places, \d+ s$", result.stderr, re.MULTILINE)
+    assert re.search(r"^model: 4 of 4 sites, \d+ s$", result.stderr, re.MULTILINE)
+    assert re.search(r"^twin: 4 of 4 sites, \d+ s$", result.stderr, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("option", "value"), [("--workers", "0"), ("--twins", "-1")])

@@ -63,7 +63,7 @@ def test_within_chance_tells_a_copy_from_a_stranger():
 
 def test_fits_from_one_start_are_not_compared_unawares():
     seeds = {"x": 5, "y": 6, "z": 5}
-    with pytest.raises(ValueError, match=r"5: \['x', 'z'\].*same_start=True"):
+    with pytest.raises(ValueError, match=r": x and z\..*same_start=True"):
         compare(three(), seeds)
     assert compare(three(), seeds, same_start=True) == compare(three())
     with pytest.warns(DeprecationWarning, match="same_start_allowed is now called same_start"):
@@ -129,7 +129,7 @@ def test_fits_in_a_mapping_know_their_starts():
     beside = compare({**fits, "random": random_subspace(16, 3, 99)})
     assert beside.labels[-1] == "random" and beside.matrix[0][:2] == compare(fits).matrix[0]
     again = replace(fits["one"], alignment=Alignment({"above": (SITES[0], random_subspace(16, 2, 8))}))
-    with pytest.raises(ValueError, match=r"one start.*'one', 'again'.*same_start"):
+    with pytest.raises(ValueError, match=r"one start.*: one and again\..*same_start"):
         compare({**fits, "again": again})
     assert compare({**fits, "again": again}, same_start=True).ranks == (3, 3, 2)
     with pytest.raises(ValueError, match=r"No seed given for \['random'\]"):

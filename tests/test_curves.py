@@ -146,7 +146,7 @@ def test_an_axis_of_ones_own_is_drawn_on(draw: Callable[..., Figure], given: Any
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     two = made_fits([made_fit(site) for site in SITES])
     for draw in (iia_by_rank, methods_beside, training_curves):
-        with pytest.raises(ValueError, match=r"Fits at 2 places.*Filter them"):
+        with pytest.raises(ValueError, match=r"Fits at 2 sites.*Filter them"):
             draw(two, tmp_path / "no.png")
         with pytest.raises(ValueError, match="No fits to draw"):
             draw(made_fits([]), tmp_path / "no.png")

@@ -92,8 +92,15 @@ def test_what_ravel_does_not_have_is_refused(cities: Path) -> None:
         ValueError, match=r"\['Colour'\] are no attributes of 'city'; it has \['Country', 'Language'\]"
     ):
         ravel(cities, "city", "Colour")
-    with pytest.raises(FileNotFoundError, match=r"ravel_verb_entity_attributes.*in its folder are ravel_city"):
+    with pytest.raises(ValueError, match=r"entity_type='verb': the files in .* are of city\."):
         ravel(cities, "verb", "Past")
+    for load in (lambda to: ravel(to, "city", "Country"), indirect_objects):
+        with pytest.raises(FileNotFoundError, match=r"There is no folder .*nowhere;"):
+            load(cities / "nowhere")
+    (cities / "ravel_city_entity_to_split.json").rename(cities / "other.json")
+    with pytest.raises(FileNotFoundError, match=r"ravel_city_entity_to_split.*in its folder are other\.json"):
+        ravel(cities, "city", "Country")
+    (cities / "other.json").rename(cities / "ravel_city_entity_to_split.json")
     put(cities / "ravel_city_prompt_to_split.json", {"%s is in": "train", "in %s people speak": "train"})
     with pytest.raises(ValueError, match=r"The val split has 6 entities and 0 prompts"):
         ravel(cities, "city", "Country")

@@ -9,7 +9,7 @@ import torch
 from tiny_sweeps import ANSWERS, LETTERS, PAIRS, batch_of, counterfactuals, pairs
 from torch import Tensor
 
-from subspace_lab.das.pairs import Counterfactuals, Pairs
+from subspace_lab.das.pairs import SURPLUS, Counterfactuals, Pairs
 from subspace_lab.model.batches import Batch
 
 
@@ -369,9 +369,11 @@ def test_balanced_pairs_are_as_even_as_half_of_them_allows(seed: int) -> None:
 def test_a_split_can_be_balanced_and_counts_what_leaves() -> None:
     data = replace(counterfactuals(0, n=200), answer=(torch.arange(200) % 5 == 0).long())
     made = Pairs.split(data, balance=True)
-    lost = made.dropped["surplus pairs of the more frequent answers"]
+    lost = made.dropped[SURPLUS]
     assert lost == 200 - sum(map(len, (made.train, made.dev, made.test))) > 0
-    assert f"left out: {lost} surplus pairs" in repr(made)
+    assert f"left out: {lost} pairs, so that each answer" in repr(made) and "balance=False keeps them" in repr(
+        made
+    )
 
 
 def test_many_answers_are_left_as_they_are() -> None:

@@ -324,7 +324,7 @@ def test_results_that_do_not_fit_a_picture_are_refused(tmp_path):
         iia_heatmap(MODEL, made_fits([made_fit(fit.site, PCA(3)) for fit in MODEL]), path)
     with pytest.raises(ValueError, match="No fits to draw"):
         iia_heatmap(made_fits([]), None, path)
-    with pytest.raises(ValueError, match="by 'log_odds' on dev"):
+    with pytest.raises(ValueError, match=r"by metric='log_odds': their scores on dev are \['iia'\]"):
         iia_heatmap(MODEL, None, path, metric="log_odds")
     assert not list(tmp_path.iterdir())
 

@@ -200,10 +200,10 @@ def test_log_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
         for seconds in (4.0, 8.0, 200.0, 203.0):
             clock[0] = seconds
             shown.end()
-    assert capsys.readouterr().err == "sweep: 3 of 90 places, 3 min 20 s, about 1 h 36 min left\n"
+    assert capsys.readouterr().err == "sweep: 3 of 90 sites, 3 min 20 s, about 1 h 36 min left\n"
     with _progress.progress("sweep", 1, 5, quiet=False) as shown:
         shown.end()
-    assert capsys.readouterr().err == "sweep: 1 of 1 places, 0 s\n"
+    assert capsys.readouterr().err == "sweep: 1 of 1 sites, 0 s\n"
     with _progress.progress("sweep", 1, 5, quiet=True) as shown:
         shown.end()
     assert capsys.readouterr().err == ""

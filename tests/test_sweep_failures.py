@@ -82,7 +82,7 @@ def test_where_everything_fails_nothing_is_lost_silently() -> None:
     assert len(found) == 0 and len(found.failures) == 2 and repr(found).startswith("No fits.")
     for shown in (repr(found), found._repr_html_()):
         assert "_Marked 1 at block_output[0]@2, seed 1: The loss is [nan]" in shown
-    with pytest.raises(ValueError, match="0 fits to choose from"):
+    with pytest.raises(ValueError, match="There are no fits"):
         found.best()
 
 

@@ -162,8 +162,11 @@ class Comparison:
             near = sum(self.matrix[i][j] < self.chance_of(i, j).low - ROUNDING for i, j in pairs)
         else:
             near = sum(self.matrix[i][j] > self.chance_of(i, j).high + ROUNDING for i, j in pairs)
-        which = "smaller" if self.distance else "higher"
-        return f"{near} of {len(pairs)} pairs have a {which} {self.measure} than 97.5 % of random subspaces have."
+        side, beyond = ("smaller", "below") if self.distance else ("higher", "above")
+        return (
+            f"{near} of {len(pairs)} pairs have a {side} {self.measure} than chance gives ({beyond} 97.5 % of pairs of "
+            "random subspaces)."
+        )
 
     def _verdict(self) -> str:
         """Where the mean across stands against yardstick and null."""

@@ -131,12 +131,14 @@ def check_starts(items: Sequence[Compared]) -> None:
     for item in items:
         if item.start is not None:
             by_start.setdefault(item.start, []).append(item.label)
-    shared = {start: group for start, group in by_start.items() if len(group) > 1}
+    shared = [group for group in by_start.values() if len(group) > 1]
     if shared:
+        some = "; ".join(" and ".join(dict.fromkeys(group)) for group in shared[:2])
+        more = f"; and {len(shared) - 2} more groups" if len(shared) > 2 else ""
         raise ValueError(
-            f"Trained from one start (start: subspaces): {shared}. Such subspaces overlap because each stays near "
-            "its start. Train them from different seeds (two models too), or compare them all the same with "
-            "same_start=True."
+            f"Trained from one start (with the same seed, or the same start=…): {some}{more}. Such subspaces overlap "
+            "because each stays near its start. Train them from different seeds (two models too), or compare them "
+            "nevertheless with same_start=True."
         )
 
 

@@ -20,7 +20,7 @@ from subspace_lab.analysis.plots.canvas import FRAME
 from subspace_lab.analysis.plots.curves import iia_by_rank, methods_beside, training_curves
 from subspace_lab.analysis.plots.heatmaps import iia_heatmap
 from subspace_lab.core.files import package_version, read_json, write_text
-from subspace_lab.das.fits import Fit, Fits
+from subspace_lab.das.fits import Fit, Fits, answered_in_words
 
 RESULTS, VERDICT, MODEL = "results.json", "verdict.json", "model"
 OWN = ("iia.png",)  # pictures of a search that are drawn anew here, with all that the report knows
@@ -123,7 +123,7 @@ def _question(run: Run, best: Fit) -> str:
     name = model.get("name") or model.get("class") or "the model"
     floor, iia = run.fits.floors["test"].highest, best.score(run.fits.metric)
     what = (
-        f"Where in {name} does {' and '.join(run.fits.variables)} stand? At each of {len(run.fits.places)} places a "
+        f"Where in {name} does {' and '.join(run.fits.variables)} stand? At each of {len(run.fits.places)} sites a "
         "subspace was searched whose exchange between two inputs changes the answer as the causal model says."
     )
     found = (
@@ -174,15 +174,8 @@ def _data(run: Run) -> str:
         "fingerprint of the pairs": facts.get("data"),
         "intervals": facts.get("intervals"),
     }
-    answered = facts.get("answered", {}).get("test")
     told = listed({name: value for name, value in shown.items() if value})
-    if answered:
-        told += paragraph(
-            f"Counted are pairs whose base and sources the model answers right: {answered['pair']} of "
-            f"{answered['of']} test pairs.",
-            "small",
-        )
-    return told
+    return told + "".join(paragraph(line, "small") for line in answered_in_words(facts))
 
 
 def _scores(run: Run) -> str:
@@ -195,9 +188,9 @@ def _pictures(run: Run, best: Fit) -> str:
     whole = tuple(twin for twin in run.twins if twin.places == run.fits.places)
     drawn: list[tuple[str, Callable[[], Figure]]] = [
         ("Scores by layer and position", lambda: iia_heatmap(run.fits, _joined(whole), metric=run.fits.metric)),
-        ("Methods beside each other at the place that dev chose", lambda: methods_beside(here)),
-        ("Score by rank at that place", lambda: iia_by_rank(here)),
-        ("Training at that place", lambda: training_curves(here)),
+        ("Methods beside each other at the site that dev chose", lambda: methods_beside(here)),
+        ("Score by rank at that site", lambda: iia_by_rank(here)),
+        ("Training at that site", lambda: training_curves(here)),
     ]
     found = []
     for caption, draw in drawn:

@@ -4,7 +4,7 @@ results.json         "settings"; "model" and "twin" (null where none was searche
                      scores; "twins" of several; "comparison": the overlaps of the trained subspaces with what
                      chance gives; "verdict" (null where none can be given)
 model/, twin/        every fit with its subspaces, for `Fits.load`; further twins in twin2/, twin3/
-iia.png, overlap.png `analysis/plots`
+iia.png, overlap.png `analysis/plots`; the second where two subspaces can differ
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def save_search(
     names = ["model", "twin", *(f"twin{i}" for i in range(2, len(twins) + 1))]
     saves.written += [name for name in names[: len(twins) + 1] if name not in unsaved]
     saves.save("iia.png", lambda: iia_heatmap(fits, _whole(twins, fits), folder / "iia.png"))
-    saves.save("overlap.png", lambda: overlap_heatmap(comparison, folder / "overlap.png"))
+    if _can_differ(comparison):
+        saves.save("overlap.png", lambda: overlap_heatmap(comparison, folder / "overlap.png"))
     results = {
         "settings": dict(settings),
         "model": fits.as_dict(),
@@ -73,7 +74,9 @@ def print_search(
 ) -> None:
     """The table on standard output, under it what has to be known to read it, and at last the verdict."""
     terminal = console()
-    title = printable(f"{settings['task']}: {settings['variable']} in {settings['component']}")
+    title = printable(
+        f"{settings['task']}: {settings['component']} searched for the variable '{settings['variable']}'"
+    )
     best, whole = fits.best().method, _whole(twins, fits)
     several = len(twins) > 1
     more: dict[str, Fits | dict[str, str]] = {}
@@ -86,7 +89,7 @@ def print_search(
         )
     terminal.print(table_of(fits, title=title, more=more))
     for line in [*notes_of(fits), *_remarks(fits, twins, comparison), saves.line()]:
-        terminal.print(printable(line), markup=False)
+        terminal.print(printable(line.replace("balance=False keeps", "--no-balance keeps")), markup=False)
     terminal.print(printable(f"\n{_last_paragraph(verdict, saves)}"), markup=False)
 
 
@@ -95,6 +98,11 @@ def _last_paragraph(verdict: Verdict | str, saves: Saves) -> str:
         return f"No verdict. {verdict}"
     more = f" `subspace-lab check {saves.folder}` holds it against 19 twins." if verdict.preliminary else ""
     return f"{verdict}{more}"
+
+
+def _can_differ(comparison: Comparison) -> bool:
+    """Whether there are two subspaces, and not each the whole space, of which any two are the same."""
+    return len(comparison.labels) > 1 and min(comparison.ranks) < comparison.width
 
 
 def _ranges(twins: Fits) -> dict[str, str]:

@@ -44,7 +44,7 @@ from subspace_lab.analysis._twin_making import (
     packed_weights,
     tensors_of,
 )
-from subspace_lab.core.arguments import whole_number
+from subspace_lab.core.arguments import instance, whole_number
 from subspace_lab.core.orthonormal import thin_qr
 from subspace_lab.model.families import Anatomy
 
@@ -64,9 +64,11 @@ def reinitialised(model: nn.Module, seed: int) -> nn.Module:
         seed: of the draw.
 
     Raises:
+        TypeError: something else than a module.
         ValueError: quantised weights, a configuration that does not describe the model (its shapes or its ties
             were changed by hand), or plain submodules with parameters and no `reset_parameters`.
     """
+    _expect_module(model)
     return finished(model, _anew(model, seed))
 
 
@@ -104,6 +106,7 @@ def embeddings_kept(model: nn.Module, seed: int) -> nn.Module:
     Raises:
         ValueError: as `reinitialised`; a model without embeddings.
     """
+    _expect_module(model)
     anatomy = Anatomy(model)
     inside = tuple(f"{block}." for blocks in anatomy.stacks.values() for block in blocks)
     try:
@@ -163,6 +166,7 @@ def cascading(model: nn.Module, seed: int) -> Iterator[nn.Module]:
     Raises:
         ValueError: as `only_above`.
     """
+    _expect_module(model)
     depth = Anatomy(model).depth()
     return (only_above(model, layer, seed) for layer in range(depth - 2, -2, -1))
 
@@ -197,8 +201,15 @@ def _reset(twin: nn.Module) -> nn.Module:
     return twin
 
 
+def _expect_module(model: nn.Module) -> None:
+    instance(
+        model, nn.Module, "The model of a twin", "of a Backbone its model, as in reinitialised(backbone.model, 0)"
+    )
+
+
 def _redrawn(model: nn.Module, seed: int, draw: Draw) -> nn.Module:
     """A twin whose weights are drawn one by one from what the model has; its buffers are the model's."""
+    _expect_module(model)
     if packed := packed_weights(model):
         raise ValueError(
             f"{type(model).__name__} is quantised: {packed} holds no floats that could be drawn anew."
@@ -235,6 +246,7 @@ def _take_buffers(model: nn.Module, twin: nn.Module, which: Callable[[str], bool
 
 def _before(model: nn.Module, layer: int) -> Callable[[str], bool]:
     """Whether a weight of this name comes before the end of a layer, in the order in which modules are registered."""
+    _expect_module(model)
     anatomy = Anatomy(model)
     depth = anatomy.depth()
     if not -1 <= whole_number(layer, "layer") < depth:

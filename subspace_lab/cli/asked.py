@@ -47,12 +47,15 @@ def of_task(
     answers: Answers,
     chat: bool,
     split_by: str | None,
+    balance: bool,
 ) -> Asked:
     """A task of this package. ValueError for an unknown task, or a task without the variable."""
     from subspace_lab.tasks import load_task
 
     if split_by is not None:
         raise ValueError(f"--split-by {split_by} is for --data: the splits of a task share no names or entities.")
+    if not balance:
+        raise ValueError("--no-balance is for --data: a task draws its pairs balanced.")
     n = {name: PAIRS[name] if given is None else given for name, given in numbers.items()}
     if (most := max(n.values())) > MOST_PAIRS:
         raise ValueError(f"{most} pairs are more than a task is sampled for: possible are {MOST_PAIRS:,}.")
@@ -88,6 +91,7 @@ def of_data(
     answers: Answers,
     chat: bool,
     split_by: str | None,
+    balance: bool,
 ) -> Asked:
     """Pairs from a file, which is read and checked at once."""
     from subspace_lab.das.datafiles import described, load_pairs
@@ -104,7 +108,15 @@ def of_data(
         variables if variable is None else [variable],
         spans or ["last"],
         lambda tokenizer: load_pairs(
-            data, tokenizer, variable=variable, by=split_by, seed=seed, answers=answers, chat=chat, drop=True
+            data,
+            tokenizer,
+            variable=variable,
+            by=split_by,
+            seed=seed,
+            balance=balance,
+            answers=answers,
+            chat=chat,
+            drop=True,
         ),
         {},
     )

@@ -132,10 +132,12 @@ def asked_again(settings: Mapping[str, Any]) -> Asked:
     variable: str = settings["variable"]
     if settings.get("data") is None:
         numbers = {"train": settings["pairs"], "dev": settings["dev_pairs"], "test": settings["test_pairs"]}
-        return of_task(settings["task"], variable, numbers, seed, answers, chat, split_by)
+        return of_task(settings["task"], variable, numbers, seed, answers, chat, split_by, True)
     nothing = dict.fromkeys(("train", "dev", "test"))
     one = None if ", " in variable else variable
-    return of_data(settings["data"], None, one, nothing, seed, answers, chat, split_by)
+    return of_data(
+        settings["data"], None, one, nothing, seed, answers, chat, split_by, settings.get("balance", True)
+    )
 
 
 def _twins(folder: Path, fits: Fits) -> list[Fits]:

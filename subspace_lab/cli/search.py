@@ -28,11 +28,13 @@ from subspace_lab.cli.loading import SHIPPED, Source, load_causal, load_tokenize
 from subspace_lab.cli.searching import (
     MODEL,
     Searched,
+    fresh,
     how_many_twins,
     is_finished,
     resumable,
     twin_folder,
     workers_of,
+    written,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +71,10 @@ def search(
         str | None,
         typer.Option(help="With --data: what no two splits share, entity, template, answer.", show_default="none"),
     ] = None,
+    balance: Annotated[
+        bool,
+        typer.Option(help="Of --data, leave out pairs until each answer is about as frequent as the others."),
+    ] = True,
     variable: Annotated[
         str | None, typer.Option(help="Of the task's causal model, or of the data.", show_default="the task's")
     ] = None,
@@ -182,16 +188,16 @@ def search(
             from subspace_lab.engine.training import TrainingConfig
             from subspace_lab.model.backbone import Backbone
 
-            folder = stack.enter_context(taken_folder(out, say, resumable if resume else None))
+            folder = stack.enter_context(taken_folder(out, say, resumable if resume else fresh))
             number = how_many_twins(twin, twins)
             scored = _answers(answers)
             config = TrainingConfig(steps=steps, learning_rate=learning_rate)
             ranks, seeds = _integers("--rank", rank), _integers("--seed", seed)
             numbers = {"train": pairs, "dev": dev_pairs, "test": test_pairs}
             if data is None:
-                asked: Asked = of_task(task, variable, numbers, seeds[0], scored, chat, split_by)
+                asked: Asked = of_task(task, variable, numbers, seeds[0], scored, chat, split_by, balance)
             else:
-                asked = of_data(data, task, variable, numbers, seeds[0], scored, chat, split_by)
+                asked = of_data(data, task, variable, numbers, seeds[0], scored, chat, split_by, balance)
             methods = _methods(method, ranks, receiver, several=len(asked.variables) > 1)
             check_numbers(positions or "")
             specs = _positions(positions or POSITIONS.get(asked.name), asked.spans)
@@ -239,9 +245,6 @@ def search(
         found = searched.model
         if found is None:
             raise KeyboardInterrupt
-        if finished:
-            say(f"{folder} contains this search already, finished: nothing is left to do.")
-            return
         settings |= {
             "model": model or SHIPPED,
             "task": asked.name,
@@ -254,15 +257,22 @@ def search(
             "method": ",".join(dict.fromkeys(type(one).__name__ for one in methods)),
         }
         from subspace_lab.analysis.comparisons import compare
+        from subspace_lab.analysis.saves import Saves
         from subspace_lab.analysis.search_report import print_search, save_search
 
         with undisturbed() as came, threads(network):
             comparison = compare(found)
             verdict = _verdict(backbone, made, found, searched.twins)
-            saves = save_search(folder, settings, found, searched.twins, comparison, verdict, searched.unsaved)
+            saves = (
+                Saves(folder, written(folder))
+                if finished
+                else save_search(folder, settings, found, searched.twins, comparison, verdict, searched.unsaved)
+            )
             print_search(settings, found, searched.twins, comparison, verdict, saves)
             with refusing():
                 saves.finish()
+        if finished:
+            say(f"{folder} contains this search already, finished: nothing is left to do.")
         if searched.interrupted:
             what = found.facts.get("interrupted", "the model was searched, its twins not completely")
             say(f"Interrupted: {what}; finished results are saved in {folder}. --resume continues.")

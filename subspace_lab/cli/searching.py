@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from subspace_lab.cli.common import SMALL
+from subspace_lab.cli.common import SMALL, say
 
 RESULTS, MODEL, PICTURES = "results.json", "model", ("iia.png", "overlap.png")
 REPORT = "report.html"
@@ -63,7 +63,7 @@ def how_many_twins(twin: bool, twins: int) -> int:
 
 
 def resumable(folder: Path) -> None:
-    """FileExistsError if a folder contains anything that no search or check writes."""
+    """FileExistsError if a folder contains what no search or check writes; says if there is no search to continue."""
     strangers = [
         path.name
         for path in sorted(folder.iterdir())
@@ -76,6 +76,28 @@ def resumable(folder: Path) -> None:
             f"{folder} exists and contains {strangers[0]!r}, which no search writes: --resume needs the folder of a "
             "search, or a new one."
         )
+    if not (folder / MODEL).exists():
+        say(f"--resume: there is no search in {folder}; a new one begins.")
+
+
+def fresh(folder: Path) -> None:
+    """FileExistsError where a folder holds something; of a search it says how that goes on."""
+    from subspace_lab.core.files import check_empty
+
+    if (folder / RESULTS).is_file() or any(
+        (folder / MODEL / name).is_file() for name in ("sweep.json", "fits.json")
+    ):
+        raise FileExistsError(
+            f"{folder} exists and is not empty: it contains a search. --resume continues it, if the rest of the "
+            "command is the same. Otherwise name a new folder, or remove it."
+        )
+    check_empty(folder)
+
+
+def written(folder: Path) -> list[str]:
+    """What a search has left in its folder."""
+    names = [MODEL, *sorted(one.name for one in folder.iterdir() if TWIN.fullmatch(one.name)), *PICTURES, RESULTS]
+    return [name for name in names if (folder / name).exists()]
 
 
 def is_finished(folder: Path, twins: int) -> bool:

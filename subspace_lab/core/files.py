@@ -36,6 +36,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     ...     provisional.write_text("0.93")
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {path.parent}, in which {path.name} is to be written: make it."
+        )
     provisional = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         provisional.touch()

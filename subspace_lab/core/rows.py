@@ -132,6 +132,7 @@ def _csv(path: Path, text: str) -> Iterator[Found]:
                 continue  # a blank line
             if not header:
                 header = cells
+                _check_separator(header, f"{path}, line {line}")
                 _check_names(header, f"{path}, line {line}")
                 continue
             if len(cells) != len(header):
@@ -150,6 +151,16 @@ def _long_cells() -> Iterator[None]:
         yield
     finally:
         csv.field_size_limit(before)
+
+
+def _check_separator(names: list[str], where: str) -> None:
+    """ValueError for a header whose names stand apart by something else than commas."""
+    for mark, what in ((";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")):
+        if len(names) == 1 and mark in names[0]:
+            raise ValueError(
+                f"{where}: the columns {', '.join(names[0].split(mark))} are separated by {what}; needed are commas. "
+                "Save the table as comma-separated values, or as .jsonl."
+            )
 
 
 def _check_names(names: list[str], where: str) -> None:

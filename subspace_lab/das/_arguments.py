@@ -9,6 +9,7 @@ import torch
 
 from subspace_lab.core.sites import Site
 from subspace_lab.das._places import name_of
+from subspace_lab.das.fits import place_of
 from subspace_lab.das.methods.method import Method
 from subspace_lab.das.objectives import Metric, Towards
 from subspace_lab.das.pairs import Counterfactuals, Pairs
@@ -23,10 +24,9 @@ def assignments_of(sites: Sequence[Site | Mapping[str, Site]], variables: list[s
     for one in sites:
         given = dict.fromkeys(variables, one) if isinstance(one, Site) else dict(one)
         if set(given) != set(variables):
-            raise ValueError(f"A place names sites for {list(given)}; the pairs have the variables {variables}.")
-        assignment = {
-            name: given[name] for name in variables
-        }  # the order decides which part belongs to which variable
+            raise ValueError(f"A mapping names sites for {list(given)}; the pairs have the variables {variables}.")
+        # The order decides which part belongs to which variable.
+        assignment = {name: given[name] for name in variables}
         if assignment not in found:
             found.append(assignment)
     return found
@@ -62,6 +62,7 @@ def searches_of(
     for what, names in named.items():
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"Given twice, so that results could not be distinguished: the {what} {twice}.")
+    _check_distinct(backbone, assignments)
     widths = {site: _width(backbone, site, pairs.test) for one in assignments for site in one.values()}
     for assignment in assignments:
         for method in variants:
@@ -69,6 +70,21 @@ def searches_of(
             if method.path is not None:
                 method.path.check(backbone, assignment.values())
     return assignments, variants, asked, widths
+
+
+def _check_distinct(backbone: Backbone, assignments: Sequence[Mapping[str, Site]]) -> None:
+    """ValueError where one site is asked for by two names, as layer 4 of five and layer −1."""
+    seen: dict[Any, str] = {}
+    for assignment in assignments:
+        where = []
+        for name, site in assignment.items():
+            point = backbone.hook_point(site)
+            where.append((name, point.path, point.side, site.component, site.positions, site.heads))
+        first = seen.setdefault(tuple(where), place_of(assignment))
+        if first != place_of(assignment):
+            raise ValueError(
+                f"The sites {first} and {place_of(assignment)} are the same one; leave one of them out."
+            )
 
 
 def _width(backbone: Backbone, site: Site, pairs: Counterfactuals) -> int:

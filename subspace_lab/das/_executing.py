@@ -168,6 +168,8 @@ def _result(future: Future[None]) -> None:
 
 def _died(error: BaseException) -> str:
     return (
-        f"A worker died ({str(error) or type(error).__name__}): was it killed, for example because memory ran out? "
-        "With an `out` folder all finished sites are kept: the same call goes on from there."
+        f"A worker died ({str(error) or type(error).__name__}). In a script of your own, is the call below "
+        "`if __name__ == '__main__':`? Each worker reads the script again, and without this line starts a sweep of its "
+        "own. Otherwise, was the worker killed, for example because memory ran out? With an `out` folder all finished "
+        "sites are kept: the same call goes on from there."
     )

@@ -132,13 +132,13 @@ def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
         lines.append(f"Scored too: {', '.join(others)}. See `mean(metric=…)` and `records()`.")
     lines += _left_out(fits.facts)
     if fits.screened:
-        places = {one.place for one in fits.screened}
+        cells, sites = {(one.place, one.method) for one in fits.screened}, {one.place for one in fits.screened}
         lines.append(
-            f"Screened: {len(fits.screened)} cells at {len(places)} sites were skipped, because a cheap first pass "
+            f"Screened: {len(cells)} cells of the table at {len(sites)} sites were skipped, because a cheap first pass "
             "scored low there. In brackets: the site's dev score in that pass, not a score of the cell. See `screened`."
         )
     if len(_places(fits)) > MOST_ROWS:
-        lines.append(f"The first {MOST_ROWS} of {len(_places(fits))} places are shown; `records()` has all.")
+        lines.append(f"The first {MOST_ROWS} of {len(_places(fits))} sites are shown; `records()` has all.")
     if "interrupted" in fits.facts:
         lines.append(f"Not finished: {fits.facts['interrupted']}.")
     return lines + _failures(fits)
@@ -148,12 +148,19 @@ def _left_out(facts: Mapping[str, Any]) -> list[str]:
     """What is left out: words that cannot be answers, and pairs that the model answers wrong."""
     dropped = [f"{n} {what}" for what, n in facts.get("dropped", {}).items()]
     lines = [f"Left out: {'; '.join(dropped)}."] if dropped else []
-    if (test := facts.get("answered", {}).get("test")) is not None:
-        lines.append(
-            f"Only pairs whose base and sources the model answers right are used: {test['pair']} of {test['of']} test "
-            f"pairs. It answers {test['base']} of their bases right."
-        )
-    return lines
+    if dropped and (left := {name: n for name, n in facts.get("pairs", {}).items() if n is not None}):
+        lines.append(f"Pairs that are left: {', '.join(f'{n} {name}' for name, n in left.items())}.")
+    return lines + answered_in_words(facts)
+
+
+def answered_in_words(facts: Mapping[str, Any]) -> list[str]:
+    """How many test pairs are used, if those that the model answers wrong were left out."""
+    if (test := facts.get("answered", {}).get("test")) is None:
+        return []
+    return [
+        f"Only pairs whose base and sources the model answers right are used: {test['pair']} of {test['of']} test "
+        f"pairs. Of these {test['of']} bases it answers {test['base']} right."
+    ]
 
 
 def _doubts(fits: Fits, chosen: Fit | None, floor: float, metric: str) -> list[str]:
@@ -179,7 +186,7 @@ def _suspicion(fits: Fits, chosen: Fit | None, floor: float, metric: str) -> lis
     return [
         f"Caution: at {chosen.place} the interchange of the full vector is at its floor ({whole[0]:.2f}), but a "
         "subspace scores higher. It may act through directions that the model itself does not use (an illusion, "
-        "Makelov et al. 2023). A place where the full vector works too is better evidence."
+        "Makelov et al. 2023). A site where the full vector works too is better evidence."
     ]
 
 

@@ -312,7 +312,10 @@ class Places:
             if clusters is not None and some is not None:
                 clusters = clusters.where(some)
             for i, found in zip(chosen, values, strict=True):
-                scores[i][split] = {name: estimate(each, clusters) for name, each in found.items()}
+                scores[i][split] = {
+                    name: estimate(each, clusters, f"a score by the metric {name!r} on {split}")
+                    for name, each in found.items()
+                }
         fits = [
             Fit(
                 method=cell.method,

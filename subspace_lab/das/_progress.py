@@ -69,7 +69,7 @@ class _Lines(Progress):
         left = took / self.done * (self.places - self.done)
         about = "" if self.done == self.places else f", about {duration(left)} left"
         print(
-            f"{self.label.strip()}: {self.done} of {self.places} places, {duration(took)}{about}",
+            f"{self.label.strip()}: {self.done} of {self.places} sites, {duration(took)}{about}",
             file=sys.stderr,
             flush=True,
         )

@@ -25,6 +25,8 @@ from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods.method import Method
 
 FORMAT = 1
+SHORT = 60  # characters of a value that is told whole
+MOST_TOLD = 3  # settings of one kind that differ, in a message
 
 
 class SweepUnsaved(OSError):
@@ -118,7 +120,7 @@ class SweepFiles:
         try:
             return Fits.load(path, self.kinds)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{error} Remove {path}, and this place is searched again.") from error
+            raise ValueError(f"{error} Remove {path}, and this site is searched again.") from error
 
     def keep(self, number: int, fits: Fits) -> None:
         """Write the fits of a place that has just been finished; if the disk is full they stay in memory."""
@@ -199,12 +201,49 @@ def _check_same(folder: Path, there: Any, asked: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{folder / SWEEP} is no recipe of a sweep that this version can read. Choose a new folder."
         )
-    differing = [f"{name}: {_short(there.get(name))} there, {_short(asked[name])} asked" for name in asked
-                 if there.get(name) != asked[name]]  # fmt: skip
+    differing = [
+        f"{name}: {_differ(name, there.get(name), asked[name])}"
+        for name in asked
+        if there.get(name) != asked[name]
+    ]
     if differing:
         raise ValueError(f"{folder} is the folder of another sweep ({'; '.join(differing)}). Choose a new folder.")
 
 
+def _differ(name: str, there: Any, asked: Any) -> str:
+    """In short how two values of one setting differ."""
+    if name == "data":
+        return "the pairs are others"
+    if isinstance(there, dict) and isinstance(asked, dict):
+        changed = [key for key in dict.fromkeys([*there, *asked]) if there.get(key) != asked.get(key)]
+        told = [
+            "the model's weights are others"
+            if (name, key) == ("model", "weights")
+            else f"{key} {_short(there.get(key))} there, {_short(asked.get(key))} asked"
+            for key in changed
+        ]
+        return ", ".join(told[:MOST_TOLD]) + (
+            f", and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
+        )
+    plain = not any(isinstance(one, dict) for value in (there, asked) if isinstance(value, list) for one in value)
+    short = plain and max(len(json.dumps(value)) for value in (there, asked)) <= SHORT
+    if short or not isinstance(there, list) or not isinstance(asked, list):
+        return f"{_short(there)} there, {_short(asked)} asked"
+    if len(there) == len(asked):
+        one, other = next((a, b) for a, b in zip(there, asked, strict=True) if a != b)
+        same_kind = isinstance(one, dict) and isinstance(other, dict) and one.get("method") == other.get("method")
+        which = f"of {one['method']} " if same_kind and len(there) > 1 else ""
+        return which + _differ("", one, other) if same_kind else f"{_short(one)} there, {_short(other)} asked"
+    lacking, more = ([one for one in a if one not in b] for a, b in ((there, asked), (asked, there)))
+    told = [f"{len(there)} there, {len(asked)} asked"]
+    told += [f"not asked {_short(lacking[0])}"] if lacking else []
+    told += [f"not there {_short(more[0])}"] if more else []
+    return ", ".join(told)
+
+
 def _short(value: Any) -> str:
+    """A value as a person would write it; a method by its name and rank."""
+    if isinstance(value, dict) and "method" in value:
+        return " ".join(str(value[key]) for key in ("method", "rank") if value.get(key) is not None)
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    return text if len(text) <= SHORT else f"{text[:SHORT]}…"

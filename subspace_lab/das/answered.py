@@ -32,8 +32,9 @@ def only_answered(backbone: Backbone, pairs: Pairs, *, min_accuracy: float | Non
         min_accuracy: a model with a lower accuracy on the bases of the test split is refused; None allows any model.
 
     Raises:
-        ValueError: a model that fails the task, or a split in which no pair is left.
+        ValueError: a model that fails the task, a split in which no pair is left, or a min_accuracy outside [0, 1].
     """
+    check_min_accuracy(min_accuracy)
     splits = {"train": pairs.train, "dev": pairs.dev, "test": pairs.test}
     fixed = {name: split for name, split in splits.items() if isinstance(split, Counterfactuals)}
     found: dict[str, Any] = {}
@@ -80,7 +81,7 @@ def expect_accuracy(accuracy: Estimate, n: int, min_accuracy: float | None, exam
         raise ValueError(
             f"The model answers {accuracy} of {n} bases as the causal model does, less than the {min_accuracy} that "
             f"are asked for.{example} A variable of an algorithm that a model does not follow cannot be found in it: "
-            "look at the prompts, or search all the same with min_accuracy=None."
+            "look at the prompts, or search nevertheless with min_accuracy=None."
         )
 
 
@@ -91,6 +92,14 @@ def _example(data: Counterfactuals, given: Tensor) -> str:
         return ""
     expected, said = data.answers[int(data.base_answer[wrong[0]])], data.answers[int(given[wrong[0]])]
     return f" For example base {wrong[0]} of the test split: expected is {expected!r}, it prefers {said!r}."
+
+
+def check_min_accuracy(min_accuracy: float | None) -> None:
+    """ValueError for what is no share."""
+    if min_accuracy is None:
+        return
+    if isinstance(min_accuracy, bool) or not isinstance(min_accuracy, int | float) or not 0 <= min_accuracy <= 1:
+        raise ValueError(f"min_accuracy={min_accuracy!r}: needed is a share from 0 to 1, such as 0.9, or None.")
 
 
 def answers_given(backbone: Backbone, data: Counterfactuals, batch: Batch) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -32,10 +33,21 @@ ANCHORS = ("\n", "(", '"', ".")  # a word after these has no space before it
 LEFT_OUT_AT_MOST_ONE_IN = 4  # at most one in so many words of a list is left out, so that one token is enough
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """TypeError for the name of a model, or anything else that is called in vain for the tokens of a text."""
+    if not callable(tokenizer):
+        named = isinstance(tokenizer, str | Path)
+        raise TypeError(
+            f"A tokenizer is needed, found {repr(str(tokenizer)) if named else type(tokenizer).__name__}; transformers "
+            f"gives it: AutoTokenizer.from_pretrained({repr(str(tokenizer)) if named else '…'})."
+        )
+
+
 class Speller:
     """The tokens of answers after prompts, for one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
+        check_tokenizer(tokenizer)
         self._tokenizer = tokenizer
         self._found: dict[tuple[str, str], Spelled | None] = {}
 
@@ -193,7 +205,8 @@ def check_apart(names: Sequence[str], spelled: Sequence[Spelled]) -> None:
         pairs = ", ".join(f"{names[a]!r} from {names[b]!r}" for a, b in clash[:3])
         raise ValueError(
             f"No token tells {pairs}{' and others' if len(clash) > 3 else ''}: with this tokenizer the tokens of the "
-            "first are the beginning of the second. Leave one of them out, or choose other answers."
+            "first are the beginning of the second. Leave one of them out, as load_pairs(…, drop=True) does, or "
+            "choose other answers."
         )
 
 
@@ -235,6 +248,10 @@ def serving(
     Raises:
         ValueError: fewer than two answers are left.
     """
+    if len(set(answers)) < 2:
+        raise ValueError(
+            f"All answers are the same, {next(iter(answers), None)!r}; needed are two different ones."
+        )
     left: dict[str, str] = {}
     prompts = list({takes_no_space(prompt): prompt for prompt in prompts}.values())
     by_prompt = [{answer: speller.find(prompt, answer) for answer in answers} for prompt in prompts]

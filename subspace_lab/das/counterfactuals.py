@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from subspace_lab.das.answers import ANSWERS, Answers, Speller, serving
+from subspace_lab.das.answers import ANSWERS, Answers, Speller, check_tokenizer, serving
 from subspace_lab.das.causal_models import CausalModel
 from subspace_lab.das.encoding import as_message, encode
 from subspace_lab.das.pairs import Pairs
@@ -98,6 +98,7 @@ class Task:
             chat: turn each prompt into a user's message with the tokenizer's chat template.
 
         Raises:
+            TypeError: a name instead of a tokenizer.
             ValueError: as in `counterfactual_dataset` and `encode`; fewer than two usable answers.
         """
         kept, left = self.serving(tokenizer, seed=seed, answers=answers, chat=chat)
@@ -115,6 +116,7 @@ class Task:
         """(the answers that this tokenizer can use, {other answer: why not}); the arguments are those of `pairs`."""
         if answers not in ANSWERS:
             raise ValueError(f"answers={answers!r}; possible are {' and '.join(map(repr, ANSWERS))}.")
+        check_tokenizer(tokenizer)
         rng = random.Random(seed)
         drawn = [self.prompt(self.sample(rng, split)) for split in SPLITS for _ in range(PROMPTS_TRIED)]
         prompts = [as_message(tokenizer, one.text, {})[0] if chat else one.text for one in drawn]

@@ -37,9 +37,9 @@ from datasets import Dataset
 
 from subspace_lab.core.positions import names
 from subspace_lab.core.rows import FORMATS, Found, Number, read_rows
-from subspace_lab.das.answers import Answers, Speller, serving
+from subspace_lab.das.answers import Answers, Speller, check_tokenizer, serving
 from subspace_lab.das.encoding import as_message, from_texts, span_of
-from subspace_lab.das.pairs import Counterfactuals, Pairs
+from subspace_lab.das.pairs import SURPLUS, Counterfactuals, Pairs
 
 NEEDED = ("base", "source", "answer", "base_answer")
 LABELS = ("entity", "source_entity", "template", "kind")
@@ -93,6 +93,7 @@ def load_pairs(
             span that is not in its text, answers that no token distinguishes, or a split without pairs. The message
             names the row.
     """
+    check_tokenizer(tokenizer)
     rows, dropped = _of_variable(_rows(data, columns), variable)
     if drop:
         rows = _answerable(rows, tokenizer, answers, chat, dropped)
@@ -119,7 +120,7 @@ def load_pairs(
     if balance:
         even = {name: split.balanced(seed) for name, split in splits.items()}
         if surplus := sum(len(splits[name]) - len(even[name]) for name in splits):
-            dropped["surplus pairs of the more frequent answers"] = surplus
+            dropped[SURPLUS] = surplus
         splits = even
     return Pairs(splits["train"], splits["dev"], splits["test"], task=named, dropped=dropped)
 
@@ -353,7 +354,9 @@ def _spans(cells: _Cells, variables: list[str]) -> dict[str, dict[str, Any]]:
             found.setdefault(name, {}).update({side: read for side in sides if of or side not in found[name]})
     for name, of in found.items():
         if lacking := [side for side in ("base", *variables) if side not in of]:
-            raise ValueError(f"{cells.where} does not say where the span {name!r} is in {lacking[0]!r}.")
+            side = lacking[0]
+            text = "the base" if side == "base" else "the source" + (f" of {side!r}" if len(variables) > 1 else "")
+            raise ValueError(f"{cells.where} does not say where the span {name!r} is in {text}.")
     return found
 
 

@@ -17,6 +17,7 @@ from subspace_lab.das.answers import (
     Speller,
     as_spelled,
     check_apart,
+    check_tokenizer,
     takes_no_space,
 )
 from subspace_lab.das.pairs import Counterfactuals
@@ -128,7 +129,7 @@ def from_texts(
         add_special_tokens: passed to the tokenizer; with `chat` the template adds its own special tokens.
 
     Raises:
-        TypeError: a text instead of a list of texts, or an entry that is not text.
+        TypeError: a text instead of a list of texts, or an entry that is not text, or a name instead of a tokenizer.
         ValueError: lists of different lengths, an answer that the tokenizer cannot write, answers that no token
             distinguishes, a text without the piece of a span, or "difference" where a base equals its source.
     """
@@ -201,6 +202,7 @@ def encoded_pairs(
         listed: the possible answers, in the order in which they are numbered.
         others: as in `encode` and `from_texts`.
     """
+    check_tokenizer(tokenizer)
     if chat:
         wrapped = {
             which: [as_message(tokenizer, text, span) for text, span in zip(own, spans[which], strict=True)]

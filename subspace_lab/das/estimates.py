@@ -44,18 +44,21 @@ def proportion(correct: Tensor, confidence: float = 0.95) -> Estimate:
     return Estimate(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), n)
 
 
-def estimate(values: Tensor, clusters: Clusters | None = None) -> Estimate:
+def estimate(values: Tensor, clusters: Clusters | None = None, what: str = "a value") -> Estimate:
     """The mean of the cases' values with its 95 % interval; cases whose value is NaN are left out.
 
     Without clusters the interval is Wilson's if all values are 0 or 1, otherwise a bootstrap over the cases. With
     clusters it is the interval of `cluster_mean`.
+
+    Args:
+        what: the values are, for the error message.
 
     Raises:
         ValueError: all values are NaN.
     """
     there = ~values.isnan()
     if not bool(there.any()):
-        raise ValueError(f"None of {len(values)} cases has a value, so there is no mean.")
+        raise ValueError(f"None of {len(values)} cases has {what}: all are NaN, and there is no mean.")
     if not bool(there.all()):
         values, clusters = values[there], None if clusters is None else clusters.where(there)
     share = bool(((values == 0) | (values == 1)).all())

@@ -15,12 +15,12 @@ from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
 from subspace_lab.das._fits_files import read_fits, write_fits
-from subspace_lab.das._fits_table import html, notes_of, table_of, text
+from subspace_lab.das._fits_table import answered_in_words, html, notes_of, table_of, text
 from subspace_lab.das.estimates import Clusters, Estimate, estimate
 from subspace_lab.das.methods.method import Method
 from subspace_lab.das.screens import Screened
 
-__all__ = ["Failure", "Fit", "Fits", "Floors", "Mean", "notes_of", "place_of", "table_of"]
+__all__ = ["Failure", "Fit", "Fits", "Floors", "Mean", "answered_in_words", "notes_of", "place_of", "table_of"]
 
 
 @dataclass(frozen=True)
@@ -310,10 +310,12 @@ class Fits(Sequence[Fit]):
         """
         metric = metric or self.metric
         candidates = [fit for fit in self.fits if not fit.method.control] or list(self.fits)
-        if not candidates or any(metric not in fit.scores.get("dev", {}) for fit in candidates):
-            raise ValueError(
-                f"{len(candidates)} fits to choose from, by {metric!r} on dev: there is nothing to choose."
-            )
+        if not candidates:
+            raise ValueError("There are no fits, so there is none to choose.")
+        if lacking := [fit for fit in candidates if metric not in fit.scores.get("dev", {})]:
+            there = list(lacking[0].scores.get("dev", {}))
+            found = f"their scores on dev are {there}" if there else "they have no scores on dev"
+            raise ValueError(f"The fits cannot be chosen by metric={metric!r}: {found}.")
         means = replace(self, fits=tuple(candidates)).mean(metric=metric, split="dev")
         chosen = max(means, key=lambda mean: mean.value)
         return max(chosen.fits, key=lambda fit: fit.score(metric, "dev").value)

@@ -27,6 +27,7 @@ from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor
 
+from subspace_lab.core.arguments import instance
 from subspace_lab.das.causal_models import CausalModel
 from subspace_lab.das.counterfactuals import CounterfactualPair, Task, check_split, counted
 from subspace_lab.das.encoding import encode
@@ -45,6 +46,7 @@ class Hypothesis:
         variables: the variables of the causal model that are exchanged, each with its own source.
 
     Raises:
+        TypeError: a text instead of a tuple of names.
         ValueError: no variable, a variable twice, or a variable that is not in the causal model.
     """
 
@@ -53,6 +55,11 @@ class Hypothesis:
     variables: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        instance(self.causal_model, CausalModel, f"hypothesis {self.name!r}: causal_model")
+        if isinstance(self.variables, str):
+            raise TypeError(
+                f"hypothesis {self.name!r}: variables is a tuple of names; write ({self.variables!r},) for this one"
+            )
         possible = [*self.causal_model.inputs, *self.causal_model.variables]
         given = list(self.variables)
         if not given or len(set(given)) < len(given) or not set(given) <= set(possible):
@@ -87,9 +94,11 @@ def rival_pairs(
         seed: seed of the random draw.
 
     Raises:
+        TypeError: a name instead of a task or a tokenizer.
         ValueError: fewer than two hypotheses, two with the same name, two that answer a base differently, hypotheses
             that expect the same answers in all pairs; also as in `Task.pairs`.
     """
+    instance(task, Task, "task", "of one that comes along load_task('price_tagging')")
     names = [hypothesis.name for hypothesis in hypotheses]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"hypotheses {names}: two or more are needed, of different names")

@@ -20,6 +20,8 @@ from subspace_lab.das.splits import balanced as even
 from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.batches import Batch
 
+SURPLUS = "pairs, so that each answer is about as frequent as the others (balance=False keeps them)"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Counterfactuals:
@@ -279,7 +281,7 @@ class Pairs:
         if balance:
             even = {name: split.balanced(seed) for name, split in splits.items()}
             if surplus := sum(len(splits[name]) - len(even[name]) for name in splits):
-                dropped["surplus pairs of the more frequent answers"] = surplus
+                dropped[SURPLUS] = surplus
             splits = even
         return cls(splits["train"], splits["dev"], splits["test"], task=task, dropped=dropped)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from subspace_lab.core.sites import Site
 from subspace_lab.das._arguments import check_types, searches_of
-from subspace_lab.das.answered import only_answered
+from subspace_lab.das.answered import check_min_accuracy, only_answered
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, Method, RandomSubspace
 from subspace_lab.das.objectives import Loss, Metric, cross_entropy, iia
@@ -73,6 +73,7 @@ def search(
             is done if `min_accuracy` is set. Training pairs that are drawn at each step are all used.
         others: as in `sweep`, which this function calls; it raises the same errors.
     """
+    check_min_accuracy(min_accuracy)
     if methods is None:
         several = isinstance(pairs, Pairs) and len(pairs.variables) > 1
         apart = isinstance(sites, Sequence) and all(

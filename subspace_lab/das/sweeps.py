@@ -21,6 +21,7 @@ from subspace_lab.das._preparing import prepare
 from subspace_lab.das._recipe import recipe_of
 from subspace_lab.das._running import InTurn, OnExecutor
 from subspace_lab.das._sweep_files import SweepFiles, SweepUnsaved
+from subspace_lab.das.answered import check_min_accuracy
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods.method import Method
 from subspace_lab.das.objectives import Loss, Metric, cross_entropy, iia
@@ -107,6 +108,7 @@ def sweep(
     """
     config = config or TrainingConfig()
     check_types(backbone, pairs, sites, methods, seeds, config, loss, metrics)
+    check_min_accuracy(min_accuracy)
     if executor is not None and not isinstance(executor, Executor):
         raise TypeError(
             f"executor must be one of concurrent.futures, such as ProcessPoolExecutor(2); found {executor!r}."

@@ -16,7 +16,8 @@ from subspace_lab.core.arguments import whole_number
 def local_workers(workers: int, *, threads: int | None = None) -> Iterator[Executor]:
     """Processes for `sweep(..., executor=…)`.
 
-    They are started as new processes, not forked from this one. On a machine with one GPU they share it.
+    They are started as new processes, not forked from this one. Each reads the script again that was started, so in a
+    script the call must be below `if __name__ == "__main__":`. On a machine with one GPU they share it.
 
     Args:
         workers: the number of processes.

@@ -43,6 +43,16 @@ def new_figure(size: tuple[float, float], title: str, *sentences: str) -> Figure
     return figure
 
 
+def check_picture(path: str | Path | None) -> None:
+    """Before drawing: ValueError for a name that does not end in .png, FileNotFoundError without its folder."""
+    if path is None:
+        return
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"path={str(path)!r}: a picture is written as PNG; its name ends in '.png'.")
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r}: there is no folder {Path(path).parent}; make it first.")
+
+
 def save_figure(figure: Figure, path: str | Path | None) -> None:
     """Write a PNG file; without a path nothing is written."""
     if path is not None:

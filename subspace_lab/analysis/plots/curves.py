@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from subspace_lab.analysis.edit_effects import EditEffect
-from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, new_figure, save_figure
+from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, check_picture, new_figure, save_figure
+from subspace_lab.core.arguments import instance
 from subspace_lab.das.estimates import Estimate
 from subspace_lab.das.fits import Fit, Fits
 from subspace_lab.das.methods import RandomSubspace
@@ -49,6 +50,7 @@ def iia_by_rank(fits: Fits, path: str | Path | None = None, *, ax: Axes | None =
     Raises:
         ValueError: several places, or no method with several ranks.
     """
+    check_picture(path)
     place = _one_place(fits)
     by_kind = _grouped([fit for fit in fits if not fit.method.control], lambda fit: type(fit.method).__name__)
     by_kind = {name: of for name, of in by_kind.items() if len({fit.rank for fit in of}) > 1}
@@ -95,13 +97,14 @@ def iia_by_pairs(sweeps: Mapping[int, Fits], path: str | Path | None = None, *, 
     Raises:
         ValueError: fewer than two numbers of pairs, or several places.
     """
+    check_picture(path)
     if len(sweeps) < 2:
         raise ValueError(
             f"Fits of {list(sweeps)} training pairs; needed are those of two numbers of pairs or more."
         )
     places = {_one_place(fits) for fits in sweeps.values()}
     if len(places) > 1:
-        raise ValueError(f"Fits at the places {sorted(places)}; needed is one place. {ONE_PLACE}")
+        raise ValueError(f"Fits at the sites {sorted(places)}; needed is one site. {ONE_PLACE}")
     some = next(iter(sweeps.values()))
     methods = list(dict.fromkeys(m for fits in sweeps.values() for m in fits.methods))
     figure, axis = _canvas(
@@ -135,6 +138,7 @@ def methods_beside(fits: Fits, path: str | Path | None = None, *, ax: Axes | Non
     Raises:
         ValueError: no fits, or several places.
     """
+    check_picture(path)
     place = _one_place(fits)
     means = fits.mean(metric=fits.metric)
     means.sort(key=lambda mean: (mean.method.control, -mean.value))
@@ -184,6 +188,7 @@ def training_curves(fits: Fits, path: str | Path | None = None, *, ax: Axes | No
     Raises:
         ValueError: nothing that was trained, or several places.
     """
+    check_picture(path)
     place = _one_place(fits)
     by_method = _grouped([fit for fit in fits if fit.losses], lambda fit: fit.method.label)
     if not by_method:
@@ -223,6 +228,7 @@ def edits_by_layer(
     Raises:
         ValueError: no effects.
     """
+    check_picture(path)
     if not effects:
         raise ValueError("No effects to draw: `edit_effects` gives one for each edit.")
     names = [str(one.site) if one.site.layer is None else str(one.site.layer) for one in effects]
@@ -327,10 +333,11 @@ def _grouped(fits: Sequence[Fit], of: Callable[[Fit], Any]) -> dict[Any, list[Fi
 
 
 def _one_place(fits: Fits) -> str:
+    instance(fits, Fits, "What is drawn", "what search(…) or sweep(…) gave, filtered by fits.where(…)")
     if not fits:
         raise ValueError("No fits to draw.")
     if len(fits.places) > 1:
-        raise ValueError(f"Fits at {len(fits.places)} places, {fits.places[:4]}; needed is one. {ONE_PLACE}")
+        raise ValueError(f"Fits at {len(fits.places)} sites, {fits.places[:4]}; needed is one. {ONE_PLACE}")
     return fits.places[0]
 
 

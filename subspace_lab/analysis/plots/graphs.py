@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Curve
 
-from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, new_figure, save_figure
+from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, check_picture, new_figure, save_figure
 from subspace_lab.das.causal_models import CausalModel
 
 HEIGHT, GAP, RISE, DOUBLE = (
@@ -39,6 +39,7 @@ def plot_causal_model(model: CausalModel, variables: Sequence[str] = (), path: s
     Raises:
         ValueError: a variable that the model does not have.
     """
+    check_picture(path)
     names = [*model.inputs, *model.variables]
     if unknown := [name for name in variables if name not in names]:
         raise ValueError(f"unknown variables {unknown}; possible are {names}")

@@ -17,9 +17,10 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, new_figure, save_figure
+from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, check_picture, new_figure, save_figure
 from subspace_lab.analysis.plots.cells import COLOURS, MOST_NUMBERS, cell, finish, frame, ink, write
 from subspace_lab.analysis.plots.grids import Grid
+from subspace_lab.core.arguments import instance
 from subspace_lab.core.sites import Site
 from subspace_lab.das.fits import Fits, Mean
 from subspace_lab.das.methods import RandomSubspace
@@ -64,8 +65,16 @@ def iia_heatmap(
         metric: the score that is drawn.
 
     Raises:
-        ValueError: nothing to draw, variables at several sites, or a twin without the same method and sites.
+        TypeError: something else than fits; the name of a file in the twin's place.
+        ValueError: nothing to draw, a metric that was not scored, variables at several sites, a twin without the same
+            method and sites, or a path that does not end in .png.
+        FileNotFoundError: the path's folder does not exist.
     """
+    instance(fits, Fits, "What is drawn", "the first argument is what search(…) or sweep(…) gave")
+    if twin is not None:
+        hint = "those of a randomly initialised twin; the name of a file is given as path='scores.png'"
+        instance(twin, Fits, "twin, the second argument,", hint)
+    check_picture(path)
     if not fits:
         raise ValueError("No fits to draw.")
     best = fits.best(metric)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
 
 from subspace_lab.analysis.geometry import AngleBand, Chance
-from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, new_figure, save_figure
+from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, check_picture, new_figure, save_figure
 from subspace_lab.analysis.plots.cells import COLOURS, MOST_NUMBERS, cell, finish, frame, ink, write
 from subspace_lab.analysis.plots.grids import Grid
 from subspace_lab.core.sites import Site
@@ -83,7 +83,17 @@ def overlap_heatmap(comparison: Matrix, path: str | Path | None = None) -> Figur
     Args:
         comparison: from `compare`.
         path: of a PNG; without one the figure is only returned, as a notebook shows it.
+
+    Raises:
+        TypeError: fits that were not compared yet.
+        ValueError, FileNotFoundError: a path that does not end in .png, or whose folder does not exist.
     """
+    if not isinstance(comparison, Matrix):
+        raise TypeError(
+            f"overlap_heatmap draws what compare(fits) gives; found {type(comparison).__name__}. Write "
+            "overlap_heatmap(compare(fits))."
+        )
+    check_picture(path)
     shown = list(range(len(comparison.labels)))
     if len(shown) > SMALL_NUMBERS and 2 * sum(comparison.counts) < len(shown) and sum(comparison.counts) > 1:
         shown = [i for i in shown if comparison.counts[i]]
@@ -184,6 +194,7 @@ def angle_spectrum(
     Raises:
         ValueError: nothing to draw; another number of angles than the null has.
     """
+    check_picture(path)
     if not angles:
         raise ValueError("No angles to draw.")
     wrong = {name: len(of) for name, of in angles.items() if len(of) != len(null.mean)}

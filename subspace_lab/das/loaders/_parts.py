@@ -23,7 +23,9 @@ def read(path: Path) -> Any:
         ValueError: the file is not JSON.
     """
     if not path.is_file():
-        there = sorted(one.name for one in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"There is no folder {path.parent}; {path.name} is looked for in it.")
+        there = sorted(one.name for one in path.parent.glob("*.json"))
         raise FileNotFoundError(
             f"There is no file {path}; in its folder are {', '.join(there[:8]) or 'no .json files'}."
         )

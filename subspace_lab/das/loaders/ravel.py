@@ -19,6 +19,7 @@ from typing import Any
 from subspace_lab.das.loaders._parts import Row, expect, numbers_of, read
 
 ALTERNATIVES = re.compile(r",(?! )")  # as in "Arabic,Kurdish"; a comma followed by a space is part of a value
+FACTS = re.compile(r"ravel_(.+)_entity_attributes\.json")
 ITS_SPLIT = {"train": "train", "dev": "val", "test": "test"}
 PLACE = "%s"
 PATIENCE = 1000  # at most so many draws to find two entities that differ
@@ -50,10 +51,16 @@ def ravel(
         seed: seed of the random draw.
 
     Raises:
-        FileNotFoundError: no such files.
-        ValueError: an attribute that does not exist, or a split without entities or prompts.
+        FileNotFoundError: no such folder or files.
+        ValueError: an entity type without files, an attribute that does not exist, or a split without entities or
+            prompts.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}; needed is the one with RAVEL's files.")
+    there = [found[1] for one in sorted(folder.glob("*.json")) if (found := FACTS.fullmatch(one.name))]
+    if there and entity_type not in there:
+        raise ValueError(f"entity_type={entity_type!r}: the files in {folder} are of {', '.join(there)}.")
     files = {
         what: expect(read(folder / f"ravel_{entity_type}_{what}.json"), dict, f"ravel_{entity_type}_{what}.json")
         for what in ("entity_attributes", "attribute_to_prompts", "entity_to_split", "prompt_to_split")
