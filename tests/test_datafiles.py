@@ -230,7 +230,7 @@ def renamed(old: str, new: str) -> list[dict[str, Any]]:
         (changed(**{"span.unit": [3, 99]}), "Row 3 of the data: The position 'unit' is at characters 3 to 99"),
         (changed(**{"span.unit": [3, 3]}), "characters 3 to 3"),
         (changed(**{"span.amount.base": ""}), "Row 3 of the data has no 'span.amount.base'"),
-        (changed(**{"span.amount.source": ""}), "does not say where the span 'amount' is in 'variable'"),
+        (changed(**{"span.amount.source": ""}), "does not say where the span 'amount' is in the source"),
         (changed(split="train"), "differ in a split"),
         (changed(id="1-1"), "Row 3 of the data has the id '1-1', which Row 0 of the data has too"),
         (changed(answer="Zebra"), "'Zebra' cannot be written with this tokenizer"),

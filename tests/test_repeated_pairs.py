@@ -142,11 +142,11 @@ def test_no_column_that_has_a_meaning_of_its_own_is_proposed_for_one_that_is_mis
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"base": "a", "source": "b", "base_answer": "x"}\n')
     with pytest.raises(ValueError, match="missing are answer") as error:
-        load_pairs(file, None)  # type: ignore[arg-type]
+        load_pairs(file, str)
     assert "meant?" not in str(error.value)
     file.write_text('{"base": "a", "source": "b", "base_answer": "x", "answr": "y"}\n')
     with pytest.raises(ValueError, match="Is 'answr' meant"):
-        load_pairs(file, None)  # type: ignore[arg-type]
+        load_pairs(file, str)
 
 
 def test_a_model_that_fails_is_shown_where() -> None:
