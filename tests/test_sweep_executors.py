@@ -92,7 +92,7 @@ def test_workers_of_this_machine_give_the_same_numbers(alone: Fits) -> None:
 
 def test_what_cannot_be_sent_is_told() -> None:
     with local_workers(1, threads=1) as executor, pytest.raises(TypeError, match="top level of a module"):
-        swept(DAS(2), SITES, loss=lambda *_: torch.zeros(1), executor=executor)
+        swept(DAS(2), SITES, loss=lambda logits, _: logits.sum(-1), executor=executor)
 
 
 @dataclass(frozen=True)
