@@ -202,7 +202,7 @@ def test_a_broken_file_of_a_place_is_named_with_what_to_do(name: str, unfinished
     content = (broken / name).read_bytes()
     for bad in (content[: len(content) // 2], content.replace(b"0", b"1", 1)):
         (broken / name).write_bytes(bad)
-        with pytest.raises(ValueError, match=f"Remove {broken}, and this place is searched again"):
+        with pytest.raises(ValueError, match=f"Remove {broken}, and this site is searched again"):
             swept(METHODS, PLACES, out=unfinished)
 
 
