@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from subspace_lab.cli.asked import Asked, of_data, of_task
-from subspace_lab.cli.common import INTERRUPTED, check_device, check_dtype, interruptible, refusing, say, threads
+from subspace_lab.cli.common import (
+    INTERRUPTED,
+    DeviceOption,
+    TrustOption,
+    check_device,
+    check_dtype,
+    interruptible,
+    refusing,
+    say,
+    threads,
+)
 from subspace_lab.cli.loading import SHIPPED, Source, load_causal, load_tokenizer
 from subspace_lab.cli.searching import CHECK, MODEL, RESULTS, VERDICT, VERDICT_PICTURE, resumable, twin_folder
 
@@ -33,12 +43,8 @@ def check(
         str | None,
         typer.Option(help="What may be kept of computed states, as '2GiB'.", show_default="half of what is free"),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="As torch names it.", show_default="cuda if there is one, else cpu")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    device: DeviceOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Hold what a search found against its controls, and say whether to believe it.
 

@@ -8,13 +8,23 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 SMALL = 10_000_000  # models with fewer parameters run fastest on one thread
 DTYPES = ("float32", "bfloat16", "float16")
 INTERRUPTED = 130  # the exit code after Ctrl-C that shells expect
+
+DeviceOption = Annotated[
+    str | None, typer.Option(help="As torch names it.", show_default="cuda if there is one, else cpu")
+]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="Of the model: float32, bfloat16, float16.", show_default="the checkpoint's")
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
 
 
 def say(text: object) -> None:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from subspace_lab.cli.common import check_device, check_dtype, interruptible, refusing, threads
+from subspace_lab.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    TrustOption,
+    check_device,
+    check_dtype,
+    interruptible,
+    refusing,
+    threads,
+)
 from subspace_lab.cli.loading import Source, load_causal, load_classifier, load_tokenizer
 
 if TYPE_CHECKING:
@@ -32,15 +41,9 @@ def merge(
             help="The base model: a folder, a .gguf file, a name on the Hub.", show_default="as the adapter says"
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="As torch names it.", show_default="cuda if there is one, else cpu")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the model: float32, bfloat16, float16.", show_default="the checkpoint's")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Put an adapter into the weights of its base model, to be served by anything that reads transformers' models.
 

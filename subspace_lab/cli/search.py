@@ -13,6 +13,9 @@ import typer
 from subspace_lab.cli.asked import Asked, of_data, of_task
 from subspace_lab.cli.common import (
     INTERRUPTED,
+    DeviceOption,
+    DtypeOption,
+    TrustOption,
     check_device,
     check_dtype,
     check_numbers,
@@ -155,15 +158,9 @@ def search(
         str | None,
         typer.Option(help="Memory for computed states, such as '2GiB'.", show_default="half of what is free"),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="As torch names it.", show_default="cuda if there is one, else cpu")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the model: float32, bfloat16, float16.", show_default="the checkpoint's")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Search a model for the subspaces that represent a causal variable.
 
