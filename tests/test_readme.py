@@ -193,12 +193,8 @@ def pairs(path: Path) -> Path:
 MAKERS = {"pythia": pythia, "decoder": decoder, "answers": answers, "pairs": pairs}
 
 
-# --- the tests ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def shorten_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every training that is configured from now on end after a few steps."""
     check = TrainingConfig.__post_init__
 
     def checked_and_shortened(config: TrainingConfig) -> None:
@@ -206,6 +202,15 @@ def test_python_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
         object.__setattr__(config, "steps", min(config.steps, STEPS))
 
     monkeypatch.setattr(TrainingConfig, "__post_init__", checked_and_shortened)
+
+
+# --- the tests ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shorten_training(monkeypatch)
     space = yours()
     for language, line, text in blocks(page):
         if language == "python":

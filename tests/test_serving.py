@@ -13,13 +13,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_readme import ROOT, STEPS, answers, blocks, yours
+from test_readme import ROOT, answers, blocks, shorten_training, yours
 from test_reft_scoring import Harness
 from torch import nn
 from typer.testing import CliRunner
 
 from subspace_lab.cli import app
-from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft.harness import _Scores
 
 PAGE = "docs/serving.md"
@@ -47,13 +46,7 @@ def test_python_blocks_run_from_top_to_bottom_and_agree(tmp_path, monkeypatch):
     pytest.importorskip("gguf", reason="gguf is not installed: pip install 'subspace-lab[gguf]'")
     monkeypatch.chdir(tmp_path)
     stand_in(monkeypatch)
-    check = TrainingConfig.__post_init__
-
-    def checked_and_shortened(config: TrainingConfig) -> None:
-        check(config)
-        object.__setattr__(config, "steps", min(config.steps, STEPS))
-
-    monkeypatch.setattr(TrainingConfig, "__post_init__", checked_and_shortened)
+    shorten_training(monkeypatch)
     space = yours()
     space["model"].generation_config.eos_token_id = None  # generations have the length that was asked for
     ran = 0
