@@ -309,6 +309,12 @@ def test_the_picture_has_a_point_for_each_twin(tmp_path):
     nulls = tuple(0.5 + 0.01 * i for i in range(19))
     found = judge(evidence(0.9, nulls, controls=[control(0.5)]))
     figure = verdict_plot(found, tmp_path / "verdict.png")
+    for verdict, title in (
+        (found, "Verdict: supported"),
+        (judge(evidence(0.9, nulls[:2])), "Verdict: supported (preliminary)"),
+    ):
+        shown = verdict_plot(verdict, tmp_path / "title.png")
+        assert title in [text.get_text() for text in shown.texts] and str(verdict).startswith(f"{title}. ")
     points = [tuple(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert sorted(x for (x,) in points) == pytest.approx(sorted([*(effect(null, FLOOR) for null in nulls), 0.0]))
     assert (tmp_path / "verdict.png").read_bytes().startswith(b"\x89PNG")

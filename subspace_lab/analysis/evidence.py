@@ -233,7 +233,8 @@ def grid(evidence: Evidence, observed: float) -> Check | None:
     if not nulls:
         return None
     p = (1 + sum(null >= observed for null in nulls)) / (len(nulls) + 1)
-    because = f"{len(nulls)} twins, each at the best of its own sites: {max(nulls):.2f} at most; p = {p:.2g}"
+    who = "one twin" if len(nulls) == 1 else f"{len(nulls)} twins, each"
+    because = f"{who} at the best of its own sites: {max(nulls):.2f} at most; p = {p:.2g}"
     return Check("twins over the grid", observed, tuple(nulls), p, None, because)
 
 

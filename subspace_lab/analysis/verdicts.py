@@ -132,6 +132,11 @@ class Verdict:
         """Whether the claim stands."""
         return self.conclusion == "supported"
 
+    @property
+    def headline(self) -> str:
+        """The conclusion, and whether it is preliminary."""
+        return f"Verdict: {self.conclusion}{' (preliminary)' if self.preliminary else ''}"
+
     def check(self, name: str) -> Check:
         """The check of a name (KeyError naming those that there are)."""
         for one in self.checks:
@@ -141,8 +146,7 @@ class Verdict:
 
     def __str__(self) -> str:
         """The verdict as one paragraph."""
-        preliminary = " (preliminary)" if self.preliminary else ""
-        return f"Verdict: {self.conclusion}{preliminary}. {self.reason}"
+        return f"{self.headline}. {self.reason}"
 
     def __repr__(self) -> str:
         return "\n".join([str(self), *(f"  {one}" for one in self.checks)])

@@ -32,9 +32,7 @@ def verdict_plot(verdict: Verdict, path: str | Path | None = None, ax: Axes | No
     """
     lines = [one for one in verdict.checks if one.name.startswith(SHOWN) and one.null]
     if ax is None:
-        figure = new_figure(
-            (7.0, 1.2 + ROW * (1 + len(lines))), f"Verdict: {verdict.conclusion}", str(verdict), _CAPTION
-        )
+        figure = new_figure((7.0, 1.2 + ROW * (1 + len(lines))), verdict.headline, str(verdict), _CAPTION)
         ax = figure.add_subplot()
     else:
         figure = ax.figure.figure if not isinstance(ax.figure, Figure) else ax.figure
