@@ -16,6 +16,7 @@ from tiny_sweeps import made_fit, made_fits, score
 from subspace_lab.analysis.comparisons import Comparison, compare
 from subspace_lab.analysis.geometry import Chance, chordal, containment, haar_angles
 from subspace_lab.analysis.plots import angle_spectrum, iia_heatmap, overlap_heatmap
+from subspace_lab.analysis.plots.canvas import new_figure
 from subspace_lab.analysis.plots.cells import COLOURS
 from subspace_lab.analysis.plots.heatmaps import MASKED, SIGNED
 from subspace_lab.core.sites import Site
@@ -442,8 +443,11 @@ def test_angles_stand_in_their_band(tmp_path):
     assert list(a.get_ydata()) == pytest.approx([0.1 * 180 / 3.14159265, 0.5 * 180 / 3.14159265, 57.29577951])
     assert len({line.get_marker() for line in axis.lines}) == 3  # told apart in grey: the null has none
     assert axis.get_ylabel() == "degrees" and "2000 draws" in caption(figure)
-    drawn = angle_spectrum({"a": (0.1, 0.5, 1.0)}, null, axis=axis)
+    drawn = angle_spectrum({"a": (0.1, 0.5, 1.0)}, null, ax=axis)
     assert drawn is figure
+    whole = new_figure((6, 4), "two beside each other")
+    part = whole.subfigures(1, 2)[1].subfigures(2, 1)[0]
+    assert angle_spectrum({"a": (0.1, 0.5, 1.0)}, null, ax=part.subplots()) is whole
     with pytest.raises(ValueError, match=r"The null has 3 angles; there are \{'a': 2\}"):
         angle_spectrum({"a": (0.1, 0.5)}, null)
     with pytest.raises(ValueError, match="No angles"):

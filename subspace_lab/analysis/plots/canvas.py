@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -41,6 +42,13 @@ def new_figure(size: tuple[float, float], title: str, *sentences: str) -> Figure
     # As the label of the common x axis the layout makes room for them.
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, color=GREY, linespacing=1.4)
     return figure
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The whole figure that `ax` is in, also where it is in a subfigure."""
+    whole = ax.figure.figure  # a subfigure's `figure` is the whole one; get_figure(root=True) came with 3.10
+    assert isinstance(whole, Figure)
+    return whole
 
 
 def check_picture(path: str | Path | None) -> None:

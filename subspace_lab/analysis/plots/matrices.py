@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
 
 from subspace_lab.analysis.geometry import AngleBand, Chance
-from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, check_picture, new_figure, save_figure
+from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, check_picture, figure_of, new_figure, save_figure
 from subspace_lab.analysis.plots.cells import COLOURS, MOST_NUMBERS, cell, finish, frame, ink, write
 from subspace_lab.analysis.plots.grids import Grid
 from subspace_lab.core.sites import Site
@@ -182,14 +182,14 @@ def angle_spectrum(
     null: AngleBand,
     path: str | Path | None = None,
     *,
-    axis: Axes | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Principal angles of pairs of subspaces in degrees, ascending, against those of random subspaces.
 
     Args:
         angles: {what two subspaces: `principal_angles` of them, in radians}, all of the null's ranks.
         null: from `haar_angles`.
-        axis: to draw on, instead of a figure of its own.
+        ax: to draw on, instead of a figure of its own.
 
     Raises:
         ValueError: nothing to draw; another number of angles than the null has.
@@ -200,36 +200,36 @@ def angle_spectrum(
     wrong = {name: len(of) for name, of in angles.items() if len(of) != len(null.mean)}
     if wrong:
         raise ValueError(f"The null has {len(null.mean)} angles; there are {wrong}.")
-    figure: Any = None
-    if axis is None:
+    if ax is None:
         figure = new_figure(
             (6.4, 3.6),
             "Principal angles",
             f"Grey: independent random (Haar) subspaces, mean and 95 % band of each angle, {null.draws} draws. Small "
             "first angles alone are no finding: some lie low by chance. 0°: a direction of both; 90°: none.",
         )
-        axis = figure.subplots()
+        ax = figure.subplots()
+    else:
+        figure = figure_of(ax)
     numbers = list(range(1, len(null.mean) + 1))
     low, mean, high = ([_degrees(angle) for angle in of] for of in (null.low, null.mean, null.high))
-    axis.fill_between(numbers, low, high, color="#dedede", linewidth=0, label="random subspaces")
-    axis.plot(numbers, mean, color=GREY, linewidth=1, linestyle="--")
+    ax.fill_between(numbers, low, high, color="#dedede", linewidth=0, label="random subspaces")
+    ax.plot(numbers, mean, color=GREY, linewidth=1, linestyle="--")
     for k, (name, of) in enumerate(angles.items()):
         shade = COLOURS(0.95 - 0.55 * k / max(1, len(angles) - 1))
-        axis.plot(
+        ax.plot(
             numbers, [_degrees(float(angle)) for angle in of], marker=MARKS[k % len(MARKS)], markersize=4.5,
             linewidth=1.2, color=shade, label=name,
         )  # fmt: skip
-    axis.set_ylim(0, 93)
-    axis.set_yticks(range(0, 91, 15))
-    axis.set_xticks(numbers if len(numbers) <= 20 else numbers[:: len(numbers) // 10])
-    axis.set_xlabel("principal angle, from the smallest", fontsize=9, color=INK)
-    axis.set_ylabel("degrees", fontsize=9, color=INK)
-    axis.tick_params(length=2, colors=INK, labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=7.5, frameon=False, labelcolor=INK, loc="lower right")
-    found: Figure = axis.get_figure(root=True) if figure is None else figure  # type: ignore[assignment]
-    save_figure(found, path)
-    return found
+    ax.set_ylim(0, 93)
+    ax.set_yticks(range(0, 91, 15))
+    ax.set_xticks(numbers if len(numbers) <= 20 else numbers[:: len(numbers) // 10])
+    ax.set_xlabel("principal angle, from the smallest", fontsize=9, color=INK)
+    ax.set_ylabel("degrees", fontsize=9, color=INK)
+    ax.tick_params(length=2, colors=INK, labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=7.5, frameon=False, labelcolor=INK, loc="lower right")
+    save_figure(figure, path)
+    return figure
 
 
 def _degrees(radians: float) -> float:

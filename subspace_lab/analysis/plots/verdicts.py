@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, new_figure, save_figure
+from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, figure_of, new_figure, save_figure
 from subspace_lab.analysis.verdicts import Check, Verdict
 
 SHOWN = ("twins", "control", "random")  # the checks whose null is of effects, by how their names begin
@@ -23,7 +23,7 @@ _CAPTION = (
 )
 
 
-def verdict_plot(verdict: Verdict, path: str | Path | None = None, ax: Axes | None = None) -> Figure:
+def verdict_plot(verdict: Verdict, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
     """The model's effect with its interval, and beside it the effects of all twins and controls.
 
     Args:
@@ -35,7 +35,7 @@ def verdict_plot(verdict: Verdict, path: str | Path | None = None, ax: Axes | No
         figure = new_figure((7.0, 1.2 + ROW * (1 + len(lines))), verdict.headline, str(verdict), _CAPTION)
         ax = figure.add_subplot()
     else:
-        figure = ax.figure.figure if not isinstance(ax.figure, Figure) else ax.figure
+        figure = figure_of(ax)
     _draw(ax, verdict, lines)
     save_figure(figure, path)
     return figure
