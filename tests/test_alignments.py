@@ -245,6 +245,27 @@ def test_it_comes_back_the_same_to_the_bit(tmp_path: Path) -> None:
         mine, theirs = subspace.state_dict(), back.subspace(name).state_dict()
         assert all(torch.equal(mine[k], theirs[k]) and mine[k].dtype == theirs[k].dtype for k in mine)
     assert (tmp_path / "deeper" / "found").stat().st_size < 60_000  # axes are indices
+    assert back == wide
+
+
+def test_alignments_are_equal_if_their_content_is() -> None:
+    basis = torch.eye(WIDTH, dtype=torch.float64)[:2]
+    one = Alignment({"v": (LOW, FixedSubspace(basis))}, {"seed": 0})
+    assert one == Alignment({"v": (LOW, FixedSubspace(basis.clone()))}, {"seed": 0})
+    nearly = basis.clone()
+    nearly[0, 3] = 1e-9
+    others = [
+        Alignment({"w": (LOW, FixedSubspace(basis))}, {"seed": 0}),
+        Alignment({"v": (HIGH, FixedSubspace(basis))}, {"seed": 0}),
+        Alignment({"v": (LOW, FixedSubspace(basis))}, {"seed": 1}),
+        Alignment({"v": (LOW, FixedSubspace(nearly))}, {"seed": 0}),
+        Alignment({"v": (LOW, FixedSubspace(basis.float()))}, {"seed": 0}),
+        Alignment({"v": (LOW, FixedSubspace(basis[:1]))}, {"seed": 0}),
+        Alignment({"v": (LOW, Axes(WIDTH, [0, 1]))}, {"seed": 0}),
+    ]
+    assert all(one != other for other in others) and one != "v"
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(one)
 
 
 def test_files_that_are_no_alignment_say_what_to_do(tmp_path: Path) -> None:

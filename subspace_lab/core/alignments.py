@@ -52,6 +52,8 @@ class Alignment:
             "scores": {metric: score} on held-out pairs, where a score is a number or
             {"value", "low", "high", "n"}; "controls" and "baselines": {name: {metric: score}} on the same pairs.
 
+    Two alignments are equal if their content is (see `__eq__`), wherever their tensors are.
+
     Raises:
         TypeError: variables that are not {name: (Site, Subspace)}; facts that are not JSON.
         ValueError: no variable; facts with NaN or infinity.
@@ -162,19 +164,33 @@ class Alignment:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; everything but the tensors is in its metadata."""
+        described, plan = self._described()
+        write_described(path, ALIGNMENT, {"subspace_lab": package_version(), **described}, plan)
+
+    def _described(self) -> tuple[dict[str, Any], Plan]:
         plan = Plan()
         variables = [
             {"variable": name, "site": str(site), "subspace": plan.name(subspace)}
             for name, (site, subspace) in self.variables.items()
         ]
-        described = {
-            "format": FORMAT,
-            "subspace_lab": package_version(),
-            "variables": variables,
-            "parts": plan.parts,
-            "facts": self.facts,
-        }
-        write_described(path, ALIGNMENT, described, plan)
+        return {"format": FORMAT, "variables": variables, "parts": plan.parts, "facts": self.facts}, plan
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both would be saved alike: equal variables, sites, facts, and tensors of equal type and entries.
+
+        Raises:
+            TypeError: a subspace of a kind that cannot be saved.
+        """
+        if not isinstance(other, Alignment):
+            return NotImplemented
+        (mine, my), (theirs, their) = self._described(), other._described()
+        return (
+            mine == theirs
+            and my.tensors.keys() == their.tensors.keys()
+            and all(t.dtype == (u := their.tensors[k]).dtype and torch.equal(t, u) for k, t in my.tensors.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
     @classmethod
     def load(cls, path: str | Path) -> Alignment:
