@@ -1,9 +1,11 @@
 """Variables in a real language model: SmolLM2-135M, with baselines and controls beside DAS.
 
-    python benchmarks/das_smollm2.py [--part agreement,names,cities] [--quick] [--json PATH]
+    python benchmarks/das_smollm2.py [--part agreement,verdict,names,cities] [--quick] [--json PATH]
 
     agreement   the number of the subject, at 30 layers × 3 positions, rank 1: DAS, difference of means, full vector,
                 random subspaces, and DAS in a randomly initialised twin. Nouns are held out.
+    verdict     the number of the subject at six of these sites, and `check` with 19 randomly initialised twins, with
+                control labels and with twins that keep a part of what was learned
     names       the indirect object's name, once with names that the search has not seen, once with the same names
                 in all splits: what a search has learned of the names, and what of the variable
     cities      the country of a city, exchanged without its language and continent (`cause` and `iso`, on cities that
@@ -46,11 +48,13 @@ import torch
 from harness import figure, machine, report
 from smollm2_model import smollm2
 
+from subspace_lab.analysis.checking import check
 from subspace_lab.analysis.plots.heatmaps import iia_heatmap
-from subspace_lab.analysis.twins import reinitialised
+from subspace_lab.analysis.plots.verdicts import verdict_plot
+from subspace_lab.analysis.twins import embeddings_kept, only_above, only_below, reinitialised
 from subspace_lab.core.sites import Site
 from subspace_lab.das.fits import Fits
-from subspace_lab.das.methods import DAS, MDAS, DifferenceOfMeans, FullVector, Method, RandomSubspace
+from subspace_lab.das.methods import DAS, MDAS, PCA, DifferenceOfMeans, FullVector, Method, RandomSubspace
 from subspace_lab.das.objectives import cause, complement_stays, disentangle, iia, iia_vocabulary, iso
 from subspace_lab.das.pairs import Pairs
 from subspace_lab.das.search import search
@@ -137,6 +141,39 @@ def agreement(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Fig
     return figures, {**facts, "layers × positions": len(sites), "workers": args.workers}
 
 
+def verdict(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Figures, dict[str, Any]]:
+    task = load_task("number_agreement")
+    sizes = {"train": 32, "dev": 24, "test": 24} if args.quick else {"train": 144, "dev": 64, "test": 128}
+    pairs = task.pairs(tokenizer, **sizes, seed=args.seed)
+    places = [(14, "subject"), (28, "last")]
+    places += [] if args.quick else [(4, "subject"), (24, "subject"), (14, "preposition"), (14, "last")]
+    config = TrainingConfig(steps=5 if args.quick else 48, batch_size=16, learning_rate=5e-2)
+    methods: list[Method] = [DAS(1), DifferenceOfMeans(), PCA(1), RandomSubspace(1, draws=4)]
+    backbone = Backbone(model)
+    fits = search(
+        backbone, pairs, [Site("block_output", layer, position) for layer, position in places], methods=methods,
+        config=config, seeds=[args.seed], label="model", out=args.out and Path(args.out, "search"),
+    )  # fmt: skip
+    layer = fits.best().site.layer
+    partial = {  # one twin is made and searched after the other
+        "embeddings kept": (embeddings_kept(model, seed) for seed in [args.seed]),
+        "only above": (only_above(model, layer, seed) for seed in [args.seed]),
+        "only below": (only_below(model, layer, seed) for seed in [args.seed]),
+    }
+    found = check(
+        backbone, pairs, fits, twins=2 if args.quick else 19, partial=partial, seed=args.seed,
+        out=args.out and Path(args.out, "check"),
+    )  # fmt: skip
+    verdict_plot(found, picture(args, "smollm2_verdict.png"))
+    print(found)
+    figures = scores(fits, methods, ["iia"], "six sites: ")
+    figures["smollm2_supported"] = figure([float(found.supported)])
+    figures["smollm2_effect"] = {**figure([found.effect]), "interval": list(found.interval)}
+    figures["smollm2_p"] = figure([found.p])
+    checks = {one.name: one.because for one in found.checks}
+    return figures, {"verdict": str(found), "checks": checks, "floors": floors(fits)}
+
+
 def names(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Figures, dict[str, Any]]:
     task, variable = load_task("indirect_object"), "indirect_object"
     sizes = {"train": 60, "dev": 24, "test": 24} if args.quick else {"train": 400, "dev": 100, "test": 200}
@@ -190,6 +227,7 @@ def cities(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Figure
 
 PARTS: dict[str, Callable[..., tuple[Figures, dict[str, Any]]]] = {
     "agreement": agreement,
+    "verdict": verdict,
     "names": names,
     "cities": cities,
 }
@@ -205,6 +243,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", help="a folder or a name on the Hub instead of the package's copy")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", metavar="FOLDER", help="of `verdict`: keeps each search, so that it can go on")
     parser.add_argument("--layers", default="all", help="of `agreement`: all, or some as 0,14,28")
     parser.add_argument("--workers", type=int, default=0, help="processes that share the sites of `agreement`")
     parser.add_argument("--threads", type=int, help="of the processor; torch's choice by default")
