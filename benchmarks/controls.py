@@ -48,9 +48,9 @@ from torch import Tensor, nn
 from subspace_lab.analysis.checking import check, of_search
 from subspace_lab.analysis.controls import control_labels
 from subspace_lab.analysis.twins import reinitialised
+from subspace_lab.core.estimates import proportion
 from subspace_lab.core.sites import Site
 from subspace_lab.das.answered import only_answered
-from subspace_lab.das.estimates import proportion
 from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, Method, RandomSubspace, RevNet
 from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.das.search import search

@@ -52,8 +52,8 @@ from subspace_lab.analysis.illusions import illusion
 from subspace_lab.analysis.purifying import purify
 from subspace_lab.analysis.twins import reinitialised
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.estimates import Estimate, estimate
 from subspace_lab.core.sites import Site
-from subspace_lab.das.estimates import Estimate, estimate
 from subspace_lab.das.fits import Fit, Fits
 from subspace_lab.das.methods import DAS, PCA, BoundlessDAS, DifferenceOfMeans, FullVector, Mask, Method, Probe
 from subspace_lab.das.objectives import iia

@@ -20,8 +20,8 @@ from subspace_lab.analysis.plots import (
     methods_beside,
     training_curves,
 )
+from subspace_lab.core.estimates import Estimate
 from subspace_lab.core.sites import Site
-from subspace_lab.das.estimates import Estimate
 from subspace_lab.das.fits import Fit, Fits
 from subspace_lab.das.methods import DAS, PCA, FullVector, Method, RandomSubspace
 

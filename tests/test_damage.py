@@ -8,10 +8,10 @@ from tiny_sweeps import WIDTH, tiny
 from torch import Tensor, nn
 
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.estimates import bootstrap_mean
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Axes, random_subspace
 from subspace_lab.das.damage import damage
-from subspace_lab.das.estimates import bootstrap_mean
 
 SITE = Site("block_output", 1, "last")
 LENGTHS = torch.tensor([7, 5, 7, 3])

@@ -13,10 +13,10 @@ from torch import Tensor
 from subspace_lab.analysis.comparisons import compare
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.dictionaries import Dictionary
+from subspace_lab.core.estimates import proportion
 from subspace_lab.core.interventions import Intervention, interchange, loreft
 from subspace_lab.core.masks import Gates, Masked
 from subspace_lab.core.orthonormal import random_orthonormal
-from subspace_lab.das.estimates import proportion
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS, Mask
 from subspace_lab.das.sweeps import sweep

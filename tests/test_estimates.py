@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subspace_lab.das.estimates import (
+from subspace_lab.core.estimates import (
     Clusters,
     Estimate,
     _times_drawn,

@@ -30,9 +30,9 @@ from tiny_sweeps import (
 from subspace_lab.analysis.comparisons import compare
 from subspace_lab.analysis.plots import iia_heatmap, overlap_heatmap
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.estimates import Estimate, proportion
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
-from subspace_lab.das.estimates import Estimate, proportion
 from subspace_lab.das.fits import Failure, Fit, Fits, Floors, notes_of, table_of
 from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, Method, RandomSubspace
 from subspace_lab.das.objectives import iia, logit_margin

@@ -13,10 +13,10 @@ from tiny_sweeps import PAIRS, QUICK, SITES, WIDTH, counterfactuals, pairs, swap
 from torch import Tensor, nn
 
 from subspace_lab.cli.loading import Source, load_causal, load_tokenizer
+from subspace_lab.core.estimates import proportion
 from subspace_lab.core.orthonormal import random_orthonormal
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Axes
-from subspace_lab.das.estimates import proportion
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS, MDAS, PCA, BoundlessDAS, FullVector, Mask, Method
 from subspace_lab.das.pairs import Counterfactuals, Pairs

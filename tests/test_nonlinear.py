@@ -12,10 +12,10 @@ from torch import Tensor
 
 from subspace_lab.analysis.comparisons import compare
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.estimates import proportion
 from subspace_lab.core.interventions import interchange, loreft
 from subspace_lab.core.nonlinear import InvertibleMap
 from subspace_lab.core.subspaces import Axes
-from subspace_lab.das.estimates import proportion
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS, RevNet
 from subspace_lab.das.objectives import complement_stays, iia

@@ -22,8 +22,8 @@ from tiny_sweeps import (
 )
 from torch import Tensor, nn
 
+from subspace_lab.core.estimates import Clusters, estimate, proportion
 from subspace_lab.core.sites import Site
-from subspace_lab.das.estimates import Clusters, estimate, proportion
 from subspace_lab.das.fits import Fit, Fits
 from subspace_lab.das.methods import DAS, PCA, FullVector, RandomSubspace
 from subspace_lab.das.objectives import (

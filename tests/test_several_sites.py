@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_sweeps import SITES, counterfactuals, ids_of, logits_by_hook, pairs, states_by_hook, swapped, swept
 
-from subspace_lab.das.estimates import proportion
+from subspace_lab.core.estimates import proportion
 from subspace_lab.das.methods import DAS, FullVector
 from subspace_lab.das.several_sites import at_several_sites
 

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from subspace_lab.analysis.twins import reinitialised
+from subspace_lab.core.estimates import estimate
 from subspace_lab.core.sites import Site
-from subspace_lab.das.estimates import estimate
 from subspace_lab.das.fits import Fit, Fits
 from subspace_lab.das.methods import DAS, FullVector, RandomSubspace
 from subspace_lab.das.pairs import Counterfactuals, Pairs

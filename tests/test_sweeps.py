@@ -29,13 +29,13 @@ from tiny_sweeps import (
 )
 from torch import Tensor, nn
 
+from subspace_lab.core.estimates import bootstrap_mean, estimate, proportion
 from subspace_lab.core.interventions import interchange
 from subspace_lab.core.orthonormal import random_orthonormal
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
 from subspace_lab.das import _places
 from subspace_lab.das._places import cell_seed
-from subspace_lab.das.estimates import bootstrap_mean, estimate, proportion
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, Method, RandomSubspace
 from subspace_lab.das.objectives import iia, log_odds, logit_difference, logit_margin

@@ -24,7 +24,7 @@ from subspace_lab.analysis.evidence import (
 from subspace_lab.analysis.judging import judge
 from subspace_lab.analysis.plots.verdicts import verdict_plot
 from subspace_lab.analysis.verdicts import CONCLUSIONS, Verdict
-from subspace_lab.das.estimates import Estimate
+from subspace_lab.core.estimates import Estimate
 from subspace_lab.das.fits import Fits, Floors
 from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, RandomSubspace
 

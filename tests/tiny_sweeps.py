@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.estimates import Estimate
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
-from subspace_lab.das.estimates import Estimate
 from subspace_lab.das.fits import Fit, Fits, Floors
 from subspace_lab.das.methods import DAS, Method
 from subspace_lab.das.pairs import Counterfactuals, Pairs

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from subspace_lab.core.arguments import instance
+from subspace_lab.core.estimates import Estimate, bootstrap_mean
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
-from subspace_lab.das.estimates import Estimate, bootstrap_mean
 from subspace_lab.engine.plain import PlainEngine
 from subspace_lab.engine.readouts import Readout
 from subspace_lab.model.batches import Batch

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from subspace_lab.analysis.illusions import IllusionReport
 from subspace_lab.analysis.verdicts import Check
-from subspace_lab.das.estimates import Clusters, estimate, proportion
+from subspace_lab.core.estimates import Clusters, estimate, proportion
 from subspace_lab.das.fits import Fit, Fits
 from subspace_lab.das.methods import PCA, DifferenceOfMeans, RandomSubspace
 

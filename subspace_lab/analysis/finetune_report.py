@@ -24,9 +24,9 @@ from rich.text import Text
 
 from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, console, new_figure, save_figure
 from subspace_lab.analysis.saves import Saves
+from subspace_lab.core.estimates import Estimate, proportion
 from subspace_lab.core.files import write_json
 from subspace_lab.core.texts import printable
-from subspace_lab.das.estimates import Estimate, proportion
 from subspace_lab.reft.jobs import Measured
 from subspace_lab.reft.model import ReftModel
 from subspace_lab.reft.storage import CONFIG, NEXT, WEIGHTS

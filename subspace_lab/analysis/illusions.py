@@ -27,9 +27,9 @@ from subspace_lab.analysis._subspace_parts import (
 )
 from subspace_lab.analysis.variation import EXAMPLES, READ, VARIES, Variation, variations
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.estimates import Estimate, estimate
 from subspace_lab.core.subspaces import Axes
 from subspace_lab.das.equal_pairs import clusters_of
-from subspace_lab.das.estimates import Estimate, estimate
 from subspace_lab.das.fits import Fit
 from subspace_lab.das.pairs import Pairs
 from subspace_lab.das.prepared_pairs import PreparedPairs

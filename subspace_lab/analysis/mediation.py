@@ -25,11 +25,11 @@ from torch import Tensor
 
 from subspace_lab.analysis.geometry import Chance, orthonormal_rows
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.estimates import Estimate, estimate
 from subspace_lab.core.interventions import interchange, steer
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import FixedSubspace, Subspace, random_subspace
 from subspace_lab.das.equal_pairs import clusters_of
-from subspace_lab.das.estimates import Estimate, estimate
 from subspace_lab.das.objectives import Outcome, iia
 from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.das.prepared_pairs import PreparedPairs

@@ -41,8 +41,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from subspace_lab.core.estimates import Estimate
 from subspace_lab.core.files import read_json, write_json
-from subspace_lab.das.estimates import Estimate
 
 FORMAT = 1
 CONCLUSIONS = ("supported", "memorised", "expressive", "non-specific", "underpowered", "not found")

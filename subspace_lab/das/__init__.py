@@ -3,13 +3,13 @@
 Knows engine, model and core.
 """
 
+from subspace_lab.core.estimates import Estimate
 from subspace_lab.das.answered import only_answered
 from subspace_lab.das.causal_models import CausalModel
 from subspace_lab.das.counterfactuals import Prompt, Task, counterfactual_dataset
 from subspace_lab.das.damage import damage
 from subspace_lab.das.datafiles import load_pairs
 from subspace_lab.das.encoding import encode, from_texts
-from subspace_lab.das.estimates import Estimate
 from subspace_lab.das.fits import Fit, Fits, Floors, Mean
 from subspace_lab.das.hypotheses import Hypothesis, rival_pairs
 from subspace_lab.das.methods import (

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.checkpoints import Parts, Plan, check_format, read_tensors, write_described
+from subspace_lab.core.estimates import Estimate
 from subspace_lab.core.files import read_json, taken_folder, write_json
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
 from subspace_lab.das import methods as known
-from subspace_lab.das.estimates import Estimate
 from subspace_lab.das.methods.method import Learner, Method, Problem
 
 Fits: TypeAlias = Any  # of das/fits.py, which imports this file

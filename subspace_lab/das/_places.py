@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.estimates import Estimate, estimate
 from subspace_lab.core.sites import Site
 from subspace_lab.das.equal_pairs import clusters_of, interval_labels
-from subspace_lab.das.estimates import Estimate, estimate
 from subspace_lab.das.fits import Failure, Fit, Fits, Floors, place_of
 from subspace_lab.das.methods import DifferenceOfMeans, FullVector
 from subspace_lab.das.methods.method import Learner, Method, Problem

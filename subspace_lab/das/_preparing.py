@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspace_lab.core.estimates import proportion
 from subspace_lab.das._places import TRAINING_SCORED, Places, name_of
 from subspace_lab.das.answered import expect_accuracy
 from subspace_lab.das.equal_pairs import clusters_of, seen_in
-from subspace_lab.das.estimates import proportion
 from subspace_lab.das.fits import Floors
 from subspace_lab.das.objectives import Metric
 from subspace_lab.das.pairs import Counterfactuals

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspace_lab.core.estimates import Estimate, proportion
 from subspace_lab.das.answer_engine import answer_engine
-from subspace_lab.das.estimates import Estimate, proportion
 from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.das.prepared_pairs import PreparedPairs
 from subspace_lab.engine.plain import PlainEngine

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.arguments import instance
-from subspace_lab.das.estimates import Estimate, bootstrap_mean
+from subspace_lab.core.estimates import Estimate, bootstrap_mean
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import collect, forward

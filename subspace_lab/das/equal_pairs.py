@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from subspace_lab.core.estimates import Clusters
 from subspace_lab.das._pair_keys import keys_of as _keys_of
-from subspace_lab.das.estimates import Clusters
 from subspace_lab.das.pairs import Counterfactuals
 
 PAIR = "pair"  # the label of equal pairs

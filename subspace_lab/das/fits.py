@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from subspace_lab.core.alignments import Alignment
+from subspace_lab.core.estimates import Clusters, Estimate, estimate
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import Subspace
 from subspace_lab.das._fits_files import read_fits, write_fits
 from subspace_lab.das._fits_table import answered_in_words, html, notes_of, table_of, text
-from subspace_lab.das.estimates import Clusters, Estimate, estimate
 from subspace_lab.das.methods.method import Method
 from subspace_lab.das.screens import Screened
 

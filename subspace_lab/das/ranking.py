@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from subspace_lab.core.estimates import Clusters, Estimate, estimate
 from subspace_lab.core.files import read_json, taken_folder, write_json
-from subspace_lab.das.estimates import Clusters, Estimate, estimate
 from subspace_lab.das.fits import Fit, Fits
 from subspace_lab.das.pairs import Counterfactuals, Pairs
 

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from subspace_lab.core.estimates import Estimate
 from subspace_lab.das.causal_models import CausalModel
-from subspace_lab.das.estimates import Estimate
 from subspace_lab.das.hypotheses import Hypothesis, balanced
 from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.engine.training import TrainingConfig

@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from subspace_lab.core.estimates import Estimate, proportion
 from subspace_lab.core.sites import Site
 from subspace_lab.das.causal_models import CausalModel
-from subspace_lab.das.estimates import Estimate, proportion
 from subspace_lab.das.pairs import Counterfactuals
 from subspace_lab.engine.training import TrainingConfig, train
 from subspace_lab.model.batches import Batch

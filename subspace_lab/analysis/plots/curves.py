@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from subspace_lab.analysis.edit_effects import EditEffect
 from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, check_picture, figure_of, new_figure, save_figure
 from subspace_lab.core.arguments import instance
-from subspace_lab.das.estimates import Estimate
+from subspace_lab.core.estimates import Estimate
 from subspace_lab.das.fits import Fit, Fits
 from subspace_lab.das.methods import RandomSubspace
 
