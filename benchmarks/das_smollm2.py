@@ -21,6 +21,11 @@ training pairs either way, and with the same names in .95 of the test pairs; wit
 floor. It has learned where these names are, not where "the name" is; the whole state of layer 28 carries new names
 too (1.00).
 
+The verdict of six sites is "supported": of 125 test pairs .97 [.92, 1.00] at the subject in layer 14; 19 twins have
+effects of .05 at most, control labels of −.18. The checks add that the difference of means does as well there (.98),
+that with all else exchanged the answer stays (1.00), and that twins with only the embeddings, or only one half of the
+layers left, are at the floor.
+
 Cities: the whole state at the city's last token in layer 16 moves the country in .97 of the pairs that ask for it, and
 takes language and continent with it (they stay in .27). With 32 of 576 dimensions DAS moves .67 and keeps .40; with
 isolation losses it moves .48 and keeps .64, and a random subspace moves .01 and keeps .91. So isolation can be bought,
@@ -29,8 +34,8 @@ country alone: `disentangle` is .56 [.32, .79] at best, against .62 [.51, .73] f
 
 Places are chosen on dev pairs; scores are of test pairs. Prompts count where the model is right on base and source.
 With --json the figures of the parts that ran replace those in the file, and the others stay; pictures go beside it.
-All of agreement, with its twin, took 15 minutes with --workers 2 --threads 1 on two cores; --layers takes some of its
-layers. `smollm2_model.py` says where the model comes from.
+All of agreement, with its twin, took 15 minutes with --workers 2 --threads 1 on two cores, the verdict 14 minutes on one;
+--layers takes some of agreement's layers. `smollm2_model.py` says where the model comes from.
 """
 
 from __future__ import annotations
