@@ -34,8 +34,8 @@ country alone: `disentangle` is .56 [.32, .79] at best, against .62 [.51, .73] f
 
 Places are chosen on dev pairs; scores are of test pairs. Prompts count where the model is right on base and source.
 With --json the figures of the parts that ran replace those in the file, and the others stay; pictures go beside it.
-All of agreement, with its twin, took 15 minutes with --workers 2 --threads 1 on two cores, the verdict 14 minutes on one;
---layers takes some of agreement's layers. `smollm2_model.py` says where the model comes from.
+All of agreement, with its twin, took 15 minutes with --workers 2 --threads 1 on two cores, the verdict 14 minutes on
+one; --layers takes some of agreement's layers. `smollm2_model.py` says where the model comes from.
 """
 
 from __future__ import annotations
