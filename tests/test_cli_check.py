@@ -108,8 +108,12 @@ def test_folders_that_cannot_be_checked_are_refused_in_a_line(folder, tmp_path):
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     results["settings"]["pairs"] = 130
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    refused("not those of the fits", folder)
-    for broken, match in (("{", "not JSON"), ("[]", "no settings"), ('{"settings": {}}', "no settings")):
+    refused("not the pairs of the fits", folder)
+    for broken, match in (
+        ("{", "not JSON"),
+        ("[]", "settings of this version"),
+        ('{"settings": {}}', "settings of this version"),
+    ):
         (folder / "results.json").write_text(broken, encoding="utf-8")
         refused(match, folder)
     assert not (folder / "check").exists() and not (folder / "verdict.json").exists()

@@ -114,9 +114,9 @@ def test_what_cannot_be_compared_is_refused_in_a_line(tmp_path: Path) -> None:
     folder, out = searched(tmp_path / "a"), ("--out", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     for options, message in [
-        ([tmp_path / "none"], "is no folder; needed is one that subspace-lab search left"),
+        ([tmp_path / "none"], "is no folder; give one that subspace-lab search wrote"),
         ([tmp_path / "empty"], "There is no fits.json"),
-        ([folder, folder], "One folder is given twice"),
+        ([folder, folder], "One folder was given twice"),
         ([folder, "--measure", "angle"], "--measure angle: possible are overlap, containment"),
         ([folder, "--method", "LDA"], "No fit of method 'LDA'"),
         ([folder, "--rank", "7"], "rank=7"),

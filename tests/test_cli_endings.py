@@ -87,7 +87,7 @@ def test_a_search_on_a_full_disk_tells_its_table_and_saves_the_rest(name, tmp_pa
     assert "chosen on dev" in result.stdout and "on 40 test pairs" in " ".join(result.stdout.split())
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"twin", lost}
     assert (
-        f"saved are {', '.join(n for n in ('model', 'iia.png', 'overlap.png', 'results.json') if n != lost)}"
+        f"saved: {', '.join(n for n in ('model', 'iia.png', 'overlap.png', 'results.json') if n != lost)}"
         in result.stderr
     )
 
@@ -179,7 +179,9 @@ def test_a_twin_that_was_interrupted_costs_only_itself(tmp_path, monkeypatch):
 
     monkeypatch.setattr(_places.Places, "at", stopping)
     result = search(*TINY, *SITES, "--out", tmp_path / "out")
-    assert result.exit_code == 130 and "Interrupted: of the twin 1 of 2 sites" in " ".join(result.stdout.split())
+    assert result.exit_code == 130 and "Interrupted while searching the twin: 1 of 2 sites" in " ".join(
+        result.stdout.split()
+    )
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     assert len(Fits.load(tmp_path / "out" / "model").places) == 2
     assert len(Fits.load(tmp_path / "out" / "twin").places) == 1

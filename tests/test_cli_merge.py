@@ -101,7 +101,7 @@ def test_adapters_that_do_not_merge_are_refused_in_one_line(tmp_path):
     config = json.loads((unnamed / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = None
     (unnamed / "adapter_config.json").write_text(json.dumps(config))
-    refused("does not say which its base model is: give --model", unnamed, "--out", out)
+    refused("does not name its base model: give it with --model", unnamed, "--out", out)
     refused("--model", unnamed, "--out", out, "--model", tmp_path / "empty")
     assert not out.exists()
 

@@ -275,7 +275,7 @@ def test_subspaces_that_are_near_are_said_to_be():
             fits.append(replace(one, alignment=Alignment({"v": (site, near(centre, 0.3, 10 * layer + seed))})))
     found = compare(made_fits(fits), across="layer", within="seed")
     assert found.within.mean > 0.8 and found.across.mean < 0.2
-    assert "lower than that of two seeds at one site and not to be told from chance" in found.sentence
+    assert "lower than that of two seeds at one site and not distinguishable from chance" in found.sentence
     assert f"across layers is {found.across}" in found.sentence and "not counted" not in found.sentence
     seeds = compare(made_fits(fits[:3]), across="seed")
     assert "above chance" in seeds.sentence and seeds.within is None
@@ -432,7 +432,7 @@ def test_a_question_without_an_answer_is_refused_with_what_there_is():
     with pytest.raises(ValueError, match=r"across='layer'.*the layers here are \['0'\]"):
         compare(fits.where(layer=0), across="layer")
     half = made_fits([*grid(sites=LAYERS[:1]), *(made_fit(LAYERS[2], DAS(3), s, test=0.3) for s in (0, 1))])
-    with pytest.raises(ValueError, match="none is of two fits above their floor"):
+    with pytest.raises(ValueError, match="in none of them are both fits above"):
         compare(half, across="layer")
 
 

@@ -151,7 +151,7 @@ def test_texts_of_others_are_shown_as_texts() -> None:
 
 def test_what_is_not_there_is_said() -> None:
     sections = page(Run(Path("runs/a"), fits())).sections
-    assert "None was given" in sections["Verdict"] and "subspace-lab check" in sections["Verdict"]
+    assert "There is no verdict yet" in sections["Verdict"] and "subspace-lab check" in sections["Verdict"]
     assert "No randomly initialised twin was searched" in sections["Controls"]
     assert "called from Python" in sections["How to repeat it"]
     with pytest.raises(ValueError, match="holds no fits"):
@@ -197,7 +197,7 @@ def test_the_command_writes_the_file_and_refuses_other_folders_in_a_line(tmp_pat
     for name, said in (
         ("nowhere", "is no folder"),
         ("empty", "There is no fits.json"),
-        ("adapter", "is of no search"),
+        ("adapter", "is not the result of a search"),
         ("odd", "needed is an object with a conclusion"),
     ):
         done = CliRunner().invoke(app, ["report", str(tmp_path / name)])

@@ -12,8 +12,8 @@ from tiny_sweeps import SITES, made_fit
 
 from subspace_lab.analysis.evidence import (
     AS_WELL,
-    BY_HEART,
     FEWEST_CLUSTERS,
+    MEMORISED,
     SMALLEST,
     STAYS,
     Evidence,
@@ -78,7 +78,7 @@ def test_a_claim_with_clean_controls_is_supported():
     assert found.supported and not found.preliminary and found.p == 1 / 20 and found.grid_p is None
     assert found.effect == pytest.approx(0.8) and found.interval == pytest.approx((0.74, 0.86))
     assert str(found).startswith(
-        "Verdict: supported. At block_output[0]@2, DAS 3 gives 0.90 [0.87, 0.93] of 400 held-out"
+        "Verdict: supported. At block_output[0]@2, DAS 3 has an IIA of 0.90 [0.87, 0.93] on 400 held-out"
     )
     assert "19 twins" in str(found) and "(p = 0.05)" in str(found) and "control labels 0.00" in str(found)
 
@@ -127,7 +127,7 @@ def test_pairs_that_share_entities_are_worth_fewer():
 
 def test_nothing_held_out_and_much_in_training_is_memorised():
     assert conclusion(replace(evidence(), fits=of(fit(0.5, train=0.8)))) == "memorised"
-    little = FLOOR + (1 - FLOOR) * BY_HEART - 0.01
+    little = FLOOR + (1 - FLOOR) * MEMORISED - 0.01
     assert conclusion(replace(evidence(), fits=of(fit(0.5, train=little)))) == "not found"
     # What the training pairs reach counts above their own floor.
     assert conclusion(replace(evidence(), fits=of(fit(0.5, train=0.8)), training_floor=0.79)) == "not found"
@@ -179,7 +179,7 @@ def test_arbitrary_labels_that_do_as_well_make_it_expressive():
     assert conclusion(evidence(controls=[control(half - 0.01)])) == "supported"
     several = evidence(controls=[control(0.5), control(0.9, "prices: shuffled answers")])
     assert conclusion(several) == "expressive" and "shuffled answers" in judge(several).reason
-    assert conclusion(evidence(controls=[of()])) == "supported"  # the search found nothing at all on them
+    assert conclusion(evidence(controls=[of()])) == "supported"  # the search found nothing on these pairs
 
 
 def test_random_subspaces_that_do_as_well_make_it_non_specific():

@@ -1,4 +1,4 @@
-"""What a comparison gives: a value that says in one sentence how near subspaces are, and beside what."""
+"""The result of a comparison: how similar subspaces are, and how similar the yardstick and the nulls are."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Level:
     """The mean of a measure over some pairs of fits.
 
     Attributes:
-        mean: over the pairs; of a measure that is not the same both ways over both.
-        low, high: its 95 % interval, by a jackknife over the fits, since pairs share them: it says how the mean would
-            vary with other random starts at these sites. None where a fit is in every pair.
-        fits: how many there are in these pairs.
-        values: of each pair.
+        mean: mean over the pairs. If the measure is not symmetric, the value of a pair is the mean of both directions.
+        low, high: its 95 % interval, by a jackknife over the fits, since pairs share fits. It says how the mean would
+            vary with other random starts at these sites. None if one fit is in every pair.
+        fits: how many fits these pairs contain.
+        values: the value of each pair.
     """
 
     mean: float
@@ -46,21 +46,21 @@ class Level:
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """A measure of each of several subspaces with each, with its yardstick and its nulls.
+    """A measure for every pair of several subspaces, with its yardstick and its nulls.
 
     Attributes:
-        labels: of the subspaces, in the order of rows and columns.
-        ranks: theirs.
-        width: of the states that they are subspaces of.
-        matrix: the measure of each with each, of the row's with the column's.
-        chance: by pair of ranks, what independent random subspaces give. A band holds for one pair: of twenty pairs
-            of random subspaces one falls outside.
-        measure: its name.
-        counts: of each subspace whether it takes part in means; the others are at their floor.
-        facets: (what differs across, what differs within); None where nothing was asked.
-        across, within: the means of both; None of what was not asked.
-        null: chance over the pairs that were compared across.
-        nulls: {name: of other nulls}, such as fits on a random model.
+        labels: the labels of the subspaces, in the order of rows and columns.
+        ranks: their ranks.
+        width: the width of the states.
+        matrix: the measure of every pair: [i][j] is that of subspace i with subspace j.
+        chance: {(rank, rank): the measure of independent random subspaces}. A band holds for one pair: one of twenty
+            pairs of random subspaces lies outside it.
+        measure: the name of the measure.
+        counts: for each subspace, whether it takes part in means; the others are at their floor.
+        facets: (what differs across, what differs within); None for what was not asked.
+        across, within: the mean of each; None for what was not asked.
+        null: the measure of random subspaces, over the pairs that were compared across.
+        nulls: {name: the measure of another null}, such as fits on a random model.
     """
 
     labels: tuple[str, ...]
@@ -85,19 +85,19 @@ class Comparison:
 
     @property
     def symmetric(self) -> bool:
-        """Whether the measure of two is the same both ways."""
+        """Whether the measure of two subspaces is the same in both directions."""
         n = range(len(self.labels))
         return all(abs(self.matrix[i][j] - self.matrix[j][i]) <= ROUNDING for i in n for j in n)
 
     @property
     def distance(self) -> bool:
-        """Whether the measure is smaller the nearer two subspaces are: each is at less than chance from itself."""
+        """Whether a smaller measure means more similar subspaces: that of a subspace with itself is below chance."""
         n = range(len(self.labels))
         return fmean(self.matrix[i][i] - self.chance_of(i, i).mean for i in n) < -ROUNDING
 
     @property
     def masked(self) -> int:
-        """How many of the subspaces are at their floor, and not counted."""
+        """How many subspaces are at their floor, and so not counted."""
         return self.counts.count(False)
 
     @property
@@ -111,23 +111,23 @@ class Comparison:
         if self.across is None:
             return self._count() + left_out
         what, yardstick = self.facets
-        told = [f"The {self.measure} across {what}s is {self.across}"]
+        parts = [f"The {self.measure} across {what}s is {self.across}"]
         if self.within is not None:
-            told.append(f"that of two {yardstick}s at one site {self.within}")
+            parts.append(f"that of two {yardstick}s at one site {self.within}")
         if self.null is not None:
-            told.append(f"that of random subspaces {_band_text(self.null)}")
-        told += [f"that of {name} {_band_text(chance)}" for name, chance in self.nulls.items()]
-        return f"{'; '.join(told)}. {self._verdict()}{left_out}"
+            parts.append(f"that of random subspaces {_band_text(self.null)}")
+        parts += [f"that of {name} {_band_text(chance)}" for name, chance in self.nulls.items()]
+        return f"{'; '.join(parts)}. {self._verdict()}{left_out}"
 
     def chance_of(self, i: int, j: int) -> Chance:
-        """What chance gives for the ranks of two of the subspaces."""
+        """The measure of random subspaces with the ranks of subspaces i and j."""
         ordered = self.ranks[i], self.ranks[j]
         one, other = sorted(ordered)
         return self.chance[ordered] if ordered in self.chance else self.chance[one, other]
 
     def within_chance(self, i: int, j: int) -> bool:
-        """Whether a cell lies in the 95 % band of independent random subspaces."""
-        chance = self.chance_of(i, j)  # at full rank the band is a point
+        """Whether the measure of i and j lies in the 95 % band of independent random subspaces."""
+        chance = self.chance_of(i, j)  # at full rank the band is a single point
         return chance.low - ROUNDING <= self.matrix[i][j] <= chance.high + ROUNDING
 
     def as_dict(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Comparison:
         }
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """The matrix as a picture, beside it the means and the nulls (`analysis/plots/matrices.py`)."""
+        """The matrix as a picture, with the means and the nulls beside it (`analysis/plots/matrices.py`)."""
         return overlap_heatmap(self, path)
 
     def _count(self) -> str:
@@ -164,28 +164,28 @@ class Comparison:
             near = sum(self.matrix[i][j] > self.chance_of(i, j).high + ROUNDING for i, j in pairs)
         side, beyond = ("smaller", "below") if self.distance else ("higher", "above")
         return (
-            f"{near} of {len(pairs)} pairs have a {side} {self.measure} than chance gives ({beyond} 97.5 % of pairs of "
-            "random subspaces)."
+            f"{near} of {len(pairs)} pairs have a {side} {self.measure} than expected by chance ({beyond} 97.5 % "
+            "of pairs of random subspaces)."
         )
 
     def _verdict(self) -> str:
-        """Where the mean across stands against yardstick and null."""
+        """The mean across, compared with the yardstick and the nulls."""
         assert self.across is not None
-        told, one = [], self.across
+        parts, one = [], self.across
         if self.within is not None:
             other = self.within
             if one.low is None or one.high is None or other.low is None or other.high is None:
-                told.append("not to be told from the yardstick without more fits")
+                parts.append("not distinguishable from the yardstick without more fits")
             elif one.high < other.low:
-                told.append(f"lower than that of two {self.facets[1]}s at one site")
+                parts.append(f"lower than that of two {self.facets[1]}s at one site")
             elif one.low > other.high:
-                told.append(f"higher than that of two {self.facets[1]}s at one site")
+                parts.append(f"higher than that of two {self.facets[1]}s at one site")
             else:
-                told.append(f"not to be told from that of two {self.facets[1]}s at one site")
+                parts.append(f"not distinguishable from that of two {self.facets[1]}s at one site")
         for name, null in {"chance": self.null, **self.nulls}.items():
             if null is not None:
-                told.append(f"{_against(one, null)} {name}")
-        return f"Across {self.facets[0]}s it is {_listed(told)}." if told else ""
+                parts.append(f"{_against(one, null)} {name}")
+        return f"Across {self.facets[0]}s it is {_listed(parts)}." if parts else ""
 
 
 def _listed(parts: list[str]) -> str:
@@ -193,14 +193,14 @@ def _listed(parts: list[str]) -> str:
 
 
 def _against(level: Level, null: Chance) -> str:
-    """Where a mean stands against a null: outside of what one pair in twenty gives, or told from the null's mean."""
+    """A mean compared with a null: outside the band of 95 % of its pairs, or only distinguishable from its mean."""
     if not null.low <= level.mean <= null.high:
         return "above" if level.mean > null.high else "below"
     if level.low is not None and level.low > null.mean:
         return "a little above"
     if level.high is not None and level.high < null.mean:
         return "a little below"
-    return "not to be told from"
+    return "not distinguishable from"
 
 
 def _band_text(chance: Chance) -> str:

@@ -1,4 +1,4 @@
-"""Pieces of a page of HTML that stands alone. Every text is escaped here, by what makes it HTML."""
+"""Parts of an HTML page that needs no other files. The functions that make HTML from a text also escape it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
   body { font-size: 15px; }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: .4rem; }
-  img { max-width: none; width: 42rem; } /* the numbers in a picture stay readable: it is moved sideways */
+  img { max-width: none; width: 42rem; } /* wider than the screen, so that its numbers can be read: it scrolls */
 }
 @media print { main { max-width: none; } h2, figure { break-inside: avoid; } }
 """
@@ -51,22 +51,21 @@ def paragraph(text: str, kind: str = "") -> str:
     return f"<p{f' class={kind!r}' if kind else ''}>{escape(text)}</p>\n"
 
 
-def listed(told: Mapping[str, Any]) -> str:
-    """Names and what they are, escaped."""
-    return (
-        f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(str(of))}</dd>' for name, of in told.items())}</dl>\n"
-    )
+def listed(entries: Mapping[str, Any]) -> str:
+    """A list of names and their values, escaped."""
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in entries.items())
+    return f"<dl>{items}</dl>\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts, escaped, that can be moved sideways where it is wider than the page."""
+    """A table of texts, escaped; it scrolls sideways if it is wider than the page."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>\n'
 
 
 def figure_of(png: bytes, caption: str) -> str:
-    """A picture, inside the page."""
+    """A picture, stored inside the page."""
     uri = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return (
         f'<figure><img alt="{escape(caption)}" src="{uri}"><figcaption>{escape(caption)}</figcaption></figure>\n'
@@ -74,12 +73,12 @@ def figure_of(png: bytes, caption: str) -> str:
 
 
 def number(value: Any) -> str:
-    """A number of three digits; anything else as text."""
+    """A number with three digits; anything else as text."""
     return f"{value:.3g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value or "–")
 
 
 def nulls(values: Any) -> str:
-    """The lowest and highest of some values, and how many they are."""
+    """The lowest and the highest of some values, and how many there are."""
     if isinstance(values, Sequence) and not isinstance(values, str) and values:
         numbers = [x for x in values if isinstance(x, int | float)]
         if numbers:

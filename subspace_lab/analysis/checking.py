@@ -1,4 +1,4 @@
-"""`check`: a claim is held against its controls, each of which is the same search of another model or other pairs."""
+"""`check`: a claim is compared with its controls. Each is the same search with another model or other pairs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.identity import model_facts
 from subspace_lab.model.sources import Unmatched
 
-TWINS = 19  # as many as p = .05 takes
-TRAINING_PAIRS = 400  # on which a sweep scores a fit of the training pairs
+TWINS = 19  # as many as p = .05 needs
+TRAINING_PAIRS = 400  # as many training pairs as a sweep scores
 FULL, SHARED = "a full vector has no complement", "variables that share a site have no complement"
 
 
@@ -56,40 +56,40 @@ def check(
     out: str | Path | None = None,
     quiet: bool = False,
 ) -> Verdict:
-    """Hold what a sweep found against its controls: the verdict on `fits.best()`, with all checks.
+    """Compare what a sweep found with its controls: the verdict on `fits.best()`, with all checks.
 
-    The chosen method is searched again with the same settings at the chosen place alone: on each twin, on pairs in
-    which there is nothing to find, and where nothing is seen of a planted variable. Baselines and random subspaces
-    are taken from `fits`; what is missing there is fitted. See `analysis/verdicts.py` for what is concluded when.
+    The chosen method is searched again with the same settings, only at the chosen place: on each twin, on pairs in
+    which there is nothing to find, and, if no effect is seen, on a planted variable. Baselines and random subspaces
+    are taken from `fits`; those that are missing are fitted. `analysis/verdicts.py` says how the conclusion is drawn.
 
     Args:
-        backbone, pairs: those of the sweep. Where the sweep left out pairs that the model answers wrong, these
-            pairs may have them still.
-        fits: of the sweep; its method, rank, training, seeds and site are taken from there.
-        twins: how many randomly initialised ones (`reinitialised(model, seed)` and the next seeds), or the twins
-            themselves; they are made and searched one after the other.
-        searched: twins' sweeps over the whole grid, if there are any: for the p over the grid.
+        backbone, pairs: those of the sweep. If the sweep left out pairs that the model answers wrong, these pairs
+            may still contain them.
+        fits: the fits of the sweep; method, rank, training, seeds and site are taken from them.
+        twins: how many randomly initialised twins (`reinitialised(model, seed)` and the next seeds), or the twins
+            themselves. They are made and searched one after the other.
+        searched: sweeps of twins over the whole grid, if there are any, for the p over the grid.
         partial: {kind: twins that keep a part of what was learned}, such as {"embeddings kept":
-            [embeddings_kept(model, 0)]}: their effects are told and decide nothing.
+            [embeddings_kept(model, 0)]}: their effects are reported and decide nothing.
         controls: pairs in which there is nothing to find, by default `control_labels(pairs, seed)`.
-        seeds: of the searches, by default those of the sweep. Of other ones the model is searched again at the
-            place.
-        seed: of the first twin, the control labels and the planted variable.
-        level: the p that is asked for: refused where the twins are too few. By default .05 with 19 twins or more,
-            and a preliminary verdict with fewer.
-        power: where nothing is seen, look for a planted variable.
-        parts: where something is seen, try the parts of the subspace alone (`illusion`); what that gives is reported
-            and decides nothing.
-        loss: of the sweep.
-        memory: budget of the frozen past, as of `sweep`.
-        out: a folder in which each search is kept, so that the same call goes on where it ended.
-        quiet: say nothing of the progress.
+        seeds: seeds of the searches, by default those of the sweep. With other seeds the model is searched again
+            at the place.
+        seed: seed of the first twin, of the control labels and of the planted variable.
+        level: the p that is required; refused if there are too few twins. By default .05 with 19 twins or more, and
+            a preliminary verdict with fewer.
+        power: if no effect is seen, search for a planted variable.
+        parts: if an effect is seen, try the parts of the subspace alone (`illusion`); this is reported and decides
+            nothing.
+        loss: the loss of the sweep.
+        memory: budget of the frozen past, as in `sweep`.
+        out: a folder in which each search is saved, so that the same call goes on where it ended.
+        quiet: print no progress.
 
     Raises:
-        TypeError: an argument of another kind.
-        ValueError: no twins, or too few for the level; pairs, model or loss that are not those of the fits; fits
-            without IIA, or of controls alone. All this before anything runs.
-        FileExistsError, BlockingIOError, OSError: as of `sweep`, about `out`.
+        TypeError: an argument of another type.
+        ValueError: no twins, or too few for the level; the pairs, the model or the loss are not those of the fits;
+            fits without IIA, or only of controls. All this before anything runs.
+        FileExistsError, BlockingIOError, OSError: as `sweep`, about `out`.
     """
     instance(backbone, Backbone, "backbone", "Backbone(model) makes one")
     instance(pairs, Pairs, "pairs", "a task's pairs(tokenizer), or Pairs(train=…, dev=…, test=…)")
@@ -134,7 +134,7 @@ def check(
 
 
 def _with_parts(evidence: Evidence, backbone: Backbone, pairs: Pairs) -> Evidence:
-    """The evidence with what the parts of the chosen subspace do alone, or why that was not tried."""
+    """The evidence with what the parts of the chosen subspace do alone, or why this was not tried."""
     try:
         return replace(evidence, illusion=illusion(backbone, pairs, evidence.chosen))
     except (TypeError, ValueError) as error:
@@ -142,22 +142,22 @@ def _with_parts(evidence: Evidence, backbone: Backbone, pairs: Pairs) -> Evidenc
 
 
 def of_search(backbone: Backbone, pairs: Pairs, fits: Fits, twins: Sequence[Fits]) -> Verdict:
-    """The verdict that a search of a model and of twins allows, without another search.
+    """The verdict from a search of a model and of its twins, without another search.
 
-    Asked besides is only what costs a run over the pairs: the complement, and the floor of the training pairs.
+    The model only runs over the pairs for the complement and for the floor of the training pairs.
 
     Args:
-        twins: of twins that were searched at the same places; those that an interrupt ended before the chosen one
-            are left out.
+        twins: fits of twins that were searched at the same places. A twin whose search was interrupted before the
+            chosen place is left out.
 
     Raises:
-        ValueError: no twins; fits without IIA, or of controls alone.
+        ValueError: no twins; fits without IIA, or only of controls.
     """
     chosen = chosen_of(fits)
     there = [twin for twin in twins if len(at_cell(twin, chosen))]
     if twins and not there:
         raise ValueError(
-            f"{chosen.method.label} was searched at {chosen.place} in none of {len(twins)} twins: a check does that."
+            f"{chosen.method.label} was searched at {chosen.place} in none of {len(twins)} twins; `check` does this."
         )
     check_number(len(there), None)
     stays, why = complement_of(backbone, pairs, chosen, fits.facts.get("unmatched", "refuse"))
@@ -174,13 +174,13 @@ def of_search(backbone: Backbone, pairs: Pairs, fits: Fits, twins: Sequence[Fits
 
 @dataclass(frozen=True)
 class Again:
-    """The search of the chosen method at the chosen place, once more, of whatever model and pairs.
+    """The search of the chosen method at the chosen place, to be repeated with any model and pairs.
 
     Attributes:
-        chosen: the fit that is claimed.
-        place: where.
-        seeds, config, loss, unmatched, memory: of the search.
-        out: a folder for each search; None keeps nothing.
+        chosen: the fit that the claim is about.
+        place: its site, or {variable: site}.
+        seeds, config, loss, unmatched, memory: as in the sweep.
+        out: a folder for the searches; None saves nothing.
     """
 
     chosen: Fit
@@ -204,10 +204,10 @@ class Again:
         out: Path | None,
         quiet: bool,
     ) -> Again:
-        """With the settings that the fits carry (ValueError where the loss is another)."""
-        told = fits.facts.get("loss")
-        if told is not None and told != getattr(loss, "__name__", type(loss).__name__):
-            raise ValueError(f"The sweep's loss was {told!r}: hand it in with loss=….")
+        """With the settings recorded in the fits (ValueError if the loss is another one)."""
+        recorded = fits.facts.get("loss")
+        if recorded is not None and recorded != getattr(loss, "__name__", type(loss).__name__):
+            raise ValueError(f"The sweep's loss was {recorded!r}: give the same one as loss=….")
         asked = fits.facts.get("seeds", [chosen.seed]) if seeds is None else seeds
         sites = chosen.sites
         place: Site | Mapping[str, Site] = chosen.site if len(set(sites.values())) == 1 else sites
@@ -224,7 +224,7 @@ class Again:
         )
 
     def run(self, backbone: Backbone, pairs: Pairs, methods: Sequence[Method], name: str) -> Fits:
-        """A sweep of the place alone; `seeds` of it and what the fits carry besides are as before."""
+        """A sweep of this one place, with the seeds and settings of the fits."""
         return sweep(
             backbone,
             pairs,
@@ -246,7 +246,7 @@ class Again:
         return self.run(Backbone(model), pairs, [self.chosen.method], name)
 
     def missing(self, backbone: Backbone, pairs: Pairs, fits: Fits) -> Fits | None:
-        """What a verdict asks of the model at the place and the fits do not have; None where they have all."""
+        """Fits of the model at the place that a verdict needs and `fits` does not have; None if it has all."""
         there = {fit.method.label for fit in fits if fit.place == self.chosen.place}
         widths = {site: subspace.width for site, subspace in self.chosen.alignment.variables.values()}
         methods: list[Method] = []
@@ -260,10 +260,10 @@ class Again:
         return self.run(backbone, pairs, methods, "model") if methods else None
 
     def with_power(self, evidence: Evidence, model: nn.Module, pairs: Pairs, seed: int) -> Evidence:
-        """The evidence with the search of a planted variable."""
+        """The evidence with the search for a planted variable."""
         try:
             if not isinstance(self.place, Site):
-                raise ValueError("a variable is planted at one site.")
+                raise ValueError("a variable can only be planted at one site.")
             planted = plant(reinitialised(model, seed), pairs, self.place, seed)
         except ValueError as error:
             return replace(evidence, left_out={**evidence.left_out, "planted variable": str(error)})
@@ -274,7 +274,7 @@ class Again:
 def complement_of(
     backbone: Backbone, pairs: Pairs, chosen: Fit, unmatched: Unmatched = "refuse"
 ) -> tuple[Tensor | None, str | None]:
-    """(what `Evidence.stays` is, or why there is none) of a fit on the test pairs."""
+    """(`Evidence.stays` of a fit on the test pairs, None), or (None, why there is none)."""
     sites, test = chosen.sites, pairs.test
     if len(set(sites.values())) < len(sites):
         return None, SHARED
@@ -290,7 +290,7 @@ def complement_of(
 
 
 def training_floor(backbone: Backbone, pairs: Pairs) -> float | None:
-    """The floor of the training pairs that are scored; None where pairs are drawn afresh."""
+    """The floor of the training pairs that are scored; None if pairs are drawn afresh."""
     if not isinstance(pairs.train, Counterfactuals):
         return None
     some = pairs.train.rows(torch.arange(min(len(pairs.train), TRAINING_PAIRS)))
@@ -304,24 +304,25 @@ def _reinitialised(model: nn.Module, number: int, seed: int) -> Iterator[nn.Modu
 
 
 def _same_pairs(backbone: Backbone, pairs: Pairs, fits: Fits) -> Pairs:
-    """The pairs of which the fits are (ValueError where these are others)."""
-    told: Any = fits.facts.get("data")
-    if told is None or told == pairs.fingerprint():
+    """The pairs that the fits were made with (ValueError if these are others)."""
+    recorded: Any = fits.facts.get("data")
+    if recorded is None or recorded == pairs.fingerprint():
         return pairs
     if fits.facts.get("answered") and not pairs.answered:
         with suppress(ValueError):
             answered = only_answered(backbone, pairs)
-            if told == answered.fingerprint():
+            if recorded == answered.fingerprint():
                 return answered
     raise ValueError(
-        f"These pairs (fingerprint {pairs.fingerprint()}) are not those of the fits ({told}): a verdict needs the same."
+        f"These pairs (fingerprint {pairs.fingerprint()}) are not the pairs of the fits ({recorded}): a verdict needs "
+        "the same pairs."
     )
 
 
 def _expect_same_model(backbone: Backbone, fits: Fits) -> None:
-    told = fits.facts.get("model", {}).get("weights")
+    recorded = fits.facts.get("model", {}).get("weights")
     found = model_facts(backbone.model)["weights"]
-    if told is not None and told != found:
+    if recorded is not None and recorded != found:
         raise ValueError(
-            f"This model (weights {found}) is not the one of the fits ({told}): a verdict needs the same."
+            f"This model (weights {found}) is not the model of the fits ({recorded}): a verdict needs the same model."
         )

@@ -1,4 +1,4 @@
-"""What is compared: subspaces, each with what tells it from the others, from any result that holds some."""
+"""What is compared: the subspaces of any result that holds some, each with its site, variable, method and seed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Compared:
     Attributes:
         label: its name in tables and pictures.
         subspace: what is compared.
-        site: where it is; None of a subspace alone.
-        variable: what it is the subspace of.
-        method: by which it was found.
-        seed: with which.
-        start: tells its random start from every other; None where nothing was drawn.
-        model: in which it is, where several are compared.
-        counts: whether it takes part in means; not where the score of its fit is at the floor.
+        site: where it is; None if only the subspace is known.
+        variable: the variable that it holds.
+        method: the method that found it.
+        seed: the seed of the method.
+        start: identifies its random start; None if nothing was drawn.
+        model: the name of its model, if several are compared.
+        counts: whether it takes part in means; False if the score of its fit is at the floor.
     """
 
     label: str
@@ -47,7 +47,7 @@ class Compared:
         return getattr(self, name)
 
     def place(self) -> tuple[Any, ...]:
-        """All of its site but the layer, and its variable."""
+        """Its variable, and everything of its site except the layer."""
         site = self.site
         return (self.variable, *(() if site is None else (site.component, site.positions, site.heads)))
 
@@ -65,19 +65,19 @@ def read(
     variable: str | None = None,
     min_effect: float | None = 0.0,
 ) -> list[Compared]:
-    """The subspaces of some results. Of a sweep those that began at a random start (all linear ones, if none did).
+    """The subspaces of some results. From a sweep: those with a random start, or all linear ones if none has one.
 
     Args:
-        given: the results, or {name: results}. The name is that of the method where methods are compared, and of the
-            model where models are.
+        given: the results, or {name: results}. If methods are compared, the name is that of the method; if models
+            are, that of the model.
         across: what is compared.
-        variable: the one that is taken of several, all by default.
-        min_effect: a fit counts if the lower limit of its IIA on test is above floor + min_effect · (1 − floor); None
-            counts all.
+        variable: the variable to take if there are several; by default all.
+        min_effect: a fit counts if the lower limit of its IIA on the test pairs is above
+            floor + min_effect · (1 − floor); None counts all.
 
     Raises:
         TypeError: something that holds no subspaces.
-        ValueError: nothing, results of different tasks or models, a variable that is not there.
+        ValueError: no subspaces, results of different tasks or models, an unknown variable.
     """
     groups = _groups(given)
     _check_facts({name: _facts(one) for name, one in groups.items()}, across)
@@ -93,12 +93,12 @@ def read(
         raise ValueError("No subspaces to compare.")
     labels = [item.label for item in found]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise ValueError(f"Several subspaces have the labels {twice}: name them, as {{name: fit}}.")
+        raise ValueError(f"Several subspaces have the labels {twice}: give each a name, as {{name: fit}}.")
     return found
 
 
 def unlabelled(given: Group | Mapping[str, Any], *, variable: str | None = None) -> list[Compared]:
-    """The subspaces of a null: whatever models they are of, each told from the others; errors as of `read`."""
+    """The subspaces of a null, of any models; each set of fits counts as a model of its own. Errors as `read`."""
     found = []
     for name, one in _groups(given).items():
         several = isinstance(one, Sequence) and not isinstance(one, Fits | str)
@@ -111,7 +111,7 @@ def unlabelled(given: Group | Mapping[str, Any], *, variable: str | None = None)
 
 
 def cells_of(items: Sequence[Compared], facet: str | None) -> list[tuple[int, int]]:
-    """The pairs (i, j), j < i, that differ in a facet and in nothing else but the seed; none without a facet."""
+    """The pairs (i, j), j < i, that differ in a facet and otherwise only in the seed; none without a facet."""
     if facet is None:
         return []
     same = [name for name in FACETS if name not in (facet, "seed")]
@@ -126,7 +126,7 @@ def cells_of(items: Sequence[Compared], facet: str | None) -> list[tuple[int, in
 
 
 def check_starts(items: Sequence[Compared]) -> None:
-    """ValueError where two subspaces were trained from one start."""
+    """ValueError if two subspaces were trained from the same start."""
     by_start: dict[int | str, list[str]] = {}
     for item in items:
         if item.start is not None:
@@ -136,9 +136,9 @@ def check_starts(items: Sequence[Compared]) -> None:
         some = "; ".join(" and ".join(dict.fromkeys(group)) for group in shared[:2])
         more = f"; and {len(shared) - 2} more groups" if len(shared) > 2 else ""
         raise ValueError(
-            f"Trained from one start (with the same seed, or the same start=…): {some}{more}. Such subspaces overlap "
-            "because each stays near its start. Train them from different seeds (two models too), or compare them "
-            "nevertheless with same_start=True."
+            f"Trained from one start (the same seed, or the same start=…): {some}{more}. Such subspaces overlap "
+            "because each stays near its start. Train them with different seeds (two models too), or compare them "
+            "anyway with same_start=True."
         )
 
 
@@ -167,8 +167,8 @@ def _items(name: str, one: Any, variable: str | None, min_effect: float | None) 
 def _of_fit(
     fit: Fit, variable: str | None, min_effect: float | None, floor: float | None = None
 ) -> list[Compared]:
-    told = fit.alignment.facts.get("controls", {})
-    known = [told[name]["iia"] for name in ("no intervention", "best constant answer") if name in told]
+    controls = fit.alignment.facts.get("controls", {})
+    known = [controls[name]["iia"] for name in ("no intervention", "best constant answer") if name in controls]
     floor = max(known, default=None) if floor is None else floor
     score = fit.scores.get("test", {}).get("iia")
     counts = True
@@ -179,11 +179,11 @@ def _of_fit(
 
 
 def _of_alignment(alignment: Alignment, variable: str | None, start: int | str | None = None) -> list[Compared]:
-    """Each variable, or the one that is named; those of one search are parts of one start, orthogonal to each other."""
+    """Each variable, or only the named one. The variables of one search are orthogonal parts of one random start."""
     facts, names = alignment.facts, list(alignment.variables) if variable is None else [variable]
-    told = facts.get("start") if start is None else start
-    # An adapter of ReFT says "random", which does not tell one start from another.
-    known = told if isinstance(told, int | str) and told != "random" else None
+    recorded = facts.get("start") if start is None else start
+    # An adapter of ReFT says "random", which does not identify a start.
+    known = recorded if isinstance(recorded, int | str) and recorded != "random" else None
     return [
         Compared(
             label=name,
@@ -199,7 +199,7 @@ def _of_alignment(alignment: Alignment, variable: str | None, start: int | str |
 
 
 def _chosen(fits: Fits, variable: str | None) -> list[Fit]:
-    """The linear fits that were trained, or all linear ones."""
+    """The linear fits that were trained, or all linear fits if none was."""
 
     def linear(fit: Fit) -> bool:
         of = fit.alignment.variables
@@ -210,7 +210,7 @@ def _chosen(fits: Fits, variable: str | None) -> list[Fit]:
 
 
 def _labelled(name: str, items: list[Compared]) -> list[Compared]:
-    """Each under the parts of its name that others of its group do not share, behind the name of the group."""
+    """The items with new labels: the name of the group, then the parts of the name that differ within the group."""
     parts = [
         (str(item.site) if item.site else item.label, item.method, f"seed {item.seed}", item.variable)
         for item in items
@@ -224,7 +224,7 @@ def _labelled(name: str, items: list[Compared]) -> list[Compared]:
 
 
 def _facts(one: Any) -> list[Mapping[str, Any]]:
-    """What is known of where results come from, as {"task", "variables", "weights"}."""
+    """Where results come from, as far as it is known: {"task", "variables", "weights"}."""
     if isinstance(one, Fits):
         model = one.facts.get("model") or {}
         return [
@@ -244,12 +244,12 @@ def _facts(one: Any) -> list[Mapping[str, Any]]:
 
 
 def _check_facts(groups: Mapping[str, list[Mapping[str, Any]]], across: str | None) -> None:
-    """ValueError for results of different tasks, and of different models unless these are compared."""
+    """ValueError for results of different tasks, and of different models unless models are compared."""
     for what, noun in (("task", "tasks"), ("variables", "variables")):
         found = {name: of[what] for name, facts in groups.items() for of in facts if of.get(what) is not None}
-        told = [of[what] for facts in groups.values() for of in facts if of.get(what) is not None]
-        if any(one != told[0] for one in told):
-            raise ValueError(f"Results of different {noun} say nothing of each other: {found}.")
+        recorded = [of[what] for facts in groups.values() for of in facts if of.get(what) is not None]
+        if any(one != recorded[0] for one in recorded):
+            raise ValueError(f"Results of different {noun} cannot be compared: {found}.")
     weights = {name: {of["weights"] for of in facts if of.get("weights")} for name, facts in groups.items()}
     every = set().union(*weights.values()) if weights else set()
     if across != "model" and len(every) > 1:
@@ -259,7 +259,7 @@ def _check_facts(groups: Mapping[str, list[Mapping[str, Any]]], across: str | No
         )
     if across == "model":
         if len(groups) < 2:
-            raise ValueError("across='model' needs {model: fits} of two models or more; found is one.")
+            raise ValueError("across='model' needs {model: fits} of two models or more; there is only one.")
         names = [name for name, of in weights.items() for _ in of]
         if len(every) < len(names):
-            raise ValueError(f"Among {names} is one model twice, by its weights: these are no different models.")
+            raise ValueError(f"{names} contain one model twice (the same weights): models that differ are needed.")

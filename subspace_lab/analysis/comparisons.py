@@ -1,7 +1,8 @@
-"""How near the subspaces of several fits are: across layers, seeds, methods or models, beside what chance gives.
+"""How similar the subspaces of several fits are, across layers, seeds, methods or models.
 
-A number alone says nothing. Beside what differs stands the yardstick, two seeds at one site, since the data do not
-identify the span even where the score is perfect; and the null, subspaces that know nothing of each other.
+A similarity alone says little, so it is compared with two others. The yardstick is the similarity of two seeds at one
+site: the data do not identify the span, even if the score is perfect. The null is the similarity of unrelated
+subspaces.
 """
 
 from __future__ import annotations
@@ -48,35 +49,35 @@ def compare(
     variable: str | None = None,
     same_start_allowed: bool | None = None,
 ) -> Comparison:
-    """A measure of each subspace with each, its means across layers, seeds, methods or models, and what chance gives.
+    """A measure for every pair of subspaces, its means across layers, seeds, methods or models, and its null.
 
     >>> compare(fits.where(method="DAS"), across="layer", within="seed")
     >>> compare({"ours": fits, "trained anew": others}, across="model", within="seed", measure=Functional(looks))
 
-    Compared across layers are fits of different layers that agree in everything else (position, method, variable,
-    model) but the seed; so for seeds, methods and models. Fits whose IIA on test is not above the highest floor count
-    in no mean.
+    With across="layer", two fits are compared if their layers differ and everything else (position, method, variable,
+    model) except the seed is the same; likewise for seeds, methods and models. Fits whose IIA on the test pairs is not
+    above the highest floor count in no mean.
 
     Args:
-        fits: the fits of a sweep; or {label: fits, fit, alignment or subspace}, where the label is the method's of
-            across="method" and the model's of across="model". Of a sweep those fits are compared that began at a
-            random start (all, if none did); nonlinear maps have no subspace. Edits of ReFT: `reft_alignments`.
-        seeds: {label: what tells its random start from the others}, of all or of none; of fits they are known.
+        fits: the fits of a sweep; or {label: fits, fit, alignment or subspace}, where the label names the method with
+            across="method", and the model with across="model". From a sweep, the fits with a random start are compared
+            (all fits, if none has one). Nonlinear maps have no subspace. For edits of ReFT see `reft_alignments`.
+        seeds: {label: seed or name of its random start}, for all subspaces or for none; fits know their start.
         across: "layer", "seed", "method" or "model"; without it no means are taken.
         within: "seed", the yardstick: two seeds at one site.
         measure: `overlap`, any function of two subspaces, or one that runs the model (`analysis/similarity.py`).
-        null: further nulls beside random subspaces: fits on control labels or on a randomly initialised twin, subspaces
-            of the top principal components (`principal_null`); one, or {name: null}.
-        same_start: compare also what was trained from one start.
-        min_effect: of the IIA on test, as a share of the way from the floor to 1, that its interval must be above;
-            None counts all fits, whatever they do.
-        variable: the one that is compared, of fits with several; by default all are, each with itself.
+        null: nulls in addition to random subspaces: fits on control labels or on a randomly initialised twin, or
+            subspaces of the top principal components (`principal_null`); one, or {name: null}.
+        same_start: also compare subspaces that were trained from the same start.
+        min_effect: a fit counts if the interval of its IIA on the test pairs is above this share of the way from the
+            floor to 1; None counts all fits.
+        variable: the variable that is compared if the fits have several; by default each is compared with itself.
         same_start_allowed: the former name of `same_start`.
 
     Raises:
         TypeError: something that holds no subspaces.
-        ValueError: nothing to compare, different widths, tasks or models, a subspace without a seed, a variable that
-            is not there, all fits at their floor, one seed where two are needed; or two subspaces from one start: a
+        ValueError: nothing to compare, different widths, tasks or models, a subspace without a seed, an unknown
+            variable, all fits at their floor, one seed where two are needed; or two subspaces from the same start: a
             basis stays near its start, so they overlap whatever the model does.
     """
     if same_start_allowed is not None:
@@ -87,11 +88,11 @@ def compare(
     if seeds is not None:
         items = [replace(item, start=seeds.get(item.label, item.start)) for item in items]
         if unknown := [item.label for item in items if item.start is None]:
-            told = [item.label for item in items if item.start is not None]
-            raise ValueError(f"No seed given for {unknown}; seeds are known of {told}.")
+            known = [item.label for item in items if item.start is not None]
+            raise ValueError(f"No seed given for {unknown}; seeds are known for {known}.")
     if not same_start:
         check_starts(items)
-    if across == "layer":  # so that what is compared stands together
+    if across == "layer":  # so that sites that are compared are next to each other
         places = list(dict.fromkeys(item.place() for item in items))
         items = sorted(items, key=lambda item: places.index(item.place()))
     cells = {"across": cells_of(items, across), "within": cells_of(items, within)}
@@ -132,7 +133,7 @@ def _check_question(across: str | None, within: str | None, min_effect: float | 
     if min_effect is not None and not 0 <= min_effect < 1:
         raise ValueError(f"min_effect={min_effect}: needed is a share of the way from the floor to 1, or None.")
     if within is not None and across in (None, "seed"):
-        raise ValueError(f"within={within!r} is a yardstick beside across='layer', 'method' or 'model'.")
+        raise ValueError(f"within={within!r} is a yardstick for across='layer', 'method' or 'model' only.")
 
 
 def _counted(items: Sequence[Compared], cells: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -145,10 +146,10 @@ def _check_cells(
     across: str | None,
     within: str | None,
 ) -> None:
-    """ValueError where a mean was asked for and there is no pair to take it over."""
+    """ValueError if a mean was asked for and there is no pair for it."""
     if across is not None and not any(item.counts for item in items):
         raise ValueError(
-            f"All {len(items)} fits are at their floor: what they found does nothing, and how near it is means nothing."
+            f"All {len(items)} fits are at their floor: their subspaces do nothing, so comparing them means nothing."
         )
     for which, facet in (("across", across), ("within", within)):
         if facet is None or _counted(items, cells[which]):
@@ -156,12 +157,12 @@ def _check_cells(
         found = sorted({str(item.facet(facet)) for item in items})
         if cells[which]:
             raise ValueError(
-                f"{which}={facet!r}: of the {len(cells[which])} pairs that differ in nothing else none is of two "
-                "fits above their floor."
+                f"{which}={facet!r}: {len(cells[which])} pairs of fits differ in nothing else, but in none of them are "
+                "both fits above their floor."
             )
         raise ValueError(
-            f"{which}={facet!r} needs two fits that differ in their {facet} and otherwise agree; the {facet}s here are "
-            f"{found}."
+            f"{which}={facet!r} needs two fits that differ in their {facet} and agree in everything else; the {facet}s "
+            f"here are {found}."
         )
 
 
@@ -170,7 +171,7 @@ def _level(
 ) -> Level | None:
     """The mean over some cells, with the delete-one jackknife over the fits (Arvesen 1969).
 
-    The interval of values that are shares or cosines does not leave what these can be.
+    If the values are shares or cosines, the interval is cut at their lowest and highest possible value.
     """
     if not cells:
         return None
@@ -194,8 +195,8 @@ class Spectra:
     """The principal angles of the pairs that are compared, in radians, ascending.
 
     Attributes:
-        angles: {what pairs: the mean of each angle over them}.
-        null: of independent random subspaces of the same ranks.
+        angles: {name of the kind of pairs: the mean of each angle over these pairs}.
+        null: the angles of independent random subspaces of the same ranks.
     """
 
     angles: Mapping[str, tuple[float, ...]]
@@ -211,13 +212,15 @@ def spectra(
     min_effect: float | None = 0.0,
     variable: str | None = None,
 ) -> Spectra:
-    """The principal angles behind an overlap: one direction shared, or all of them somewhat (`plots.angle_spectrum`).
+    """The principal angles behind an overlap, drawn by `plots.angle_spectrum`.
+
+    They show whether one direction is shared, or all directions a little.
 
     Args:
-        all: as of `compare`, whose errors it raises.
+        all: as in `compare`.
 
     Raises:
-        ValueError: subspaces of different ranks, whose angles cannot be counted alike.
+        ValueError: subspaces of different ranks, which have different numbers of angles; and all errors of `compare`.
     """
     _check_question(across, within, min_effect)
     items = read(fits, across, variable=variable, min_effect=min_effect)
@@ -228,7 +231,7 @@ def spectra(
     ranks = sorted({item.subspace.rank for item in items})
     if len(ranks) > 1:
         raise ValueError(
-            f"Subspaces of the ranks {ranks}: spectra of angles need one rank; choose with where(rank=…)."
+            f"Subspaces of the ranks {ranks}: spectra of angles need a single rank; choose it with where(rank=…)."
         )
     names = {"across": f"across {across}s", "within": f"two {within}s at one site"}
     found = {}

@@ -1,6 +1,6 @@
-"""What a claim is held against, one check after the other: plain functions of fits.
+"""The checks of a claim, each a plain function of fits.
 
-Nothing is trained here. `analysis/checking.py` makes the fits, `analysis/judging.py` concludes.
+Nothing is trained here. `analysis/checking.py` makes the fits, `analysis/judging.py` draws the conclusion.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from subspace_lab.das.fits import Fit, Fits
 from subspace_lab.das.methods import PCA, DifferenceOfMeans, RandomSubspace
 
 METRIC = "iia"
-LEVEL = 0.05  # of p, and one minus the confidence of the intervals
-POWER = 0.8  # the field's habit (Cohen 1988): four in five effects of the asked size are seen
-# Of what is possible: a variable that is held whole has an effect near 1, and half of that must not be missed.
+LEVEL = 0.05  # the level of p; the intervals have the confidence 1 − LEVEL
+POWER = 0.8  # the usual choice (Cohen 1988): four out of five effects of this size are seen
+# A subspace that holds the whole variable has an effect near 1. An effect of half of that must not be missed.
 HALF = 0.5
 # Five entities are all on one side of the floor by luck in 2 of 2⁵ cases, which is .06: six are needed.
 FEWEST_CLUSTERS = 6
-SMALLEST = 0.1  # an effect that is worth a claim; with less, nine of ten pairs that could change are as without
-# A null that reaches half of the effect explains more of it than it leaves.
+SMALLEST = 0.1  # the smallest effect for a claim; below it, nine of ten pairs that could change do not change
+# A null that reaches half of the effect explains at least half of it.
 AS_WELL = 0.5
-# Training effects of searches that learned 200 pairs by heart were .2 and more, where the held-out ones were 0.
-BY_HEART = 0.2
-# Of pairs whose answer the variable changes, in so many the answer has to stay while all else is exchanged. With
-# less the rest of the state carries the answer more often than not.
+# Searches that memorised 200 pairs had training effects of .2 and more, and held-out effects of 0.
+MEMORISED = 0.2
+# The answer has to stay in this share of the pairs whose answer the variable changes, while everything but the
+# subspace is exchanged. Below it, the rest of the state carries the answer more often than not.
 STAYS = 0.5
 
 
@@ -41,18 +41,18 @@ class Evidence:
     """The fits that a verdict is made of.
 
     Attributes:
-        fits: of the model, over all sites.
-        twins: of each twin at least the chosen method at the chosen place, with the seeds of the model's.
-        grid: of twins that were searched wherever the model was; they may be among `twins`.
-        here: of the model at the chosen place, what `fits` does not have: random subspaces, baselines, more seeds.
+        fits: the fits of the model, over all sites.
+        twins: the fits of each twin, at least of the chosen method at the chosen place with the same seeds.
+        grid: the fits of twins that were searched at all sites of the model; they may also be among `twins`.
+        here: fits of the model at the chosen place that `fits` does not have: random subspaces, baselines, more seeds.
         partial: {kind: fits of twins that keep a part of what was learned}.
-        controls: of the model on pairs in which there is nothing to find, by what their task says.
-        planted: of a planted variable; None where none was looked for.
-        stays: (test pairs,) complement_stays of the chosen fit, NaN where the answer does not change; None where
-            the complement cannot be exchanged.
-        training_floor: of the training pairs; None where they are drawn afresh.
-        illusion: what the parts of the chosen subspace do alone; None where that was not tried.
-        left_out: {check: why it was not made}.
+        controls: fits of the model on pairs in which there is nothing to find; their task names the kind.
+        planted: fits of a planted variable; None if none was searched for.
+        stays: (test pairs,) complement_stays of the chosen fit, NaN where the answer does not change; None if the
+            complement cannot be exchanged.
+        training_floor: the floor of the training pairs; None if they are drawn afresh.
+        illusion: what the parts of the chosen subspace do alone; None if this was not tried.
+        left_out: {check: why it was not done}.
     """
 
     fits: Fits
@@ -73,14 +73,14 @@ class Evidence:
 
 
 def chosen_of(fits: Fits) -> Fit:
-    """The fit that is claimed (ValueError where there is none, or no IIA)."""
+    """The fit that the claim is about (ValueError if there is none, or if it has no IIA)."""
     if not fits or METRIC not in fits[0].scores.get("test", {}):
         there = list(fits[0].scores.get("test", {})) if fits else "no fits"
-        raise ValueError(f"A verdict is of {METRIC!r}; this sweep has {there}. Sweep with metrics=(iia, …).")
+        raise ValueError(f"A verdict needs the metric {METRIC!r}; found: {there}. Sweep with metrics=(iia, …).")
     chosen = fits.best(METRIC)
     if chosen.method.control:
         raise ValueError(
-            f"Only controls were searched ({', '.join(fits.methods)}): they are what a claim is held against."
+            f"Only controls were searched ({', '.join(fits.methods)}); a verdict needs a method that is not a control."
         )
     if fits.floors["test"].highest >= 1:
         raise ValueError("The floor of the test pairs is 1: nothing can be above it, so nothing can be claimed.")
@@ -88,43 +88,41 @@ def chosen_of(fits: Fits) -> Fit:
 
 
 def twins_needed(level: float = LEVEL) -> int:
-    """How many twins a p of this level takes."""
+    """How many twins a p of this level needs."""
     return math.ceil(round(1 / level, 9)) - 1
 
 
 def at_cell(fits: Fits, chosen: Fit) -> Fits:
-    """All seeds of the chosen method at the chosen place, none where there are none."""
+    """All seeds of the chosen method at the chosen place; possibly none."""
     same = [fit for fit in fits if fit.place == chosen.place and fit.method.label == chosen.method.label]
     return Fits(tuple(same), fits.floors, facts=fits.facts, labels=fits.labels)
 
 
 def effect(value: float, floor: float) -> float:
-    """(value − floor) / (1 − floor): 0 at the floor, 1 where every pair is as the causal model says."""
+    """(value − floor) / (1 − floor): 0 at the floor, 1 if every pair has the answer of the causal model."""
     return (value - floor) / (1 - floor)
 
 
 def check_number(twins: int, level: float | None) -> None:
-    """ValueError where there are no twins, or fewer than a p of this level takes."""
+    """ValueError if there are no twins, or fewer than a p of this level needs."""
     if level is not None and not 0 < level < 1:
         raise ValueError(f"level={level!r}: needed is a p between 0 and 1, such as {LEVEL}.")
     if level is not None and twins < twins_needed(level):
         raise ValueError(
-            f"p ≤ {level:g} was asked for, with {twins} twins: the lowest that they can give is {1 / (twins + 1):.2g}, "
-            f"and {twins_needed(level)} twins are needed. Ask for no level, and the verdict is preliminary."
+            f"p ≤ {level:g} was asked for, with {twins} twins: their lowest possible p is {1 / (twins + 1):.2g}, and "
+            f"{twins_needed(level)} twins are needed. Without level=… the verdict is preliminary."
         )
     if not twins:
-        raise ValueError(
-            "Without twins no verdict can be given: nothing says what a model that learned nothing gives."
-        )
+        raise ValueError("Without twins no verdict can be given: it is unknown what an untrained model gives.")
 
 
 # --- the checks -------------------------------------------------------------------------------------------
 
 
 def power(chosen: Fit, fits: Fits) -> Check:
-    """Whether an effect of half of what is possible would be told from the floor."""
+    """Whether an effect of half of what is possible could be distinguished from the floor."""
     floor, n = fits.floors["test"].highest, chosen.iia.n
-    if "pair" in fits.labels:  # some are equal, and what is said twice is known once
+    if "pair" in fits.labels:  # some pairs are equal; a repeated pair adds nothing
         n = min(n, len(set(fits.labels["pair"])))
     wanted, z = floor + HALF * (1 - floor), NormalDist().inv_cdf
     spread = z(1 - LEVEL / 2) * math.sqrt(floor * (1 - floor)) + z(POWER) * math.sqrt(wanted * (1 - wanted))
@@ -132,16 +130,16 @@ def power(chosen: Fit, fits: Fits) -> Check:
     clusters = Clusters.of(fits.labels)
     worth = n / _design_effect(chosen, clusters)
     enough = worth >= needed
-    because = f"{n} test pairs, worth {worth:.0f} independent ones; {needed} would show an effect of a half"
+    because = f"{n} test pairs count as {worth:.0f} independent ones; an effect of {HALF} needs {needed}"
     entities = len(set(fits.labels.get("entity", ())))
     if 0 < entities < FEWEST_CLUSTERS:
         enough = False
-        because += f"; but they are about {entities} entities only, and {FEWEST_CLUSTERS} are needed"
+        because += f"; but they are about only {entities} entities, and {FEWEST_CLUSTERS} are needed"
     return Check("power", worth, (float(needed),), None, enough, because)
 
 
 def _design_effect(chosen: Fit, clusters: Clusters | None) -> float:
-    """By what factor pairs that share an entity are worth less than independent ones, by the interval of the IIA."""
+    """How many pairs that share an entity count as one independent pair, from the width of the IIA's interval."""
     values = chosen.pair_scores.get(METRIC)
     if clusters is None or values is None or len(values.unique()) < 2:
         return 1.0
@@ -152,33 +150,33 @@ def _design_effect(chosen: Fit, clusters: Clusters | None) -> float:
 def held_out(chosen: Fit, floor: float) -> Check:
     found, iia = effect(chosen.iia.value, floor), chosen.iia
     passed = iia.low > floor and found >= SMALLEST
-    because = f"IIA {iia} of {iia.n} held-out pairs, floor {floor:.2f}"
+    because = f"IIA {iia} on {iia.n} held-out pairs, floor {floor:.2f}"
     if iia.low > floor and not passed:
         because += f"; an effect of {found:.2f} is less than {SMALLEST}"
     return Check("held-out effect", iia.value, (floor,), None, passed, because)
 
 
 def training(chosen: Fit, floor: float | None, seen: Check) -> Check | None:
-    """Whether the training pairs were learned by heart: they have an effect, and the held-out ones have none."""
+    """Whether the training pairs were memorised: they have an effect, and the held-out pairs have none."""
     if floor is None or floor >= 1 or METRIC not in chosen.scores.get("train", {}):
         return None
     iia = chosen.score(METRIC, "train")
-    learned = iia.low > floor and effect(iia.value, floor) >= BY_HEART
-    because = f"IIA {iia} of the training pairs, floor {floor:.2f}, against {chosen.iia} of the held-out ones"
+    learned = iia.low > floor and effect(iia.value, floor) >= MEMORISED
+    because = f"IIA {iia} on the training pairs, floor {floor:.2f}; IIA {chosen.iia} on the held-out pairs"
     return Check("training", iia.value, (floor,), None, bool(seen.passed) or not learned, because)
 
 
 def selection(chosen: Fit) -> Check:
     dev = chosen.score(METRIC, "dev")
-    because = f"IIA {dev} on the dev pairs that chose the site, {chosen.iia} on the test pairs, which took no part"
+    because = f"IIA {dev} on the dev pairs, which chose the site; {chosen.iia} on the test pairs, which did not"
     return Check("selection", chosen.iia.value, (dev.value,), None, None, because)
 
 
 def seeds(evidence: Evidence) -> Check | None:
     values = [fit.iia.value for fit in seeds_of(evidence)]
     if len(values) < 2:
-        return Check("seeds", None, tuple(values), None, None, "one seed: nothing tells how others would end")
-    because = f"IIA of {len(values)} seeds {min(values):.2f} to {max(values):.2f}, mean {fmean(values):.2f}"
+        return Check("seeds", None, tuple(values), None, None, "only one seed: the spread over seeds is not known")
+    because = f"IIA of {len(values)} seeds: {min(values):.2f} to {max(values):.2f}, mean {fmean(values):.2f}"
     return Check("seeds", evidence.chosen.iia.value, tuple(values), None, None, because)
 
 
@@ -188,12 +186,12 @@ def seeds_of(evidence: Evidence) -> Sequence[Fit]:
 
 
 def _best(fits: Fits) -> Fit | None:
-    """Of some seeds the one that dev chooses."""
+    """The fit with the highest score on the dev pairs; None if there are no fits."""
     return max(fits, key=lambda fit: fit.score(METRIC, "dev").value, default=None)
 
 
 def effect_of_best(fits: Fits, chosen: Fit) -> float | None:
-    """The test effect of the chosen cell in another search; None where nothing was found there at all."""
+    """The test effect of the chosen method at the chosen place in another search; None if it has no such fit."""
     best = _best(at_cell(fits, chosen))
     floor = fits.floors["test"].highest
     if best is None:
@@ -207,11 +205,11 @@ def twins(
     n, most = len(nulls), max(nulls)
     p = (1 + sum(null >= observed for null in nulls)) / (n + 1)
     low = effect(chosen.iia.low, floor)
-    # Few twins give no small p: then all of the interval has to be above them. With many, above their mean.
+    # With few twins p cannot be small, so the whole interval has to be above all of them; with many, above their mean.
     passed = low > most if preliminary else p <= level and low > fmean(nulls)
     passed = passed and fmean(nulls) < AS_WELL * observed
     reach = (
-        f"{n} twins have effects of {most:.2f} at most, mean {fmean(nulls):.2f}"
+        f"{n} twins have effects of at most {most:.2f}, mean {fmean(nulls):.2f}"
         if n > 1
         else (f"one twin has an effect of {most:.2f}")
     )
@@ -222,7 +220,7 @@ def twins(
 
 
 def grid(evidence: Evidence, observed: float) -> Check | None:
-    """Each twin at the site that its own dev pairs choose, of those of the chosen method."""
+    """Each twin at the site that its own dev pairs choose, with the chosen method."""
     label = evidence.chosen.method.label
     nulls = []
     for twin in evidence.grid:
@@ -234,28 +232,28 @@ def grid(evidence: Evidence, observed: float) -> Check | None:
         return None
     p = (1 + sum(null >= observed for null in nulls)) / (len(nulls) + 1)
     who = "one twin" if len(nulls) == 1 else f"{len(nulls)} twins, each"
-    because = f"{who} at the best of its own sites: {max(nulls):.2f} at most; p = {p:.2g}"
+    because = f"{who} at its own best site: effect at most {max(nulls):.2f}; p = {p:.2g}"
     return Check("twins over the grid", observed, tuple(nulls), p, None, because)
 
 
 def partial_twins(kind: str, twins: Sequence[Fits], chosen: Fit) -> Check:
     found = [one for one in (effect_of_best(twin, chosen) for twin in twins) if one is not None]
-    told = f"{', '.join(f'{one:.2f}' for one in found[:6])}{' …' if len(found) > 6 else ''}" if found else "none"
-    return Check(f"twins, {kind}", None, tuple(found), None, None, f"effects of twins with {kind}: {told}")
+    listed = f"{', '.join(f'{one:.2f}' for one in found[:6])}{' …' if len(found) > 6 else ''}" if found else "none"
+    return Check(f"twins, {kind}", None, tuple(found), None, None, f"effects of twins with {kind}: {listed}")
 
 
 def control(control: Fits, chosen: Fit, observed: float) -> Check:
-    """Pairs with nothing to find: their effect has to be at the floor, or at least far below the claim's."""
+    """Pairs in which there is nothing to find: their effect must be at the floor, or well below the claim's."""
     task = str(control.facts.get("task", "")).rpartition(": ")[2] or "pairs"
     best, floor = _best(at_cell(control, chosen)), control.floors["test"].highest
     name = f"control: {task}"
     if best is None or floor >= 1:
-        return Check(name, None, (), None, True, "the search found nothing at all on them")
+        return Check(name, None, (), None, True, "the search found nothing on these pairs")
     found = effect(best.iia.value, floor)
     as_well = best.iia.low > floor and found >= AS_WELL * observed
-    because = f"IIA {best.iia}, floor {floor:.2f}, where there is nothing to find"
+    because = f"IIA {best.iia}, floor {floor:.2f}, on pairs in which there is nothing to find"
     if best.iia.low > floor:
-        because += f"; an effect of {found:.2f} beside the claim's {observed:.2f}"
+        because += f"; an effect of {found:.2f}, the claim has {observed:.2f}"
     return Check(name, observed, (found,), None, not as_well, because)
 
 
@@ -270,23 +268,25 @@ def random_subspaces(evidence: Evidence, observed: float, floor: float, seen: Ch
         if drawn:
             nulls = tuple(effect(value, floor) for value in drawn)
             mean = fmean(drawn)
-            because = f"IIA of {len(drawn)} of rank {chosen.rank}: mean {mean:.2f}, highest {max(drawn):.2f}"
+            because = f"IIA of {len(drawn)} draws of rank {chosen.rank}: mean {mean:.2f}, highest {max(drawn):.2f}"
             passed = fmean(nulls) < AS_WELL * observed if seen.passed else None
             return Check("random subspaces", observed, nulls, None, passed, because)
     return None
 
 
 def complement(stays: Tensor | None, fits: Fits, seen: Check) -> Check | None:
-    """Whether the answer stays while all but the subspace is exchanged, in pairs where the variable changes it."""
+    """How often the answer stays when only the complement is exchanged, in pairs where the variable changes it."""
     if stays is None or bool(stays.isnan().all()):
         return None
     found = estimate(stays, Clusters.of(fits.labels))
-    because = f"with all else exchanged the answer stays in {found} of {found.n} pairs that the variable changes"
+    because = (
+        f"when only the complement is exchanged, {found} of {found.n} pairs that could change keep their answer"
+    )
     return Check("complement", found.value, (STAYS,), None, found.value >= STAYS if seen.passed else None, because)
 
 
 def baselines(evidence: Evidence) -> Check | None:
-    """The difference from the best of the obvious subspaces, pair by pair."""
+    """The difference from the best baseline (difference of means, principal components), pair by pair."""
     chosen = evidence.chosen
     found: list[Fit] = []
     for fits in (evidence.here, evidence.fits):
@@ -303,7 +303,7 @@ def baselines(evidence: Evidence) -> Check | None:
     difference = estimate(mine.double() - best.pair_scores[METRIC].double(), Clusters.of(evidence.fits.labels))
     word = "better than" if difference.low > 0 else "worse than" if difference.high < 0 else "no better than"
     because = (
-        f"{word} {best.method.label}, the best of the obvious ones ({best.iia}): "
+        f"{word} {best.method.label}, the best baseline (IIA {best.iia}): difference "
         f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
     )
     nulls = tuple(fit.iia.value for fit in found)
@@ -311,12 +311,12 @@ def baselines(evidence: Evidence) -> Check | None:
 
 
 def illusion(report: IllusionReport | None) -> Check | None:
-    """Whether the subspace reads and writes what the model does. It decides nothing: a site can be right without it."""
+    """Whether the subspace reads and writes what the model does. It decides nothing: the site can still be right."""
     if report is None:
         return None
     both = report.part("both")
-    advice = "; `purify` keeps the part that varies and is read" if report.flagged else ""
-    because = f"{report.because.rstrip('.')}; that part alone has IIA {both.iia}{advice}"
+    advice = "; `purify` keeps only this part" if report.flagged else ""
+    because = f"{report.because.rstrip('.')}; the part that varies and is read has IIA {both.iia} alone{advice}"
     said = "flagged: " if report.flagged else ""
     return Check("illusion", min(report.sensed.values()), (), None, None, said + because)
 
@@ -326,13 +326,13 @@ def planted_variable(planted: Fits | None) -> Check | None:
         return None
     best, floor = _best(planted), planted.floors["test"].highest
     if best is None or floor >= 1:
-        return Check("planted variable", None, (), None, False, "the search of a planted variable gave nothing")
+        return Check("planted variable", None, (), None, False, "the search for a planted variable found nothing")
     found = effect(best.iia.value, floor)
     passed = best.iia.low > floor and found >= HALF
-    because = f"the same search of a planted variable reaches IIA {best.iia}, floor {floor:.2f}"
+    because = f"the same search for a planted variable reaches IIA {best.iia}, floor {floor:.2f}"
     return Check("planted variable", found, (HALF,), None, passed, because)
 
 
 def changing(stays: Tensor, answer: Tensor, base_answer: Tensor) -> Tensor:
-    """`stays` of pairs whose answer the variable changes, NaN elsewhere."""
+    """`stays` for the pairs whose answer the variable changes, NaN for the others."""
     return stays.float().where(answer.cpu() != base_answer.cpu(), torch.nan)

@@ -15,11 +15,11 @@ def judge(evidence: Evidence, level: float | None = None) -> Verdict:
     """The verdict of some evidence.
 
     Args:
-        level: the p that is asked for; by default .05 where there are twins enough, and else a preliminary
-            verdict.
+        level: the p that is required. By default .05 if there are enough twins; otherwise the verdict is
+            preliminary.
 
     Raises:
-        ValueError: no twins; too few for the level; fits without IIA; nothing that could be claimed.
+        ValueError: there are no twins or too few for the level, the fits have no IIA, or they allow no claim.
     """
     chosen, fits = evidence.chosen, evidence.fits
     floor = fits.floors["test"].highest
@@ -42,8 +42,8 @@ def judge(evidence: Evidence, level: float | None = None) -> Verdict:
     partial = [of.partial_twins(kind, kept, chosen) for kind, kept in evidence.partial.items()]
     made = [power, seen, training, planted, twins, grid, *partial, *controls, random, complement]
     made += [of.illusion(evidence.illusion), of.baselines(evidence), of.selection(chosen), of.seeds(evidence)]
-    told = [one for one in made if one is not None]
-    told += [Check(name, None, (), None, None, f"not made: {why}") for name, why in evidence.left_out.items()]
+    checks = [one for one in made if one is not None]
+    checks += [Check(name, None, (), None, None, f"not done: {why}") for name, why in evidence.left_out.items()]
     conclusion = _conclude(
         power=power,
         seen=seen,
@@ -67,9 +67,9 @@ def judge(evidence: Evidence, level: float | None = None) -> Verdict:
     assert twins.p is not None
     return Verdict(
         claim=claim,
-        checks=tuple(told),
+        checks=tuple(checks),
         conclusion=conclusion,
-        reason=_reason(conclusion, claim, told, twins),
+        reason=_reason(conclusion, claim, checks, twins),
         effect=observed - mean,
         interval=(low, high),
         p=twins.p,
@@ -110,32 +110,32 @@ def _conclude(
 def _reason(conclusion: str, claim: Claim, checks: Sequence[Check], twins: Check) -> str:
     by_name = {one.name: one for one in checks}
     found = (
-        f"At {claim.place}, {claim.method} gives {claim.iia} of {claim.iia.n} held-out pairs the answer of the causal "
-        f"model; the floor is {claim.floor:.2f}."
+        f"At {claim.place}, {claim.method} has an IIA of {claim.iia} on {claim.iia.n} held-out pairs; the floor is "
+        f"{claim.floor:.2f}."
     )
 
     def failed(*starts: str) -> str:
-        told = [one for one in checks if one.passed is False and one.name.startswith(starts)]
-        return "; ".join(f"{one.name}: {one.because}" for one in told)
+        against = [one for one in checks if one.passed is False and one.name.startswith(starts)]
+        return "; ".join(f"{one.name}: {one.because}" for one in against)
 
     if conclusion == "memorised":
-        return f"{found} The training pairs were learned by heart: {by_name['training'].because}."
+        return f"{found} The fit memorised its training pairs: {by_name['training'].because}."
     if conclusion == "expressive":
-        return f"{found} So does a search where there is nothing to find ({failed('twins', 'control')})."
+        return f"{found} But the same search also works where there is nothing to find ({failed('twins', 'control')})."
     if conclusion == "non-specific":
-        return f"{found} But it is not this subspace that matters ({failed('random', 'complement')})."
+        return f"{found} But the effect is not specific to this subspace ({failed('random', 'complement')})."
     if conclusion == "underpowered":
-        return f"{found} That says little ({failed('power', 'planted')})."
+        return f"{found} This does not allow a conclusion ({failed('power', 'planted')})."
     if conclusion == "not found":
         would = by_name.get("planted variable", by_name["power"])
-        return f"{found} No effect is seen, where one could have been ({would.name}: {would.because})."
-    return f"{found} {_beside(checks, twins)}"
+        return f"{found} No effect was found, but one could have been found ({would.name}: {would.because})."
+    return f"{found} {_compared(checks, twins)}"
 
 
-def _beside(checks: Sequence[Check], twins: Check) -> str:
-    """What a claim that stands is held against, in short."""
+def _compared(checks: Sequence[Check], twins: Check) -> str:
+    """The effect of a supported claim beside the effects of its twins and controls, in short."""
     n, most = len(twins.null), max(twins.null)
-    who = f"{n} twins reach {most:.2f} at most (p = {twins.p:.2g})" if n > 1 else f"a twin reaches {most:.2f}"
+    who = f"{n} twins reach at most {most:.2f} (p = {twins.p:.2g})" if n > 1 else f"a twin reaches {most:.2f}"
     others = []
     for one in checks:
         if one.name.startswith("control") and one.null:
@@ -143,4 +143,4 @@ def _beside(checks: Sequence[Check], twins: Check) -> str:
         elif one.name == "random subspaces":
             others.append(f"random subspaces {fmean(one.null):.2f}")
     beside = f", {', '.join(others)}" if others else ""
-    return f"Of the way from the floor to the causal model it goes {twins.observed:.2f}; {who}{beside}."
+    return f"The effect is {twins.observed:.2f} (0: the floor, 1: the causal model); {who}{beside}."

@@ -1,7 +1,7 @@
 """One HTML file that says what a search found: question, data, table, pictures, controls, verdict, how to repeat it.
 
-The file stands alone: pictures are in it as data URIs, and nothing is fetched from elsewhere. Every text that comes
-from a model, a task or a user is escaped.
+The file needs no other files: pictures are inside it as data URIs, and nothing is loaded from the network. Every text
+that comes from a model, a task or a user is escaped.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from subspace_lab.core.files import package_version, read_json, write_text
 from subspace_lab.das.fits import Fit, Fits, answered_in_words
 
 RESULTS, VERDICT, MODEL = "results.json", "verdict.json", "model"
-OWN = ("iia.png",)  # pictures of a search that are drawn anew here, with all that the report knows
+OWN = ("iia.png",)  # pictures of a search that are drawn again here, since the report knows more
 CAPTIONS = {"overlap.png": "Overlap of the subspaces found", "verdict.png": "The model against its twins"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a search left in a folder.
+    """The results of a search in a folder.
 
     Attributes:
-        folder: where it lies.
-        fits: of the model.
-        twins: of its randomly initialised twins.
+        folder: the folder.
+        fits: the fits of the model.
+        twins: the fits of its randomly initialised twins.
         settings: how the command was called; empty for a sweep that was saved from Python.
-        verdict: as JSON; None where none was given.
-        pictures: {file: PNG} that others have left there.
+        verdict: the verdict as JSON; None if there is none.
+        pictures: {name: PNG} of the other pictures in the folder.
     """
 
     folder: Path
@@ -49,22 +49,22 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """What `subspace-lab search` left in a folder, or `Fits.save` and a sweep with `out`.
+    """Read a folder that was written by `subspace-lab search`, `Fits.save` or a sweep with `out`.
 
     Raises:
-        FileNotFoundError: nothing of that kind there.
-        ValueError: files that are broken, or of something else.
+        FileNotFoundError: there are no such results.
+        ValueError: the files are broken, or are no results of a search.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; needed is one that `subspace-lab search` left.")
+        raise FileNotFoundError(f"{folder} is no folder; give one that `subspace-lab search` wrote.")
     if not (folder / RESULTS).is_file():
         return Run(folder, Fits.load(folder), verdict=_verdict(folder, {}))
     results = read_json(folder / RESULTS)
     if not isinstance(results, dict) or "settings" not in results or not (folder / MODEL).is_dir():
         raise ValueError(
-            f"{folder / RESULTS} is of no search: needed is a folder that `subspace-lab search` left, with its "
-            f"{MODEL}/ inside."
+            f"{folder / RESULTS} is not the result of a search: needed is a folder that `subspace-lab search` wrote, "
+            f"with {MODEL}/ inside."
         )
     twins = [path for path in sorted(folder.glob("twin*")) if path.is_dir()]
     pictures = {path.name: path.read_bytes() for path in sorted(folder.glob("*.png")) if path.name not in OWN}
@@ -82,19 +82,19 @@ def report(run: Run, command: str | None = None) -> str:
     """The report as HTML.
 
     Args:
-        run: as `read_run` gives it.
-        command: what runs the search again, as one types it.
+        run: from `read_run`.
+        command: the command that runs the search again.
 
     Raises:
         ValueError: no fits.
     """
     if not run.fits:
-        raise ValueError(f"{run.folder} holds no fits: there is nothing to report.")
+        raise ValueError(f"{run.folder} holds no fits, so there is nothing to report.")
     best, facts = run.fits.best(), run.fits.facts
     title = f"{facts.get('task') or 'Search'!s}: where is {' and '.join(run.fits.variables)}?"
     parts = [
         section("Question", _question(run, best)),
-        section("Verdict", _told_verdict(run.verdict)),
+        section("Verdict", _verdict_section(run.verdict)),
         section("Data", _data(run)),
         section("Scores", _scores(run)),
         section("Pictures", _pictures(run, best)),
@@ -110,7 +110,7 @@ def report(run: Run, command: str | None = None) -> str:
 
 
 def save_report(run: Run, path: str | Path, command: str | None = None) -> None:
-    """Write the report, aside and renamed; errors as of `report`, and OSError."""
+    """Write the report under a provisional name, then rename it. Errors as `report`, and OSError."""
     text = report(run, command)
     write_text(Path(path), text)
 
@@ -123,21 +123,23 @@ def _question(run: Run, best: Fit) -> str:
     name = model.get("name") or model.get("class") or "the model"
     floor, iia = run.fits.floors["test"].highest, best.score(run.fits.metric)
     what = (
-        f"Where in {name} does {' and '.join(run.fits.variables)} stand? At each of {len(run.fits.places)} sites a "
-        "subspace was searched whose exchange between two inputs changes the answer as the causal model says."
+        f"Where in {name} is the variable {' and '.join(run.fits.variables)}? The search looked at "
+        f"{len(run.fits.places)} sites for a subspace that holds it: exchanging this subspace between two inputs "
+        "changes the answer as the causal model says."
     )
     found = (
-        f"Dev pairs choose {best.method.label} at {best.place}. On {iia.n} test pairs its {_metric(run)} is "
+        f"The dev pairs chose {best.method.label} at {best.place}. On {iia.n} test pairs its {_metric(run)} is "
         f"{iia.value:.2f}, 95 % interval {iia.low:.2f} to {iia.high:.2f}; the higher floor is {floor:.2f}"
         f"{_twin(run, best)}."
     )
     return paragraph(what, "lead") + paragraph(found, "lead")
 
 
-def _told_verdict(verdict: Mapping[str, Any] | None) -> str:
+def _verdict_section(verdict: Mapping[str, Any] | None) -> str:
     if verdict is None:
         return paragraph(
-            "None was given: the numbers below are no claim by themselves. The command subspace-lab check gives one."
+            "There is no verdict yet. Without one the numbers below support no claim. The command subspace-lab check "
+            "makes one."
         )
     conclusion = str(verdict.get("conclusion", verdict.get("verdict", "unknown")))
     preliminary = " (preliminary)" if verdict.get("preliminary") else ""
@@ -174,8 +176,8 @@ def _data(run: Run) -> str:
         "fingerprint of the pairs": facts.get("data"),
         "intervals": facts.get("intervals"),
     }
-    told = listed({name: value for name, value in shown.items() if value})
-    return told + "".join(paragraph(line, "small") for line in answered_in_words(facts))
+    entries = listed({name: value for name, value in shown.items() if value})
+    return entries + "".join(paragraph(line, "small") for line in answered_in_words(facts))
 
 
 def _scores(run: Run) -> str:
@@ -188,9 +190,9 @@ def _pictures(run: Run, best: Fit) -> str:
     whole = tuple(twin for twin in run.twins if twin.places == run.fits.places)
     drawn: list[tuple[str, Callable[[], Figure]]] = [
         ("Scores by layer and position", lambda: iia_heatmap(run.fits, _joined(whole), metric=run.fits.metric)),
-        ("Methods beside each other at the site that dev chose", lambda: methods_beside(here)),
+        ("All methods at the site that the dev pairs chose", lambda: methods_beside(here)),
         ("Score by rank at that site", lambda: iia_by_rank(here)),
-        ("Training at that site", lambda: training_curves(here)),
+        ("Training loss at that site", lambda: training_curves(here)),
     ]
     found = []
     for caption, draw in drawn:
@@ -202,7 +204,7 @@ def _pictures(run: Run, best: Fit) -> str:
         figure.savefig(into, format="png", **FRAME)
         found.append(figure_of(into.getvalue(), caption))
     found += [figure_of(png, CAPTIONS.get(name, name)) for name, png in run.pictures.items()]
-    return "".join(found) or paragraph("None can be drawn of these fits.")
+    return "".join(found) or paragraph("These fits have no picture.")
 
 
 def _controls(run: Run, best: Fit) -> str:
@@ -221,15 +223,13 @@ def _controls(run: Run, best: Fit) -> str:
         same = [f for f in twin if f.place == best.place and f.method.label == best.method.label]
         if same:
             value = sum(f.score(metric).value for f in same) / len(same)
-            rows.append(
-                [f"twin {i + 1}: {best.method.label}", f"{value:.2f}", f"at {best.place}, weights drawn anew"]
-            )
-    told = table(["control", _metric(run), "of"], rows)
+            rows.append([f"twin {i + 1}: {best.method.label}", f"{value:.2f}", f"at {best.place}, random weights"])
+    lines = table(["control", _metric(run), "where"], rows)
     if not run.twins:
-        told += paragraph(
-            "No randomly initialised twin was searched: what the architecture alone gives is not known."
+        lines += paragraph(
+            "No randomly initialised twin was searched, so the score of the untrained architecture is not known."
         )
-    return told
+    return lines
 
 
 def _again(run: Run, command: str | None) -> str:
@@ -244,12 +244,12 @@ def _again(run: Run, command: str | None) -> str:
         "training": training,
         "versions": versions,
     }
-    told = listed({name: value for name, value in shown.items() if value})
+    entries = listed({name: value for name, value in shown.items() if value})
     if command is not None:
-        told += f"<pre>{escape(command)}</pre>"
+        entries += f"<pre>{escape(command)}</pre>"
     else:
-        told += paragraph("The search was called from Python: `fits.facts` is its recipe.")
-    return told + paragraph(f"Written by subspace_lab {package_version()}.", "small")
+        entries += paragraph("The search was called from Python; `fits.facts` holds its settings.")
+    return entries + paragraph(f"Written by subspace_lab {package_version()}.", "small")
 
 
 def _metric(run: Run) -> str:
@@ -265,12 +265,12 @@ def _twin(run: Run, best: Fit) -> str:
     ]
     if not values:
         return ""
-    several = f"the highest of {len(run.twins)} randomly initialised twins" if len(run.twins) > 1 else "its twin's"
-    return f", {several} {max(values):.2f}"
+    several = f"the best of {len(run.twins)} randomly initialised twins" if len(run.twins) > 1 else "its twin"
+    return f", and {several} has {max(values):.2f}"
 
 
 def _joined(twins: Sequence[Fits]) -> Fits | None:
-    """Several twins as the seeds of one."""
+    """The fits of several twins, as if they were the seeds of one twin."""
     if not twins:
         return None
     fits = tuple(fit for twin in twins for fit in twin)
@@ -278,10 +278,10 @@ def _joined(twins: Sequence[Fits]) -> Fits | None:
 
 
 def _verdict(folder: Path, results: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a full check has said, else what the search itself has said."""
+    """The verdict of `subspace-lab check`, or else the verdict of the search itself."""
     found = read_json(folder / VERDICT) if (folder / VERDICT).is_file() else results.get("verdict")
     if found is not None and not isinstance(found, Mapping):
         raise ValueError(
-            f"The verdict in {folder} is {type(found).__name__}; needed is an object with a conclusion."
+            f"The verdict in {folder} is a {type(found).__name__}; needed is an object with a conclusion."
         )
     return found

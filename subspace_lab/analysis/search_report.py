@@ -1,10 +1,10 @@
-"""What `subspace-lab search` leaves: its files, and the table that a person reads.
+"""What `subspace-lab search` writes: its files, and the table on the terminal.
 
-results.json         "settings"; "model" and "twin" (null where none was searched): floors and every fit with its
-                     scores; "twins" of several; "comparison": the overlaps of the trained subspaces with what
-                     chance gives; "verdict" (null where none can be given)
+results.json         "settings"; "model" and "twin" (null if none was searched): floors and every fit with its
+                     scores; "twins" if there are several; "comparison": the overlaps of the trained subspaces and of
+                     random ones; "verdict" (null if there is none)
 model/, twin/        every fit with its subspaces, for `Fits.load`; further twins in twin2/, twin3/
-iia.png, overlap.png `analysis/plots`; the second where two subspaces can differ
+iia.png, overlap.png pictures from `analysis/plots`; the second only if two subspaces can differ
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def save_search(
     verdict: Verdict | str,
     unsaved: Mapping[str, OSError],
 ) -> Saves:
-    """Write what a search leaves beside its fits, which stand in the folder already.
+    """Write the files of a search, except its fits, which are in the folder already.
 
-    `results.json` comes last. A file that cannot be written costs only itself: see `Saves`.
+    `results.json` comes last. If one file cannot be written, the others still are: see `Saves`.
 
     Args:
-        folder: an existing one.
+        folder: an existing folder.
         settings: how the search was made, as JSON.
-        fits, twins: of the model, and of its randomly initialised twins if there are any.
-        comparison: of the fits' subspaces.
-        verdict: on the fit that dev chose, or why there is none.
+        fits, twins: the fits of the model, and of its randomly initialised twins if there are any.
+        comparison: the comparison of the fits' subspaces.
+        verdict: the verdict on the fit that the dev pairs chose, or the reason why there is none.
         unsaved: {folder of fits: why they could not be written}.
     """
     saves = Saves(folder, errors=dict(unsaved))
@@ -72,7 +72,7 @@ def print_search(
     verdict: Verdict | str,
     saves: Saves,
 ) -> None:
-    """The table on standard output, under it what has to be known to read it, and at last the verdict."""
+    """Print the table, below it what one has to know to read it, and at the end the verdict."""
     terminal = console()
     title = printable(
         f"{settings['task']}: {settings['component']} searched for the variable '{settings['variable']}'"
@@ -96,22 +96,22 @@ def print_search(
 def _last_paragraph(verdict: Verdict | str, saves: Saves) -> str:
     if isinstance(verdict, str):
         return f"No verdict. {verdict}"
-    more = f" `subspace-lab check {saves.folder}` holds it against 19 twins." if verdict.preliminary else ""
+    more = f" `subspace-lab check {saves.folder}` compares it with 19 twins." if verdict.preliminary else ""
     return f"{verdict}{more}"
 
 
 def _can_differ(comparison: Comparison) -> bool:
-    """Whether there are two subspaces, and not each the whole space, of which any two are the same."""
+    """Whether there are two subspaces that can differ: subspaces that are the whole space are all the same."""
     return len(comparison.labels) > 1 and min(comparison.ranks) < comparison.width
 
 
 def _ranges(twins: Fits) -> dict[str, str]:
-    """{place: the mean over twins, and the lowest and highest of them}."""
+    """{place: the mean over the twins, with the lowest and the highest}."""
     return {m.place: f"{m.value:.2f} ({m.low:.2f} to {m.high:.2f})" for m in twins.mean(metric=twins.metric)}
 
 
 def _whole(twins: Sequence[Fits], fits: Fits) -> Fits | None:
-    """The fits of all twins that were searched wherever the model was: an interrupt may have ended one before."""
+    """The fits of all twins that were searched at all sites of the model; an interrupted search is left out."""
     whole = [twin for twin in twins if twin.places == fits.places]
     if not whole:
         return None
@@ -125,15 +125,15 @@ def _remarks(fits: Fits, twins: Sequence[Fits], comparison: Comparison) -> list[
     remarks = []
     for number, twin in enumerate(twins):
         if "interrupted" in twin.facts:
-            remarks.append(f"Interrupted: of the twin {twin.facts['interrupted']}.")
+            remarks.append(f"Interrupted while searching the twin: {twin.facts['interrupted']}.")
         if number == 0:
             floors = twin.floors["test"]
             remarks.append(
-                f"The randomly initialised twin answers {floors.accuracy} of the bases right; without intervention it "
-                f"gives {floors.no_intervention.value:.2f} of the expected answers."
+                f"The randomly initialised twin answers {floors.accuracy} of the bases correctly; without an "
+                f"intervention it gives {floors.no_intervention.value:.2f} of the expected answers."
             )
     if len(twins) > 1:
-        remarks.append(f"Of the twins: the mean of {len(twins)}, and in brackets the lowest and the highest.")
+        remarks.append(f"Column of the twins: the mean of {len(twins)}, in brackets the lowest and the highest.")
     if n > 1:
         remarks.append(f"Overlap of the trained subspaces: {comparison.sentence}")
     return [*remarks, f"Engine: {fits.facts.get('engine')}."]

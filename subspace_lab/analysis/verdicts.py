@@ -1,36 +1,36 @@
 """A claim, its checks, and what is concluded from them.
 
-The claim is the fit that the dev split chose: its method at its site changes the variable, as its interchange
-intervention accuracy (IIA) on the test split says. It is held against what the same search finds where nothing is.
-What is concluded is the first line of this table that is true:
+The claim is about the fit that the dev split chose: exchanging its subspace at its site changes the variable. The
+measure is its interchange intervention accuracy (IIA) on the test split. The claim is compared with what the same
+search finds where there is nothing to find. The conclusion is the first line of this table that is true:
 
-    underpowered   the test pairs, or the entities that they are about, are too few: an effect of half of what is
-                   possible would not be told from the floor with a power of .8
-    memorised      the held-out effect is not above its floor, that of the training pairs is well above theirs
+    underpowered   there are too few test pairs, or they are about too few entities: an effect of half of what is
+                   possible could not be distinguished from the floor with a power of .8
+    memorised      the held-out effect is not above its floor, but the effect on the training pairs is well above theirs
     underpowered   the held-out effect is not above its floor, and a planted variable is not found either
     not found      the held-out effect is not above its floor
     expressive     there is an effect, but twins, or pairs with arbitrary labels, have it as well: p is above .05, or
-                   half of the effect is there without anything learned
-    non-specific   there is an effect, but random subspaces of this rank have it as well, or the answer changes too
-                   when all but the subspace is exchanged
+                   they have half of the effect although they learned nothing
+    non-specific   there is an effect, but random subspaces of this rank have it as well, or the answer also changes
+                   when everything but the subspace is exchanged
     supported      none of these
 
-Too few pairs come first: what they show by luck would be believed, and what they miss would be denied. Whether
-there is an effect comes before whether others have it. A twin that does as well comes before the question of the
-subspace, since that question is idle where nothing was learned. Other checks are told and decide nothing:
+The number of pairs comes first, since too few pairs can show an effect by luck, and can miss one that is there. Next
+comes whether there is an effect, and then whether others have it too. Twins come before the subspace: where nothing
+was learned, it does not matter which subspace it is. Other checks are reported for information, and decide nothing:
 selection (dev against test), the spread over seeds, baselines (difference of means, principal components), twins
-that keep a part of what was learned, twins over the whole grid of sites, and whether the subspace reads and writes what
-the model does (`illusions.py`): the site can be right where the span is not.
+that keep a part of what was learned, twins over the whole grid of sites, and whether the subspace reads and writes
+what the model itself reads and writes (`illusions.py`): the site can be right although the span is not.
 
     effect = (IIA − floor) / (ceiling − floor) − the twins' mean effect
 
-The floor is the higher of two: what the model says without an intervention, and the most frequent expected answer.
-The ceiling is 1, which is what the causal model itself reaches, and not the swap of the full state: that one
-exchanges all other variables with it, and a subspace that holds the variable alone can be better.
+The floor is the higher of two scores: the model without an intervention, and the most frequent expected answer.
+The ceiling is 1, the score of the causal model itself. It is not the score of exchanging the full state: this
+exchanges all other variables too, so a subspace that holds only the variable can score higher.
 
-p = (1 + number of twins whose effect is not smaller) / (1 + number of twins), at the site that dev chose. It is
-.05 at best with 19 twins; with fewer a verdict is *preliminary*, and asks that the model's interval lies above all
-of them. The p over the grid takes of each twin the site that its own dev pairs choose, as was done with the model.
+p = (1 + number of twins whose effect is not smaller) / (1 + number of twins), at the site that dev chose. With 19
+twins it is .05 at best. With fewer twins the verdict is *preliminary*, and the model's interval has to lie above the
+effects of all of them. For the p over the grid, the dev pairs of each twin choose its site, as they did for the model.
 """
 
 from __future__ import annotations
@@ -46,20 +46,21 @@ from subspace_lab.core.files import read_json, write_json
 
 FORMAT = 1
 CONCLUSIONS = ("supported", "memorised", "expressive", "non-specific", "underpowered", "not found")
+_MARKS = {True: "passed", False: "failed", None: "info"}  # of a check; None: it decides nothing
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed: that a method's subspace at a place holds a variable.
+    """What is claimed: the subspace that a method found at a place holds a variable.
 
     Attributes:
-        variable: its name; several, joined by commas, that are exchanged together.
-        place: where, as `Fit.place`.
-        method: its label.
-        iia: on the test pairs.
-        floor: of the test pairs.
-        pairs: how many there are to train on (None where they are drawn afresh) and to test on.
-        model, task: which.
+        variable: its name; if several are exchanged together, their names joined by commas.
+        place: the site, as `Fit.place`.
+        method: the label of the method.
+        iia: IIA on the test pairs.
+        floor: the floor of the test pairs.
+        pairs: {"train": number of training pairs (None if they are drawn afresh), "test": number of test pairs}.
+        model, task: their names.
     """
 
     variable: str
@@ -77,15 +78,15 @@ class Claim:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that the claim is held against.
+    """One thing with which the claim is compared.
 
     Attributes:
-        name: what is asked, such as "twins".
-        observed: the claim's own value in this question.
-        null: the values of what it is held against.
-        p: where the check is a test of rank.
-        passed: False where it speaks against the claim; None where it decides nothing.
-        because: in words.
+        name: what is checked, such as "twins".
+        observed: the value of the claim.
+        null: the values with which it is compared.
+        p: the rank of the observed value among the null; None if the check has no p.
+        passed: False if the check speaks against the claim; None if it decides nothing.
+        because: the reason in words.
     """
 
     name: str
@@ -96,25 +97,23 @@ class Check:
     because: str
 
     def __str__(self) -> str:
-        mark = {True: "passed", False: "failed", None: "told"}[self.passed]
-        return f"{mark:6}  {self.name}: {self.because}"
+        return f"{_MARKS[self.passed]:6}  {self.name}: {self.because}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is concluded of a claim.
+    """What is concluded about a claim.
 
     Attributes:
         claim: what is claimed.
-        checks: in the order in which they were made.
+        checks: all checks, in the order in which they were made.
         conclusion: one of `CONCLUSIONS`.
-        reason: a sentence for people.
-        effect: of the claim, less the twins' mean; 1 is what the causal model would reach.
-        interval: of the effect, from the interval of the IIA; the twins' spread is no part of it.
-        p: rank of the effect among the twins' at the same site.
-        grid_p: the same where each twin's site is chosen by its own dev pairs; None where twins were not searched
-            over the grid.
-        preliminary: whether the twins are too few for p ≤ .05.
+        reason: why, in a few sentences.
+        effect: effect of the claim minus the mean effect of the twins; the effect of the causal model is 1.
+        interval: 95 % interval of the effect, from the interval of the IIA; without the spread of the twins.
+        p: rank of the effect among the effects of the twins at the same site.
+        grid_p: the same if each twin's site is chosen by its own dev pairs; None if no twin was searched over the grid.
+        preliminary: whether there are too few twins for p ≤ .05.
     """
 
     claim: Claim
@@ -129,7 +128,7 @@ class Verdict:
 
     @property
     def supported(self) -> bool:
-        """Whether the claim stands."""
+        """Whether the conclusion is "supported"."""
         return self.conclusion == "supported"
 
     @property
@@ -138,7 +137,7 @@ class Verdict:
         return f"Verdict: {self.conclusion}{' (preliminary)' if self.preliminary else ''}"
 
     def check(self, name: str) -> Check:
-        """The check of a name (KeyError naming those that there are)."""
+        """The check with this name (KeyError that lists the names of all checks)."""
         for one in self.checks:
             if one.name == name:
                 return one
@@ -153,7 +152,7 @@ class Verdict:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{escape({True: 'passed', False: 'failed', None: 'told'}[one.passed])}</td>"
+            f"<tr><td>{escape(_MARKS[one.passed])}</td>"
             f"<td>{escape(one.name)}</td><td style='text-align:left'>{escape(one.because)}</td></tr>"
             for one in self.checks
         )
@@ -190,7 +189,7 @@ class Verdict:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Verdict:
-        """The verdict of which `as_dict` gave this."""
+        """The verdict from what its `as_dict` returned."""
         if found["conclusion"] not in CONCLUSIONS:
             raise ValueError(f"conclusion {found['conclusion']!r}; possible are {', '.join(CONCLUSIONS)}")
         low, high = found["interval"]

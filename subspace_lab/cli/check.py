@@ -1,4 +1,4 @@
-"""`subspace-lab check`: is what a search found to be believed?"""
+"""`subspace-lab check`: should what a search found be believed?"""
 
 from __future__ import annotations
 
@@ -31,29 +31,32 @@ else:  # names in annotations have to exist at run time as well, and importing t
 
 
 def check(
-    folder: Annotated[Path, typer.Argument(help="What `subspace-lab search --out` left.")],
-    twins: Annotated[int, typer.Option(help="Randomly initialised twins; p ≤ .05 takes 19.")] = 19,
+    folder: Annotated[Path, typer.Argument(help="The folder that `subspace-lab search --out` wrote.")],
+    twins: Annotated[
+        int, typer.Option(help="How many randomly initialised twins are searched; p ≤ .05 needs 19.")
+    ] = 19,
     seeds: Annotated[
-        int | None, typer.Option(help="Random starts of each search.", show_default="those of the search")
+        int | None,
+        typer.Option(help="How many random starts each search has.", show_default="those of the search"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a check that was begun here, or add to it.")
     ] = False,
     memory: Annotated[
         str | None,
-        typer.Option(help="What may be kept of computed states, as '2GiB'.", show_default="half of what is free"),
+        typer.Option(help="Memory for computed states, as '2GiB'.", show_default="half of what is free"),
     ] = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Hold what a search found against its controls, and say whether to believe it.
+    """Compare what a search found with its controls, and say whether to believe it.
 
     The method that the search chose is searched again at the site that it chose: on randomly initialised twins, on
-    pairs with arbitrary labels, and where nothing is seen on a planted variable. The conclusion is one of
-    supported, memorised, expressive, non-specific, underpowered and not found. Fewer than 19 twins give a
-    preliminary one.
+    pairs with arbitrary labels, and, if no effect is seen, on a planted variable. The conclusion is one of
+    supported, memorised, expressive, non-specific, underpowered and not found. With fewer than 19 twins it is
+    preliminary.
 
-    Writes into the folder: verdict.json, verdict.png, and the searches (check), by which --resume goes on.
+    Writes into the folder: verdict.json, verdict.png, and the searches (in check), with which --resume goes on.
     """
     with interruptible(), ExitStack() as stack:
         with refusing():
@@ -66,11 +69,11 @@ def check(
             settings = settings_of(folder)
             check_number(twins, None)
             if seeds is not None and seeds < 1:
-                raise ValueError(f"--seeds {seeds}: needed is 1 or more.")
+                raise ValueError(f"--seeds {seeds}: it has to be 1 or more.")
             stack.enter_context(taken_folder(folder, say, resumable))
             if not resume and (begun := [name for name in (VERDICT, CHECK) if (folder / name).exists()]):
                 raise FileExistsError(
-                    f"{folder} has {begun[0]!r} already: --resume goes on with it, or adds to it."
+                    f"{folder} already has {begun[0]!r}: --resume goes on with it, or adds to it."
                 )
             fits = Fits.load(folder / MODEL)
             asked = asked_again(settings)
@@ -112,27 +115,29 @@ def check(
 
 
 def settings_of(folder: Path) -> Mapping[str, Any]:
-    """How the search in a folder was made (errors in a line where it is none)."""
+    """The settings of the search in a folder (FileNotFoundError or ValueError if there is no search)."""
     from subspace_lab.core.files import read_json
 
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder; check what `subspace-lab search --out` left.")
+        raise FileNotFoundError(
+            f"{folder}: there is no such folder; give one that `subspace-lab search --out` wrote."
+        )
     if not (folder / RESULTS).is_file() or not (folder / MODEL).is_dir():
         raise FileNotFoundError(
-            f"{folder} holds no finished search: there is no {RESULTS} with a folder {MODEL!r} beside it."
+            f"{folder} holds no finished search: {RESULTS} or the folder {MODEL!r} is missing."
         )
     found = read_json(folder / RESULTS)
     settings = found.get("settings") if isinstance(found, dict) else None
     needed = ("model", "task", "variable", "seed", "answers", "chat", "dtype", "count_all", "allow_failing_model")
     if not isinstance(settings, dict) or not set(needed) <= set(settings):
         raise ValueError(
-            f"{folder / RESULTS} does not say how its search was made: it has no settings of this version."
+            f"{folder / RESULTS} does not say how its search was made: settings of this version are missing."
         )
     return settings
 
 
 def asked_again(settings: Mapping[str, Any]) -> Asked:
-    """What was searched for."""
+    """The task or the data of the search."""
     seed = int(str(settings["seed"]).split(",")[0])
     answers, chat, split_by = settings["answers"], settings["chat"], settings.get("split_by")
     variable: str = settings["variable"]
@@ -147,7 +152,7 @@ def asked_again(settings: Mapping[str, Any]) -> Asked:
 
 
 def _twins(folder: Path, fits: Fits) -> list[Fits]:
-    """The twins that the search went through, wherever it searched the model."""
+    """The twins that the search finished, at all sites of the model."""
     from subspace_lab.das.fits import Fits
 
     found: list[Fits] = []

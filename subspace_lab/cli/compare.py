@@ -1,4 +1,4 @@
-"""`subspace-lab compare`: how near are the subspaces that searches found?"""
+"""`subspace-lab compare`: how similar are the subspaces that searches found?"""
 
 from __future__ import annotations
 
@@ -22,32 +22,44 @@ MEASURES = ("overlap", "containment", "chordal", "geodesic")
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders that subspace-lab search left, or a sweep.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders that subspace-lab search or a sweep wrote.")],
     across: Annotated[
         str | None,
-        typer.Option(help="layer, seed, method or model.", show_default="layers of one folder, models of several"),
+        typer.Option(
+            help="What differs: layer, seed, method or model.",
+            show_default="layers of one folder, models of several",
+        ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="As DAS, or with its rank as 'DAS 4'.", show_default="all that are trained")
+        str | None,
+        typer.Option(help="Only this method: DAS, or with its rank 'DAS 4'.", show_default="all that are trained"),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the subspaces.", show_default="all")] = None,
-    positions: Annotated[str | None, typer.Option(help="Of the sites.", show_default="all")] = None,
+    rank: Annotated[int | None, typer.Option(help="Only subspaces of this rank.", show_default="all")] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Only sites at these positions.", show_default="all")
+    ] = None,
     variable: Annotated[
-        str | None, typer.Option(help="Of searches for several variables.", show_default="each with itself")
+        str | None, typer.Option(help="Only this variable, if there are several.", show_default="each with itself")
     ] = None,
-    measure: Annotated[str, typer.Option(help=f"{', '.join(MEASURES)}.")] = "overlap",
+    measure: Annotated[str, typer.Option(help=f"One of {', '.join(MEASURES)}.")] = "overlap",
     min_effect: Annotated[
-        float, typer.Option(help="Fits count whose IIA is surely this share of the way above the floor.")
+        float,
+        typer.Option(
+            help="A fit counts if the interval of its IIA is above this share of the way from floor to 1."
+        ),
     ] = 0.0,
     same_start: Annotated[
-        bool, typer.Option("--same-start", help="Also fits from one random start, which overlap for that alone.")
+        bool,
+        typer.Option(
+            "--same-start", help="Also compare fits from one random start, which overlap for this reason."
+        ),
     ] = False,
     out: Annotated[Path, typer.Option(help="A new or empty folder.")] = Path("subspace_compare"),
 ) -> None:
     """Compare the subspaces that searches found: across layers, seeds, methods, or models.
 
-    Beside them stand two seeds at one site (search with --seed 0,1,2), random subspaces, and the fits of the randomly
-    initialised twin where one was searched. Fits at their floor do not count.
+    They are compared with two seeds at one site (search with --seed 0,1,2), with random subspaces, and with the fits of
+    the randomly initialised twin if one was searched. Fits at their floor do not count.
 
     Writes into --out: compare.json, compare.png (every pair, and the means), angles.png (principal angles).
     """
@@ -68,7 +80,7 @@ def compare(
             asked = across or _question(fits)
             within = "seed" if asked != "seed" and _several_seeds(fits) else None
             if asked != "seed" and within is None:
-                say("One seed a site: there is no yardstick. Search with --seed 0,1,2 for one.")
+                say("Each site has only one seed, so there is no yardstick. Search with --seed 0,1,2 to get one.")
             options: dict[str, Any] = {
                 "across": asked,
                 "within": within,
@@ -85,8 +97,12 @@ def compare(
         if len(set(found.ranks)) == 1:
             angles = spectra(given, **options)
             saves.save("angles.png", lambda: angle_spectrum(angles.angles, angles.null, folder / "angles.png"))
-        told = {"runs": [str(run) for run in runs], "settings": options | {"measure": measure}, **found.as_dict()}
-        saves.save("compare.json", lambda: write_json(folder / "compare.json", told))
+        results = {
+            "runs": [str(run) for run in runs],
+            "settings": options | {"measure": measure},
+            **found.as_dict(),
+        }
+        saves.save("compare.json", lambda: write_json(folder / "compare.json", results))
         _print(found)
         say_saved(saves.line())
         with refusing():
@@ -94,7 +110,7 @@ def compare(
 
 
 def say_saved(line: str) -> None:
-    """Where the files lie, on standard output."""
+    """Print where the files are, on standard output."""
     from subspace_lab.analysis.plots.canvas import console
     from subspace_lab.core.texts import printable
 
@@ -102,10 +118,10 @@ def say_saved(line: str) -> None:
 
 
 def _named(runs: list[Path]) -> dict[str, Path]:
-    """The folders by their names, or by their paths where two have one name."""
+    """The folders by their names, or by their paths if two have the same name."""
     names = [run.resolve().name for run in runs]
     if len({run.resolve() for run in runs}) < len(runs):
-        raise ValueError(f"One folder is given twice: {', '.join(map(str, runs))}.")
+        raise ValueError(f"One folder was given twice: {', '.join(map(str, runs))}.")
     return {name if names.count(name) == 1 else str(run): run for name, run in zip(names, runs, strict=True)}
 
 
@@ -113,7 +129,7 @@ def _fits(folder: Path) -> Fits:
     from subspace_lab.das.fits import Fits
 
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; needed is one that subspace-lab search left.")
+        raise FileNotFoundError(f"{folder} is no folder; give one that subspace-lab search wrote.")
     inside = folder / MODEL
     return Fits.load(inside if inside.is_dir() else folder)
 
@@ -131,7 +147,7 @@ def _chosen(fits: Fits, method: str | None, rank: int | None, positions: str | N
 
 
 def _question(fits: dict[str, Fits]) -> str:
-    """Across what, where nobody said."""
+    """What to compare across if --across was not given."""
     weights = {(one.facts.get("model") or {}).get("weights") for one in fits.values()}
     if len(fits) > 1 and len(weights) > 1:
         return "model"
@@ -140,7 +156,7 @@ def _question(fits: dict[str, Fits]) -> str:
 
 
 def _several_seeds(fits: dict[str, Fits]) -> bool:
-    """Whether two trained fits differ in their seed alone, in one model."""
+    """Whether two trained fits of one model differ only in their seed."""
     found: dict[tuple[Any, ...], set[int]] = {}
     for one in fits.values():
         weights = (one.facts.get("model") or {}).get("weights")

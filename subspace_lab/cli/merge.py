@@ -1,4 +1,4 @@
-"""`subspace-lab merge`: an adapter put into the weights of its base model."""
+"""`subspace-lab merge`: merge an adapter into the weights of its base model."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def merge(
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Put an adapter into the weights of its base model, to be served by anything that reads transformers' models.
+    """Merge an adapter into the weights of its base model, so that any tool for transformers models can serve it.
 
-    It has to edit every token at a projection: `finetune --every-token --positions all --component mlp_output`, and
-    --no-bias where the model's projections have no bias. Other adapters are refused, with the reason.
+    The adapter has to edit every token at a projection: `finetune --every-token --positions all --component
+    mlp_output`, with --no-bias if the model's projections have no bias. Other adapters are refused, with the reason.
 
     Writes the model and its tokenizer into --out.
     """
@@ -64,7 +64,7 @@ def merge(
         source = Source(model or _base_of(config, adapter), trust_remote_code)
         for what, taken in (("the adapter's", folder), ("the base model's", Path(source.where))):
             if os.path.exists(taken) and out.resolve() == taken.resolve():
-                raise FileExistsError(f"--out {out}: this is {what} own folder; name a new one.")
+                raise FileExistsError(f"--out {out}: this is {what} own folder; choose a new one.")
         into = stack.enter_context(taken_folder(out))
         refuse_config(config)
         device, dtype = check_device(device), check_dtype(dtype)
@@ -72,25 +72,25 @@ def merge(
         network = _network(source, folder, device, dtype, tokenizer)
         with threads(network):
             reft = ReftModel.from_pretrained(network, folder)
-            told = _merged(reft)
+            difference = _merged(reft)
         with _aside(into) as provisional:
             network.save_pretrained(provisional)
             tokenizer.save_pretrained(provisional)
         typer.echo(
-            f"{config.method}, rank {config.rank}, {config.component} of layers {_layers(config)}, is in the weights "
-            f"of {source.where}.\n{told}\nWritten to {out}; "
+            f"{config.method}, rank {config.rank}, {config.component} of layers {_layers(config)}, was merged into the "
+            f"weights of {source.where}.\n{difference}\nWritten to {out}; "
             f"{type(network).__name__}.from_pretrained({str(out)!r}) reads it, without this package."
         )
 
 
 def _base_of(config: ReftConfig, adapter: Path) -> str:
     if config.base_model_name_or_path is None:
-        raise ValueError(f"{adapter} does not say which its base model is: give --model.")
+        raise ValueError(f"{adapter} does not name its base model: give it with --model.")
     return config.base_model_name_or_path
 
 
 def _network(source: Source, adapter: Path, device: str, dtype: str, tokenizer: Any) -> Any:
-    """The base model: a classifier where the adapter was trained to classify, else a language model."""
+    """The base model: a classifier if the adapter was trained to classify, else a language model."""
     from subspace_lab.core.files import read_json
     from subspace_lab.reft.jobs import pad_token
 
@@ -98,7 +98,7 @@ def _network(source: Source, adapter: Path, device: str, dtype: str, tokenizer: 
     classes = read_json(results).get("classes") if results.is_file() else None
     if not classes:
         return load_causal(source, device, dtype)
-    # Its head, drawn at random here, is the adapter's.
+    # Its head is random here; the adapter brings the trained one.
     network, _ = load_classifier(source, device, dtype, list(classes.values()), seed=0)
     text_config = network.config.get_text_config()
     if text_config.pad_token_id is None:
@@ -107,7 +107,7 @@ def _network(source: Source, adapter: Path, device: str, dtype: str, tokenizer: 
 
 
 def _merged(reft: ReftModel) -> str:
-    """Merge the adapter; what a few tokens say of it."""
+    """Merge the adapter, and say how the merged model differs from the edited one on a few tokens."""
     import torch
 
     embeddings: Any = reft.get_input_embeddings()
@@ -122,7 +122,8 @@ def _merged(reft: ReftModel) -> str:
         found = reft.merge_and_unload()(**given).logits.float()
     moved, apart = (float((one - edited).abs().max()) for one in (plain, found))
     return (
-        f"On {known} tokens the edit moves logits by up to {moved:.2g}; merged and edited differ by {apart:.1e}."
+        f"On {known} tokens the edit changes logits by up to {moved:.2g}; the logits of the merged and the edited "
+        f"model differ by at most {apart:.1e}."
     )
 
 
@@ -132,7 +133,7 @@ def _layers(config: ReftConfig) -> str:
 
 @contextmanager
 def _aside(folder: Path) -> Iterator[Path]:
-    """A provisional folder, whose files come to stand in `folder` when all are written; the configuration last."""
+    """A provisional folder. When all its files are written they are moved to `folder`, the configuration last."""
     provisional = folder / f".merged.{os.getpid()}"
     provisional.mkdir()
     try:

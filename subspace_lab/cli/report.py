@@ -13,20 +13,20 @@ from subspace_lab.cli.common import refusing, say
 from subspace_lab.cli.loading import SHIPPED
 from subspace_lab.cli.searching import REPORT
 
-MADE = ("batch_size", "out")  # settings that are no options, or that differ in each call
+LEFT_OUT = ("batch_size", "out")  # settings that are no options, or that differ in each call
 OFF = ("twin",)  # options that are on unless they are switched off
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="That `subspace-lab search` left, or `Fits.save`.")],
+    folder: Annotated[Path, typer.Argument(help="A folder that `subspace-lab search` or `Fits.save` wrote.")],
     out: Annotated[
         Path | None, typer.Option(help="The file to write.", show_default=f"{REPORT} in the folder")
     ] = None,
 ) -> None:
     """Write a report of a search: one HTML file, with its pictures inside.
 
-    It holds the question, the data, the table, pictures, controls, the verdict if one was given, and the command that
-    runs the search again. Nothing is fetched from elsewhere when it is opened.
+    It holds the question, the verdict if there is one, the data, the scores, pictures, controls, and the command that
+    runs the search again. Opening it needs no network.
     """
     with refusing():
         from subspace_lab.analysis.report import read_run, save_report
@@ -38,11 +38,11 @@ def report(
 
 
 def command_of(settings: Mapping[str, Any]) -> str:
-    """What one types to run a search again, with every setting that it had."""
+    """The command that runs a search again, with all its settings."""
     words = ["subspace-lab", "search"]
     for name, value in settings.items():
         option = f"--{name.replace('_', '-')}"
-        if name in MADE or value is None or (name == "model" and value == SHIPPED):
+        if name in LEFT_OUT or value is None or (name == "model" and value == SHIPPED):
             continue
         if isinstance(value, bool):
             words += [] if value == (name in OFF) else [option if value else f"--no-{option[2:]}"]

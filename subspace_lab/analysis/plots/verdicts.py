@@ -1,4 +1,4 @@
-"""The picture of a verdict: the model's effect beside that of every control, each as a point."""
+"""The picture of a verdict: the effect of the model and of every twin and control, each as a point."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from matplotlib.figure import Figure
 from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, figure_of, new_figure, save_figure
 from subspace_lab.analysis.verdicts import Check, Verdict
 
-SHOWN = ("twins", "control", "random")  # the checks whose null is of effects, by how their names begin
-ROW, STEP = 0.42, 0.09  # inches of a line; how far points of about the same value are apart, in lines
-NEAR = 0.02  # effects that would cover each other
+SHOWN = ("twins", "control", "random")  # how the names of the checks begin whose null consists of effects
+ROW, STEP = 0.42, 0.09  # inches of a line; the distance of points with about the same value, in lines
+NEAR = 0.02  # points of effects that differ by less would cover each other
 
 _CAPTION = (
-    "Effect: 0 where the answer is right as often as without the subspace, 1 where every held-out pair is as the "
-    "causal model says. The line is the 95 % interval of the model's, for new pairs and (where known) entities; "
-    "a control above the lower end of it speaks against the claim."
+    "Effect: 0 is the floor; 1 means that every held-out pair has the answer of the causal model. The line is the 95 % "
+    "interval of the model's effect, for new pairs and (where these are known) new entities. A twin or control above "
+    "its lower end speaks against the claim."
 )
 
 
 def verdict_plot(verdict: Verdict, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
-    """The model's effect with its interval, and beside it the effects of all twins and controls.
+    """The model's effect with its interval, and the effects of all twins and controls.
 
     Args:
-        path: of a PNG; without one the figure is only returned.
-        ax: to draw into instead of a new figure.
+        path: of the PNG to write; without it the figure is only returned.
+        ax: axes to draw into instead of a new figure.
     """
     lines = [one for one in verdict.checks if one.name.startswith(SHOWN) and one.null]
     if ax is None:
