@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,20 +73,22 @@ class TrainingConfig:
 
 def train(
     modules: Iterable[nn.Module],
-    loss_of: Callable[[int], Tensor],
+    loss_of: Callable[[int], Tensor | Iterable[Tensor]],
     config: TrainingConfig,
     *,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, float], bool | None] | None = None,
 ) -> list[float]:
     """Minimise `loss_of(step)` over the trainable parameters of the modules with AdamW.
 
     Gradients are computed for these parameters only; no other `.grad` is changed.
 
     Args:
-        on_step: called after each step with its number and its loss.
+        loss_of: the loss of a step, or its parts. The gradients of a part are computed, and its memory is freed, before
+            the next part is computed.
+        on_step: called after each step with its number and its loss; the training ends early if it returns True.
 
     Returns:
-        The loss at each step.
+        The loss at each step that was made.
 
     Raises:
         TypeError: one module instead of several.
@@ -95,21 +98,25 @@ def train(
     if isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList):
         raise TypeError(f"several modules are expected, found one: write [{type(modules).__name__}(...)].")
     each = None if on_step is None else lambda step, losses: on_step(step, losses[0])
-    together = train_together([nn.ModuleList(modules)], lambda s: loss_of(s)[None], [config], on_step=each)
-    return together[0]
+
+    def losses_of(step: int) -> Iterator[Tensor]:
+        loss = loss_of(step)
+        return (part[None] for part in ([loss] if isinstance(loss, Tensor) else loss))
+
+    return train_together([nn.ModuleList(modules)], losses_of, [config], on_step=each)[0]
 
 
 def train_together(
     modules: Sequence[nn.Module],
-    losses_of: Callable[[int], Tensor],
+    losses_of: Callable[[int], Tensor | Iterable[Tensor]],
     configs: Sequence[TrainingConfig],
     *,
-    on_step: Callable[[int, list[float]], None] | None = None,
+    on_step: Callable[[int, list[float]], bool | None] | None = None,
 ) -> list[list[float]]:
     """Train K independent modules, each with its own loss and configuration, in one loop.
 
     Args:
-        losses_of: step → (K,) losses; the k-th loss depends only on the k-th module's parameters.
+        losses_of: step → (K,) losses, or their parts; the k-th loss depends only on the k-th module's parameters.
         configs: one for each module, all with the same number of steps.
 
     Returns:
@@ -124,19 +131,13 @@ def train_together(
     optimizer = torch.optim.AdamW(
         [{"params": g, "weight_decay": c.weight_decay} for g, c in zip(groups, configs, strict=True)]
     )
-    was_training = [(m, m.training) for module in modules for m in module.modules()]
-    for module in modules:
-        module.train()
     history: list[list[float]] = []
-    try:
+    with in_mode(modules, training=True):
         for step in range(configs[0].steps):
             for group, config in zip(optimizer.param_groups, configs, strict=True):
                 group["lr"] = config.learning_rate * config.rate(step)
-            losses = losses_of(step)
-            history.append(losses.tolist())
-            if not all(map(math.isfinite, history[-1])):
-                raise FloatingPointError(f"The loss is {history[-1]} at step {step} of {configs[0].steps}.")
-            gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+            losses, gradients = _summed(losses_of(step), parameters, f"at step {step} of {configs[0].steps}")
+            history.append(losses)
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient
             for own, config in zip(groups, configs, strict=True):
@@ -144,12 +145,41 @@ def train_together(
                     nn.utils.clip_grad_norm_(own, config.max_gradient_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if on_step is not None:
-                on_step(step, history[-1])
-    finally:
-        for module, mode in was_training:
-            module.training = mode
+            if on_step is not None and on_step(step, losses):
+                break
     return [list(losses) for losses in zip(*history, strict=True)]
+
+
+def _summed(
+    losses: Tensor | Iterable[Tensor], parameters: Sequence[Tensor], where: str
+) -> tuple[list[float], list[Tensor | None]]:
+    """The losses and their gradients, summed over the parts. FloatingPointError for a loss that is not finite."""
+    total: list[float] = []
+    summed: list[Tensor | None] = [None] * len(parameters)
+    for part in [losses] if isinstance(losses, Tensor) else losses:
+        found = part.tolist()
+        total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        if not all(map(math.isfinite, total)):
+            raise FloatingPointError(f"The loss is {total} {where}.")
+        gradients = torch.autograd.grad(part.sum(), parameters, allow_unused=True)
+        summed = [
+            new if old is None else old if new is None else old + new
+            for old, new in zip(summed, gradients, strict=True)
+        ]
+    return total, summed
+
+
+@contextmanager
+def in_mode(modules: Iterable[nn.Module], *, training: bool) -> Iterator[None]:
+    """Inside the block all parts of the modules are in one mode; afterwards each has its own mode again."""
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for part, _ in before:
+            part.training = training
+        yield
+    finally:
+        for part, mode in before:
+            part.training = mode
 
 
 def shuffled_rows(n: int, config: TrainingConfig) -> Iterator[Tensor]:

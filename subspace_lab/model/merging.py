@@ -112,25 +112,9 @@ def merge(backbone: Backbone, edits: Mapping[Site, Intervention]) -> Merged:
             wrapped; two edits of the same columns; an edit with b at a projection without bias, if no setting adds it.
         IndexError: a layer that the model does not have.
     """
-    expect_backbone(backbone)
-    by_site(edits, "edits", Intervention, Site)
-    refuse_model(backbone.model)
-    placed: dict[str, list[Placed]] = {}
-    for site, edit in edits.items():
-        refuse_edit(site, edit)
-        point = backbone.hook_point(site)
-        _refuse_place(backbone, site, edit, point)
-        for other, _ in placed.get(point.path, []):
-            if overlap(point, other):
-                raise ValueError(
-                    f"{site} and another edit act on the same dimensions at {point.path}; merge only one of them."
-                )
-        placed.setdefault(point.path, []).append((point, edit))
-    _refuse_shared(backbone.model, list(placed))
-    modules: dict[str, Any] = {path: backbone.anatomy.modules[path] for path in placed}
     with torch.inference_mode(False):
-        lacking = [path for path, some in placed.items() if _lacks_bias(modules[path], some)]
-        settings, places = _settings_for(backbone.model, lacking)
+        placed, settings, places = _checked(backbone, edits)
+        modules: dict[str, Any] = {path: backbone.anatomy.modules[path] for path in placed}
         merged = Merged(dict(edits), settings, backbone.model)
         try:
             for path in places:
@@ -147,6 +131,35 @@ def merge(backbone: Backbone, edits: Mapping[Site, Intervention]) -> Merged:
             merged.undo()
             raise
     return merged
+
+
+def refuse_merge(backbone: Backbone, edits: Mapping[Site, Intervention]) -> None:
+    """The errors of `merge`, for edits that are not merged now."""
+    with torch.inference_mode(False):
+        _checked(backbone, edits)
+
+
+def _checked(
+    backbone: Backbone, edits: Mapping[Site, Intervention]
+) -> tuple[dict[str, list[Placed]], tuple[str, ...], list[str]]:
+    """The edits of each projection, the settings to switch on, and the modules that get a bias."""
+    expect_backbone(backbone)
+    by_site(edits, "edits", Intervention, Site)
+    refuse_model(backbone.model)
+    placed: dict[str, list[Placed]] = {}
+    for site, edit in edits.items():
+        refuse_edit(site, edit)
+        point = backbone.hook_point(site)
+        _refuse_place(backbone, site, edit, point)
+        for other, _ in placed.get(point.path, []):
+            if overlap(point, other):
+                raise ValueError(
+                    f"{site} and another edit act on the same dimensions at {point.path}; merge only one of them."
+                )
+        placed.setdefault(point.path, []).append((point, edit))
+    _refuse_shared(backbone.model, list(placed))
+    lacking = [path for path, some in placed.items() if _lacks_bias(backbone.anatomy.modules[path], some)]
+    return placed, *_settings_for(backbone.model, lacking)
 
 
 def refuse_model(model: nn.Module) -> None:

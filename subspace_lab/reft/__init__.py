@@ -7,6 +7,7 @@ from subspace_lab.reft.data import PromptCollator, tokenise
 from subspace_lab.reft.finetune import finetune
 from subspace_lab.reft.model import ReftModel, get_reft_model
 from subspace_lab.reft.pyreft import from_pyreft, to_pyreft
+from subspace_lab.reft.suggesting import suggest
 
 __all__ = [
     "METHODS",
@@ -19,6 +20,7 @@ __all__ = [
     "get_reft_model",
     "load_control_vector",
     "save_control_vector",
+    "suggest",
     "to_pyreft",
     "tokenise",
 ]

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.utils.generic import TransformersKwargs
 
 from subspace_lab.core.sites import Site
+from subspace_lab.engine.notices import say_once
 from subspace_lab.model.backbone import Backbone, Hook
 from subspace_lab.model.cache_argument import NAMES as CACHE_NAMES
 
@@ -84,6 +85,19 @@ class Wrapper(nn.Module):
             raise AttributeError(
                 f"Neither {type(self).__qualname__} nor its base model has an attribute {name!r}."
             ) from None
+
+    def trained_base_parameters(self) -> dict[str, nn.Parameter]:
+        """{name: parameter} of the base model's parameters that require gradients again, such as those of a LoRA."""
+        return {name: p for name, p in self.base_model.named_parameters() if p.requires_grad}
+
+    def name_unsaved(self) -> None:
+        """Say once which trained parameters are not part of what is saved."""
+        own = self.trained_base_parameters()
+        if own:
+            say_once(
+                f"{len(own)} parameters of the base model require gradients ({next(iter(own))}, …): they are trained "
+                "with the adapter but not saved with it. Save them by the base model's own save_pretrained."
+            )
 
     def get_base_model(self) -> nn.Module:
         """The base model, which stays wrapped; `unload` returns it as it was before."""
@@ -231,6 +245,7 @@ class Wrapper(nn.Module):
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for key in [k for k in state if k.startswith(f"{prefix}base_model.")]:
             del state[key]
+        self.name_unsaved()
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from subspace_lab.core import interventions as iv
 from subspace_lab.core.arguments import whole_number
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.parts import PartedSubspace, spans
-from subspace_lab.core.positions import normalise
+from subspace_lab.core.positions import normalise, select
 from subspace_lab.core.sites import COMPONENTS
 from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, Part, Subspace, random_subspace
 from subspace_lab.core.values import ACTIVATIONS, ByPart
@@ -174,6 +174,11 @@ class ReftConfig:
                 f"{MOST_GROUPS} in a layer. Tied by 'group' or 'all', positions share an intervention."
             )
         return tuple(f"{side}{n}[{i}]{partner[side]}" for side, n in ends.items() for i in range(n))
+
+    def expect_positions(self, lengths: Tensor) -> None:
+        """IndexError or KeyError if a prompt of one of these lengths lacks a position that the adapter edits."""
+        for group in self.groups():
+            select(group, lengths, {})
 
     def intervention(self, width: int, seed: int, subspace: Subspace | None = None) -> Intervention:
         """One untrained intervention of this adapter.

@@ -47,25 +47,33 @@ class Examples:
         Raises:
             ValueError: all examples are equal.
         """
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        same: dict[Hashable, list[int]] = {}
-        for i, one in enumerate(self.examples):
-            same.setdefault(_same(one), []).append(i)
-        out: set[int] = set()
-        for i in order:
-            group = same[_same(self.examples[i])]
-            if i not in out and len(out) + len(group) <= held_out:
-                out.update(group)
-        if held_out and not out and len(same) > 1:
-            least = min(len(group) for group in same.values())
-            out.update(next(group for i in order if len(group := same[_same(self.examples[i])]) == least))
+        training, out = split_rows([_same(one) for one in self.examples], held_out, seed)
         if held_out and not out:
             raise ValueError(
                 f"All {len(self)} examples are the same: each held-out example would be trained on as well. Hold out "
                 "none, or add other examples."
             )
-        parts = [[one for i, one in enumerate(self.examples) if (i in out) == side] for side in (False, True)]
-        return parts[0], parts[1]
+        return [self.examples[i] for i in training], [self.examples[i] for i in out]
+
+
+def split_rows(keys: Sequence[Hashable], held_out: int, seed: int) -> tuple[list[int], list[int]]:
+    """(numbers of training rows, numbers of held-out rows), drawn at random, each in order.
+
+    Rows with equal keys go to the same side, see `Examples.split`. None are held out if all keys are equal.
+    """
+    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed)).tolist()
+    same: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        same.setdefault(key, []).append(i)
+    out: set[int] = set()
+    for i in order:
+        group = same[keys[i]]
+        if i not in out and len(out) + len(group) <= held_out:
+            out.update(group)
+    if held_out and not out and len(same) > 1:
+        least = min(len(group) for group in same.values())
+        out.update(next(group for i in order if len(group := same[keys[i]]) == least))
+    return [i for i in range(len(keys)) if i not in out], sorted(out)
 
 
 def read_examples(path: str | Path) -> Examples:

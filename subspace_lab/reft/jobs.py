@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspace_lab.core.positions import select
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft.config import ReftConfig
 from subspace_lab.reft.data import pad, tokenise
@@ -85,9 +84,7 @@ class TrainingJob(ABC):
 
     def check_positions(self, config: ReftConfig) -> None:
         """IndexError or KeyError if an example does not have a position that the adapter edits."""
-        lengths = self.prompt_lengths()
-        for group in config.groups():
-            select(group, lengths, {})
+        config.expect_positions(self.prompt_lengths())
 
 
 class GenerationJob(TrainingJob):

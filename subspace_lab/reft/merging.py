@@ -15,7 +15,7 @@ from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.families import HookPoint
-from subspace_lab.model.merging import Merged, merge, overlap, refuse_edit, refuse_model
+from subspace_lab.model.merging import Merged, merge, overlap, refuse_edit, refuse_merge, refuse_model
 from subspace_lab.reft._adapters import Adapter
 from subspace_lab.reft.config import ReftConfig
 
@@ -34,6 +34,25 @@ def merge_adapters(backbone: Backbone, adapters: Mapping[str, Adapter], others: 
         ValueError: an adapter that edits only the prompt; another edit at its projection; a projection inside a module
             of modules_to_save; the errors of `model.merging.merge`.
     """
+    merged = merge(backbone, _edits(backbone, adapters, others))
+    try:
+        for adapter in adapters.values():
+            _put_in_place(backbone, adapter, merged)
+    except BaseException:
+        merged.undo()
+        raise
+    return merged
+
+
+def refuse_adapter(backbone: Backbone, adapter: Adapter) -> None:
+    """The errors of `merge_adapters`, for an adapter that is not merged now."""
+    refuse_merge(backbone, _edits(backbone, {"default": adapter}, ()))
+
+
+def _edits(
+    backbone: Backbone, adapters: Mapping[str, Adapter], others: Sequence[Site]
+) -> dict[Site, Intervention]:
+    """{site: intervention} of adapters. Errors as in `merge_adapters`."""
     refuse_model(backbone.model)
     edits: dict[Site, Intervention] = {}
     for name, adapter in adapters.items():
@@ -44,14 +63,7 @@ def merge_adapters(backbone: Backbone, adapters: Mapping[str, Adapter], others: 
             if site in edits:
                 raise ValueError(f"Two of the adapters {list(adapters)} edit {site}; merge one of them.")
             edits[site] = edit
-    merged = merge(backbone, edits)
-    try:
-        for adapter in adapters.values():
-            _put_in_place(backbone, adapter, merged)
-    except BaseException:
-        merged.undo()
-        raise
-    return merged
+    return edits
 
 
 def refuse_config(config: ReftConfig) -> None:

@@ -242,6 +242,7 @@ class ReftModel(Running):
         With several adapters, "default" is written into the folder itself, and each other one into a subfolder with
         its name.
         """
+        self.name_unsaved()
         names = self.names if adapter_name is None else [adapter_name]
         base, kind = base_facts(self.base_model), type(self.base_model).__name__
         for name in names:
