@@ -17,14 +17,21 @@ from subspace_lab.core.files import write_text
 from subspace_lab.engine.training import TrainingConfig
 
 
+class NotKept(Exception):
+    """A run that has not been done."""
+
+
 class Kept:
     """Finished runs, one JSON line each in a file beside the figures, so that one that was stopped goes on.
 
     A run counts as finished only if all its settings are the same, versions of the packages included.
+
+    Args:
+        only: do no runs, and raise `NotKept` for those that are missing.
     """
 
-    def __init__(self, path: Path | None, device: str) -> None:
-        self.path, self.machine = path, machine(device)
+    def __init__(self, path: Path | None, device: str, only: bool = False) -> None:
+        self.path, self.machine, self.only = path, machine(device), only
         self.lines = [] if path is None or not path.exists() else path.read_text().splitlines()
         self.found = {json.dumps(r["settings"], sort_keys=True): r["figures"] for r in map(json.loads, self.lines)}
 
@@ -33,6 +40,8 @@ class Kept:
         whole = json.loads(json.dumps({**settings, "machine": self.machine}))
         key = json.dumps(whole, sort_keys=True)
         if key not in self.found:
+            if self.only:
+                raise NotKept(key)
             figures = json.loads(json.dumps(run()))
             self.found[key] = figures
             self.lines.append(json.dumps({"settings": whole, "figures": figures}))

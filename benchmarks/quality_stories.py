@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from quality_adapters import Parallel, Serial, bottlenecks, quantised_lora
 from quality_methods import Method, full, peft, pyreft_loreft, reft
-from quality_runs import Kept, batches_by_length, bytes_on_disk, freed, train
+from quality_runs import Kept, NotKept, batches_by_length, bytes_on_disk, freed, train
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,6 +51,7 @@ TEST_OPENINGS = (*OPENINGS, "There was a boy named {}.")
 _TASK = {"task_type": "CAUSAL_LM"}
 _LORA = {**_TASK, "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 _LAST = {"positions": "last", "rank": 4, "layers": (2,)}
+_MERGEABLE = {"component": "mlp_output", "positions": "all", "every_token": True, "rank": 7}
 _SOFT, _MIDDLE = (1e-2, 3e-2, 1e-1), (3e-3, 1e-2, 3e-2)
 METHODS = {
     "LoReFT": Method(reft(**_LAST), "rank 4, layer 2, last token", (1e-2, 3e-2, 1e-1)),
@@ -64,6 +67,19 @@ METHODS = {
     "prompt tuning": Method(peft("PromptTuningConfig", **_TASK, num_virtual_tokens=8), "8 tokens", _SOFT),
     "(IA)³": Method(peft("IA3Config", **_TASK), "keys, values, MLPs", _SOFT),
     "full fine-tuning": Method(full, "every parameter", (3e-4, 1e-3, 3e-3)),
+    "LoReFT, all prompt tokens": Method(reft(rank=4, positions="all"), "rank 4, all layers", _SOFT),
+    "LoReFT, mlp_output": Method(reft(**_MERGEABLE), "rank 7, all layers, every token, mergeable", _SOFT),
+    "DiReFT, mlp_output": Method(
+        reft(**_MERGEABLE, method="DiReFT"), "rank 7, all layers, every token, mergeable", _SOFT
+    ),
+    "adapters, serial": Method(
+        bottlenecks(Serial, ["self_attn.o_proj", "mlp.down_proj"], 3), "Houlsby, 3, two a layer", _MIDDLE
+    ),
+    "adapters, parallel": Method(bottlenecks(Parallel, ["mlp"], 6), "He, 6, beside each MLP", _MIDDLE),
+    "P-tuning": Method(
+        peft("PromptEncoderConfig", **_TASK, num_virtual_tokens=8, encoder_hidden_size=16), "8 tokens", _MIDDLE
+    ),
+    "LoRA, base in nf4": Method(quantised_lora(**_LORA), "rank 4, queries and values, alpha 8", _MIDDLE),
 }
 LEFT_OUT = {"BitFit": "stories260K has no biases"}
 
@@ -243,12 +259,13 @@ def memorise(assets: Path, kept: Kept, steps: int, seeds: Sequence[int]) -> dict
     return found
 
 
-def measure(assets: Path, device: str, kept: Kept, quick: bool) -> dict[str, Any]:
-    """{"style": {style: {method: runs}}, "memory": …}."""
+def measure(assets: Path, device: str, kept: Kept, names: Sequence[str], quick: bool) -> dict[str, Any]:
+    """{"style": {style: {method: runs}}, "memory": …}; the memorisation only if all methods are asked for."""
     seeds, steps = (SEEDS[:1], 10) if quick else (SEEDS, STEPS)
     styles: dict[str, dict[str, list[dict[str, Any]]]] = {style: {} for style in STYLES}
     for style in STYLES:
-        for name, method in METHODS.items():
+        for name in names:
+            method = METHODS[name]
 
             def one(rates: Sequence[float], seed: int, name: str = name, style: str = style) -> dict[str, Any]:
                 chosen = METHODS[name]
@@ -256,11 +273,15 @@ def measure(assets: Path, device: str, kept: Kept, quick: bool) -> dict[str, Any
                 settings |= {"rates": rates, "seed": seed, "steps": steps, "batch": BATCH, "ties": "lowest rate"}
                 return kept.once(settings, lambda: run_style(chosen, rates, style, seed, assets, device, steps))
 
-            first = one(method.rates[1:2] if quick else method.rates, seeds[0])
-            styles[style][name] = [first, *(one([first["rate"]], seed) for seed in seeds[1:])]
-            scores = [f"{run['test']:.2f}" for run in styles[style][name]]
-            print(f"  {style:5s} {name:18s} rate {first['rate']:g}, test {' '.join(scores)}", flush=True)
-    memory = memorise(assets, kept, 5 if quick else MEMORY_STEPS, seeds)
+            with suppress(NotKept):
+                first = one(method.rates[1:2] if quick else method.rates, seeds[0])
+                styles[style][name] = [first, *(one([first["rate"]], seed) for seed in seeds[1:])]
+                scores = [f"{run['test']:.2f}" for run in styles[style][name]]
+                print(f"  {style:5s} {name:18s} rate {first['rate']:g}, test {' '.join(scores)}", flush=True)
+    memory = {}
+    if set(names) == set(METHODS):
+        with suppress(NotKept):
+            memory = memorise(assets, kept, 5 if quick else MEMORY_STEPS, seeds)
     return {"style": styles, "memory": memory}
 
 

@@ -4,10 +4,11 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 BENCHMARKS = str(Path(__file__).resolve().parents[1] / "benchmarks")
 
@@ -50,7 +51,16 @@ PARAMETERS = {
     # Behind the outputs of keys and values, before the inputs of both dense outputs.
     "(IA)³": 6 * (3 * 384 + 1536),
     "BitFit": 384 + 6 * (7 * 384 + 1536),
+    "LoReFT, mlp_output": 5 * (2 * 384 * 4 + 4),
+    "LoReFT, mlp_output, rank 8": 6 * (2 * 384 * 8 + 8),
+    "DiReFT, mlp_output, rank 8": 6 * (2 * 384 * 8 + 8),
+    "adapters, serial": 6 * 2 * (2 * 384 * 4 + 4 + 384),
+    "adapters, parallel": 6 * (2 * 384 * 8 + 8 + 384),
+    "LoRA, base in nf4": 6 * 2 * 2 * 384 * 4,
+    # Embeddings of eight tokens and a network of three layers on them.
+    "P-tuning": 8 * 384 + (384 * 32 + 32) + (32 * 32 + 32) + (32 * 384 + 384),
 }
+CHANGES = ("prefix", "prompt", "pyreft", "P-tuning", "nf4")  # from the start
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # peft's call of its prefix
@@ -60,13 +70,15 @@ def test_what_each_method_trains(name):
 
     if "pyreft" in name:
         pytest.importorskip("pyreft", reason="pyreft asks for versions that clash; see the extra `benchmarks`")
+    if "nf4" in name:
+        pytest.importorskip("bitsandbytes")
     model = encoder()
     with torch.no_grad():
         plain = model(**inputs()).last_hidden_state
     tuned = METHODS[name].attach(model, 3)
     assert sum(p.numel() for p in tuned.parameters) == PARAMETERS[name]
     states = tuned.model(**inputs()).last_hidden_state[:, -7:]
-    if not any(soft in name for soft in ("prefix", "prompt", "pyreft")):
+    if not any(part in name for part in CHANGES):
         torch.testing.assert_close(states, plain, atol=1e-5, rtol=1e-5)
     if tuned.parameters:
         states[inputs()["attention_mask"].bool()].square().sum().backward()
@@ -76,6 +88,153 @@ def test_what_each_method_trains(name):
 
 def test_half_of_the_parameters_of_lora():
     assert PARAMETERS["LoReFT, all tokens"] <= PARAMETERS["LoRA"] / 2
+
+
+def test_methods_that_are_compared_at_equal_size_have_it():
+    for name in (
+        "LoReFT, mlp_output, rank 8",
+        "DiReFT, mlp_output, rank 8",
+        "adapters, serial",
+        "adapters, parallel",
+    ):
+        assert abs(PARAMETERS[name] / PARAMETERS["LoRA"] - 1) <= 0.2
+    assert PARAMETERS["LoReFT, mlp_output"] == PARAMETERS["LoReFT, all tokens"]
+
+
+def randomised(module):
+    torch.manual_seed(1)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return module
+
+
+def test_bottleneck_adapters_are_their_formulas():
+    """Serial h + U gelu(D h) behind a projection; parallel MLP(x) + U gelu(D x), also inside BERT's norm."""
+    from quality_adapters import Parallel, Serial
+
+    def added(adapter, h):
+        down, up = adapter.added.down, adapter.added.up
+        return torch.nn.functional.gelu(h @ down.weight.T + down.bias) @ up.weight.T + up.bias
+
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    linear = torch.nn.Linear(8, 8)
+    serial, parallel = (randomised(kind(linear, 8, 3)).double() for kind in (Serial, Parallel))
+    torch.testing.assert_close(serial(x), linear(x) + added(serial, linear(x)))
+    torch.testing.assert_close(parallel(x), linear(x) + added(parallel, x))
+    layer = encoder(width=24).encoder.layer[0].double()
+    inside = torch.nn.functional.gelu(layer.intermediate.dense(h := torch.randn(2, 3, 24, dtype=torch.float64)))
+    mine = randomised(Parallel(layer.output, 24, 5)).double()
+    wanted = layer.output.LayerNorm(layer.output.dense(inside) + added(mine, h) + h)
+    torch.testing.assert_close(mine(inside, h), wanted)
+
+
+def language_model():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, **shape)).eval()
+
+
+def test_only_the_chosen_heads_are_edited_and_they_are_those_of_the_largest_gradient():
+    from quality_adapters import head_edits, keep_heads
+
+    tuned = head_edits()(language_model(), 0)
+    ids = torch.randint(3, 40, (4, 7))
+    labels = ids.masked_fill(torch.arange(7) < 5, -100)
+
+    def loss_of(_):
+        return tuned.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+
+    edits = tuned.model.edits().values()
+    loss_of(0).backward()
+    norms = torch.stack([sum(p.grad.view(4, 8).square().sum(1) for p in e.value.parameters()) for e in edits])
+    for p in tuned.parameters:
+        p.grad = None
+    assert keep_heads(tuned, loss_of, heads=2, batches=1) == 2 * (8 + 8)
+    assert all(p.grad is None for p in tuned.parameters)
+    optimizer = torch.optim.AdamW(tuned.parameters, lr=0.1, weight_decay=0.0)
+    for i in range(3):
+        optimizer.zero_grad()
+        loss_of(i).backward()
+        optimizer.step()
+    moved = torch.stack(
+        [(e.value.scale - 1).view(4, 8).abs().sum(1) + e.value.bias.view(4, 8).abs().sum(1) for e in edits]
+    )
+    assert set(moved.flatten().nonzero()[:, 0].tolist()) == set(norms.flatten().topk(2).indices.tolist())
+
+
+def test_an_answer_is_right_if_greedy_decoding_gives_it(monkeypatch):
+    import quality_smollm2 as smollm2
+
+    model = language_model()
+    monkeypatch.setattr(smollm2, "loaded", lambda device: (model, SimpleNamespace(pad_token_id=0)))
+    rows, wanted = [], []
+    for i, n in enumerate((3, 6, 4, 5, 3, 6)):
+        prompt = torch.randint(3, 40, (1, n))
+        whole = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, min_new_tokens=3, do_sample=False,
+            pad_token_id=0,
+        )[0].tolist()  # fmt: skip
+        if i % 2:
+            whole[n + i // 2] = 1 + whole[n + i // 2] % 38  # one token differs: the first, the second, the third
+        rows.append({"input_ids": whole, "attention_mask": [1] * len(whole), "labels": [-100] * n + whole[n:]})
+        wanted.append(i % 2 == 0)
+    assert smollm2.right(model, rows, "cpu", size=4) == wanted
+
+
+def test_sizes_of_the_methods_on_the_chat_model():
+    """Width 576, 30 layers, 9 heads of 64, 3 for keys and values, MLP 1536; free sizes within a fifth of LoRA's."""
+    from quality_smollm2 import HEADS, METHODS
+
+    lora = 30 * 2 * ((576 + 576) + (576 + 192))
+    sizes = {"LoRA": lora, "DoRA": lora + 30 * (576 + 192)}
+    reft = [name for name in METHODS if "ReFT" in name]
+    sizes |= {name: 30 * (2 * 576 * 3 + 3) for name in reft} | {"LoReFT, two layers": 2 * (2 * 576 * 50 + 50)}
+    assert all(abs(size / lora - 1) <= 0.2 for size in sizes.values())
+    free = {"RED": 30 * 2 * 576, "(IA)³": 30 * (2 * 192 + 1536), "head edits": HEADS * 2 * 64}
+    assert set(sizes) | set(free) == set(METHODS)
+
+
+def test_which_rows_were_right_is_written_and_read():
+    from reft_quality import compared, hits, packed
+
+    runs = [{"wrong": [0, 3], "tested": 6}, {"wrong": [], "tested": 6}]
+    row = {"method": "mine", "tested": 6, "right by seed": [packed(run) for run in runs]}
+    assert hits(row).tolist() == [[False, True, True, False, True, True], [True] * 6]
+    worse = [packed({"wrong": [0, 1, 2, 3], "tested": 6}) for _ in range(2)]
+    rows = [row, {"method": "LoRA", "tested": 6, "right by seed": worse}, {"method": "unknown rows"}]
+    mine, lora, unknown = compared(rows, ["LoRA"])
+    assert mine["− LoRA"]["by seed"] == pytest.approx([2 / 6, 4 / 6])
+    assert mine["− LoRA"]["mean"] == pytest.approx(0.5)
+    assert "− LoRA" not in lora and "− LoRA" not in unknown
+
+
+def test_rows_of_a_task_are_compared_within_it():
+    from reft_quality import compared
+
+    bits = {"tested": 4, "right by seed": ["f"]}
+    rows = [{"task": "a", "method": "x", **bits}, {"task": "b", "method": "LoRA", **bits}]
+    assert "− LoRA" not in compared(rows, ["LoRA"])[0]
+
+
+def test_rows_that_a_call_did_not_measure_stay():
+    from reft_quality import with_older
+
+    before = {
+        "machine": {"transformers": "5.0"},
+        "table": {"minilm": [{"method": "a"}, {"method": "b", "test": 0}]},
+    }
+    found = with_older([{"method": "c"}, {"method": "b", "test": 1}], before, "minilm")
+    assert found == [{"transformers": "5.0", "method": "a"}, {"method": "b", "test": 1}, {"method": "c"}]
+
+
+def test_with_kept_only_nothing_is_run(tmp_path):
+    from quality_runs import Kept, NotKept
+
+    Kept(path := tmp_path / "figures.partial.jsonl", "cpu").once({"rate": 0.1}, lambda: {"score": 1})
+    only = Kept(path, "cpu", only=True)
+    assert only.once({"rate": 0.1}, lambda: {"score": 2}) == {"score": 1}
+    with pytest.raises(NotKept):
+        only.once({"rate": 0.2}, lambda: pytest.fail("it ran"))
 
 
 def test_pyreft_edits_where_ours_does():
