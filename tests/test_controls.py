@@ -178,4 +178,4 @@ def test_what_cannot_be_planted_is_said():
     refused("not in its input", pairs(), Site("block_input", 0, "last"))
     long = torch.stack([ANSWERS, ANSWERS.flip(0)], 1)
     spelled = {name: replace(split, tokens=long, whole=True) for name, split in splits(pairs()).items()}
-    refused("two answers of a token each", Pairs(**spelled))
+    refused("two answers of one token each", Pairs(**spelled))

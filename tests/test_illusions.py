@@ -237,7 +237,7 @@ def test_variables_at_one_site_are_turned_apart_by_as_little_as_it_takes() -> No
     assert float((a @ b.T).abs()) < 1e-6
     # By symmetry each gives half.
     assert float((a.double() @ one.T).abs()) == pytest.approx(float((b.double() @ other.T).abs()), abs=1e-6)
-    with pytest.raises(ValueError, match="lies in each other's spans"):
+    with pytest.raises(ValueError, match="lie in each other's spans"):
         apart({"a": PLACE, "b": PLACE}, {"a": one, "b": one})
 
 
@@ -248,7 +248,7 @@ def test_the_variable_itself_is_not_flagged() -> None:
     """Its gradient goes along value + other alone, and an exchange of that sum is no exchange of the value."""
     backbone, data = reader()
     report = illusion(backbone, data, aligned(along(value=1)), varies=1.0)
-    assert not report.flagged and report.found.value == 1 and "carries the effect" in report.because
+    assert not report.flagged and report.found.value == 1 and "carry the effect" in report.because
     assert report.part("both").iia.value < 0.9 and report.part("varies").iia.value == 1
     assert 0.15 < report.sensed["v"] < 0.5 and report.written["v"] == pytest.approx(1)
     assert report.full is not None and report.full.value < 0.9
@@ -377,7 +377,7 @@ def test_a_copy_that_nothing_reads_is_flagged_where_it_is_strong() -> None:
         assert share > 0.99 if strength == 1 else share < 0.3, (strength, share)
         assert report.part("both").iia.value >= report.found.value - 0.02
         assert report.sensed[VARIABLE] == pytest.approx(share, abs=0.1)
-    assert reports[3.0].flagged and "a copy that stands idle" in reports[3.0].because
+    assert reports[3.0].flagged and "a copy that the model does not read" in reports[3.0].because
     assert not reports[1.0].flagged
 
 

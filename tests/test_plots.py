@@ -157,8 +157,8 @@ def test_a_screened_cell_is_hatched_with_the_score_of_its_site():
     assert set(hatched) == {(x - 0.5, y - 0.5) for x in (0, 1) for y in (0, 1)} and len(das.patches) == 6
     assert [t for t in texts(das) if t.startswith("(")] == ["(0.41)", "(0.42)", "(0.43)", "(0.44)"]
     assert not [p for p in full.patches if p.get_hatch()] and len(full.patches) == 6
-    assert figure.legends[0].get_texts()[0].get_text() == "screened: spared"
-    assert "Hatched: spared" in caption(figure)
+    assert figure.legends[0].get_texts()[0].get_text() == "left out by the screen"
+    assert "Hatched: not searched" in caption(figure)
     plain = iia_heatmap(made_fits([*trained, *swaps]))
     assert not plain.legends and "Hatched" not in caption(plain)
 
@@ -247,7 +247,8 @@ def test_many_heads_are_drawn_without_numbers(tmp_path):
     values = {Site("head_output", i, "last", heads=h): 0.5 for i in range(2) for h in range(20)}
     figure = iia_heatmap(result(values), path=tmp_path / "heads.png")
     assert not texts(figure.axes[0]) and len(figure.axes[0].patches) == 40
-    assert "Small:" not in caption(figure) and "Small:" in caption(iia_heatmap(result(heads(("last",)))))
+    small = "Small numbers:"
+    assert small not in caption(figure) and small in caption(iia_heatmap(result(heads(("last",)))))
     check_file(tmp_path / "heads.png")
 
 
@@ -296,11 +297,12 @@ def test_title_floors_and_caution_are_stated(tmp_path):
         "standard deviation over",
     ):
         assert part in told
-    assert "does not say that the model has only this one" in told and "see the controls and the twin" in told
+    assert "does not say that the model has only this one" in told
+    assert "compare it with the controls and the twin" in told
     (mark,) = figure.axes[-1].lines
     assert mark.get_ydata()[0] == 0.64 == figure.axes[-1].get_ylim()[0]
     alone = caption(iia_heatmap(MODEL, None, tmp_path / "iia.png"))
-    assert "no twin was searched" in alone and "see the twin" not in alone
+    assert "no twin was searched" in alone and "and the twin" not in alone
 
 
 def test_rows_of_one_picture_may_be_of_several_components(tmp_path):
@@ -419,7 +421,7 @@ def test_of_many_fits_that_mostly_count_not_those_that_do_are_shown():
     figure = overlap_heatmap(compare(made_fits(fits), across="layer"))
     panel = figure.axes[1]
     assert len(panel.patches) == 45 and not [p for p in panel.patches if p.get_hatch()]
-    assert len(panel.get_yticklabels()) == 9 and "Of 30 fits those at their floor are not shown" in caption(figure)
+    assert len(panel.get_yticklabels()) == 9 and "30 fits; those at their floor are not shown" in caption(figure)
     most = overlap_heatmap(compare(made_fits(fits[:18] + fits[20:28]), across="layer"))
     few = overlap_heatmap(compare(made_fits(fits[:20]), across="layer"))
     assert [len([p for p in one.axes[1].patches if p.get_hatch()]) for one in (most, few)] == [0, 190 - 45]
@@ -448,7 +450,7 @@ def test_angles_stand_in_their_band(tmp_path):
     whole = new_figure((6, 4), "two beside each other")
     part = whole.subfigures(1, 2)[1].subfigures(2, 1)[0]
     assert angle_spectrum({"a": (0.1, 0.5, 1.0)}, null, ax=part.subplots()) is whole
-    with pytest.raises(ValueError, match=r"The null has 3 angles; there are \{'a': 2\}"):
+    with pytest.raises(ValueError, match=r"The null has 3 angles; these pairs have others: \{'a': 2\}"):
         angle_spectrum({"a": (0.1, 0.5)}, null)
     with pytest.raises(ValueError, match="No angles"):
         angle_spectrum({}, null)

@@ -74,9 +74,9 @@ print(json.dumps(found))
 SAYS = {
     "path as twin": "TypeError: twin, the second argument, is of type str; needed is Fits: .* path='",
     "list as twin": "TypeError: twin, the second argument, is of type list; needed is Fits",
-    "fit as fits": "TypeError: What is drawn is of type Fit; needed is Fits",
-    "text as fits": "TypeError: What is drawn is of type str; needed is Fits",
-    "fits as comparison": r"TypeError: .* compare\(fits\) gives; found Fits",
+    "fit as fits": "TypeError: The first argument is of type Fit; needed is Fits",
+    "text as fits": "TypeError: The first argument is of type str; needed is Fits",
+    "fits as comparison": r"TypeError: .* compare\(fits\); found Fits",
     "backbone as model": r"TypeError: .* of type Backbone; needed is Module: .* reinitialised\(backbone\.model",
     "name as task": r"TypeError: task is of type str; needed is Task: .* load_task\('price_tagging'\)",
     "text as variables": r"TypeError: .* variables is a tuple of names; write \('ab',\)",
@@ -106,7 +106,7 @@ def test_where_a_picture_cannot_go_is_told_before_it_is_drawn(draw, tmp_path) ->
     fits = made_fits([made_fit()])
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; make it first"):
         draw(fits, path=tmp_path / "nowhere" / "x.png")
-    with pytest.raises(ValueError, match=r"tw\.foo.*ends in '\.png'"):
+    with pytest.raises(ValueError, match=r"tw\.foo.*must end in '\.png'"):
         draw(fits, path=str(tmp_path / "tw.foo"))
     assert not list(tmp_path.iterdir())
     draw(fits, path=tmp_path / "x.PNG")

@@ -1,4 +1,4 @@
-"""Parts of a subspace, and what an exchange in them gives: shared by the illusion tests and `purify`."""
+"""Parts of a subspace and the scores of exchanging them; used by `illusion` and `purify`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from subspace_lab.das.pairs import Pairs
 from subspace_lab.das.prepared_pairs import Assignment, PreparedPairs
 
 LEAST = 0.1
-"""Singular values below it are left out after projecting: what a direction barely has would be blown up."""
+"""Directions with a smaller singular value after projecting are dropped: scaling them to length 1 would only scale up
+noise."""
 
 
 def projected(
     basis: Float[Tensor, "rank width"], space: Float[Tensor, "size width"]
 ) -> tuple[Float[Tensor, "left width"], Float[Tensor, " cosine"]]:
-    """An orthonormal basis of what of a subspace lies in a space, the most contained first, and all cosines.
+    """An orthonormal basis of the part of a subspace that lies in a space, and the cosines of all directions.
 
-    The directions are those of the projection P R, by singular value; values below a tenth are left out. Source:
-    Makelov et al. 2023, who project one direction and normalise it.
+    The directions are the singular vectors of the projection P R, in descending order of their singular values (the
+    cosines); values below a tenth are dropped. Source: Makelov et al. 2023, who project one direction and normalise it.
     """
     if not len(basis):
         return basis, basis.new_zeros(0)
@@ -38,7 +39,7 @@ def projected(
 
 
 def beside(basis: Float[Tensor, "rank width"], space: Float[Tensor, "size width"]) -> Float[Tensor, "left width"]:
-    """An orthonormal basis of what of a subspace lies outside a space, by the rule of `projected`."""
+    """An orthonormal basis of the part of a subspace that lies outside a space, by the rule of `projected`."""
     rest = basis - (basis @ space.T) @ space
     _, sizes, right = torch.linalg.svd(rest, full_matrices=False)
     return right[sizes > LEAST]
@@ -58,7 +59,7 @@ class _Nothing(nn.Module):
 
 
 class _OfSome(nn.Module):
-    """An exchange of some of the variables that share a site; the sources of the others are not looked at."""
+    """An exchange of some of the variables that share a site; the sources of the others are ignored."""
 
     def __init__(self, edit: nn.Module, names: list[str]) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ class _OfSome(nn.Module):
 
 
 def edits_of(assignment: Assignment, bases: Mapping[str, Tensor]) -> dict[Site, nn.Module]:
-    """{site: an exchange of some bases}, of which some may be empty."""
+    """{site: the exchange of its bases}; a site whose bases are all empty is left unchanged."""
     there = apart(assignment, {name: basis for name, basis in bases.items() if len(basis)})
     edits: dict[Site, nn.Module] = {}
     for site in dict.fromkeys(assignment.values()):
@@ -84,7 +85,7 @@ def edits_of(assignment: Assignment, bases: Mapping[str, Tensor]) -> dict[Site, 
 
 
 def apart(assignment: Assignment, bases: Mapping[str, Tensor]) -> dict[str, Subspace]:
-    """The bases as subspaces; those that share a site are made orthogonal to each other, all turned as little."""
+    """The bases as subspaces; those that share a site are made orthogonal to each other by the smallest rotation."""
     found: dict[str, Subspace] = {}
     for site in dict.fromkeys(assignment.values()):
         names = [name for name, own in assignment.items() if own == site and name in bases]
@@ -94,7 +95,7 @@ def apart(assignment: Assignment, bases: Mapping[str, Tensor]) -> dict[str, Subs
         if len(names) > 1:
             if torch.linalg.matrix_rank(joined, rtol=1e-4) < len(joined):
                 raise ValueError(
-                    f"{site}: what is left of {names} lies in each other's spans, so they are no parts."
+                    f"{site}: the parts that are left of {names} lie in each other's spans, so they are not separate."
                 )
             joined = polar(joined.T)[0].T
         for name, basis in zip(names, joined.split([len(bases[name]) for name in names]), strict=True):
@@ -103,7 +104,7 @@ def apart(assignment: Assignment, bases: Mapping[str, Tensor]) -> dict[str, Subs
 
 
 def scores_of(prepared: PreparedPairs, assignment: Assignment, sets: list[dict[str, Any]]) -> list[Tensor]:
-    """For each set of bases the IIA by pair."""
+    """The IIA of each pair, for each set of bases."""
     edits = [
         {site: edit.to(prepared.backbone.device) for site, edit in edits_of(assignment, bases).items()}
         for bases in sets
@@ -122,7 +123,7 @@ def basis_of(subspace: Subspace) -> Float[Tensor, "rank width"]:
 
 
 def check_linear(pairs: Pairs, alignment: Alignment) -> None:
-    """Refuse what is no alignment of the pairs' variables with linear subspaces (TypeError, ValueError)."""
+    """TypeError or ValueError unless this is an alignment of the pairs' variables with linear subspaces."""
     instance(pairs, Pairs, "pairs")
     instance(alignment, Alignment, "alignment", "fits.best().alignment is one")
     if set(alignment.variables) != set(pairs.variables):
@@ -132,5 +133,5 @@ def check_linear(pairs: Pairs, alignment: Alignment) -> None:
     for name, (site, subspace) in alignment.variables.items():
         if not subspace.linear:
             raise ValueError(
-                f"{name!r} at {site} is a nonlinear map; needed is a linear subspace, which has a basis."
+                f"{name!r} at {site} is a nonlinear map; a linear subspace is needed, since only that has a basis."
             )

@@ -1,4 +1,4 @@
-"""What each edit of an adapter does: alone, and what the others do not do without it."""
+"""What each edit of an adapter does: alone, and what is lost without it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from subspace_lab.model.batches import Batch
 from subspace_lab.reft.data import pad, prompt_lengths_of
 from subspace_lab.reft.model import ReftModel
 
-CHUNK = 16  # rows a run
+CHUNK = 16  # rows in one forward pass
 
 
 @dataclass(frozen=True)
 class EditEffect:
-    """One edit of an adapter; all in nats, by how much the mean loss of a row's answer is lower.
+    """By how much one edit of an adapter lowers the mean loss of a row's answer, in nats.
 
     Attributes:
-        site: where.
-        alone: with this edit only, against the base model.
-        lost: with all edits, against all but this one.
-        together: with all edits, against the base model.
+        site: where the edit is.
+        alone: the fall from the base model to the model with this edit only.
+        lost: the fall from all edits but this one to all edits.
+        together: the fall from the base model to all edits.
     """
 
     site: Site
@@ -40,23 +40,24 @@ class EditEffect:
 
 
 def edit_effects(model: ReftModel, rows: Sequence[Mapping[str, Any]]) -> tuple[EditEffect, ...]:
-    """By how much each edit of the active adapters lowers the loss, alone and beside the others.
+    """By how much each edit of the active adapters lowers the loss, alone and together with the others.
 
-    The loss of a row is the mean of −log p over its answer's tokens; intervals are a bootstrap over the rows. Edits
-    that do the same are small when lost and large alone; edits that only work together are the other way round.
+    The loss of a row is the mean of −log p over its answer's tokens; intervals are a bootstrap over the rows. If
+    several edits do the same, each has a large effect alone, and little is lost without it. If edits only work
+    together, each has a small effect alone, and much is lost without it.
 
     Args:
         model: a causal language model with adapters.
         rows: two or more held-out examples with `input_ids`, `attention_mask` and `labels`, as `tokenise` gives them.
 
     Raises:
-        TypeError: another model.
+        TypeError: anything but such a model.
         ValueError: no edit, fewer than two rows, or a row without an answer.
     """
     instance(model, ReftModel, "model", "get_reft_model(model, config) makes one")
     edits, examples = model.edits(), list(rows)
     if not edits or len(examples) < 2:
-        raise ValueError(f"{len(edits)} edits and {len(examples)} rows; needed are an edit and two rows or more.")
+        raise ValueError(f"{len(edits)} edits and {len(examples)} rows: at least 1 edit and 2 rows are needed.")
     config: Any = model.backbone.model.config
     padded = {name: t.to(model.backbone.device) for name, t in pad(examples, config.pad_token_id).items()}
     labels = padded.pop("labels")

@@ -1,10 +1,11 @@
 """Whether a subspace is a variable of the model, or only a way to steer it.
 
-An interchange can move the answer along a direction that the model itself never uses: it reads the variable where it
-stands idle (the sensor), and writes into what lies dormant (the actuator). Its IIA is high and the subspace is none of
-the model's variables (Makelov et al. 2023, arXiv 2311.17030; the reply of Wu et al., arXiv 2401.12631: what is
-projected has to be made orthonormal again before it is tried). So every part of a subspace is tried alone, beside the
-full vector, and `purify` (`purifying.py`) keeps the part that both varies by itself and is read (`variation.py`).
+An interchange can change the answer along a direction that the model itself never uses. It reads a copy of the
+variable that the model does not read, and it writes into a direction that never varies by itself (a dormant one).
+Then the IIA is high although the subspace is not a variable of the model (Makelov et al. 2023, arXiv 2311.17030). So
+each part of a subspace is tried alone, and so is the full vector. After a projection a basis has to be made
+orthonormal again before it is tried (Wu et al., arXiv 2401.12631, a reply to Makelov et al.). `purify`
+(`purifying.py`) keeps the part that both varies by itself and is read (`variation.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from subspace_lab.das.prepared_pairs import PreparedPairs
 from subspace_lab.model.backbone import Backbone
 
 SENSED, LOST = 0.5, 0.1
-"""A share of the effect below SENSED, and a fall of IIA by more than LOST, are what the tests look for."""
+"""The tests look for a share of the effect below SENSED, and for a fall of the IIA by more than LOST."""
 DRAWS = 99
 
 
@@ -45,10 +46,11 @@ class Distance:
     """How far edited states are from natural ones.
 
     Attributes:
-        value: the energy distance 2 E|X − Y| − E|X − X′| − E|Y − Y′| of edited states X from as many natural ones Y,
-            as a share of the mean distance of two natural states. It is 0 where the distributions are the same.
-        null: of one half of the natural states from the other, by draw.
-        p: the share of draws, this one among them, that are as far.
+        value: the energy distance 2 E|X − Y| − E|X − X′| − E|Y − Y′| between edited states X and as many natural
+            states Y, as a share of the mean distance between two natural states. It is 0 if both have the same
+            distribution.
+        null: the same distance between two random halves of the natural states, for each draw.
+        p: the share of distances, the observed one included, that are at least as large as the observed one.
     """
 
     value: float
@@ -62,11 +64,11 @@ class Part:
 
     Attributes:
         name: "varies" (what differs between sources and bases), "read" (what the answers depend on), "both"; "idle" and
-            "unread" (what is left without the first and without the second); "weights" and "beyond weights" where
-            the site is the input of a projection.
+            "unread" (the rest without "varies" and without "read"); also "weights" and "beyond weights" if the site is
+            the input of a projection.
         ranks: {variable: its dimensions}.
-        share: {variable: tr(Rᵀ P R) / k of the subspace that was found, in the space that the part is named after}.
-        iia: on the test pairs; of a part without dimensions that without any exchange.
+        share: {variable: tr(Rᵀ P R) / k, how much of its fitted subspace lies in the space that names the part}.
+        iia: on the test pairs. For a part without dimensions: the IIA without any exchange.
     """
 
     name: str
@@ -77,20 +79,20 @@ class Part:
 
 @dataclass(frozen=True)
 class IllusionReport:
-    """What is left of an alignment when its parts are tried alone.
+    """What the parts of an alignment do when they are tried alone.
 
     Attributes:
         place: its sites.
         ranks: {variable: dimensions}.
         found: IIA of the subspaces on the test pairs.
-        full: IIA of an exchange of the full vectors; None where variables share a site.
-        parts: as `Part`.
-        sensed: {variable: how much of its effect on the answers' logits, to first order, comes in by what the model
-            reads there}: 1 where the subspace reads what the model reads, small where it reads a copy.
-        written: the same of what is written: small where it goes into what does not vary there by itself.
-        lost: {part: IIA of the subspaces less that of the part "varies" or "both", over the pairs}.
-        distance: {variable: of edited states from natural ones}.
-        flagged: whether the subspaces are no variables of the model by one of the criteria of `illusion`.
+        full: IIA if the full vectors are exchanged; None if variables share a site.
+        parts: the parts, each tried alone.
+        sensed: {variable: the share of its effect on the answers' logits, to first order, that depends on directions
+            which the model reads there}: 1 if the subspace reads what the model reads, small if it reads a copy.
+        written: {variable: the share of its effect that is written into directions which vary there by themselves}.
+        lost: {"varies" or "both": IIA of the subspaces minus IIA of this part, over the pairs}.
+        distance: {variable: how far its edited states are from natural ones}.
+        flagged: whether a criterion of `illusion` says that the subspaces are not variables of the model.
         because: the reason, in a sentence.
     """
 
@@ -107,7 +109,7 @@ class IllusionReport:
     because: str
 
     def part(self, name: str) -> Part:
-        """One part (KeyError naming those that there are)."""
+        """One part by its name (KeyError if there is none; the message names all parts)."""
         found = {part.name: part for part in self.parts}
         if name not in found:
             raise KeyError(f"No part {name!r}; there are {list(found)}.")
@@ -121,8 +123,9 @@ class IllusionReport:
         full = "" if self.full is None else f", full vector {self.full}"
         both = self.part("both")
         return (
-            f"{'Flagged' if self.flagged else 'Not flagged'} at {self.place}: {self.because} IIA {self.found}; what "
-            f"varies and is read alone {both.iia} (rank {_plain(both.ranks)}){full}; n = {self.found.n} pairs."
+            f"{'Flagged' if self.flagged else 'Not flagged'} at {self.place}: {self.because} IIA {self.found}; "
+            f"the part that varies and is read, alone {both.iia} (rank {_plain(both.ranks)}){full}; "
+            f"n = {self.found.n} pairs."
         )
 
 
@@ -135,24 +138,26 @@ def illusion(
     read: float = READ,
     examples: int = EXAMPLES,
 ) -> IllusionReport:
-    """Try the parts of the subspaces that were found alone, and say whether they are variables of the model.
+    """Try each part of the fitted subspaces alone, and say whether the subspaces are variables of the model.
 
-    What varies and what is read is taken from training pairs, scores are of test pairs. Flagged is a subspace
+    Training pairs show what varies and what is read; the scores are on test pairs. Each criterion flags a subspace:
 
-    - whose part that varies by itself has an IIA lower by more than .1, with an interval above 0: the effect is
-      written into what never varies there;
-    - less than half of whose effect comes in by what the model reads, and whose part that varies and is read has an
-      IIA lower by at most .1: it reads a copy that stands idle and that it does not need, and has another span than
-      the variable, though its IIA may be 1;
-    - less than a tenth of whose effect comes in by what the model reads, where neither the full vector nor the part
-      that varies and is read does what the subspace does: its score is higher by more than .1, with intervals apart.
+    - The part that varies by itself has a lower IIA, by more than .1, and the interval of the difference is above 0.
+      Then the effect is written into directions that never vary there.
+    - Less than half of the effect depends on what the model reads, and the part that varies and is read has an IIA
+      that is at most .1 lower. Then the subspace reads a copy that the model does not read, and that it does not
+      need. Its span is not that of the variable, although its IIA may be 1.
+    - Less than a tenth of the effect depends on what the model reads, and both the full vector and the part that
+      varies and is read have a lower score. The full vector's score is lower by more than .1, and the intervals do
+      not overlap.
 
-    Either of the last two alone is no illusion. A full vector exchanges what else the source holds. And where the
-    answer depends on a sum of two variables, each of them is read along the sum alone, but is exchanged along itself.
+    In the last criterion, one of the two lower scores alone would not show an illusion. A full vector also exchanges
+    everything else that the source holds. And if the answer depends on the sum of two variables, each variable is
+    read only along the sum, but is exchanged along its own direction.
 
     Args:
-        backbone, pairs, varies, read, examples: as of `purify`.
-        fit: what was found.
+        backbone, pairs, varies, read, examples: as for `purify`.
+        fit: the fit or alignment to test.
 
     Raises:
         TypeError, ValueError: as `purify`.
@@ -205,15 +210,15 @@ def illusion(
 
 
 def off_natural(known: Variation, basis: Float[Tensor, "rank width"], *, draws: int = DRAWS) -> Distance:
-    """How far states with a subspace exchanged are from natural ones; drawn with seed 0.
+    """How far states with an exchanged subspace are from natural ones; the draws have seed 0.
 
     Args:
         known: the site, with its natural states.
-        basis: orthonormal, of the subspace.
-        draws: halves of the natural states that the null is of.
+        basis: an orthonormal basis of the subspace.
+        draws: how many times the natural states are split into halves, for the null.
     """
     bases, sources = known.bases, known.sources
-    n = min(len(bases), 512)  # the distances of all states from each other are kept
+    n = min(len(bases), 512)  # all distances between the states are in memory at once
     some = torch.linspace(0, len(bases) - 1, n).round().long()
     bases, sources = bases[some], sources[some]
     edited = bases + ((sources - bases) @ basis.T) @ basis
@@ -235,7 +240,7 @@ def off_natural(known: Variation, basis: Float[Tensor, "rank width"], *, draws: 
 
 
 def _effect_shares(basis: Tensor, known: Variation) -> tuple[float, float]:
-    """How much of the effect comes in by what is read there, and how much goes out by what varies there."""
+    """The share of the effect that depends on what is read there, and the share that is written into what varies."""
     whole = known.effects(basis)
     size = float(whole.square().sum())
     if size <= 0:
@@ -249,18 +254,23 @@ def _judged(
 ) -> tuple[bool, str]:
     """Whether an alignment is flagged, and the reason."""
     least = min(sensed, key=lambda name: sensed[name])
-    comes_in = f"only {sensed[least]:.2f} of the effect of {least!r} comes in by what the model reads"
+    by_reading = f"only {sensed[least]:.2f} of the effect of {least!r} depends on what the model reads there"
     if lost["varies"].value > LOST and lost["varies"].low > 0:
-        return True, f"without directions that never vary there IIA falls by {lost['varies']}."
+        return True, f"without the directions that never vary there, IIA falls by {lost['varies']}."
     if sensed[least] < SENSED and lost["both"].value <= LOST:
         return (
             True,
-            f"{comes_in}; the rest is a copy that stands idle, and without it IIA falls by {lost['both']}.",
+            f"{by_reading}; the rest depends on a copy that the model does not read, and without it IIA falls by "
+            f"{lost['both']}.",
         )
     apart = full is not None and found.value > full.value + LOST and found.low > full.high
     if sensed[least] < SENSED / 5 and apart and lost["both"].low > 0:
-        return True, f"{comes_in}, and the full vector does not do what the subspace does."
-    return False, f"what varies there carries the effect, and {sensed[least]:.2f} of it comes in by what is read."
+        return True, f"{by_reading}, and exchanging the full vector does not have the same effect."
+    return (
+        False,
+        "the directions that vary there carry the effect, and "
+        f"{sensed[least]:.2f} of it depends on what the model reads.",
+    )
 
 
 def _whole(known: Mapping[str, Variation]) -> dict[str, Tensor]:
@@ -268,7 +278,7 @@ def _whole(known: Mapping[str, Variation]) -> dict[str, Tensor]:
 
 
 def _mean_apart(distances: Tensor) -> float:
-    """The mean distance of two different states."""
+    """The mean distance between two different states."""
     n = len(distances)
     return float(distances.sum()) / max(1, n * (n - 1))
 

@@ -1,9 +1,10 @@
-"""Power: would a search with these pairs at this site find a variable that is there? One is planted and looked for.
+"""Power: would a search with these pairs at this site find a variable that is there? One is planted and searched for.
 
-A random model holds no variable. Along a random direction v of its states h at the site one is planted: which of
-two answers the model gives then depends on the sign of v·h − m alone, where m is near the median of the pairs. Bases
-and sources stay as they are; the expected answer is the one of the source's side of m. A search that does not find
-this variable would have found no other that is held in as plain a way: that it found nothing says nothing.
+A random model holds no variable. So one is planted along a random direction v of its states h at the site: which of
+two answers the model gives then depends only on the sign of v·h − m, where m is near the median over the pairs. Bases
+and sources stay as they are; the expected answer depends on which side of m the source is. A search that misses this
+variable would miss every other variable that is held as simply. If such a search finds nothing in the trained model,
+this does not show that nothing is there.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from subspace_lab.model.batches import Batch, model_inputs
 from subspace_lab.model.intervene import collect
 from subspace_lab.model.resolved_sites import resolve
 
-SHARP = 3.0  # of tanh, in standard deviations of v·h: a step, but one that has a gradient where states are
-STRENGTH = 2.0  # times the widest spread of the answers' logits: what is planted decides the answer, not the model
-COLUMN = "planted_column"  # the input by which a row says where its state is
-RUN = 64  # pairs a run
+SHARP = 3.0  # steepness of tanh, per standard deviation of v·h: nearly a step, but with a gradient near the states
+STRENGTH = 2.0  # times the widest spread of the answers' logits, so that the planted variable decides the answer
+COLUMN = "planted_column"  # the name of the model's input that holds the position of each row's state
+RUN = 64  # pairs in one forward pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +38,10 @@ class Power:
     """A model in which a variable is planted, and pairs that exchange it.
 
     Attributes:
-        model: gives the answers by the planted variable. It contains the model that was given.
-        pairs: the bases and sources that were given, with the answers of the planted variable.
+        model: answers by the planted variable. It contains the model that was passed in.
+        pairs: the bases and sources that were passed in, with the answers of the planted variable.
         direction: v, of length 1.
-        site: where it is planted, as it is called in `model`.
+        site: where it is planted, by its name in `model`.
     """
 
     model: nn.Module
@@ -53,11 +54,11 @@ def plant(model: nn.Module, pairs: Pairs, site: Site, seed: int) -> Power:
     """Plant a variable into a model along a random direction.
 
     Args:
-        model: a random one, such as `reinitialised(model, 0)`, that nothing else uses: it runs inside of the new
-            one.
-        pairs: of one variable, whose answers are told apart by one token each.
-        site: an output, at one position of each row.
-        seed: of the direction.
+        model: a random model, such as `reinitialised(model, 0)`. Nothing else should use it: it becomes a part of the
+            new model.
+        pairs: pairs of one variable; each answer is one token.
+        site: a module's output, at one position of each row.
+        seed: the seed of the direction.
 
     Raises:
         ValueError: several variables, answers of several tokens or fewer than two of them, a site that is a
@@ -69,11 +70,13 @@ def plant(model: nn.Module, pairs: Pairs, site: Site, seed: int) -> Power:
     if len(test.sources) > 1:
         raise ValueError(f"One variable is planted at a time; the pairs have {list(test.sources)}.")
     if len(test.answers) < 2 or (scored is not None and scored.ndim == 2):
-        raise ValueError("A planted variable has two answers of a token each; these pairs have other ones.")
+        raise ValueError(
+            "A planted variable needs at least two answers of one token each; these pairs have others."
+        )
     inner = Backbone(model)
     point = inner.hook_point(site)
     if point.side != "output":
-        raise ValueError(f"{site}: a variable is planted where a module gives something out, not in its input.")
+        raise ValueError(f"{site}: a variable can be planted in the output of a module, not in its input.")
     dev = _states(inner, pairs.dev, site)
     width = dev.shape[-1]
     direction = random_orthonormal(width, 1, seed)[0]
@@ -106,8 +109,8 @@ def plant(model: nn.Module, pairs: Pairs, site: Site, seed: int) -> Power:
         labels = {name: of for name, of in split.labels.items() if name != "kind"}
         return replace(
             split,
-            base=_told(inner, split.base, site),
-            sources={variable: _told(inner, source, site)},
+            base=_with_column(inner, split.base, site),
+            sources={variable: _with_column(inner, source, site)},
             base_answer=sides["base"],
             answer=sides[variable],
             values={variable: sides[variable]},
@@ -154,7 +157,7 @@ class _Planted(nn.Module):
         def look(_: nn.Module, __: Any, output: Any) -> None:
             seen.append(output[0] if isinstance(output, tuple) else output)
 
-        # Behind the module's own forward, so that it sees what an edit made of the output.
+        # After the module's own forward and the edits of its output, so that it sees the edited output.
         handle = self.model.get_submodule(self.path).register_forward_hook(look)
         try:
             output = self.model(*args, **kwargs)
@@ -180,15 +183,15 @@ class _Planted(nn.Module):
 def _between(values: Tensor) -> float:
     """The middle of the widest gap near the median of some values (between their 35th and 65th percentile).
 
-    States of a few words are a few points: the median would be one of them, and on neither side.
+    If the states come from a few words, they are a few points. The median would be one of them, on neither side.
     """
     middle = values.sort().values[int(0.35 * len(values)) : max(2, math.ceil(0.65 * len(values)))]
     i = int(middle.diff().argmax()) if len(middle) > 1 else 0
     return float(middle[i : i + 2].mean())
 
 
-def _told(inner: Backbone, batch: Batch, site: Site) -> Batch:
-    """The batch with what the planted model has to know of each row: its position at the site, and its position ids."""
+def _with_column(inner: Backbone, batch: Batch, site: Site) -> Batch:
+    """The batch with two inputs that the planted model needs: each row's position at the site, and position ids."""
     if batch.positional is not None:
         return batch
     return replace(
@@ -200,12 +203,14 @@ def _told(inner: Backbone, batch: Batch, site: Site) -> Batch:
 def _column(inner: Backbone, batch: Batch, site: Site) -> Tensor:
     found = resolve(inner, batch.to(inner.device), site)
     if found.index is None or found.index.shape[1] != 1 or found.valid is not None:
-        raise ValueError(f"{site}: a variable is planted at one position of each row; this site has others.")
+        raise ValueError(
+            f"{site}: a variable can be planted at one position of each row only; this site has others."
+        )
     return found.index[:, 0].to(next(iter(batch.inputs.values())).device)
 
 
 def _states(inner: Backbone, data: Counterfactuals, site: Site) -> Float[Tensor, "pair width"]:
-    """Of the bases; (pairs, width), at the one position."""
+    """(pairs, width) states of the bases at the one position."""
     return _in_parts(
         len(data), lambda rows: _flat(collect(inner, data.base.rows(rows).to(inner.device), [site])[site], site)
     )
@@ -217,13 +222,14 @@ def _flat(states: Tensor, site: Site) -> Tensor:
         return states[:, 0]
     if states.ndim != 2:
         raise ValueError(
-            f"{site}: a variable is planted at one position of each row; the states are {tuple(states.shape)}."
+            f"{site}: a variable can be planted at one position of each row only; the states have the shape "
+            f"{tuple(states.shape)}."
         )
     return states
 
 
 def _logits(inner: Backbone, data: Counterfactuals) -> Float[Tensor, "pair answer"]:
-    """Of the answers to the bases."""
+    """(pairs, answers) logits of the answers to the bases."""
     from subspace_lab.engine.plain import PlainEngine
 
     engine = PlainEngine(inner, data.base.to(inner.device), data.to(inner.device).readout)

@@ -1,4 +1,4 @@
-"""The part of what was found that is a variable of the model: it varies by itself, and the answers depend on it."""
+"""The part of a subspace that is a variable of the model: it varies by itself, and the answers depend on it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from subspace_lab.das.pairs import Pairs
 from subspace_lab.das.prepared_pairs import Assignment, PreparedPairs
 from subspace_lab.model.backbone import Backbone
 
-WITHIN = 0.005  # a purified subspace may score lower on dev by so much to have a dimension less
-AS_GOOD = 0.01  # and lower than the subspace that it is of by so much
+WITHIN = 0.005  # the score on dev pairs that may be lost in order to have fewer dimensions
+AS_GOOD = 0.01  # the score on dev pairs that the purified subspace may lose against the original one
 
 
 def purify(
@@ -31,27 +31,28 @@ def purify(
 ) -> Alignment:
     """The part of an alignment that varies by itself and that the answers depend on.
 
-    1. The subspace is projected on what varies between sources and bases and made orthonormal again.
-    2. The same with what the answers' gradient reads within that variation. In this order: a dormant way into the
-       answer can have the larger gradient, and it does not vary.
-    3. Of either, directions of which less than a tenth was left are dropped. The others are turned so that the first
-       moves the answers most, and as few are kept as score within half a hundredth of the best on the dev pairs.
-    4. The result of 2 is taken where it scores on the dev pairs as well as the subspace did, to a hundredth; else that
-       of 1; else the subspace stays as it was. Step 2 loses where the answer depends on the sum of two variables:
-       either is then read along the sum alone, and exchanging the sum exchanges both.
+    1. Project the subspace on what varies between sources and bases, and make it orthonormal again.
+    2. Project the result on what the answers' gradient reads within that variation, and make it orthonormal again.
+       The order matters: a dormant direction can have the larger gradient, but it does not vary.
+    3. In both results, drop directions of which less than a tenth is left. Turn the others so that the first one
+       moves the answers most. Keep as few as possible: the score on the dev pairs may be at most .005 below the best.
+    4. Take the result of step 2 if its score on the dev pairs is at most .01 below that of the subspace; otherwise
+       take the result of step 1, by the same rule; otherwise leave the subspace as it was. Step 2 scores lower if the
+       answer depends on the sum of two variables: each is then read only along the sum, and exchanging the sum
+       exchanges both.
 
-    Variables that share a site are at last turned to be orthogonal to each other, by as little as that takes. Training
-    pairs are looked at, and dev pairs for the choices; test pairs are not.
+    At the end, variables that share a site are made orthogonal to each other, with the smallest possible rotation.
+    Training pairs show what varies and what is read, dev pairs decide; test pairs are not used.
 
     Args:
-        backbone: of the model.
-        pairs: by which the alignment was found.
-        alignment: of linear subspaces.
-        varies, read, examples: as of `variations`.
+        backbone: the model.
+        pairs: the pairs that the alignment was fitted on.
+        alignment: linear subspaces.
+        varies, read, examples: as for `variations`.
 
     Returns:
-        An alignment of the same variables at the same sites. Its facts say under "purified" what was done; the scores
-        of the alignment that was given are not its own and stand there too.
+        An alignment of the same variables at the same sites. Its facts say under "purified" what was done. The scores
+        of the original alignment are recorded there too, since they are not scores of the new one.
 
     Raises:
         TypeError: anything but an alignment and pairs.
@@ -63,11 +64,11 @@ def purify(
     given = bases_of(alignment)
     varying: dict[str, Tensor] = {}
     both: dict[str, Tensor] = {}
-    told: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
     for name, one in known.items():
         varying[name], cosines = projected(given[name], one.varies)
         both[name], again = projected(varying[name], one.both)
-        told[name] = {
+        records[name] = {
             "rank": len(given[name]),
             "varying": len(one.varies),
             "read within": len(one.both),
@@ -82,15 +83,15 @@ def purify(
             continue
         turned = {name: _turned(basis, known[name]) for name, basis in of.items()}
         ranks, score = _fewest(prepared, assignment, turned)
-        told_of = {name: {"kept": ranks[name]} for name in turned}
+        kept = {name: {"kept": ranks[name]} for name in turned}
         if score >= before - AS_GOOD:
             chosen, took, after = {name: basis[: ranks[name]] for name, basis in turned.items()}, taken, score
-            told = {name: one | told_of[name] for name, one in told.items()}
+            records = {name: one | kept[name] for name, one in records.items()}
             break
     facts = {key: value for key, value in alignment.facts.items() if key not in ("scores", "dev_scores")}
     facts["purified"] = {
         "took": took,
-        "variables": told,
+        "variables": records,
         "iia on dev": {"before": before, "after": after, "n": len(prepared)},
         "scores before": alignment.facts.get("scores"),
     }
@@ -99,7 +100,7 @@ def purify(
 
 
 def _turned(basis: Float[Tensor, "rank width"], known: Variation) -> Float[Tensor, "rank width"]:
-    """Another basis of the same span, that along which the answers' gradient is largest first."""
+    """Another basis of the same span, in descending order of the answers' gradient along it."""
     right = torch.linalg.svd(known.gradients.flatten(0, 1) @ basis.T, full_matrices=True)[2]
     return right @ basis
 
@@ -107,7 +108,7 @@ def _turned(basis: Float[Tensor, "rank width"], known: Variation) -> Float[Tenso
 def _fewest(
     prepared: PreparedPairs, assignment: Assignment, left: Mapping[str, Tensor]
 ) -> tuple[dict[str, int], float]:
-    """How many directions of each variable are kept, chosen on these pairs one variable after the other; their IIA."""
+    """How many directions of each variable to keep, and their IIA; chosen on these pairs, one variable at a time."""
     ranks = {name: len(basis) for name, basis in left.items()}
     score = 0.0
     for name in left:

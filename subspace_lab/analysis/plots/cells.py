@@ -1,4 +1,4 @@
-"""Cells: what every picture of a grid or a matrix is drawn with."""
+"""The cells, colours and axes of every picture of a grid or a matrix."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from matplotlib.patches import Rectangle
 
 from subspace_lab.analysis.plots.canvas import INK
 
-# One ramp of lightness: the same to eyes that do not tell red from green, and in grey print.
+# The colours differ in lightness alone, so they can be read in grey print and without seeing red and green.
 COLOURS = LinearSegmentedColormap.from_list(
     "subspace_lab", ["#f4f2ec", "#cfdcdc", "#8fb3bd", "#4f82a0", "#2b557e", "#1b2f52"]
 )
-MOST_NUMBERS = 16  # rows or columns beyond which numbers in the cells could not be read
+MOST_NUMBERS = 16  # with more rows or columns than this, numbers in the cells could not be read
 
 
 def frame(axis: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
@@ -41,7 +41,7 @@ def write(axis: Axes, x: float, y: float, text: str, colour: str, size: float) -
 
 
 def ink(colour: tuple[float, ...]) -> str:
-    """Black or white, whichever is read on a colour (its luma, Rec. 601)."""
+    """Black or white, whichever is easier to read on a colour (by its luma, Rec. 601)."""
     red, green, blue, *_ = colour
     return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
 

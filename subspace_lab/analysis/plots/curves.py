@@ -1,8 +1,8 @@
-"""Scores against rank and against the number of pairs, methods beside each other, training, and edits by layer.
+"""Curves: scores by rank and by number of pairs, methods compared, training losses, and edits by layer.
 
-Each function takes results and a path, an axis of a figure of one's own, or neither, and gives the figure. On an axis
-of one's own only the curves are drawn, without the sentences below. Nothing is computed but means, lowest and highest
-of the seeds that were run.
+Each function takes results and returns a figure. It can also write the figure to a path, or draw on an axis of your
+own figure; then only the curves are drawn, without the caption. The only numbers computed here are the mean, the
+lowest and the highest of the seeds that were run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from subspace_lab.core.estimates import Estimate
 from subspace_lab.das.fits import Fit, Fits
 from subspace_lab.das.methods import RandomSubspace
 
-# Told apart by dash and marker too, in grey print and by eyes that do not see the colours.
+# The lines differ in dash and marker too, for grey print and for readers who do not see the colours.
 LINES: tuple[dict[str, Any], ...] = (
     {"color": "#1b2f52", "linestyle": "-", "marker": "o"},
     {"color": "#4f82a0", "linestyle": "--", "marker": "s"},
@@ -37,15 +37,15 @@ ONE_PLACE = "Filter them, as in fits.where(site=...)."
 
 
 def iia_by_rank(fits: Fits, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
-    """The score of each method by its rank at one place, on held-out and on training pairs, above the nulls.
+    """The score of each method by its rank at one place, on held-out and on training pairs, with the nulls.
 
-    A point is the mean over seeds, its bar from the lowest seed to the highest, or of one seed the 95 % interval. The
-    grey band holds the random subspaces, from the lowest draw to the highest.
+    A point is the mean over seeds. Its bar goes from the lowest seed to the highest; with one seed it is the 95 %
+    interval. The grey band goes from the lowest draw of the random subspaces to the highest.
 
     Args:
-        fits: of one place, with one method or several at two ranks or more.
-        path: of a PNG; without one the figure is only returned.
-        ax: draw there, instead of into a figure of its own.
+        fits: fits at one place, with at least one method that has two or more ranks.
+        path: where to write a PNG; None: the figure is only returned.
+        ax: the axis to draw on; None makes a new figure.
 
     Raises:
         ValueError: several places, or no method with several ranks.
@@ -62,7 +62,7 @@ def iia_by_rank(fits: Fits, path: str | Path | None = None, *, ax: Axes | None =
         (6.4, 3.6),
         f"{_task(fits)}: score by rank at {place}",
         f"{_held_out(fits)} {_bars(fits)} Hollow: the same on training pairs. Grey band: random subspaces, lowest to "
-        "highest draw. A training score far above the held-out one is memory.",
+        "highest draw. A training score far above the held-out score means that the fit memorised its training pairs.",
     )
     if random:
         by_rank = _grouped(random, lambda fit: fit.rank)
@@ -70,7 +70,7 @@ def iia_by_rank(fits: Fits, path: str | Path | None = None, *, ax: Axes | None =
         scores = [[fit.score(fits.metric).value for fit in by_rank[rank]] for rank in ranks]
         if len(ranks) > 1:
             axis.fill_between(ranks, [min(s) for s in scores], [max(s) for s in scores], color=NULL, linewidth=0)
-        else:  # of one rank a band has no width
+        else:  # with one rank a band would have no width
             axis.vlines(ranks, min(scores[0]), max(scores[0]), color=NULL, linewidth=9)
         axis.plot(ranks, [statistics.fmean(s) for s in scores], color=GREY, linewidth=1, label="random subspace")
     for (name, of), style in zip(by_kind.items(), _styles(len(by_kind)), strict=True):
@@ -88,31 +88,31 @@ def iia_by_rank(fits: Fits, path: str | Path | None = None, *, ax: Axes | None =
 
 
 def iia_by_pairs(sweeps: Mapping[int, Fits], path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
-    """The score by the number of training pairs, on held-out and on training pairs: a gap between them is memory.
+    """The score by the number of training pairs, on held-out and on training pairs; a gap between them is memorisation.
 
     Args:
-        sweeps: {number of training pairs: the fits of one place}, two or more, with the same dev and test pairs.
-        path, ax: as of `iia_by_rank`.
+        sweeps: {number of training pairs: fits at one place}, two or more, with the same dev and test pairs.
+        path, ax: as for `iia_by_rank`.
 
     Raises:
-        ValueError: fewer than two numbers of pairs, or several places.
+        ValueError: fewer than two numbers of training pairs, or several places.
     """
     check_picture(path)
     if len(sweeps) < 2:
         raise ValueError(
-            f"Fits of {list(sweeps)} training pairs; needed are those of two numbers of pairs or more."
+            f"Fits of {list(sweeps)} training pairs: give fits of two or more numbers of training pairs."
         )
     places = {_one_place(fits) for fits in sweeps.values()}
     if len(places) > 1:
-        raise ValueError(f"Fits at the sites {sorted(places)}; needed is one site. {ONE_PLACE}")
+        raise ValueError(f"Fits at the sites {sorted(places)}; one site is needed. {ONE_PLACE}")
     some = next(iter(sweeps.values()))
     methods = list(dict.fromkeys(m for fits in sweeps.values() for m in fits.methods))
     figure, axis = _canvas(
         ax,
         (6.4, 3.6),
         f"{_task(some)}: score by number of training pairs at {places.pop()}",
-        f"{_held_out(some)} {_bars(some)} Hollow: the same on training pairs. Where these are far above, the fits have "
-        "learned their pairs by heart.",
+        f"{_held_out(some)} {_bars(some)} Hollow: the same on training pairs. Where these are far higher, the fits "
+        "memorised their training pairs.",
     )
     for method, style in zip(methods, _styles(len(methods)), strict=True):
         by_number = {n: [fit for fit in fits if fit.method.label == method] for n, fits in sorted(sweeps.items())}
@@ -132,8 +132,8 @@ def methods_beside(fits: Fits, path: str | Path | None = None, *, ax: Axes | Non
     """All methods at one place, one below the other, with their intervals; controls are hollow.
 
     Args:
-        fits: of one place.
-        path, ax: as of `iia_by_rank`.
+        fits: fits at one place.
+        path, ax: as for `iia_by_rank`.
 
     Raises:
         ValueError: no fits, or several places.
@@ -147,8 +147,8 @@ def methods_beside(fits: Fits, path: str | Path | None = None, *, ax: Axes | Non
         ax,
         (6.4, 0.3 * len(means) + 0.9),
         f"{_task(fits)}: methods at {place}",
-        f"{_held_out(fits)} Bar: 95 % interval of one fit, or the lowest to the highest of several seeds or draws (×); "
-        "small dots are the seeds. Hollow: controls, which say what chance or the whole state gives.",
+        f"{_held_out(fits)} Bar: 95 % interval of one fit, or from the lowest to the highest of several seeds or draws "
+        "(×); each small dot is one seed. Hollow: controls, which show what chance or the whole state gives.",
     )
     for row, mean in zip(rows, means, strict=True):
         one = mean.fits[0].score(fits.metric)
@@ -182,11 +182,11 @@ def training_curves(fits: Fits, path: str | Path | None = None, *, ax: Axes | No
     """The training loss at each step of every fit that was trained, at one place.
 
     Args:
-        fits: of one place; fits that were not trained are left out.
-        path, ax: as of `iia_by_rank`.
+        fits: fits at one place; fits that were not trained are left out.
+        path, ax: as for `iia_by_rank`.
 
     Raises:
-        ValueError: nothing that was trained, or several places.
+        ValueError: no fit was trained, or several places.
     """
     check_picture(path)
     place = _one_place(fits)
@@ -198,8 +198,8 @@ def training_curves(fits: Fits, path: str | Path | None = None, *, ax: Axes | No
         ax,
         (6.4, 3.6),
         f"{_task(fits)}: training at {place}",
-        f"Loss of the expected answer on the batch of each step, a line for each seed; mean over {window} steps. Of "
-        "fresh or held-out pairs it says nothing.",
+        f"Loss of the expected answer on the batch of each step, one line for each seed; mean over {window} steps. It "
+        "says nothing about new or held-out pairs.",
     )
     for (label, of), style in zip(by_method.items(), _styles(len(by_method)), strict=True):
         for i, fit in enumerate(of):
@@ -222,15 +222,15 @@ def edits_by_layer(
     """What each edit of an adapter does alone, and what is lost without it, by layer.
 
     Args:
-        effects: as `edit_effects` gives them.
-        path, ax: as of `iia_by_rank`.
+        effects: from `edit_effects`.
+        path, ax: as for `iia_by_rank`.
 
     Raises:
         ValueError: no effects.
     """
     check_picture(path)
     if not effects:
-        raise ValueError("No effects to draw: `edit_effects` gives one for each edit.")
+        raise ValueError("No effects to draw: `edit_effects` returns one for each edit.")
     names = [str(one.site) if one.site.layer is None else str(one.site.layer) for one in effects]
     if len(set(names)) < len(names):
         names = [str(one.site) for one in effects]
@@ -239,18 +239,21 @@ def edits_by_layer(
         (max(6.4, 0.42 * len(effects) + 1.6), 3.5),
         "Edits by layer: by how much each lowers the loss",
         f"Mean cross-entropy of the answer's tokens over {effects[0].alone.n} rows, in nats; bars are 95 % intervals "
-        f"over the rows. Dashed: all {len(effects)} edits together, {effects[0].together.value:.3f}. Filled: an edit "
-        "alone. Hollow: what all lose without it. Where the first is large and the second small, others do the same.",
+        f"over the rows. Dashed: all {len(effects)} edits together, {effects[0].together.value:.3f}. Filled: this edit "
+        "alone. Hollow: what is lost when only this edit is removed. If filled is large and hollow is small, other "
+        "edits do the same.",
     )
     places = list(range(len(effects)))
     for offset, name, label, face in (
         (-0.12, "alone", "alone", LINES[0]["color"]),
         (0.12, "lost", "lost without it", "white"),
     ):
-        told: list[Estimate] = [getattr(one, name) for one in effects]
+        estimates: list[Estimate] = [getattr(one, name) for one in effects]
         xs = [place + offset for place in places]
-        axis.vlines(xs, [one.low for one in told], [one.high for one in told], color=GREY, linewidth=1.2, zorder=2)
-        axis.scatter(xs, [one.value for one in told], s=34, facecolor=face, edgecolor=INK, zorder=3, label=label)
+        lows, highs = [one.low for one in estimates], [one.high for one in estimates]
+        axis.vlines(xs, lows, highs, color=GREY, linewidth=1.2, zorder=2)
+        values = [one.value for one in estimates]
+        axis.scatter(xs, values, s=34, facecolor=face, edgecolor=INK, zorder=3, label=label)
     axis.axhline(0, color=GREY, linewidth=0.8)
     axis.axhline(effects[0].together.value, color=ACCENT, linewidth=1.2, linestyle="--", label="all together")
     upright = max(map(len, names)) <= 4
@@ -260,7 +263,7 @@ def edits_by_layer(
     return figure
 
 
-# --- what they share ----------------------------------------------------------------------------------------
+# --- shared helpers -----------------------------------------------------------------------------------------
 
 
 def _canvas(ax: Axes | None, size: tuple[float, float], title: str, *sentences: str) -> tuple[Figure, Axes]:
@@ -279,10 +282,10 @@ def _curve(
     label: str | None,
     style: dict[str, Any],
 ) -> None:
-    """Means with their bars, from the lowest x on."""
+    """Means with their bars, in ascending order of x."""
     xs = sorted(groups)
-    told = [[fit.score(metric, split) for fit in groups[x]] for x in xs]
-    means = [statistics.fmean(one.value for one in of) for of in told]
+    scores = [[fit.score(metric, split) for fit in groups[x]] for x in xs]
+    means = [statistics.fmean(one.value for one in of) for of in scores]
     held_out = split == "test"
     face = style["color"] if held_out else "white"
     axis.plot(
@@ -290,8 +293,8 @@ def _curve(
         marker=style["marker"], markersize=5, markerfacecolor=face, label=label, zorder=3, alpha=1 if held_out else 0.8,
     )  # fmt: skip
     if held_out:
-        lows = [of[0].low if len(of) == 1 else min(one.value for one in of) for of in told]
-        highs = [of[0].high if len(of) == 1 else max(one.value for one in of) for of in told]
+        lows = [of[0].low if len(of) == 1 else min(one.value for one in of) for of in scores]
+        highs = [of[0].high if len(of) == 1 else max(one.value for one in of) for of in scores]
         axis.vlines(xs, lows, highs, color=style["color"], linewidth=1, zorder=2)
 
 
@@ -331,11 +334,13 @@ def _grouped(fits: Sequence[Fit], of: Callable[[Fit], Any]) -> dict[Any, list[Fi
 
 
 def _one_place(fits: Fits) -> str:
-    instance(fits, Fits, "What is drawn", "what search(…) or sweep(…) gave, filtered by fits.where(…)")
+    instance(
+        fits, Fits, "The first argument", "give the result of search(…) or sweep(…), filtered by fits.where(…)"
+    )
     if not fits:
         raise ValueError("No fits to draw.")
     if len(fits.places) > 1:
-        raise ValueError(f"Fits at {len(fits.places)} sites, {fits.places[:4]}; needed is one. {ONE_PLACE}")
+        raise ValueError(f"Fits at {len(fits.places)} sites, {fits.places[:4]}; one is needed. {ONE_PLACE}")
     return fits.places[0]
 
 

@@ -19,22 +19,22 @@ HEIGHT, GAP, RISE, DOUBLE = (
     0.32,
     0.95,
     0.05,
-)  # inches: of a box, between boxes, from layer to layer, of frames
-CHARACTER, MARGIN = 0.088, 0.26  # inches: of one in a box, of what stands around them
+)  # inches: the height of a box, between boxes, from layer to layer, between the two lines of a double frame
+CHARACTER, MARGIN = 0.088, 0.26  # inches: the width of a character in a box, of the space around the name
 ARRIVAL = 0.14  # inches between two arrows that end at one box
 PASSING = 0.2  # inches that an arrow needs between two boxes
-SWEEPS = 8  # up and down through the layers; the orders of small graphs stand still after two or three
+SWEEPS = 8  # passes up and down through the layers; in small graphs the order no longer changes after two or three
 
 Node = tuple[str, int]
-"""A variable in its layer, or (where an arrow to it passes a layer) a place that is kept free for the arrow."""
+"""(name, layer) of a variable, or of a place that is left free for an arrow that passes through the layer."""
 
 
 def plot_causal_model(model: CausalModel, variables: Sequence[str] = (), path: str | Path | None = None) -> Figure:
     """The graph of a causal model: each variable above its parents, an arrow from each parent to it.
 
     Args:
-        variables: those that are searched for, which are shown in colour.
-        path: of a PNG; without one the figure is only returned, as a notebook shows it.
+        variables: the variables that are searched for; they are shown in colour.
+        path: where to write a PNG; None: the figure is only returned, and a notebook shows it.
 
     Raises:
         ValueError: a variable that the model does not have.
@@ -58,17 +58,17 @@ def plot_causal_model(model: CausalModel, variables: Sequence[str] = (), path: s
     room = figure.get_size_inches()[0] - 0.3
     axis.set_xlim(
         (width - room) / 2, (width + room) / 2
-    )  # one unit is an inch, or the boxes would not fit their text
+    )  # one unit is one inch; otherwise the boxes would not fit their text
     axis.set_ylim(-HEIGHT / 2 - 0.05, (len(layers) - 1) * RISE + HEIGHT / 2 + DOUBLE + 0.05)
     axis.set_aspect("equal")
     axis.axis("off")
     for chain in links:
         points = [centres[node] for node in chain]
         together = sorted(centres[other[-2]][0] for other in links if other[-1] == chain[-1])
-        # Arrows end side by side, in the order in which they come.
-        aside = (together.index(points[-2][0]) - (len(together) - 1) / 2) * ARRIVAL
+        # Arrows end side by side, in the order in which they start.
+        shift = (together.index(points[-2][0]) - (len(together) - 1) / 2) * ARRIVAL
         edge = DOUBLE if chain[-1][0] == model.output else 0.0
-        points[-1] = (points[-1][0] + aside, points[-1][1] - edge)
+        points[-1] = (points[-1][0] + shift, points[-1][1] - edge)
         _arrow(axis, points, chain[0][0] in variables)
     for name in names:
         x, y = centres[_node(name, layers)]
@@ -78,7 +78,7 @@ def plot_causal_model(model: CausalModel, variables: Sequence[str] = (), path: s
 
 
 def _layered(model: CausalModel) -> tuple[list[list[Node]], list[list[Node]]]:
-    """The nodes of each layer, from below, and each arrow as the nodes that it passes."""
+    """The nodes of each layer, from the lowest layer up, and each arrow as the list of nodes that it passes."""
     depth = dict.fromkeys(model.inputs, 0)
     for name, parents in model.parents.items():
         depth[name] = 1 + max((depth[parent] for parent in parents), default=0)
@@ -154,7 +154,7 @@ def _node(name: str, layers: list[list[Node]]) -> Node:
 
 
 def _arrow(axis: Axes, points: Sequence[tuple[float, float]], searched: bool) -> None:
-    """From the upper edge of a box to the lower edge of another, through the places kept free for it."""
+    """From the upper edge of a box to the lower edge of another, through the places left free for it."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     ys[0], ys[-1] = ys[0] + HEIGHT / 2 + 0.02, ys[-1] - HEIGHT / 2 - 0.04
     corners, codes = [(xs[0], ys[0])], [Curve.MOVETO]

@@ -1,4 +1,4 @@
-"""Which sites stand in which row and column of a heat map."""
+"""The row and the column of a heat map that each site belongs to."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Grid:
     """Layers as rows, positions or heads as columns.
 
     Attributes:
-        rows: (component, layer, heads) of each; no heads where they are columns.
+        rows: (component, layer, heads) of each row; heads is None if the columns are heads.
         columns: the names of positions or of heads.
-        positions: of all the sites.
-        by_head: whether the columns are heads. Each position then has a panel of its own.
+        positions: all positions of the sites.
+        by_head: whether the columns are heads. Each position then has its own panel.
     """
 
     rows: tuple[tuple[str, int | None, tuple[int, ...] | None], ...]
@@ -34,7 +34,7 @@ class Grid:
 
     @classmethod
     def with_heads(cls, sites: Sequence[Site]) -> Grid:
-        """Layer × head where each site is a single head of one component and these differ, else layer × position."""
+        """Layer × head if each site is a single head of one component and the heads differ, else layer × position."""
         alone = [site.heads[0] for site in sites if site.heads is not None and len(site.heads) == 1]
         components = {site.component for site in sites}
         if len(alone) < len(sites) or len(set(alone)) < 2 or len(components) > 1:
@@ -55,7 +55,7 @@ class Grid:
         return self.rows.index((site.component, site.layer, site.heads)), self.columns.index(site.positions)
 
     def panel(self, label: str, site: Site) -> str:
-        """The panel in which a method's score at a site stands."""
+        """The name of the panel that shows a method's score at a site."""
         return f"{label}, position {site.positions}" if self.by_head and len(self.positions) > 1 else label
 
     def column_axis(self) -> str:
@@ -65,7 +65,7 @@ class Grid:
         return "head" if len(self.positions) > 1 else f"head  (position {self.positions[0]})"
 
     def names(self) -> tuple[str, list[str]]:
-        """The title of the rows' axis and their labels: layers alone where nothing else differs."""
+        """The title of the rows' axis and their labels, which are layers alone if nothing else differs."""
         kinds = {(component, heads) for component, _, heads in self.rows}
         if len(kinds) == 1 and None not in {layer for _, layer, _ in self.rows}:
             component, heads = next(iter(kinds))

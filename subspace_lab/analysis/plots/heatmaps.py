@@ -1,6 +1,6 @@
-"""Pictures of results. Nothing is computed here: every number shown is read from the result.
+"""Heat maps of scores. Nothing is computed here: every number is read from the result.
 
-The text under each picture says what it can and cannot show.
+The text under each picture says what the picture can and cannot show.
 """
 
 from __future__ import annotations
@@ -31,46 +31,51 @@ SIGNED = LinearSegmentedColormap.from_list(
 )
 MASKED = (0.89, 0.89, 0.89, 1.0)  # grey: a cell that is no higher than the highest null
 
-# Of a cell without a score: grey, which the ramp of the scores does not have.
+# How a cell without a score looks. It is grey: the colours of the scores contain no grey.
 _SCREENED: dict[str, Any] = {"facecolor": "#fafafa", "edgecolor": "#d6d6d6", "hatch": "////", "linewidth": 0}
-_HATCHED = "Hatched: spared, in brackets the site's score in the screen, on dev. "
-_IIA_CAUTION = (
-    "A high IIA says that this subspace suffices to move the answer as the variable would; it does not say that "
-    "the model has only this one, nor that its axes mean anything"
+_HATCHED = (
+    "Hatched: not searched, because the screen left the site out; in brackets its screening score, on dev pairs. "
 )
-_SMALL = "Small: the 95 % interval of one fit, or ± the standard deviation over seeds or draws (×). "
+_IIA_CAUTION = (
+    "A high IIA says that exchanging this subspace is enough to change the answer as the variable would; it does not "
+    "say that the model has only this one, or that its axes mean anything"
+)
+_SMALL = (
+    "Small numbers: the 95 % interval of one fit, or ± the standard deviation over several seeds or draws (×). "
+)
 _EFFECT_CAUTION = (
-    "A large value says that the exchange moves the answer; it does not say that nothing else in the model would move "
-    "it, nor that the model does so by itself"
+    "A large value says that the exchange changes the answer; it does not say that nothing else in the model would "
+    "change it, or that the model does so by itself"
 )
 
 
 def iia_heatmap(
     fits: Fits, twin: Fits | None = None, path: str | Path | None = None, *, metric: str = "iia"
 ) -> Figure:
-    """Scores on the test pairs by layer and position: a panel for each method, all on the same colours.
+    """Scores on the test pairs by layer and position: one panel for each method, all with the same colour scale.
 
-    Where the sites are single heads, the columns are the heads, and each position has panels of its own. A cell holds
-    the mean over seeds and, small, the 95 % interval of a single fit or the standard deviation over seeds. The
-    colours start at the highest null: the floors (no intervention, best constant answer), the highest draw of a random
-    subspace, the twin's highest score. A cell that is no higher is grey. Scores that are no shares, such as log odds,
-    have colours that start at 0, one for each side. A hatched cell was spared, since a screen left out its site; in it
-    stands, in brackets, what the site reached in the screen on the dev pairs, which is no score of the cell.
+    If the sites are single heads, the columns are the heads, and each position has its own panels. A cell shows
+    the mean over seeds and, in small print, the 95 % interval of a single fit or the standard deviation over seeds.
+    The colours start at the highest null: the floors (no intervention, best constant answer), the highest draw of a
+    random subspace, or the twin's highest score. A cell that is not higher is grey. Scores that are not shares, such
+    as log odds, have colours that start at 0: one colour for positive values, another for negative ones. A hatched
+    cell was not searched, because a screen left out its site. In brackets it shows the site's score in the screen, on
+    the dev pairs, which cannot be compared with the scores of the other cells.
 
     Args:
-        fits: of a sweep. Methods, ranks, seeds and learning rates may be several.
-        twin: of the same sweep on a randomly initialised twin of the model; None where none was searched. Shown is
-            the method of the best fit.
-        path: of a PNG; without one the figure is only returned, as a notebook shows it.
+        fits: from a sweep, with one or several methods, ranks, seeds and learning rates.
+        twin: fits of the same sweep on a randomly initialised twin of the model; None if no twin was searched. Only
+            the method of the best fit is shown.
+        path: where to write a PNG; None: the figure is only returned, and a notebook shows it.
         metric: the score that is drawn.
 
     Raises:
-        TypeError: something else than fits; the name of a file in the twin's place.
+        TypeError: anything but fits; a file name in the place of the twin.
         ValueError: nothing to draw, a metric that was not scored, variables at several sites, a twin without the same
             method and sites, or a path that does not end in .png.
         FileNotFoundError: the path's folder does not exist.
     """
-    instance(fits, Fits, "What is drawn", "the first argument is what search(…) or sweep(…) gave")
+    instance(fits, Fits, "The first argument", "give the result of search(…) or sweep(…)")
     if twin is not None:
         hint = "those of a randomly initialised twin; the name of a file is given as path='scores.png'"
         instance(twin, Fits, "twin, the second argument,", hint)
@@ -78,9 +83,9 @@ def iia_heatmap(
     if not fits:
         raise ValueError("No fits to draw.")
     best = fits.best(metric)
-    # By label: `where` takes "DifferenceOfMeans" for every rank of it.
+    # Compared by label: `where(method="DifferenceOfMeans")` would select every rank of it.
     grid = Grid.with_heads([*(fit.site for fit in fits), *(Site.parse(one.place) for one in fits.screened)])
-    spared = [(one.method, one) for one in fits.screened if one.method in fits.methods]
+    left_out = [(one.method, one) for one in fits.screened if one.method in fits.methods]
     drawn = [(label, m) for label in fits.methods for m in fits.mean(metric=metric) if m.method.label == label]
     if twin is not None:
         same = twin.where(method=best.method)
@@ -88,23 +93,23 @@ def iia_heatmap(
             raise ValueError(f"The model was searched at {_places(fits)}, its twin at {_places(twin)}.")
         name = f"randomly initialised twin: {best.method.label}"
         drawn += [(name, m) for m in same.mean(metric=metric)]
-        spared += [(name, one) for one in same.screened]
+        left_out += [(name, one) for one in same.screened]
     panels: dict[str, list[Mean]] = {}
     for label, mean in drawn:
         panels.setdefault(grid.panel(label, mean.fits[0].site), []).append(mean)
     hatched: dict[str, dict[Site, Screened]] = {}
-    for label, one in spared:  # the seeds of a cell stand in it once
+    for label, one in left_out:  # once for each cell, not once for each seed
         hatched.setdefault(grid.panel(label, Site.parse(one.place)), {})[Site.parse(one.place)] = one
     legible = max(len(grid.rows), len(grid.columns)) <= MOST_NUMBERS
     wide = max(2.4, (0.85 if not grid.by_head else 0.64 if legible else 0.24) * len(grid.columns))
     across = min(len(panels), max(1, int(11 / wide)))
     if grid.by_head and across > len(grid.positions):
-        across -= across % len(grid.positions)  # the positions of a method beside each other
+        across -= across % len(grid.positions)  # the positions of a method are side by side
     down = -(-len(panels) // across)
     size = wide * across, max(0.7, len(grid.rows) * (0.6 if legible else 0.2)) * down
-    beside = "; no twin was searched" if twin is None else ": see the controls and the twin"
+    comparison = "; no twin was searched" if twin is None else ": compare it with the controls and the twin"
     null, null_is = _highest_null(fits, twin, metric)
-    lowest = min(null, 0.95)  # a scale needs a length
+    lowest = min(null, 0.95)  # the colour scale needs a length above 0
     largest = _size_of_effects([mean for _, mean in drawn], metric)
     scale, colours = (Normalize(lowest, 1), COLOURS) if largest is None else (Normalize(-largest, largest), SIGNED)
     figure = new_figure(
@@ -117,7 +122,7 @@ def iia_heatmap(
             if largest is None
             else "The colours start at 0, blue above and brown below."
         ),
-        f"{_IIA_CAUTION if largest is None else _EFFECT_CAUTION}{beside}.",
+        f"{_IIA_CAUTION if largest is None else _EFFECT_CAUTION}{comparison}.",
     )
     axes = figure.subplots(down, across, sharey=True, squeeze=False)
     to = "–" if largest is None else ", "
@@ -142,7 +147,7 @@ def iia_heatmap(
         bar.ax.axhline(lowest, color=ACCENT, linewidth=2.4, clip_on=False)
     if hatched:
         figure.legend(
-            handles=[Rectangle((0, 0), 1, 1, label="screened: spared", **_SCREENED)],
+            handles=[Rectangle((0, 0), 1, 1, label="left out by the screen", **_SCREENED)],
             loc="upper right", fontsize=7.5, labelcolor=INK, frameon=False,
         )  # fmt: skip
     save_figure(figure, path)
@@ -150,7 +155,10 @@ def iia_heatmap(
 
 
 def _size_of_effects(means: Sequence[Mean], metric: str) -> float | None:
-    """The largest size of a score whose values or intervals leave 0 to 1, so that it is no share; None of shares."""
+    """The largest absolute score, if a value or an interval goes beyond 0 to 1, so that the scores are not shares.
+
+    None for shares.
+    """
     scores = [fit.score(metric) for mean in means for fit in mean.fits]
     if all(0 <= limit <= 1 for one in scores for limit in (one.low, one.value, one.high)):
         return None
@@ -166,7 +174,12 @@ def _draw_grid(
     to: str | None,
     null: float,
 ) -> None:
-    """One panel; `to` stands between the limits of an interval, None where numbers could not be read."""
+    """One panel.
+
+    Args:
+        to: what is written between the limits of an interval; None: no numbers, because they would be too small.
+        null: cells up to this value are grey.
+    """
     frame(axis, grid.columns, grid.names()[1])
     axis.set_xlabel(grid.column_axis(), fontsize=9, color=INK)
     for mean in means:
@@ -183,12 +196,12 @@ def _draw_grid(
 
 
 def _number(value: float) -> str:
-    """Two decimals; what rounds to 0 has no sign."""
+    """Two decimals; a value that rounds to 0 has no sign."""
     return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
 
 
 def _draw_screened(axis: Axes, grid: Grid, cells: Mapping[Site, Screened], legible: bool) -> None:
-    """Cells without a score of their own."""
+    """The cells of sites that the screen left out."""
     for site, one in cells.items():
         row, column = grid.cell(site)
         axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **_SCREENED))
@@ -200,7 +213,7 @@ def _draw_screened(axis: Axes, grid: Grid, cells: Mapping[Site, Screened], legib
 
 
 def _places(fits: Fits) -> list[str]:
-    """The places of all cells, those that were spared among them."""
+    """The places of all cells, including those that the screen left out."""
     return list(dict.fromkeys([*fits.places, *(one.place for one in fits.screened)]))
 
 
@@ -214,7 +227,7 @@ def _floors(fits: Fits, twin: Fits | None) -> str:
 
 
 def _highest_null(fits: Fits, twin: Fits | None, metric: str) -> tuple[float, str]:
-    """The highest score that is reached without the variable, and what it is."""
+    """The highest score that is reached without the variable, and a sentence that names it."""
     nulls = {"the higher floor": fits.floors["test"].highest}
     for name, of in (
         ("a random subspace", [fit for fit in fits if isinstance(fit.method, RandomSubspace)]),

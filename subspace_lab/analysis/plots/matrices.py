@@ -1,4 +1,4 @@
-"""Pictures of comparisons: the matrix of a measure, its means beside their nulls, and spectra of angles."""
+"""Pictures of comparisons: the matrix of a measure, its means with their nulls, and spectra of angles."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from subspace_lab.analysis.plots.cells import COLOURS, MOST_NUMBERS, cell, finis
 from subspace_lab.analysis.plots.grids import Grid
 from subspace_lab.core.sites import Site
 
-SMALL_NUMBERS = 24  # rows up to which small numbers can be read
+SMALL_NUMBERS = 24  # subspaces, at most, for which small numbers in the cells can be read
 PALE = (0.945, 0.945, 0.945, 1.0)
 MASKED: dict[str, Any] = {"facecolor": "#fafafa", "edgecolor": "#c4c4c4", "hatch": "/////", "linewidth": 0}
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 CAUTION = (
     "The subspaces were trained from independent starts. A low overlap at high IIA does not mean different mechanisms, "
-    "since the data do not identify the span; where the IIA is at its floor an overlap means nothing."
+    "because the data do not determine the span. If the IIA is at its floor, an overlap means nothing."
 )
 FORMULAS = {
     "overlap": "overlap  tr(P₁P₂) / min(k₁, k₂)",
@@ -73,16 +73,16 @@ class Matrix(Protocol):
 
 
 def overlap_heatmap(comparison: Matrix, path: str | Path | None = None) -> Figure:
-    """The measure of each subspace with each; where means were taken, these beside their nulls.
+    """The measure of each subspace with each other one; beside it the means with their nulls, if there are means.
 
-    A measure that is the same both ways is a triangle. One panel a position, layer against layer, where the labels are
-    sites and every position has several layers; else one matrix of all. Cells inside the 95 % band of random subspaces
-    are pale and marked; those of fits at their floor are hatched and count in no mean. Where these are
-    most of many, they are not shown.
+    A symmetric measure is drawn as a triangle. If the labels are sites and every position has several layers, there
+    is one panel for each position, layer against layer; otherwise there is one matrix for all. Cells inside the 95 %
+    band of random subspaces are pale and marked. Cells of fits at their floor are hatched and count in no mean. If
+    there are many fits and most of them are at their floor, these are not shown.
 
     Args:
         comparison: from `compare`.
-        path: of a PNG; without one the figure is only returned, as a notebook shows it.
+        path: where to write a PNG; None: the figure is only returned, and a notebook shows it.
 
     Raises:
         TypeError: fits that were not compared yet.
@@ -90,7 +90,7 @@ def overlap_heatmap(comparison: Matrix, path: str | Path | None = None) -> Figur
     """
     if not isinstance(comparison, Matrix):
         raise TypeError(
-            f"overlap_heatmap draws what compare(fits) gives; found {type(comparison).__name__}. Write "
+            f"overlap_heatmap draws the result of compare(fits); found {type(comparison).__name__}. Write "
             "overlap_heatmap(compare(fits))."
         )
     check_picture(path)
@@ -109,21 +109,21 @@ def overlap_heatmap(comparison: Matrix, path: str | Path | None = None) -> Figur
     what = f"{comparison.measure[:1].upper()}{comparison.measure[1:]}"
     floors = " Hatched: the IIA is at its floor, not counted." if not all(comparison.counts) else ""
     if len(shown) < len(comparison.labels):
-        floors = f" Of {len(comparison.labels)} fits those at their floor are not shown."
+        floors = f" There are {len(comparison.labels)} fits; those at their floor are not shown."
     bands = "; ".join(_band(ranks, chance) for ranks, chance in comparison.chance.items())
     figure = new_figure(
         (across * size + 1.9 + (4.2 if beside else 0), height),
         f"{what} of the subspaces found{f', {compared}' if compared else ''}",
         *([comparison.sentence] if beside else []),
         f"Independent random (Haar) subspaces of a stream of width {comparison.width}: {bands} (marked on the "
-        "colour bar). Cells in the band or below it are pale; one random pair of twenty falls outside the band."
+        "colour bar). Cells in the band or below it are pale. By chance, 1 of 20 random pairs is outside the band."
         f"{floors}",
         CAUTION,
     )
     upper: FigureBase = figure
     if beside:
         upper, right = figure.subfigures(1, 2, width_ratios=[across * size + 1.9, 4.2], squeeze=False)[0]
-        # As high as its lines need, beside a matrix of any height.
+        # Its height depends on its own lines, not on the height of the matrix.
         lines = 2 + len(comparison.nulls) + (comparison.within is not None)
         high = min(0.75 * lines + 0.6, height)
         rest = max(height - high, 1e-3)
@@ -146,7 +146,7 @@ def overlap_heatmap(comparison: Matrix, path: str | Path | None = None) -> Figur
 
 
 def draw_levels(comparison: Matrix, axis: Axes) -> None:
-    """The means across and within with their 95 % intervals and every pair, above the bands of the nulls."""
+    """The means across and within, with their 95 % intervals and every pair; below them the bands of the nulls."""
     what, yardstick = comparison.facets
     levels = [(f"across {what}s", comparison.across), (f"two {yardstick}s at one site", comparison.within)]
     levels = [(name, level) for name, level in levels if level is not None]
@@ -170,7 +170,7 @@ def draw_levels(comparison: Matrix, axis: Axes) -> None:
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_xlabel(comparison.measure, fontsize=9, color=INK)
-    axis.set_title("mean and 95 % interval; nulls: mean and 95 % of pairs", fontsize=8, color=INK, loc="left")
+    axis.set_title("mean, 95 % interval; nulls: mean, 95 % of pairs", fontsize=8, color=INK, loc="left")
     axis.tick_params(length=2, colors=INK, labelsize=8)
     axis.spines[["top", "right", "left"]].set_visible(False)
     low, high = axis.get_xlim()
@@ -184,28 +184,29 @@ def angle_spectrum(
     *,
     ax: Axes | None = None,
 ) -> Figure:
-    """Principal angles of pairs of subspaces in degrees, ascending, against those of random subspaces.
+    """Principal angles of pairs of subspaces in degrees, ascending, with those of random subspaces.
 
     Args:
-        angles: {what two subspaces: `principal_angles` of them, in radians}, all of the null's ranks.
+        angles: {name of a pair: its `principal_angles`, in radians}; each pair has the ranks of the null.
         null: from `haar_angles`.
-        ax: to draw on, instead of a figure of its own.
+        ax: the axis to draw on; None makes a new figure.
 
     Raises:
-        ValueError: nothing to draw; another number of angles than the null has.
+        ValueError: nothing to draw, or a number of angles that is not that of the null.
     """
     check_picture(path)
     if not angles:
         raise ValueError("No angles to draw.")
     wrong = {name: len(of) for name, of in angles.items() if len(of) != len(null.mean)}
     if wrong:
-        raise ValueError(f"The null has {len(null.mean)} angles; there are {wrong}.")
+        raise ValueError(f"The null has {len(null.mean)} angles; these pairs have others: {wrong}.")
     if ax is None:
         figure = new_figure(
             (6.4, 3.6),
             "Principal angles",
-            f"Grey: independent random (Haar) subspaces, mean and 95 % band of each angle, {null.draws} draws. Small "
-            "first angles alone are no finding: some lie low by chance. 0°: a direction of both; 90°: none.",
+            f"Grey: independent random (Haar) subspaces, mean and 95 % band of each angle, {null.draws} draws. A small "
+            "first angle alone is not a finding, because random subspaces have small ones too. 0°: a direction that "
+            "both have; 90°: orthogonal directions.",
         )
         ax = figure.subplots()
     else:
@@ -237,7 +238,7 @@ def _degrees(radians: float) -> float:
 
 
 def _scale(comparison: Matrix) -> Normalize:
-    """0 to 1 for shares; else from 0, or below where there are negative values, to the largest."""
+    """0 to 1 for shares; otherwise from 0, or from the lowest value if that is negative, to the largest."""
     values = [value for row in comparison.matrix for value in row]
     least, most = min(values), max(values)
     if least >= -1e-9 and most <= 1 + 1e-9:
@@ -248,10 +249,10 @@ def _scale(comparison: Matrix) -> Normalize:
 def _draw(
     axis: Axes, comparison: Matrix, members: Sequence[int], ticks: Sequence[str], scale: Normalize, most: int
 ) -> None:
-    """One panel; of a measure that is the same both ways the triangle below the diagonal, where it is the best."""
+    """One panel; for a symmetric measure only the triangle below the diagonal."""
     if len(members) == 1:
         axis.axis("off")
-        axis.text(0, 0.5, f"{ticks[0]} alone:\nnothing to compare", fontsize=9, color=INK, va="center")
+        axis.text(0, 0.5, f"Only {ticks[0]}:\nnothing to compare it with", fontsize=9, color=INK, va="center")
         return
     triangle = comparison.symmetric
     rows, columns = (members[1:], members[:-1]) if triangle else (members, members)
@@ -292,7 +293,7 @@ def _draw(
 
 
 def _panels(labels: Sequence[str]) -> tuple[str, dict[str, tuple[list[int], list[str]]]]:
-    """(what is compared, {title of a panel: (its members, their ticks)})."""
+    """(what is compared, {title of a panel: (the indices of its subspaces, their labels)})."""
     whole = "", {"": (list(range(len(labels))), list(labels))}
     try:
         sites = [Site.parse(label) for label in labels]
