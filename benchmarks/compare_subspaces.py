@@ -15,6 +15,10 @@ fits on a randomly initialised twin.
     loreft   an adapter of rank 4 at the site that dev chooses, taught to answer as if the variable had its other value:
              what it reads and what it writes against what DAS finds there. About 2 minutes.
 
+What was seen across models: the spans of three independently trained models overlap as random ones do (.06, two seeds
+of one model .37), a quarter is shared once the states are mapped onto each other (ridge .25), and what the subspaces do
+is nearly the same (cosine of effects .92 [.87, .96], two seeds of one model .97).
+
 Parts that are run alone are put together in the file of --json; the pictures lie beside it.
 """
 

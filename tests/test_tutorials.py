@@ -31,7 +31,14 @@ RANGES = {
         "twin_iia": (0.35, 0.65),
         "set_found": (0.9, 1.0),
         "set_controls": (0.5, 0.88),
-    }
+    },
+    "02_hierarchical_equality": {
+        "layer_1": (0.75, 1.0),
+        "layer_3": (0.45, 0.56),
+        "not_trained": (0.45, 0.56),
+        "pool_train": (0.57, 0.9),
+        "pool_test": (0.45, 0.56),
+    },
 }
 
 
