@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import machine
+from harness import machine, today
 
 from subspace_lab.analysis.compared import read
 from subspace_lab.analysis.comparisons import Comparison, compare, spectra
@@ -348,6 +348,7 @@ def main() -> None:
                 }  # fmt: skip
                 whole = {
                     "name": "compare_subspaces",
+                    "date": today(),
                     "settings": settings,
                     "machine": machine("cpu"),
                     "results": found,

@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from harness import summary
+from harness import summary, today
 
 from subspace_lab.core.files import write_json
 from subspace_lab.das.methods import DAS, RandomSubspace
@@ -118,5 +118,12 @@ if options.json:
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(
-        options.json, {"name": "distributive_law", "settings": settings, "machine": machine, "results": results}
+        options.json,
+        {
+            "name": "distributive_law",
+            "date": today(),
+            "settings": settings,
+            "machine": machine,
+            "results": results,
+        },
     )

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from harness import clock, figure, machine
+from harness import clock, figure, machine, today
 from smollm2_model import smollm2
 
 from subspace_lab.core.files import write_json
@@ -203,7 +203,12 @@ def main() -> None:
         )
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        whole: dict[str, Any] = {"name": "emoji_chatbot", "machine": machine(args.device), "results": results}
+        whole: dict[str, Any] = {
+            "name": "emoji_chatbot",
+            "date": today(),
+            "machine": machine(args.device),
+            "results": results,
+        }
         whole["settings"] = {"chosen": asdict(settings[best]), "seeds": seeds, "quick": args.quick}
         whole["settings"] |= {"examples": EXAMPLES, "new tokens": NEW_TOKENS}
         whole["tried on dev"] = table

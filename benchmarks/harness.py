@@ -95,6 +95,11 @@ def print_peak(device: str, steps: Callable[[], Any]) -> None:
     print(int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024)
 
 
+def today() -> str:
+    """The day, as 2026-01-31."""
+    return time.strftime("%Y-%m-%d")
+
+
 def machine(device: str) -> dict[str, Any]:
     """What the figures were taken on, without naming the host."""
     packages = {}
@@ -120,6 +125,12 @@ def report(
     for key, f in results.items():
         print(f"  {key:42s} {f['median']:10.4g}  [{f['low']:.4g}, {f['high']:.4g}]  n={f['n']}")
     if path is not None:
-        whole = {"name": name, "settings": dict(settings), "machine": machine(device), "results": dict(results)}
+        whole = {
+            "name": name,
+            "date": today(),
+            "settings": dict(settings),
+            "machine": machine(device),
+            "results": dict(results),
+        }
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(whole, indent=2) + "\n")

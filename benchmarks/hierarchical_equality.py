@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from harness import summary
+from harness import summary, today
 
 from subspace_lab.core.files import write_json
 from subspace_lab.das.methods import DAS, RandomSubspace
@@ -136,5 +136,11 @@ if options.json:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         options.json,
-        {"name": "hierarchical_equality", "settings": settings, "machine": machine, "results": results},
+        {
+            "name": "hierarchical_equality",
+            "date": today(),
+            "settings": settings,
+            "machine": machine,
+            "results": results,
+        },
     )

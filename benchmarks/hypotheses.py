@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from harness import today
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subspace_lab
@@ -123,4 +124,7 @@ if options.json:
         "torch": torch.__version__,
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.json, {"name": "hypotheses", "settings": settings, "machine": machine, "results": results})
+    write_json(
+        options.json,
+        {"name": "hypotheses", "date": today(), "settings": settings, "machine": machine, "results": results},
+    )

@@ -37,7 +37,7 @@ import quality_smollm2 as smollm2
 import quality_stories as stories
 import torch
 import transformers
-from harness import figure, machine, peak_memory, print_peak
+from harness import figure, machine, peak_memory, print_peak, today
 from quality_methods import Method
 from quality_runs import Kept, NotKept, paired_interval
 from rich import box
@@ -221,7 +221,7 @@ def one_recipe(args: argparse.Namespace, assets: Path) -> None:
     figures = recipes.run(recipe, args.device)
     print(json.dumps(figures, indent=2))
     if args.json is not None:
-        whole = {"name": f"reft_quality, {args.recipe}", "settings": asdict(recipe)}
+        whole = {"name": f"reft_quality, {args.recipe}", "date": today(), "settings": asdict(recipe)}
         write_json(
             args.json, json.loads(json.dumps({**whole, "machine": machine(args.device), "results": figures}))
         )
@@ -346,7 +346,7 @@ def main() -> None:
 
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"name": "reft_quality", "settings": settings, "machine": machine(args.device)}
+        whole = {"name": "reft_quality", "date": today(), "settings": settings, "machine": machine(args.device)}
         write_json(args.json, json.loads(json.dumps({**whole, "results": results, "table": table})))
 
 

@@ -1,0 +1,52 @@
+"""The page of the benchmarks is what their results say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import write_readme  # noqa: E402
+
+RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+
+
+def test_the_page_is_written_from_the_results() -> None:
+    assert (BENCHMARKS / "README.md").read_text(encoding="utf-8") == write_readme.whole(), (
+        "run `python benchmarks/write_readme.py`"
+    )
+
+
+def test_every_result_and_every_picture_is_on_it() -> None:
+    assert {path.stem for path in RESULTS} == set(write_readme.FIRST)
+    pictures = {picture for _, of in write_readme.FIRST.values() for picture in of}
+    assert {path.name for path in (BENCHMARKS / "results").glob("*.png")} == pictures
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_name_a_day_a_machine_and_figures(path: Path) -> None:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["date"][:2] == "20" and len(found["date"]) == 10
+    assert found["machine"]["torch"] and found["machine"]["threads"] >= 1
+    assert all({"median", "n"} <= set(of) for of in found["results"].values())
+    assert (BENCHMARKS / f"{write_readme.SCRIPTS.get(path.stem, path.stem)}.py").is_file()
+
+
+def test_numbers_are_readable() -> None:
+    assert write_readme.number(1923938) == "1,923,938" and write_readme.number(0.98738) == "0.9874"
+    assert write_readme.line("a", {"median": 1.0, "low": 1.0, "high": 1.0, "n": 1}) == "| a | 1 |  | 1 |"
+    assert write_readme.line("a", {"median": 0.5, "low": 0.25, "high": 1, "n": 3}) == "| a | 0.5 | 0.25 to 1 | 3 |"
+
+
+def test_it_needs_nothing_installed() -> None:
+    asked = "import sys, write_readme; print('torch' in sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-S", "-c", asked], cwd=BENCHMARKS, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "False"
