@@ -161,7 +161,7 @@ def test_a_search_that_finds_nothing_says_so(tmp_path):
     options = ["--layers", "1", "--steps", "20", "--pairs", "100", "--test-pairs", "100", "--no-twin", *DAS_ALONE]
     nothing = search(*options, "--positions", "amount", "--out", tmp_path / "amount")
     something = search(*options, "--positions", "last", "--out", tmp_path / "last")
-    assert "nothing was found" in nothing.stdout and "nothing was found" not in something.stdout
+    assert "show no effect" in nothing.stdout and "show no effect" not in something.stdout
 
 
 def test_several_methods_ranks_and_seeds(tmp_path):

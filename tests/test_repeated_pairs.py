@@ -31,6 +31,7 @@ def test_a_pair_that_comes_eight_times_is_one_piece_of_evidence() -> None:
     # A bootstrap over the different pairs against Wilson's interval of them: nearly the same width.
     assert 0.75 < (often.high - often.low) / (once.high - once.low) < 1.3
     assert eight.facts["intervals"] == f"of a bootstrap over {PAIRS} different pairs"
+    assert eight.facts["different test pairs"] == PAIRS
     assert all(line["high"] - line["low"] > 0.05 for line in eight.by_kind())
     assert swept(FullVector(), SITES[:1]).facts["intervals"] == "of independent pairs"
 
@@ -92,7 +93,7 @@ def test_scores_that_show_nothing_say_so() -> None:
     alike = replace(data, answer=torch.zeros_like(data.answer), base_answer=torch.zeros_like(data.answer))
     fits = swept([DAS(1), FullVector()], SITES[:1], pairs=pairs(test=alike))
     assert fits.floors["test"].highest == 1
-    assert "not above the floors: nothing was found" in " ".join(repr(fits).split())
+    assert "not above the floors: these pairs show no effect there" in " ".join(repr(fits).split())
 
 
 def test_floors_are_of_the_metric_that_is_shown() -> None:

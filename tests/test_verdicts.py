@@ -21,6 +21,7 @@ from subspace_lab.analysis.evidence import (
     effect,
     twins_needed,
 )
+from subspace_lab.analysis.illusions import IllusionReport, Part
 from subspace_lab.analysis.judging import judge
 from subspace_lab.analysis.plots.verdicts import verdict_plot
 from subspace_lab.analysis.verdicts import CONCLUSIONS, Verdict
@@ -114,6 +115,48 @@ def test_equal_pairs_count_once():
     for different, expected in ((20, "underpowered"), (40, "supported")):
         labels = {"pair": tuple(str(i % different) for i in range(N))}
         assert conclusion(replace(evidence(), fits=replace(of(fit(1.0)), labels=labels))) == expected
+
+
+def test_equal_pairs_count_once_where_entities_are_known_too():
+    """Entities are the clusters of the interval; which pairs are equal is then told by a fact alone."""
+    labels = {"entity": tuple(str(i % 50) for i in range(N))}
+    for different, expected in ((20, "underpowered"), (40, "supported")):
+        repeated = replace(of(fit(1.0), **{"different test pairs": different}), labels=labels)
+        found = judge(replace(evidence(), fits=repeated))
+        assert found.conclusion == expected and found.check("power").observed == different
+        assert f"400 test pairs, {different} of them different" in found.check("power").because
+
+
+def test_equal_pairs_are_not_held_against_a_fit_twice():
+    """40 different pairs, ten times each: the wide interval says the same as their number."""
+    labels = {"pair": tuple(str(i % 40) for i in range(N))}
+    wide = fit(0.9, half=10**0.5 * 0.0295)
+    worth = judge(replace(evidence(), fits=replace(of(wide), labels=labels))).check("power").observed
+    assert worth == pytest.approx(40, rel=0.05)
+
+
+def test_one_entity_is_one():
+    labels = {"entity": ("Lily",) * N}
+    because = judge(replace(evidence(), fits=replace(of(fit(0.9)), labels=labels))).check("power").because
+    assert "about only 1 entity," in because and "; but" not in because
+
+
+def flagged(is_flagged: bool) -> IllusionReport:
+    both = Part("both", {"v": 1}, {"v": 0.5}, score(0.5))
+    return IllusionReport(
+        str(HERE), {"v": 3}, score(0.9), None, (both,), {"v": 0.9}, {"v": 0.9},
+        {}, {}, is_flagged, "Without what never varies the IIA falls by 0.40.",
+    )  # fmt: skip
+
+
+def test_what_speaks_against_a_supported_claim_stands_in_its_sentence():
+    found = judge(evidence(illusion=flagged(True)))
+    assert found.supported and "Caution: illusion flagged: Without what never varies" in found.reason
+    assert "Caution" not in judge(evidence(illusion=flagged(False))).reason
+    leaking = judge(replace(evidence(), fits=of(fit(0.9), **{"test pairs in training": 12})))
+    assert "Caution: 12 of the 400 test pairs are training pairs too" in leaking.reason
+    assert leaking.check("overlap of the splits").passed is None
+    assert "Caution" not in judge(evidence()).reason
 
 
 def test_pairs_that_share_entities_are_worth_fewer():

@@ -16,6 +16,7 @@ from torch import Tensor
 from subspace_lab.analysis.illusions import IllusionReport
 from subspace_lab.analysis.verdicts import Check
 from subspace_lab.core.estimates import Clusters, estimate, proportion
+from subspace_lab.core.texts import counted
 from subspace_lab.das.fits import Fit, Fits
 from subspace_lab.das.methods import PCA, DifferenceOfMeans, RandomSubspace
 
@@ -122,19 +123,22 @@ def check_number(twins: int, level: float | None) -> None:
 def power(chosen: Fit, fits: Fits) -> Check:
     """Whether an effect of half of what is possible could be distinguished from the floor."""
     floor, n = fits.floors["test"].highest, chosen.iia.n
-    if "pair" in fits.labels:  # some pairs are equal; a repeated pair adds nothing
-        n = min(n, len(set(fits.labels["pair"])))
+    # A repeated pair adds nothing, whatever else is known of the pairs.
+    different = min(n, fits.facts.get("different test pairs", len(set(fits.labels.get("pair", range(n))))))
     wanted, z = floor + HALF * (1 - floor), NormalDist().inv_cdf
     spread = z(1 - LEVEL / 2) * math.sqrt(floor * (1 - floor)) + z(POWER) * math.sqrt(wanted * (1 - wanted))
     needed = math.ceil((spread / (wanted - floor)) ** 2)
     clusters = Clusters.of(fits.labels)
-    worth = n / _design_effect(chosen, clusters)
+    worth = min(different, n / _design_effect(chosen, clusters))
     enough = worth >= needed
-    because = f"{n} test pairs count as {worth:.0f} independent ones; an effect of {HALF} needs {needed}"
+    repeated = f", {different} of them different," if different < n else ""
+    because = f"{n} test pairs{repeated} count as {worth:.0f} independent ones; an effect of {HALF} needs {needed}"
     entities = len(set(fits.labels.get("entity", ())))
     if 0 < entities < FEWEST_CLUSTERS:
         enough = False
-        because += f"; but they are about only {entities} entities, and {FEWEST_CLUSTERS} are needed"
+        because += (
+            f"; they are about only {counted(entities, 'entity', 'entities')}, and {FEWEST_CLUSTERS} are needed"
+        )
     return Check("power", worth, (float(needed),), None, enough, because)
 
 
@@ -164,6 +168,15 @@ def training(chosen: Fit, floor: float | None, seen: Check) -> Check | None:
     learned = iia.low > floor and effect(iia.value, floor) >= MEMORISED
     because = f"IIA {iia} on the training pairs, floor {floor:.2f}; IIA {chosen.iia} on the held-out pairs"
     return Check("training", iia.value, (floor,), None, bool(seen.passed) or not learned, because)
+
+
+def memorisable(fits: Fits) -> Check | None:
+    """How many test pairs are training pairs too; None if none is."""
+    seen, n = fits.facts.get("test pairs in training", 0), fits.facts.get("pairs", {}).get("test")
+    if not seen:
+        return None
+    because = f"{seen} of the {n} test pairs are training pairs too, so their score can be memorised"
+    return Check("overlap of the splits", float(seen), (0.0,), None, None, because)
 
 
 def selection(chosen: Fit) -> Check:

@@ -41,7 +41,13 @@ def judge(evidence: Evidence, level: float | None = None) -> Verdict:
     complement = of.complement(evidence.stays, fits, seen)
     partial = [of.partial_twins(kind, kept, chosen) for kind, kept in evidence.partial.items()]
     made = [power, seen, training, planted, twins, grid, *partial, *controls, random, complement]
-    made += [of.illusion(evidence.illusion), of.baselines(evidence), of.selection(chosen), of.seeds(evidence)]
+    made += [
+        of.memorisable(fits),
+        of.illusion(evidence.illusion),
+        of.baselines(evidence),
+        of.selection(chosen),
+        of.seeds(evidence),
+    ]
     checks = [one for one in made if one is not None]
     checks += [Check(name, None, (), None, None, f"not done: {why}") for name, why in evidence.left_out.items()]
     conclusion = _conclude(
@@ -69,7 +75,7 @@ def judge(evidence: Evidence, level: float | None = None) -> Verdict:
         claim=claim,
         checks=tuple(checks),
         conclusion=conclusion,
-        reason=_reason(conclusion, claim, checks, twins),
+        reason=_reason(conclusion, claim, checks, twins) + _cautions(conclusion, evidence, checks),
         effect=observed - mean,
         interval=(low, high),
         p=twins.p,
@@ -130,6 +136,15 @@ def _reason(conclusion: str, claim: Claim, checks: Sequence[Check], twins: Check
         would = by_name.get("planted variable", by_name["power"])
         return f"{found} No effect was found, but one could have been found ({would.name}: {would.because})."
     return f"{found} {_compared(checks, twins)}"
+
+
+def _cautions(conclusion: str, evidence: Evidence, checks: Sequence[Check]) -> str:
+    """What decides nothing, but has to be known with the conclusion."""
+    by_name = {one.name: one.because for one in checks}
+    said = [by_name[name] for name in ("overlap of the splits",) if name in by_name]
+    if conclusion == "supported" and evidence.illusion is not None and evidence.illusion.flagged:
+        said.append(f"illusion {by_name['illusion']}")
+    return "".join(f" Caution: {one}." for one in said)
 
 
 def _compared(checks: Sequence[Check], twins: Check) -> str:

@@ -1,4 +1,4 @@
-"""Makes texts from outside safe to print on a terminal."""
+"""Texts for people: made safe to print on a terminal, and numbers with their nouns."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def _is_control(character: str) -> bool:
     if character in "\n\t":
         return False
     return unicodedata.category(character) in ("Cc", "Cs") or ord(character) in TURNS
+
+
+def counted(number: int, one: str, several: str) -> str:
+    """A number and its noun: "1 entity", "2 entities"."""
+    return f"{number} {one if number == 1 else several}"

@@ -167,7 +167,9 @@ def _doubts(fits: Fits, chosen: Fit | None, floor: float, metric: str) -> list[s
     """Why the score that dev chose may say nothing."""
     lines = []
     if chosen is not None and metric == "iia" and chosen.iia.low <= floor:
-        lines.append("The site that dev chose is not above the floors: nothing was found.")
+        lines.append(
+            "The interval at the site that dev chose is not above the floors: these pairs show no effect there."
+        )
     if seen := fits.facts.get("test pairs in training"):
         lines.append(
             f"Caution: {seen} of the test pairs are training pairs too. Their scores say what was memorised; search "

@@ -13,7 +13,7 @@ from torch import Tensor
 from subspace_lab.core.estimates import proportion
 from subspace_lab.das._places import TRAINING_SCORED, Places, name_of
 from subspace_lab.das.answered import expect_accuracy
-from subspace_lab.das.equal_pairs import clusters_of, seen_in
+from subspace_lab.das.equal_pairs import clusters_of, different_in, seen_in
 from subspace_lab.das.fits import Floors
 from subspace_lab.das.objectives import Metric
 from subspace_lab.das.pairs import Counterfactuals
@@ -37,6 +37,7 @@ def prepare(places: Places, model: Mapping[str, Any], min_accuracy: float | None
     splits = {"test": test, "dev": places.dev, "train": places.train if train else None}
     without_edit = _try_metrics(places.metrics, splits, places.assignments)
     seen = 0 if callable(pairs.train) else seen_in(pairs.train, pairs.test)
+    different = different_in(pairs.test)
     places.facts |= {
         "task": pairs.task,
         "variables": pairs.variables,
@@ -55,6 +56,7 @@ def prepare(places: Places, model: Mapping[str, Any], min_accuracy: float | None
         "intervals": _intervals(pairs.test),
         "without_edit": without_edit,
         **({"test pairs in training": seen} if seen else {}),
+        **({"different test pairs": different} if different < len(pairs.test) else {}),
         "seeds": places.seeds,
         "engine": test.engine.describe(),
         "unmatched": places.unmatched,

@@ -37,6 +37,11 @@ def clusters_of(pairs: Counterfactuals) -> Clusters | None:
     return Clusters.of(interval_labels(pairs))
 
 
+def different_in(pairs: Counterfactuals) -> int:
+    """How many different pairs there are."""
+    return len(set(keys_of(pairs)))
+
+
 def seen_in(training: Counterfactuals, pairs: Counterfactuals) -> int:
     """How many of some pairs are training pairs too."""
     there = set(keys_of(training))
