@@ -75,6 +75,10 @@ def test_a_folder_gets_its_verdict_and_can_be_checked_further(folder):
     more = check(folder, "--twins", "2", "--seeds", "1", "--resume")
     assert more.exit_code == 0, (more.stderr, more.exception)
     assert len(Verdict.load(folder / "verdict.json").check("twins").null) == 2
+    # Fewer twins would choose among those that were searched.
+    fewer = check(folder, "--twins", "1", "--seeds", "1", "--resume")
+    assert fewer.exit_code == 0 and "2 twins were searched here before" in fewer.stderr
+    assert len(Verdict.load(folder / "verdict.json").check("twins").null) == 2
     # The search itself can go on in its folder, which has a check now.
     resumed = search(*OPTIONS, "--seed", "3", "--resume", "--out", folder)
     assert resumed.exit_code == 0 and "finished" in resumed.stderr, resumed.stderr

@@ -37,7 +37,7 @@ def searched(
 ) -> Path:
     """A folder such as a search leaves."""
 
-    def fits(first: int, test: float) -> Fits:
+    def fits(first: int, test: float, weights: str = weights) -> Fits:
         found = []
         for site in SITES:
             found += [made_fit(site, DAS(3), first + seed, test=test) for seed in seeds]
@@ -47,7 +47,7 @@ def searched(
     folder.mkdir(parents=True)
     fits(0, test).save(folder / "model")
     for i in range(twins):
-        fits(100 * (i + 1), 0.3).save(folder / ("twin" if i == 0 else f"twin{i + 1}"))
+        fits(100 * (i + 1), 0.3, f"twin{i}").save(folder / ("twin" if i == 0 else f"twin{i + 1}"))
     (folder / "results.json").write_text("{}")
     return folder
 
@@ -102,6 +102,17 @@ def test_models_and_searches_of_one_model(tmp_path: Path) -> None:
     assert run(ours, more, "--across", "seed", "--out", tmp_path / "seeds").exit_code == 0
     assert len(told(tmp_path / "seeds")["across"]["values"]) == 6 * 3
     assert told(tmp_path / "seeds")["labels"][-1].startswith("c, block_output[2]@last")
+
+
+def test_one_twin_of_two_runs_is_one_twin_and_different_pairs_are_named(tmp_path: Path) -> None:
+    ours = searched(tmp_path / "a", twins=1, data="11")
+    more = searched(tmp_path / "b", seeds=(7,), twins=1, data="22")
+    result = run(ours, more, "--across", "seed", "--out", tmp_path / "out")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert list(told(tmp_path / "out")["nulls"]) == ["random twin"]
+    assert "a, b: one model, searched with different pairs" in " ".join(result.stderr.split())
+    alone = run(ours, "--across", "seed", "--out", tmp_path / "alone")
+    assert "different pairs" not in alone.stderr
 
 
 def test_one_seed_has_no_yardstick_and_says_so(tmp_path: Path) -> None:

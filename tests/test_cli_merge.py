@@ -121,6 +121,24 @@ def test_nothing_is_written_over(tmp_path):
     assert [path.name for path in full.iterdir()] == ["notes.txt"]
 
 
+def test_an_adapter_is_merged_once(tmp_path):
+    folder, other, out = adapter(tmp_path / "one"), adapter(tmp_path / "two", layers=(1,)), tmp_path / "out"
+    assert merged(folder, "--out", out).exit_code == 0
+    refused("the edit would act twice", folder, "--model", out, "--out", tmp_path / "again")
+    assert merged(other, "--model", out, "--out", tmp_path / "both").exit_code == 0
+    modes = {path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert len(modes) == 1  # whoever may read one of the files may read all
+
+
+def test_an_adapter_that_does_nothing_is_named(tmp_path):
+    config = ReftConfig(rank=2, layers=(0,), positions="all", component="mlp_output", every_token=True)
+    get_reft_model(AutoModelForCausalLM.from_pretrained(SHIPPED), config).save_pretrained(tmp_path / "adapter")
+    done = merged(tmp_path / "adapter", "--out", tmp_path / "out")
+    assert done.exit_code == 0 and "Caution: on 16 tokens the adapter changes no logit" in " ".join(
+        done.stdout.split()
+    )
+
+
 def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise OSError("No space left on device")

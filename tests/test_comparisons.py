@@ -349,13 +349,35 @@ def test_fits_that_know_nothing_are_a_null_over_the_same_kind_of_pairs():
     found = compare(fits, across="layer", within="seed", null=other)
     expected = compare(other, across="layer").across
     assert found.nulls["the null"].mean == pytest.approx(expected.mean) and found.nulls["the null"].draws == 12
-    assert "that of the null" in found.sentence and "the null." in found.sentence
+    assert "that of the null" in found.sentence and "the 12 pairs of the null" in found.sentence
     named = compare(fits, across="layer", null={"twins": [other, grid(seeds=1)], "again": other})
     assert list(named.nulls) == ["twins", "again"]
     # Of two twins only fits of one twin are compared with each other: 12 and 6 pairs.
     assert named.nulls["twins"].draws == 12 + 6
     # Across seeds there may be one site: then two seeds of the null at one site.
     assert compare(grid(), across="seed", null=other).nulls["the null"].draws == 3
+
+
+@pytest.mark.parametrize(("seeds", "few"), [(2, True), (5, False)])
+def test_a_null_of_few_pairs_gives_no_band_and_no_conclusion(seeds: int, few: bool):
+    """One site of two seeds is one pair, of five seeds ten; at two sites of five seeds there are twenty."""
+    null = grid(sites=LAYERS[:2], seeds=seeds)
+    found = compare(grid(), across="seed", null={"a twin": null})
+    drawn = found.nulls["a twin"]
+    assert drawn.few is few and drawn.draws == {2: 2, 5: 20}[seeds]
+    assert ("(too few for a conclusion)" in found.sentence) is few
+    assert (f"all {drawn.draws} pairs" in found.sentence) is few
+    if few:
+        alone = compare(null, across="seed")
+        assert (drawn.low, drawn.high) == pytest.approx((min(alone.across.values), max(alone.across.values)))
+    one = compare(grid(), across="seed", null={"a twin": grid(sites=LAYERS[:1])})
+    assert "(one pair)" in one.sentence and "the 1 pair of a twin" in one.sentence
+
+
+def test_subspaces_that_are_the_whole_space_are_at_chance():
+    """Their overlap is 1 up to rounding, and that of random ones is 1: neither is above the other."""
+    whole = [made_fit(site, DAS(16), seed, rank=16) for site in LAYERS[::2] for seed in (0, 1)]
+    assert "not distinguishable from chance" in compare(made_fits(whole), across="layer").sentence
 
 
 def test_twins_share_starts_with_the_model_and_are_a_null_all_the_same():

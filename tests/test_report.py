@@ -14,6 +14,7 @@ import typer
 from tiny_sweeps import made_fit, made_fits
 from typer.testing import CliRunner
 
+from subspace_lab.analysis._html import nulls
 from subspace_lab.analysis.report import Run, read_run, report, save_report
 from subspace_lab.cli import app
 from subspace_lab.cli.report import command_of
@@ -126,6 +127,14 @@ def test_the_file_stands_alone() -> None:
     assert "http" not in re.sub(r"base64,[^\"]*", "", text) and "@import" not in text and "url(" not in text
 
 
+def test_one_value_is_no_range_and_the_chosen_site_has_its_star() -> None:
+    assert nulls([0.5]) == "0.50" and nulls([0.4, 0.5]) == "0.40 to 0.50 (n = 2)"
+    text = report(Run(Path("run"), fits(), verdict=VERDICT))
+    assert "compared with" in text and "<th>null</th>" not in text
+    starred = [line for line in re.findall(r"<tr style=.*?</tr>", text) if " *</td>" in line]
+    assert len(starred) == 1 and "font-weight:bold" in starred[0] and "*: chosen on dev" in text
+
+
 def test_texts_of_others_are_shown_as_texts() -> None:
     """In the task, the variable, the model, the verdict, the names of files, and the command."""
     hostile = [
@@ -203,6 +212,8 @@ def test_the_command_writes_the_file_and_refuses_other_folders_in_a_line(tmp_pat
         done = CliRunner().invoke(app, ["report", str(tmp_path / name)])
         assert done.exit_code == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
         assert not (tmp_path / name / "report.html").exists()
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file"):
+        save_report(Run(tmp_path, fits()), tmp_path)
 
 
 SETTINGS = {

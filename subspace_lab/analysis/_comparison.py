@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from subspace_lab.analysis.geometry import CONFIDENCE, Chance
 from subspace_lab.analysis.plots.matrices import overlap_heatmap
+from subspace_lab.core.texts import counted
 
 ROUNDING = 1e-9
 
@@ -41,7 +42,7 @@ class Level:
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]"
-        return f"{self.mean:.2f}{interval} ({self.pairs} pairs of {self.fits} fits)"
+        return f"{self.mean:.2f}{interval} ({counted(self.pairs, 'pair', 'pairs')} of {self.fits} fits)"
 
 
 @dataclass(frozen=True, repr=False)
@@ -184,7 +185,7 @@ class Comparison:
                 parts.append(f"not distinguishable from that of two {self.facets[1]}s at one site")
         for name, null in {"chance": self.null, **self.nulls}.items():
             if null is not None:
-                parts.append(f"{_against(one, null)} {name}")
+                parts.append(_against(one, null, name))
         return f"Across {self.facets[0]}s it is {_listed(parts)}." if parts else ""
 
 
@@ -192,16 +193,32 @@ def _listed(parts: list[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 
 
-def _against(level: Level, null: Chance) -> str:
-    """A mean compared with a null: outside the band of 95 % of its pairs, or only distinguishable from its mean."""
-    if not null.low <= level.mean <= null.high:
-        return "above" if level.mean > null.high else "below"
-    if level.low is not None and level.low > null.mean:
-        return "a little above"
-    if level.high is not None and level.high < null.mean:
-        return "a little below"
-    return "not distinguishable from"
+def _against(level: Level, null: Chance, name: str) -> str:
+    """A mean compared with a null: outside the band of 95 % of its pairs, or only distinguishable from its mean.
+
+    Of a null of few pairs it is said only where the mean is among them, which is no finding.
+    """
+    outside = not null.low - ROUNDING <= level.mean <= null.high + ROUNDING
+    side = "above" if level.mean > null.high else "below"
+    if null.few:
+        where = f"{side} all of" if outside else "among"
+        return f"{where} the {counted(null.draws, 'pair', 'pairs')} of {name} (too few for a conclusion)"
+    if outside:
+        return f"{side} {name}"
+    if level.low is not None and level.low > null.mean + ROUNDING:
+        return f"a little above {name}"
+    if level.high is not None and level.high < null.mean - ROUNDING:
+        return f"a little below {name}"
+    return f"not distinguishable from {name}"
 
 
 def _band_text(chance: Chance) -> str:
-    return f"{chance.mean:.2f} (95 % of pairs {chance.low:.2f} to {chance.high:.2f})"
+    return f"{chance.mean:.2f} ({range_text(chance)})"
+
+
+def range_text(chance: Chance) -> str:
+    """Where the pairs of a null lie: 95 % of them, or all if they are few."""
+    if chance.draws == 1:
+        return "one pair"
+    which = f"all {chance.draws}" if chance.few else "95 % of"
+    return f"{which} pairs {chance.low:.2f} to {chance.high:.2f}"

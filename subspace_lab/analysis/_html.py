@@ -78,9 +78,11 @@ def number(value: Any) -> str:
 
 
 def nulls(values: Any) -> str:
-    """The lowest and the highest of some values, and how many there are."""
+    """The lowest and the highest of some values, and how many there are; a single value alone."""
     if isinstance(values, Sequence) and not isinstance(values, str) and values:
         numbers = [x for x in values if isinstance(x, int | float)]
+        if len(numbers) == 1:
+            return f"{numbers[0]:.2f}"
         if numbers:
             return f"{min(numbers):.2f} to {max(numbers):.2f} (n = {len(numbers)})"
     return "–" if values in (None, [], ()) else str(values)

@@ -162,8 +162,14 @@ def _check_cells(
             )
         raise ValueError(
             f"{which}={facet!r} needs two fits that differ in their {facet} and agree in everything else; the {facet}s "
-            f"here are {found}."
+            f"here are {found}, of {_some(items)}."
         )
+
+
+def _some(items: Sequence[Compared], most: int = 4) -> str:
+    """What was found, so that a reader sees in what the fits differ."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(f"{item.label} ({item.method or 'no method'})" for item in items[:most]) + more
 
 
 def _level(

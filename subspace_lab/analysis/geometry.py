@@ -28,6 +28,8 @@ from subspace_lab.core.orthonormal import check_orthonormal, check_rank, random_
 from subspace_lab.core.subspaces import FixedSubspace, Subspace
 
 CONFIDENCE = 0.95
+# A value above 18 draws has a rank of 1 in 19, which is above .05: no band of 95 % can be told from them.
+FEWEST_DRAWS = 19
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Chance:
 
     Attributes:
         mean: in closed form where there is one, else of the draws.
-        low, high: the band.
+        low, high: the band; of fewer than 19 draws the lowest and the highest.
         draws: how many.
         sd: the standard deviation of one pair, in closed form; None where none is known.
     """
@@ -49,11 +51,17 @@ class Chance:
 
     @classmethod
     def of(cls, values: Sequence[float] | np.ndarray) -> Chance:
-        """Mean and band of values that were drawn (ValueError of none)."""
+        """Mean and band of values that were drawn; of a `few`, the lowest and the highest (ValueError of none)."""
         if not len(values):
             raise ValueError("A null of no value has no mean.")
-        low, high = _band(np.asarray(values, dtype=float))
+        drawn = np.asarray(values, dtype=float)
+        low, high = (drawn.min(), drawn.max()) if len(values) < FEWEST_DRAWS else _band(drawn)
         return cls(float(np.mean(values)), float(low), float(high), len(values))
+
+    @property
+    def few(self) -> bool:
+        """Whether there are too few draws for a band that holds 95 %: `low` and `high` are then of all draws."""
+        return self.draws < FEWEST_DRAWS
 
 
 def overlap(a: Subspace | Float[Tensor, "k1 width"], b: Subspace | Float[Tensor, "k2 width"]) -> float:

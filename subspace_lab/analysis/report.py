@@ -111,6 +111,8 @@ def report(run: Run, command: str | None = None) -> str:
 
 def save_report(run: Run, path: str | Path, command: str | None = None) -> None:
     """Write the report under a provisional name, then rename it. Errors as `report`, and OSError."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file, such as {Path(path) / 'report.html'}.")
     text = report(run, command)
     write_text(Path(path), text)
 
@@ -161,7 +163,7 @@ def _verdict_section(verdict: Mapping[str, Any] | None) -> str:
             ]
             for one in checks
         ]
-        said += table(["check", "observed", "null", "p", "passed", "because"], rows)
+        said += table(["check", "observed", "compared with", "p", "passed", "because"], rows)
     return said
 
 

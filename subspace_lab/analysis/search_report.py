@@ -9,6 +9,7 @@ iia.png, overlap.png pictures from `analysis/plots`; the second only if two subs
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +97,11 @@ def print_search(
 def _last_paragraph(verdict: Verdict | str, saves: Saves) -> str:
     if isinstance(verdict, str):
         return f"No verdict. {verdict}"
-    more = f" `subspace-lab check {saves.folder}` compares it with 19 twins." if verdict.preliminary else ""
+    more = (
+        f" `subspace-lab check {shlex.quote(str(saves.folder))}` compares it with 19 twins."
+        if verdict.preliminary
+        else ""
+    )
     return f"{verdict}{more}"
 
 

@@ -75,6 +75,9 @@ def check(
                 raise FileExistsError(
                     f"{folder} already has {begun[0]!r}: --resume goes on with it, or adds to it."
                 )
+            if (before := _twins_of_check(folder / CHECK)) > twins:
+                say(f"{before} twins were searched here before: the verdict counts all of them, not only {twins}.")
+                twins = before
             fits = Fits.load(folder / MODEL)
             asked = asked_again(settings)
             source = Source(None if settings["model"] == SHIPPED else settings["model"], trust_remote_code)
@@ -112,6 +115,14 @@ def check(
             terminal.print(printable(str(one)), markup=False)
         terminal.print(f"Written to {folder}: {VERDICT}, {VERDICT_PICTURE}, {CHECK}.", markup=False)
         terminal.print(printable(str(verdict)), markup=False)
+
+
+def _twins_of_check(folder: Path) -> int:
+    """How many twins an earlier check finished. A verdict must not choose among them."""
+    number = 0
+    while (folder / f"twin_{number + 1}" / "fits.json").is_file():
+        number += 1
+    return number
 
 
 def settings_of(folder: Path) -> Mapping[str, Any]:

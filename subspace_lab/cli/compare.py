@@ -27,7 +27,7 @@ def compare(
         str | None,
         typer.Option(
             help="What differs: layer, seed, method or model.",
-            show_default="layers of one folder, models of several",
+            show_default="layers of one model, models of several",
         ),
     ] = None,
     method: Annotated[
@@ -89,7 +89,9 @@ def compare(
                 "variable": variable,
             }
             given: Any = fits if len(fits) > 1 else next(iter(fits.values()))
-            null = {"random twin" if len(twins) == 1 else f"{len(twins)} random twins": twins} if twins else None
+            null = {_called(twins): twins} if twins else None
+            if note := _different_pairs(fits):
+                say(note)
             found = compare_fits(given, measure=getattr(geometry, measure), null=null, **options)
             folder = stack.enter_context(taken_folder(out, say))
         saves = Saves(folder)
@@ -148,18 +150,42 @@ def _chosen(fits: Fits, method: str | None, rank: int | None, positions: str | N
 
 def _question(fits: dict[str, Fits]) -> str:
     """What to compare across if --across was not given."""
-    weights = {(one.facts.get("model") or {}).get("weights") for one in fits.values()}
+    weights = {_weights(one) for one in fits.values()}
     if len(fits) > 1 and len(weights) > 1:
         return "model"
     layers = {site.layer for one in fits.values() for fit in one for site in fit.sites.values()}
     return "layer" if len(layers) > 1 else "seed"
 
 
+def _weights(fits: Fits) -> str | None:
+    return (fits.facts.get("model") or {}).get("weights")
+
+
+def _called(twins: list[Fits]) -> str:
+    """The name of the null; a twin that was searched in two runs is one twin."""
+    known = [_weights(one) for one in twins]
+    number = len({weights for weights in known if weights}) + known.count(None)
+    return "random twin" if number == 1 else f"{number} random twins"
+
+
+def _different_pairs(fits: dict[str, Fits]) -> str | None:
+    """A note if runs of one model were searched with different pairs: they are compared like one search."""
+    data: dict[str | None, dict[str, str]] = {}
+    for name, one in fits.items():
+        if one.facts.get("data"):
+            data.setdefault(_weights(one), {})[name] = one.facts["data"]
+    mixed = [name for of in data.values() if len(set(of.values())) > 1 for name in of]
+    if not mixed:
+        return None
+    found = f"{', '.join(mixed)}: one model, searched with different pairs."
+    return f"{found} Their fits are compared like those of one search."
+
+
 def _several_seeds(fits: dict[str, Fits]) -> bool:
     """Whether two trained fits of one model differ only in their seed."""
     found: dict[tuple[Any, ...], set[int]] = {}
     for one in fits.values():
-        weights = (one.facts.get("model") or {}).get("weights")
+        weights = _weights(one)
         for fit in one:
             if fit.start is not None and not fit.method.control:
                 found.setdefault((weights, fit.place, fit.method.label), set()).add(fit.seed)
@@ -169,8 +195,9 @@ def _several_seeds(fits: dict[str, Fits]) -> bool:
 def _print(found: Comparison) -> None:
     from rich.table import Table
 
+    from subspace_lab.analysis._comparison import range_text
     from subspace_lab.analysis.plots.canvas import console
-    from subspace_lab.core.texts import printable
+    from subspace_lab.core.texts import counted, printable
 
     terminal = console()
     table = Table(title=printable(f"{found.measure} of {len(found.labels)} subspaces"))
@@ -180,14 +207,19 @@ def _print(found: Comparison) -> None:
     for name, level in ((f"across {what}s", found.across), (f"two {yardstick}s at one site", found.within)):
         if level is not None:
             interval = "" if level.low is None else f"interval {level.low:.2f} to {level.high:.2f}"
-            table.add_row(name, f"{level.mean:.2f}", interval, f"{level.pairs} pairs of {level.fits} fits")
+            table.add_row(
+                name,
+                f"{level.mean:.2f}",
+                interval,
+                f"{counted(level.pairs, 'pair', 'pairs')} of {level.fits} fits",
+            )
     nulls = {} if found.null is None else {"random subspaces": found.null}
     for name, null in {**nulls, **found.nulls}.items():
         table.add_row(
             printable(name),
             f"{null.mean:.2f}",
-            f"of pairs {null.low:.2f} to {null.high:.2f}",
-            f"{null.draws} pairs",
+            range_text(null),
+            counted(null.draws, "pair", "pairs"),
         )
     terminal.print(table)
     terminal.print(printable(found.sentence), markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 else:  # names in annotations have to exist at run time as well, and importing these takes seconds
     ReftConfig = ReftModel = Any
 
+MERGED = "merged_adapter.json"  # beside the merged weights: what is in them
 PROBE = 16  # tokens on which the merged model is compared with the edited one
 
 
@@ -53,7 +55,7 @@ def merge(
     Writes the model and its tokenizer into --out.
     """
     with interruptible(), refusing(), ExitStack() as stack:
-        from subspace_lab.core.files import taken_folder
+        from subspace_lab.core.files import taken_folder, write_json
         from subspace_lab.core.hub import local_folder
         from subspace_lab.reft.merging import refuse_config
         from subspace_lab.reft.model import ReftModel
@@ -65,6 +67,7 @@ def merge(
         for what, taken in (("the adapter's", folder), ("the base model's", Path(source.where))):
             if os.path.exists(taken) and out.resolve() == taken.resolve():
                 raise FileExistsError(f"--out {out}: this is {what} own folder; choose a new one.")
+        _refuse_twice(Path(source.where), folder)
         into = stack.enter_context(taken_folder(out))
         refuse_config(config)
         device, dtype = check_device(device), check_dtype(dtype)
@@ -76,11 +79,32 @@ def merge(
         with _aside(into) as provisional:
             network.save_pretrained(provisional)
             tokenizer.save_pretrained(provisional)
+            known = {"base": source.where, "method": config.method, "adapter": _digest(folder)}
+            write_json(provisional / MERGED, known)
         typer.echo(
             f"{config.method}, rank {config.rank}, {config.component} of layers {_layers(config)}, was merged into the "
             f"weights of {source.where}.\n{difference}\nWritten to {out}; "
             f"{type(network).__name__}.from_pretrained({str(out)!r}) reads it, without this package."
         )
+
+
+def _refuse_twice(base: Path, adapter: Path) -> None:
+    """ValueError if the base is a merged model that holds this adapter already: the edit would act twice."""
+    from subspace_lab.core.files import read_json
+
+    known = read_json(base / MERGED) if (base / MERGED).is_file() else {}
+    if known.get("adapter") == _digest(adapter):
+        raise ValueError(
+            f"{base} is {known.get('base')} with this adapter in its weights already; merged again the edit would act "
+            "twice."
+        )
+
+
+def _digest(adapter: Path) -> str:
+    """Tells one adapter from another."""
+    from subspace_lab.reft.storage import WEIGHTS
+
+    return hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()[:16]
 
 
 def _base_of(config: ReftConfig, adapter: Path) -> str:
@@ -121,6 +145,8 @@ def _merged(reft: ReftModel) -> str:
             plain = reft(**given).logits.float()
         found = reft.merge_and_unload()(**given).logits.float()
     moved, apart = (float((one - edited).abs().max()) for one in (plain, found))
+    if not moved:
+        return f"Caution: on {known} tokens the adapter changes no logit, so the merged model is the base model there."
     return (
         f"On {known} tokens the edit changes logits by up to {moved:.2g}; the logits of the merged and the edited "
         f"model differ by at most {apart:.1e}."
@@ -138,7 +164,11 @@ def _aside(folder: Path) -> Iterator[Path]:
     provisional.mkdir()
     try:
         yield provisional
+        # safetensors may write files that only their owner can read; a model is served by another user perhaps.
+        readable = (provisional / "config.json").stat().st_mode & 0o777
         for path in sorted(provisional.iterdir(), key=lambda path: path.name == "config.json"):
+            if path.is_file():
+                path.chmod(readable)
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(provisional, ignore_errors=True)

@@ -52,9 +52,8 @@ def table_of(
     for place in _places(fits)[:MOST_ROWS]:
         cells = [_cell(means, place, method, metric, screened) for method in _methods(fits)]
         cells += [of.get(place, "–") for of in others.values()]
-        *first, last = _parts(fits, place, names)
-        mark = " *" if place == chosen else ""
-        table.add_row(*first, last + mark, *cells, style="bold" if mark else None)
+        style = "bold" if place == chosen else None
+        table.add_row(*_marked(_parts(fits, place, names), place == chosen), *cells, style=style)
     return table
 
 
@@ -100,6 +99,11 @@ def _parts(fits: Fits, place: str, names: list[str]) -> list[str]:
     site = next((fit.site for fit in fits if fit.place == place), None) or Site.parse(place)
     head = map(str, site.heads or ()) if "head" in names else ()
     return [str(site.layer), *head, site.positions]
+
+
+def _marked(parts: list[str], chosen: bool) -> list[str]:
+    """The parts of a place, with the star that the notes explain."""
+    return [*parts[:-1], parts[-1] + " *"] if chosen else parts
 
 
 def notes_of(fits: Fits, *, metric: str | None = None) -> list[str]:
@@ -236,7 +240,8 @@ def html(fits: Fits) -> str:
     for place in _places(fits)[:MOST_ROWS]:
         weight = "bold" if place == chosen else "normal"
         cells = "".join(_html_cell(means, place, method, metric, lowest, screened) for method in _methods(fits))
-        label = "".join(f'<td style="text-align:left">{escape(part)}</td>' for part in _parts(fits, place, names))
+        parts = _marked(_parts(fits, place, names), place == chosen)
+        label = "".join(f'<td style="text-align:left">{escape(part)}</td>' for part in parts)
         body.append(f'<tr style="font-weight:{weight}">{label}{cells}</tr>')
     remarks = "".join(f"<div>{escape(line)}</div>" for line in notes_of(fits))
     return (

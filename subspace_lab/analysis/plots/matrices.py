@@ -170,7 +170,8 @@ def draw_levels(comparison: Matrix, axis: Axes) -> None:
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_xlabel(comparison.measure, fontsize=9, color=INK)
-    axis.set_title("mean, 95 % interval; nulls: mean, 95 % of pairs", fontsize=8, color=INK, loc="left")
+    explained = "mean, 95 % interval; nulls: mean, 95 % of pairs\n(of fewer than 19 pairs: lowest to highest)"
+    axis.set_title(explained, fontsize=8, color=INK, loc="left")
     axis.tick_params(length=2, colors=INK, labelsize=8)
     axis.spines[["top", "right", "left"]].set_visible(False)
     low, high = axis.get_xlim()
