@@ -101,7 +101,8 @@ def iia_heatmap(
     for label, one in left_out:  # once for each cell, not once for each seed
         hatched.setdefault(grid.panel(label, Site.parse(one.place)), {})[Site.parse(one.place)] = one
     legible = max(len(grid.rows), len(grid.columns)) <= MOST_NUMBERS
-    wide = max(2.4, (0.85 if not grid.by_head else 0.64 if legible else 0.24) * len(grid.columns))
+    column = (0.64 if grid.by_head else 0.85) if legible else (0.24 if grid.by_head else 0.6)  # inches
+    wide = max(2.4 if legible else 1.9, column * len(grid.columns))
     across = min(len(panels), max(1, int(11 / wide)))
     if grid.by_head and across > len(grid.positions):
         across -= across % len(grid.positions)  # the positions of a method are side by side
