@@ -11,7 +11,7 @@ import torch
 from tiny_sweeps import SITES, pairs, swept, tiny
 from torch import Tensor, nn
 
-from subspace_lab.analysis._subspace_parts import apart, beside, projected, share_in
+from subspace_lab.analysis._subspace_parts import apart, outside_of, projected, share_in
 from subspace_lab.analysis.illusions import illusion, off_natural
 from subspace_lab.analysis.purifying import purify
 from subspace_lab.analysis.variation import Variation, variations
@@ -223,7 +223,7 @@ def test_projection_keeps_what_lies_inside_and_drops_the_rest() -> None:
     torch.testing.assert_close(cosines, torch.tensor([1, 0.8, 0.09], dtype=torch.float64))
     assert len(inside) == 2 and share_in(inside, space) == pytest.approx(1)
     torch.testing.assert_close(inside.abs(), torch.eye(6, dtype=torch.float64)[[2, 0]])
-    outside = beside(tilted, space)
+    outside = outside_of(tilted, space)
     torch.testing.assert_close(
         (outside.T @ outside).diagonal(), torch.tensor([0, 0, 0, 1, 1, 0], dtype=torch.float64)
     )
@@ -426,7 +426,7 @@ def test_variables_at_sites_of_their_own_and_reports_of_a_language_model() -> No
 def test_what_cannot_be_looked_at_is_refused() -> None:
     backbone, data = reader()
     right = aligned(along(value=1))
-    with pytest.raises(ValueError, match="varies=0: needed is a share above 0"):
+    with pytest.raises(ValueError, match="varies=0: it has to be a share above 0"):
         illusion(backbone, data, right, varies=0)
     with pytest.raises(ValueError, match="examples=0"):
         purify(backbone, data, right, examples=0)
@@ -436,7 +436,7 @@ def test_what_cannot_be_looked_at_is_refused() -> None:
     assert dormant.facts["purified"]["took"] == "nothing"
     torch.testing.assert_close(dormant.subspace().basis().double(), along(dormant=1))
     same = replace(drawn(20, 5), sources={"v": drawn(20, 5).base})
-    with pytest.raises(ValueError, match="The sources of 'v' are as their bases"):
+    with pytest.raises(ValueError, match="The sources of 'v' have the same states as their bases"):
         illusion(backbone, Pairs(same, data.dev, data.test), right)
     nonlinear = swept(RevNet(), [SITES[0]])[0].alignment
     with pytest.raises(ValueError, match="is a nonlinear map"):

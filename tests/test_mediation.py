@@ -83,7 +83,7 @@ def test_what_has_no_mediation_is_refused():
     with pytest.raises(ValueError, match=r"both at 0\.output@all"):
         mediation(model, data, at(FIRST, basis(2)), at(FIRST, basis(2, 1)))
     unread = torch.linalg.svd(model.model[2].weight.detach())[2][-2:]
-    with pytest.raises(ValueError, match="moves no answer's logit"):
+    with pytest.raises(ValueError, match="changes no answer's logit"):
         dead = chain(nn.Linear(WIDTH, WIDTH))
         nn.init.zeros_(dead.model[1].weight)
         mediation(dead, data, at(FIRST, basis(2)), at(SECOND, unread))

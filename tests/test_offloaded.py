@@ -127,7 +127,7 @@ def test_twins_of_offloaded_models(tmp_path):
         assert torch.equal(twin(**given).logits, expected(**given).logits)
         assert not any(p.is_meta for p in twin.parameters())
     chain = by_cpu(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), tmp_path)
-    with pytest.raises(ValueError, match="are offloaded, and a copy of it has none to draw anew"):
+    with pytest.raises(ValueError, match="are offloaded, so a copy of it has none that could be drawn again"):
         reinitialised(chain, 0)
 
 

@@ -167,7 +167,7 @@ def test_what_the_measures_cannot_do_is_said(fits, look):
     alone = Compared("alone", random_subspace(32, 2, 0))
     with pytest.raises(ValueError, match="alone is a subspace without a site"):
         Functional(look).matrix([alone])
-    with pytest.raises(ValueError, match=r"No pairs under the model 'b'; there are those under \['a'\]"):
+    with pytest.raises(ValueError, match=r"No pairs for the model 'b'; there are pairs for \['a'\]"):
         Functional({"a": look}).matrix([Compared("x", random_subspace(32, 2, 0), SITES[0], "v", model="b")])
     other = prepared(tiny(), pairs().dev, fits)
     with pytest.raises(ValueError, match="different pairs"):

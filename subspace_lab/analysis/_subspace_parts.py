@@ -38,7 +38,9 @@ def projected(
     return right[cosines > LEAST] @ space, cosines.clamp(max=1)
 
 
-def beside(basis: Float[Tensor, "rank width"], space: Float[Tensor, "size width"]) -> Float[Tensor, "left width"]:
+def outside_of(
+    basis: Float[Tensor, "rank width"], space: Float[Tensor, "size width"]
+) -> Float[Tensor, "left width"]:
     """An orthonormal basis of the part of a subspace that lies outside a space, by the rule of `projected`."""
     rest = basis - (basis @ space.T) @ space
     _, sizes, right = torch.linalg.svd(rest, full_matrices=False)

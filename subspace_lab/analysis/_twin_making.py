@@ -1,4 +1,4 @@
-"""How a twin is made: a model of the same outline, its weights filled in, and everything else as the model has it."""
+"""How a twin is made: build a model of the same structure, fill in its weights, and copy all other settings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from subspace_lab.model.offloading import is_offloaded, named_weights, running_d
 
 @contextmanager
 def drawing(seed: int) -> Iterator[None]:
-    """Within the block all is drawn on the CPU from this seed, and the caller's random state stays where it was."""
+    """Within the block, all random numbers come from this seed, on the CPU; the caller's random state is restored."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # Not torch.manual_seed: that would seed the accelerators too, which are not forked.
+        # torch.manual_seed would also seed the accelerators, whose states are not restored.
         torch.default_generator.manual_seed(seed)
         yield
 
@@ -24,12 +24,12 @@ def drawing(seed: int) -> Iterator[None]:
 def built(model: nn.Module) -> nn.Module:
     """A transformers model from a copy of its configuration.
 
-    Weights that were unpacked to floats are built as floats, also where the configuration still says quantised.
+    If quantised weights were unpacked to floats, the twin has floats, also if the configuration still says quantised.
     """
     if packed := packed_weights(model):
         raise ValueError(
-            f"{type(model).__name__} is quantised ({packed} is no plain tensor of floats): no initialisation draws "
-            "such weights. Load the model without quantisation and make the twin of that."
+            f"{type(model).__name__} is quantised ({packed} is not a plain tensor of floats): no initialisation draws "
+            "such weights. Load the model without quantisation and make its twin."
         )
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
@@ -41,7 +41,7 @@ def built(model: nn.Module) -> nn.Module:
 
 
 def is_built(model: nn.Module) -> bool:
-    """Whether a twin of it is built from a configuration, and not copied."""
+    """Whether the twin of a model is built from a configuration; otherwise the model is copied."""
     return getattr(type(model), "_from_config", None) is not None
 
 
@@ -49,14 +49,14 @@ def copied(model: nn.Module) -> nn.Module:
     """A copy of a plain module, on the CPU."""
     if is_offloaded(model):
         raise ValueError(
-            f"The weights of this {type(model).__name__} are offloaded, and a copy of it has none to draw anew: make "
-            "the twin first, and offload both."
+            f"The weights of this {type(model).__name__} are offloaded, so a copy of it has none that could be drawn "
+            "again: make the twin first, then offload both."
         )
     return copy.deepcopy(model).to("cpu")
 
 
 def packed_weights(model: nn.Module) -> str | None:
-    """The name of a weight that is not a plain tensor of floats; None where all are."""
+    """The name of a weight that is not a plain tensor of floats; None if there is none."""
     for name, parameter in model.named_parameters():
         if (
             not parameter.is_floating_point()
@@ -74,7 +74,7 @@ def finished(model: nn.Module, twin: nn.Module) -> nn.Module:
     with torch.no_grad():
         mine, theirs = tensors_of(twin), tensors_of(model)
         for name, tensor in mine.items():
-            # In place of the data, not of the parameter: what is tied stays tied.
+            # The data is replaced and not the parameter, so tied weights stay tied.
             device = torch.device("cpu") if offloaded else theirs[name].device
             tensor.data = tensor.data.to(device, theirs[name].dtype)
             tensor.requires_grad_(theirs[name].requires_grad)
@@ -88,10 +88,10 @@ def finished(model: nn.Module, twin: nn.Module) -> nn.Module:
 
 
 def fill(model: nn.Module, twin: nn.Module, value: Callable[[str, Tensor], Tensor | None]) -> None:
-    """Give a twin on the CPU other weights, each tensor once, whatever names it has.
+    """Give a twin on the CPU new weights; a tensor with several names is set once.
 
     Args:
-        value: (name, the model's weight) → the twin's; None leaves the twin's own.
+        value: (name, the model's weight) → the twin's new weight, or None to leave the twin's weight as it is.
 
     Raises:
         ValueError: a weight of the model that cannot be read.
@@ -101,7 +101,7 @@ def fill(model: nn.Module, twin: nn.Module, value: Callable[[str, Tensor], Tenso
         for name, parameter in twin.named_parameters():
             if name not in theirs or theirs[name].is_meta:
                 raise ValueError(
-                    f"The weight {name} of this {type(model).__name__} cannot be read where it is kept."
+                    f"The weight {name} of this {type(model).__name__} is not in memory and cannot be read."
                 )
             if (new := value(name, theirs[name].detach().to("cpu"))) is not None:
                 parameter.data = new.to(theirs[name].dtype)
@@ -113,13 +113,13 @@ def check_same_outline(model: nn.Module, twin: nn.Module) -> None:
     if asked != made:
         names = sorted(n for n in asked.keys() | made.keys() if asked.get(n) != made.get(n))
         raise ValueError(
-            f"The configuration of {type(model).__name__} does not describe it: a model built from it differs at "
+            f"The configuration of {type(model).__name__} does not describe it: a model built from it differs in "
             f"{names[:6]}{' and more' if len(names) > 6 else ''}."
         )
-    if not is_offloaded(model) and _ties(model) != _ties(twin):  # offloading cuts the ties
+    if not is_offloaded(model) and _ties(model) != _ties(twin):  # offloading removes the ties
         raise ValueError(
-            f"{type(model).__name__} shares weights in another way than a model built from its configuration: "
-            f"{_ties(model)} against {_ties(twin)}."
+            f"{type(model).__name__} shares weights in another way than a model built from its configuration: it has "
+            f"the ties {_ties(model)}, the built model has {_ties(twin)}."
         )
 
 
@@ -144,7 +144,7 @@ def _outline(model: nn.Module) -> dict[str, object]:
 
 
 def _ties(model: nn.Module) -> list[tuple[str, ...]]:
-    """The groups of names that stand for one tensor."""
+    """The groups of names that belong to one tensor."""
     groups: dict[int, list[str]] = {}
     for name, tensor in tensors_of(model).items():
         groups.setdefault(id(tensor), []).append(name)

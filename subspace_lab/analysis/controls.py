@@ -1,13 +1,13 @@
-"""Pairs in which there is nothing to find: the same search on them says what it finds anyway.
+"""Pairs in which there is nothing to find: the same search on them shows what it finds anyway.
 
-    control_labels   each source has an arbitrary answer: what a search can learn by heart about the sources
-    shuffled_pairs   the expected answers of a split change places: what it can learn by heart about the pairs
+    control_labels   each source has an arbitrary answer: shows what a search can memorise about the sources
+    shuffled_pairs   the expected answers of a split are shuffled: shows what it can memorise about the pairs
 
-A control is other pairs, another model (`analysis/twins.py`) or another method (`RandomSubspace`), handed to the
-same call. A causal model that is plausible and wrong is other pairs too: `rival_pairs` (das/hypotheses.py) draws
-them for the same bases and sources. Whether the answer stays where all but the subspace is exchanged is a metric,
-`complement_stays` (das/objectives.py). Whether a search could have found a variable that is there is asked of a
-planted one (`analysis/planting.py`).
+A control calls the same search with other pairs, with another model (`analysis/twins.py`) or with another method
+(`RandomSubspace`). Related checks are elsewhere. `rival_pairs` (das/hypotheses.py) draws pairs from a plausible but
+wrong causal model, for the same bases and sources. The metric `complement_stays` (das/objectives.py) measures whether
+the answer stays the same if everything but the subspace is exchanged. A planted variable (`analysis/planting.py`)
+shows whether a search could have found a variable that is there.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from subspace_lab.das.pairs import Counterfactuals, Pairs
 def control_labels(pairs: Pairs, seed: int) -> Pairs:
     """The same bases and sources, with an arbitrary answer for each distinct source, the same in all splits.
 
-    After an interchange the answer of its source is expected, whatever the base. The answers are those that the
-    pairs expect, dealt to the sources in random order so that each is as frequent as the next; which source gets
-    which has no reason, so that it can be learned by heart and in no other way. Sources that only the training
-    split has say nothing of others: a search that is above its floor on held-out pairs has learned the sources
-    that splits share. (Hewitt & Liang 2019, arXiv 1909.03368; the control task of Arora et al. 2024, arXiv
-    2402.12560.)
+    After an interchange, the answer of its source is expected, whatever the base. The answers are those that the
+    pairs expect. They are assigned to the sources in random order, each equally often. There is no rule behind the
+    assignment, so it can only be memorised. A search that scores above its floor on held-out pairs has memorised
+    sources that are in both splits: sources that only the training split has tell nothing about others. (Hewitt &
+    Liang 2019, arXiv 1909.03368; the control task of Arora et al. 2024, arXiv 2402.12560.)
 
-    Of several variables the sources of a pair count as one. What the pairs said of values, of the answers to
-    sources and of their kinds is left out, since it is not true of these answers. Of training pairs that are drawn
-    afresh, sources that the other splits do not have get an answer by a digest of their inputs.
+    With several variables, the sources of a pair together count as one source. The pairs' values, answers to sources
+    and kinds are dropped, because they are not true for the new answers. If each step draws new training pairs,
+    sources that the other splits do not have get an answer by a hash of their inputs.
 
     Raises:
         ValueError: pairs that expect one answer only.
@@ -47,7 +46,7 @@ def control_labels(pairs: Pairs, seed: int) -> Pairs:
     expected = sorted({answer for split in fixed for answer in split.answer.tolist()})
     if len(expected) < 2:
         raise ValueError(
-            f"All pairs expect one answer, {pairs.test.answers[expected[0]]!r}: others need two to deal."
+            f"All pairs expect one answer, {pairs.test.answers[expected[0]]!r}: control labels need at least two."
         )
     sources = list(dict.fromkeys(key for split in fixed for key in _sources(split)))
     random.Random(seed).shuffle(sources)
@@ -65,12 +64,11 @@ def control_labels(pairs: Pairs, seed: int) -> Pairs:
 
 
 def shuffled_pairs(pairs: Pairs, seed: int) -> Pairs:
-    """The same bases and sources, with the expected answers of each split dealt to its pairs anew.
+    """The same bases and sources, with the expected answers of each split shuffled among its pairs.
 
-    Each split keeps its bases, its sources and how often each answer is expected; which pair expects which has no
-    reason. Other than with `control_labels` one source may get several answers, so that only the pairs themselves
-    can be learned by heart. What the pairs said of values, of the answers to sources and of their kinds is left
-    out.
+    Each split keeps its bases, its sources and how often each answer is expected, but there is no rule for which pair
+    expects which answer. Unlike with `control_labels`, one source may get several answers, so only whole pairs can be
+    memorised. The pairs' values, answers to sources and kinds are dropped.
     """
     whole_number(seed, "seed")
 
@@ -82,7 +80,7 @@ def shuffled_pairs(pairs: Pairs, seed: int) -> Pairs:
 
 
 def _changed(pairs: Pairs, change: Callable[[Counterfactuals, int], Counterfactuals], what: str) -> Pairs:
-    """All splits changed; `change` gets a split and its number, which no two of them share."""
+    """The pairs with all splits changed; `change` gets a split and its number, which is different for each split."""
     stream = pairs.train
     train = (lambda step: change(stream(step), step + 3)) if callable(stream) else change(stream, 0)
     task = f"{pairs.task}: {what}" if pairs.task else what

@@ -1,9 +1,9 @@
 """Subspaces of different sites in common coordinates.
 
-The same information may be written in other directions at another layer, and independently trained models share no
-directions at all. A map from the states at one site to those at another, fitted on states of the same texts, carries a
-basis over; then overlaps mean something again. A map fitted freely carries almost anything somewhere near, so the null
-is the same map on random subspaces, which `compare` draws by itself.
+The same information may have other directions at another layer, and independently trained models share no directions
+at all. So a map from the states at one site to those at another is fitted on states of the same texts, and the basis
+is mapped with it; then an overlap is meaningful again. A flexible map brings almost any subspace near the other, so
+the null is the same map applied to random subspaces; `compare` computes it without being asked.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Map = Callable[[Tensor, Tensor], Tensor]
 
 
 def procrustes(one: Float[Tensor, "example w1"], other: Float[Tensor, "example w2"]) -> Float[Tensor, "w1 w2"]:
-    """The orthogonal map nearest to taking one to the other: W = U Vᵀ of the SVD of HᵀG (Schönemann 1966).
+    """The orthogonal map that brings H nearest to G: W = U Vᵀ, from the SVD of HᵀG = U S Vᵀ (Schönemann 1966).
 
-    Turns and mirrors, never stretches: what it brings together had the same shape before.
+    It rotates and mirrors but never stretches, so it can only match states that have the same shape.
     """
     left, _, right = torch.linalg.svd(one.T @ other, full_matrices=False)
     return left @ right
@@ -40,7 +40,7 @@ def ridge(
 ) -> Float[Tensor, "w1 w2"]:
     """The linear map W = (HᵀH + λI)⁻¹ HᵀG with λ = strength · tr(HᵀH)/width.
 
-    It may stretch and forget, so random subspaces come near as well: read it beside its null.
+    It may stretch and drop directions, so random subspaces come near too: compare the result with its null.
     """
     moment = one.T @ one
     penalty = strength * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
@@ -49,13 +49,13 @@ def ridge(
 
 @dataclass(frozen=True, eq=False)
 class DriftCorrected:
-    """Overlap of the row's subspace, carried to the column's site, with the column's.
+    """Overlap of the row's subspace, mapped to the column's site, with the column's subspace.
 
-    A direction r, in which the states at the first site may move, becomes r W. At one site nothing is carried.
+    A direction r at the first site becomes r W at the second. If both sites are the same, nothing is mapped.
 
     Attributes:
-        pairs: of the training split, whose sources' states the map is fitted on; of each model where several are
-            compared, the same pairs under each.
+        pairs: training pairs; the map is fitted on the states of their sources. If several models are compared, the
+            same pairs for each of them.
         fit: `procrustes`, `ridge` or a function like them (`functools.partial(ridge, strength=0.1)`).
     """
 
@@ -68,12 +68,12 @@ class DriftCorrected:
         """As `Measure.matrix`.
 
         Raises:
-            ValueError: sites with different numbers of positions, of which no state belongs to one of the other.
+            ValueError: sites with different numbers of positions, so that their states cannot be matched.
         """
         return [[overlap(self.carried(one, other), other.subspace) for other in items] for one in items]
 
     def carried(self, one: Compared, other: Compared) -> FixedSubspace:
-        """A subspace in the coordinates of another one's site."""
+        """The first subspace in the coordinates of the second one's site."""
         basis = orthonormal_rows(one.subspace)
         looks = [look_of(self.pairs, item.model) for item in (one, other)]
         places = [(item.model, *variable_at(look, item)) for item, look in zip((one, other), looks, strict=True)]
@@ -86,8 +86,8 @@ class DriftCorrected:
             )
             if len(rows) != len(others) or not torch.equal(rows, others):
                 raise ValueError(
-                    f"{one.site} has {len(rows)} positions in these texts, {other.site} {len(others)}: a map between "
-                    "them needs the states of one to belong to those of the other."
+                    f"{one.site} has {len(rows)} positions in these texts, {other.site} has {len(others)}: to fit a "
+                    "map between them, each state at one site needs its partner at the other."
                 )
             self._maps[key] = self.fit(first - first.mean(0), second - second.mean(0))
         moved = basis @ self._maps[key]

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from subspace_lab.analysis._subspace_parts import (
     bases_of,
-    beside,
     check_linear,
+    outside_of,
     projected,
     scores_of,
     share_in,
@@ -178,7 +178,7 @@ def illusion(
         tried[name] = {v: projected(bases[v], space)[0] for v, space in of.items()}
         shares[name] = {v: share_in(bases[v], space) for v, space in of.items()}
         if name in without:
-            tried[without[name]] = {v: beside(bases[v], space) for v, space in of.items()}
+            tried[without[name]] = {v: outside_of(bases[v], space) for v, space in of.items()}
             shares[without[name]] = {v: 1 - share for v, share in shares[name].items()}
     prepared = PreparedPairs.of(backbone, pairs.test, [assignment])
     whole = [] if len(set(assignment.values())) < len(assignment) else [_whole(known)]

@@ -1,4 +1,4 @@
-"""Counterfactual pairs made ready at the sites of what is compared, and the states there."""
+"""Counterfactual pairs prepared at the sites of the subspaces that are compared, and the states there."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.intervene import collect
 from subspace_lab.model.sources import Unmatched, all_rows, missing_entries
 
-ROWS = 64  # of the bases that are run at once
+ROWS = 64  # bases in one forward pass
 
 Looks = PreparedPairs | Mapping[str, PreparedPairs]
-"""Pairs under a model, or {model: the same pairs under it} where several models are compared."""
+"""Pairs prepared with a model; if several models are compared, {model: the same pairs prepared with it}."""
 
 
 def prepared(
@@ -33,13 +33,13 @@ def prepared(
     memory: int | str | None = None,
     unmatched: Unmatched = "refuse",
 ) -> PreparedPairs:
-    """Pairs made ready at every site of some results: one pass over bases and sources for all measures.
+    """Pairs prepared at every site of some results: one pass over bases and sources for all measures.
 
     Args:
-        backbone, data: the model and its pairs, as a rule those of the test split; of the training split for
+        backbone, data: the model and its pairs, usually of the test split; of the training split for
             `DriftCorrected`.
-        results: what will be compared, of this model.
-        memory, unmatched: as of `sweep`.
+        results: the results of this model that will be compared.
+        memory, unmatched: as for `sweep`.
 
     Raises:
         ValueError: subspaces without a site, or of a variable that the pairs do not have.
@@ -54,13 +54,14 @@ def principal_null(
 ) -> list[Alignment]:
     """Random subspaces inside the span of the `within` largest principal components of the states at each site.
 
-    A stronger null than random subspaces of the whole stream: whatever is trained on states leans towards the
-    directions in which these vary most. Given as `compare(fits, null={"top 16": principal_null(look, fits, 16)})`.
+    This null is stronger than random subspaces of the whole stream: any training on states leans towards the
+    directions in which the states vary most. Use: `compare(fits, null={"top 16": principal_null(look, fits, 16)})`.
 
     Args:
-        pairs: whose sources' states are taken.
-        results: in the place of which, each with its rank.
-        sets, seed: how many times, and from which draw on.
+        pairs: the states of their sources are used.
+        results: each gets a random subspace of its own rank at its own site.
+        within: how many principal components.
+        sets, seed: how many random subspaces for each result, and the seed of the first.
 
     Raises:
         ValueError: fewer components than a rank needs.
@@ -80,19 +81,19 @@ def principal_null(
 
 
 def states_at_sources(pairs: PreparedPairs, variable: str, site: Site) -> tuple[Tensor, Tensor]:
-    """(examples, width) states of the sources at a site, every position an example, and the pair of each."""
+    """(examples, width) states of the sources at a site, and the pair of each; every position is one example."""
     return _flat(pairs.states[variable][site])
 
 
 def differences_at(pairs: PreparedPairs, variable: str, site: Site) -> Tensor:
-    """(examples, width) source − base at a site, every position an example."""
+    """(examples, width) differences source − base at a site; every position is one example."""
     base = pairs.data.base
     parts = [collect(pairs.backbone, base.rows(some), [site]) for some in torch.arange(len(base)).split(ROWS)]
     own = all_rows([part[site] for part in parts])
     source = pairs.states[variable][site].to(own)
     if source.shape != own.shape:
         raise ValueError(
-            f"{site}: sources {tuple(source.shape)} and bases {tuple(own.shape)} differ in positions."
+            f"{site}: sources {tuple(source.shape)} and bases {tuple(own.shape)} have different positions."
         )
     return _flat(source - own)[0]
 
@@ -109,21 +110,21 @@ def _flat(states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def look_of(pairs: Looks, model: str) -> PreparedPairs:
-    """The pairs under a model (ValueError naming the models that there are)."""
+    """The pairs prepared with a model (ValueError if there are none; the message names the possible models)."""
     if isinstance(pairs, PreparedPairs):
         return pairs
     if model not in pairs:
-        raise ValueError(f"No pairs under the model {model!r}; there are those under {list(pairs)}.")
+        raise ValueError(f"No pairs for the model {model!r}; there are pairs for {list(pairs)}.")
     return pairs[model]
 
 
 def variable_at(pairs: PreparedPairs, item: Compared) -> tuple[str, Site]:
-    """What of the pairs a subspace is exchanged for, and where."""
+    """The variable of the pairs that a subspace exchanges, and its site."""
     return variable_in(pairs.data, item), site_of(item)
 
 
 def variable_in(data: Counterfactuals, item: Compared) -> str:
-    """Its own variable, or the only one that there is: an edit of ReFT has none."""
+    """The subspace's own variable, or the only one of the pairs, since an edit of ReFT has no variable."""
     names = list(data.sources)
     if item.variable in names or len(names) == 1:
         return item.variable if item.variable in names else names[0]
@@ -132,5 +133,5 @@ def variable_in(data: Counterfactuals, item: Compared) -> str:
 
 def site_of(item: Compared) -> Site:
     if item.site is None:
-        raise ValueError(f"{item.label} is a subspace without a site: give a fit or an alignment.")
+        raise ValueError(f"{item.label} is a subspace without a site; give a fit or an alignment.")
     return item.site

@@ -1,4 +1,4 @@
-"""What is measured between subspaces, and what subspaces give that know nothing of each other."""
+"""Measures between subspaces, and their values for unrelated subspaces (the nulls)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from subspace_lab.analysis.compared import Compared, cells_of, unlabelled
 from subspace_lab.analysis.geometry import Chance, haar_overlap, overlap
 from subspace_lab.core.subspaces import Subspace, random_subspace
 
-NULL_PAIRS = 200  # pairs of random subspaces that are drawn for a measure without a closed form
-NULL_SETS = 3  # sets of random subspaces that are drawn for a measure that runs the model
+NULL_PAIRS = 200  # pairs of random subspaces, for a measure without a closed form
+NULL_SETS = 3  # sets of random subspaces, for a measure that runs the model
 
 
 @runtime_checkable
 class Measure(Protocol):
-    """A measure that knows more of the subspaces than their spans: where they are, in which model.
+    """A measure that uses more than the spans of the subspaces, such as their sites and models.
 
     Attributes:
         label: its name in sentences and pictures.
@@ -26,23 +26,23 @@ class Measure(Protocol):
     label: str
 
     def matrix(self, items: Sequence[Compared]) -> Sequence[Sequence[float]]:
-        """The measure of each (a row) with each (a column)."""
+        """The measure of each subspace (first index) with each subspace (second index)."""
         ...
 
 
 OfTwo = Callable[[Subspace, Subspace], float]
-"""A measure of two spans, such as those of `analysis/geometry.py`."""
+"""A measure of two spans, such as the functions of `analysis/geometry.py`."""
 
 
 def name_of(measure: OfTwo | Measure) -> str:
-    """What a measure is called in results."""
+    """The name of a measure in results."""
     if isinstance(measure, Measure):
         return measure.label
     return str(getattr(measure, "__name__", type(measure).__name__)).replace("_", " ")
 
 
 def measured(measure: OfTwo | Measure, items: Sequence[Compared]) -> tuple[tuple[float, ...], ...]:
-    """The measure of each with each (ValueError for spans in states of different widths)."""
+    """The measure of each subspace with each (ValueError if the states have different widths)."""
     if isinstance(measure, Measure):
         return tuple(tuple(map(float, row)) for row in measure.matrix(items))
     widths = {item.label: item.subspace.width for item in items}
@@ -54,10 +54,10 @@ def measured(measure: OfTwo | Measure, items: Sequence[Compared]) -> tuple[tuple
 def chance_by_ranks(
     measure: OfTwo | Measure, every: Sequence[Compared], across: str | None
 ) -> dict[tuple[int, int], Chance]:
-    """What independent random (Haar) subspaces of the same ranks give, by pair of ranks.
+    """The values for independent random (Haar) subspaces of the same ranks, by pair of ranks.
 
-    Of a measure that runs the model: random subspaces in the place of all that count, at their sites, over the pairs
-    that are compared across.
+    For a measure that runs the model, random subspaces replace all subspaces that count, at the same sites. The values
+    are those of the pairs that are compared.
     """
     items = [item for item in every if item.counts] or every
     ranks, width = sorted({item.subspace.rank for item in every}), every[0].subspace.width
@@ -76,13 +76,13 @@ def chance_by_ranks(
         matrix = measured(measure, drawn)
         for i, j in [*cells, *((j, i) for i, j in cells)]:
             values.setdefault((items[i].subspace.rank, items[j].subspace.rank), []).append(matrix[i][j])
-    # A pair of ranks that is not compared has no value of its own; of one subspace alone there is none at all.
+    # A pair of ranks that is not compared takes the values of all pairs; for a single subspace there are none at all.
     pooled = [value for of in values.values() for value in of] or [1.0]
     return {pair: Chance.of(values.get(pair, pooled)) for pair in pairs}
 
 
 def chance_over(own: Sequence[Chance]) -> Chance:
-    """Chance over several pairs: the mean, and of bands of several ranks the lowest and the highest limit."""
+    """Chance over several pairs: the mean; if the ranks differ, the lowest and the highest limit of their bands."""
     if len(set(own)) == 1:
         return own[0]
     return Chance(
@@ -94,9 +94,10 @@ def chance_over(own: Sequence[Chance]) -> Chance:
 
 
 def null_over(measure: OfTwo | Measure, given: Any, across: str | None, variable: str | None) -> Chance:
-    """What results give that know nothing of the variable, over the same kind of pairs.
+    """The values for results that are unrelated to the variable, over the same kind of pairs.
 
-    Where they have no such pair (one method, one model) over two seeds at one site. Pairs from one start are left out.
+    If they have no such pair (one method, one model), pairs of two seeds at one site are taken. Pairs that were
+    trained from the same start are left out.
 
     Raises:
         ValueError: no such pairs.
@@ -106,7 +107,7 @@ def null_over(measure: OfTwo | Measure, given: Any, across: str | None, variable
     cells = [(i, j) for i, j in pairs if items[i].start is None or items[i].start != items[j].start]
     if not cells:
         raise ValueError(
-            f"The null has no two fits that could be compared as the fits are; it has {len(items)} subspaces of the "
+            f"The null has no two fits that could be compared in the same way; it has {len(items)} subspaces of the "
             f"layers {sorted({str(item.facet('layer')) for item in items})} and seeds "
             f"{sorted({str(item.seed) for item in items})}."
         )

@@ -1,17 +1,18 @@
-"""Does the effect of one subspace pass through another? What geometry cannot say, and causal comparison can.
+"""Does the effect of one subspace pass through another? Geometry cannot say this; interventions can.
 
-Two subspaces at different layers may be orthogonal and one variable on its way, or overlap and have nothing to do with
-each other. So the variable is exchanged at the first site while the subspace at the second is held at what it is in the
-base: the part of the effect that is lost went through it.
+Two subspaces at different layers may be orthogonal and still hold one variable on its way, or they may overlap and be
+unrelated. So the variable is exchanged at the first site, while the subspace at the second site is held at its value
+in the base. The part of the effect that is lost passed through it.
 
     share = 1 − ⟨E_held, E⟩ / ⟨E, E⟩
 
-with E and E_held the effects on the answers' logits (what moves all answers alike subtracted), summed over the pairs.
-1: all of it passes; 0: none, as where the held site lies before the exchange. Above 1: what is held
-turned the effect around. Random subspaces of the same rank are the control: of a large rank they hold back much, too.
+E and E_held are the effects on the answers' logits, minus their mean over the answers, summed over the pairs. 1: the
+whole effect passes. 0: nothing passes; for example, the held site is before the exchange. Above 1: holding the
+subspace reverses the effect. Random subspaces of the same rank are the control: with a large rank, they too hold back
+much of the effect.
 
-Source: the direct and indirect effects of Pearl 2001, on subspaces; holding a site is what path patching does
-(Goldowsky-Dill et al. 2023, arXiv 2304.05969), here with a subspace of it.
+Source: the direct and indirect effects of Pearl 2001, for subspaces. Path patching holds whole sites in the same way
+(Goldowsky-Dill et al. 2023, arXiv 2304.05969).
 """
 
 from __future__ import annotations
@@ -39,22 +40,22 @@ from subspace_lab.model.intervene import states_at
 from subspace_lab.model.resolved_sites import resolve
 
 HELD = "held at the base"
-ROWS = 64  # of the bases that are run at once
+ROWS = 64  # bases in one forward pass
 TOLERANCE = 1e-9  # eigenvalues below this share of the largest are rounding
 
 
 @dataclass(frozen=True)
 class Mediation:
-    """How much of an exchange's effect passes through a subspace further on.
+    """How much of an exchange's effect passes through a later subspace.
 
     Attributes:
-        sender, receiver: the sites of the exchange and of what is held.
-        rank: of what is held.
-        share: of the effect that is lost, with its 95 % interval over pairs (their clusters where these are known);
-            the size of the whole effect is taken as given.
+        sender, receiver: the site of the exchange, and the site of the held subspace.
+        rank: of the held subspace.
+        share: the share of the effect that is lost, with its 95 % interval over pairs (over clusters of pairs if these
+            are known). The interval treats the size of the whole effect as exactly known.
         iia: of the exchange alone.
-        iia_held: while the subspace is held.
-        control: the share with random subspaces of the same rank; None where none were drawn.
+        iia_held: of the exchange while the subspace is held.
+        control: the same share with random subspaces of the same rank; None if none were drawn.
     """
 
     sender: Site
@@ -67,20 +68,21 @@ class Mediation:
 
     @property
     def sentence(self) -> str:
-        """What was found, in plain words."""
-        beside = ""
+        """The result in words."""
+        compared = ""
         if self.control is not None:
-            beside = (
-                f" Random subspaces of rank {self.rank} there carry {self.control.mean:.2f} "
+            compared = (
+                f" Through random subspaces of rank {self.rank} there, the share is {self.control.mean:.2f} "
                 f"({self.control.low:.2f} to {self.control.high:.2f}, {self.control.draws} draws)."
             )
         return (
-            f"{self.share} of the effect at {self.sender} passes the subspace of rank {self.rank} at {self.receiver}; "
-            f"the IIA is {self.iia.value:.2f}, with that subspace held {self.iia_held.value:.2f}.{beside}"
+            f"{self.share} of the effect at {self.sender} passes through the subspace of rank {self.rank} at "
+            f"{self.receiver}. The IIA is {self.iia.value:.2f}; while that subspace is held, it is "
+            f"{self.iia_held.value:.2f}.{compared}"
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """What a program reads."""
+        """All values and the sentence, for JSON."""
         return {
             **asdict(self),
             "sender": str(self.sender),
@@ -99,26 +101,26 @@ def mediation(
     seed: int = 0,
     memory: int | str | None = None,
 ) -> Mediation:
-    """The share of the effect of exchanging the sender's subspace that passes the receiver's.
+    """The share of the effect of exchanging the sender's subspace that passes through the receiver's.
 
     Args:
-        data: the pairs, as a rule those of the test split.
-        sender: one variable and its subspace; what is exchanged.
-        receiver: one subspace; what is held at the base.
-        draws, seed: of random subspaces in the receiver's place; 0 for none.
-        memory: budget of the frozen past.
+        data: the pairs, usually those of the test split.
+        sender: one variable and the subspace that is exchanged.
+        receiver: one subspace, which is held at its value in the base.
+        draws, seed: number and first seed of random subspaces in the receiver's place; draws=0 for none.
+        memory: memory budget of the prefix cache.
 
     Raises:
-        ValueError: alignments with several variables, a variable that the pairs do not have, both at one site, or an
-            exchange that moves no logit: nothing can pass anywhere.
+        ValueError: alignments with several variables, a variable that the pairs do not have, sender and receiver at
+            one site, or an exchange that changes no logit, so that there is no effect that could pass.
     """
     (name, (start, subspace)), (_, (end, held)) = (_only(one) for one in (sender, receiver))
     name = name if name in data.sources or len(data.sources) > 1 else next(iter(data.sources))
     if name not in data.sources:
         raise ValueError(f"The pairs have the variables {list(data.sources)}, none of which is {name!r}.")
     if start == end:
-        raise ValueError(f"Sender and receiver are both at {start}: the receiver has to lie behind it.")
-    # The base as its own source: an exchange with it holds a subspace where it is.
+        raise ValueError(f"Sender and receiver are both at {start}: the receiver has to come later in the model.")
+    # The base is its own source here: exchanging a subspace with it holds the subspace at its value in the base.
     data = replace(data, sources={**data.sources, HELD: data.base})
     both = {name: start, HELD: end}
     pairs = PreparedPairs.of(backbone, data, [{name: start}, both], memory=memory)
@@ -129,7 +131,7 @@ def mediation(
     effect = _effect(whole)
     size = effect.square().sum(-1)
     if not float(size.sum()) > 0:
-        raise ValueError(f"The exchange at {start} moves no answer's logit: there is no effect that could pass.")
+        raise ValueError(f"The exchange at {start} changes no answer's logit: there is no effect that could pass.")
     clusters = clusters_of(data)
 
     def lost(outcome: Outcome) -> Tensor:
@@ -151,10 +153,10 @@ class Carried:
     """A subspace carried to a later site.
 
     Attributes:
-        alignment: the subspace there, of the same rank as it was.
-        eigenvalues: of the mean outer product, descending: how much of the movement lies along each direction.
-        share: of all movement there that lies in the subspace. Far below 1 the subspace does not stay a subspace of its
-            rank on its way: each text moves it elsewhere.
+        alignment: the subspace at the later site, of the same rank.
+        eigenvalues: of the mean outer product, descending: how much the states move along each direction.
+        share: the share of all movement there that lies in the subspace. Far below 1, no subspace of this rank holds
+            the movement, because each text moves the state in other directions.
     """
 
     alignment: Alignment
@@ -170,16 +172,16 @@ def carried(
     *,
     step: float = 1e-2,
 ) -> Carried:
-    """The subspace of a later site in which the states move when those of an alignment's subspace move a little.
+    """The subspace at a later site in which the states move if the states move a little in an alignment's subspace.
 
-    With J the Jacobian of the later states by the earlier ones in one text and R the basis, the subspace is that of the
-    largest eigenvectors of E[J RᵀR Jᵀ], the mean over the bases. The mean of the outer products and not of J: what
-    moves one way in one text and the other way in the next would cancel. J Rᵀ is taken by central differences, one
-    basis vector at a time, all positions of the site together: exact for what is linear between the sites, else to the
-    second order of the step.
+    J is the Jacobian of the later states with respect to the earlier ones in one text, and R is the basis. The result
+    is the span of the largest eigenvectors of E[J RᵀR Jᵀ], the mean over the bases. The outer products are averaged,
+    and not J itself: movements in opposite directions in two texts would cancel. J Rᵀ is computed by central
+    differences, one basis vector at a time, at all positions of the site together. This is exact if the map between
+    the sites is linear; otherwise the error is of second order in the step.
 
     Args:
-        data: of which the bases are run.
+        data: the pairs; only their bases are run.
         alignment: one variable and its subspace.
         site: where it is carried to.
         step: as a share of the mean length of the states at the alignment's site.
@@ -189,7 +191,7 @@ def carried(
     """
     name, (start, subspace) = _only(alignment)
     if not 0 < step < float("inf"):
-        raise ValueError(f"step={step}: needed is a share of the states' length, above 0.")
+        raise ValueError(f"step={step}: it has to be a share of the states' length, above 0.")
     base = data.base.to(backbone.device)
     directions = orthonormal_rows(subspace).float().to(backbone.device)
     moments: Tensor | None = None
@@ -217,8 +219,8 @@ def carried(
     reached = int((values > TOLERANCE * values[0]).sum())
     if reached < rank:
         raise ValueError(
-            f"What moves at {start} moves {reached} dimensions at {site}, where {rank} are needed: no way leads there, "
-            "or the site lies before it."
+            f"Moving the states at {start} moves {reached} dimensions at {site}, but {rank} are needed: there is no "
+            "path between the sites, or the second comes first in the model."
         )
     facts = {**alignment.facts, "carried": {"from": str(start), "step": step}}
     found = Alignment({name: (site, FixedSubspace(vectors[:, :rank].T.contiguous()))}, facts)
@@ -226,7 +228,7 @@ def carried(
 
 
 def _effect(outcome: Outcome) -> Tensor:
-    """(pairs, answers) what the exchange moves, without what it moves alike in all answers."""
+    """(pairs, answers) by how much the exchange changes the logits, minus the mean over the answers."""
     change = (outcome.logits - outcome.unedited).double()
     return change - change.mean(-1, keepdim=True)
 
@@ -234,7 +236,7 @@ def _effect(outcome: Outcome) -> Tensor:
 def _only(alignment: Alignment) -> tuple[str, tuple[Site, Subspace]]:
     if len(alignment.variables) != 1:
         raise ValueError(
-            f"One subspace is needed, this alignment has those of {list(alignment.variables)}: use "
+            f"An alignment of one variable is needed; this one has {list(alignment.variables)}: use "
             "alignment.only(name)."
         )
     return next(iter(alignment.variables.items()))
@@ -248,7 +250,7 @@ def mediations(
     draws: int = 5,
     seed: int = 0,
 ) -> list[Mediation]:
-    """Each subspace with each one that lies behind it: pairs of sites in the order of the model."""
+    """`mediation` of each subspace with each one at a later site, in the order of the model."""
     points = [backbone.hook_point(one.site()).order for one in alignments]
     order = sorted(range(len(alignments)), key=lambda i: points[i])
     return [

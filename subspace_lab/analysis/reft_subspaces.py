@@ -1,8 +1,9 @@
 """The subspaces of ReFT edits: the directions that an edit reads and those that it writes.
 
-An edit that is affine in the state changes h by Dᵀ(M h + v); for LoReFT D = R and M = W − R. With the singular values
-Dᵀ M = Σ sᵢ uᵢ vᵢᵀ it reads the directions vᵢ and writes the directions uᵢ, each pair with its strength sᵢ. So the edit
-has two subspaces where an interchange has one, and either can be compared with what DAS found.
+An edit that is affine in the state changes h by Dᵀ(M h + v); for LoReFT, D = R and M = W − R. The singular value
+decomposition Dᵀ M = Σ sᵢ uᵢ vᵢᵀ shows that the edit reads the directions vᵢ and writes the directions uᵢ, with the
+strengths sᵢ. So an edit has two subspaces, while an interchange has one. Each of the two can be compared with a
+subspace that DAS found.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ class Directions:
     """What an edit reads and writes.
 
     Attributes:
-        written: the span of D, from the direction that is written most strongly on.
-        strengths: sᵢ of each of these: by how much the state is moved along it where it lies 1 further along the
-            direction that is read with it. 0 of a direction that v alone writes, whatever the state.
-        read: the directions vᵢ with a strength above 0; None of an edit that reads nothing, such as LobiReFT.
+        written: the span of D; its basis vectors are in descending order of strength.
+        strengths: sᵢ of each written direction: how much further the edit moves the state along it if the state is 1
+            further along the direction vᵢ. 0 if only v writes this direction, which does not depend on the state.
+        read: the directions vᵢ with a strength above 0; None if the edit reads nothing, as with LobiReFT.
     """
 
     written: FixedSubspace
@@ -41,14 +42,14 @@ def directions(edit: Intervention) -> Directions:
     """The directions of one edit.
 
     Raises:
-        TypeError: an edit that is not affine in the state, has a map of the whole width (RED), or needs a source.
+        TypeError: an edit that is not affine in the state, that changes the whole width (RED), or that needs a source.
     """
     folded = edit.folded()
     matrix = getattr(folded.value, "weight", None)
     if edit.needs_source or matrix is None or folded.write:
         raise TypeError(
             f"{type(edit.value).__name__} does not write an affine map of the state into a subspace, so it has no "
-            "directions that it reads. LoReFT, NoReFT, DiReFT, ConsReFT and LobiReFT have."
+            "directions that it reads. Possible are LoReFT, NoReFT, DiReFT, ConsReFT and LobiReFT."
         )
     basis = folded.subspace.basis().detach().double().cpu()
     frame, factor = torch.linalg.qr(basis.T)
@@ -65,14 +66,14 @@ def directions(edit: Intervention) -> Directions:
 def reft_alignments(
     edits: ReftModel | Mapping[Site, Intervention], variable: str = "edited"
 ) -> dict[str, dict[Site, Alignment]]:
-    """{"written" and "read": {site: alignment}} of the edits of an adapter, for `compare` and the measures.
+    """{"written": {site: alignment}, "read": {site: alignment}} of an adapter's edits, for `compare` and the measures.
 
     >>> sides = reft_alignments(reft, "gender")
     >>> compare({"DAS": fits.where(site=site), "LoReFT, read": sides["read"][site]}, across="method")
 
     Args:
         edits: the model with its active adapters, or {site: edit}.
-        variable: what the alignments call it; to compare with fits, the name that it has there.
+        variable: the name of the variable in the alignments. To compare them with fits, use the fits' name.
 
     Raises:
         TypeError: as `directions`.
@@ -86,7 +87,7 @@ def reft_alignments(
     for adapter in adapters:
         config = adapter.config
         for number, site in enumerate(adapter.sites):
-            # The random start of `Adapter`: layers share none, but adapters of one seed do.
+            # The random start of `Adapter`: two layers never share one, but two adapters with one seed do.
             start = f"{config.method} {config.rank} seed {config.seed}.{number}"
             facts[site] = {"method": config.method, "seed": config.seed, "start": start}
     found: dict[str, dict[Site, Alignment]] = {"written": {}, "read": {}}
@@ -94,8 +95,8 @@ def reft_alignments(
         own = directions(edit)
         for side, subspace in (("written", own.written), ("read", own.read)):
             if subspace is not None:
-                told = {**facts.get(site, {}), "side": side, "strengths": list(own.strengths)}
-                if side == "read":  # W − R starts at 0, wherever R starts
-                    told.pop("start", None)
-                found[side][site] = Alignment({variable: (site, subspace)}, told)
+                about = {**facts.get(site, {}), "side": side, "strengths": list(own.strengths)}
+                if side == "read":  # W − R starts at 0, whatever the start of R is
+                    about.pop("start", None)
+                found[side][site] = Alignment({variable: (site, subspace)}, about)
     return found

@@ -1,16 +1,16 @@
-"""Whether two subspaces do the same, where geometry only says whether they are the same.
+"""Whether two subspaces do the same. Geometry can only say whether they are the same.
 
-DAS does not identify the span: two fits of one variable at one site, both with an IIA of 1, may share a third of
-their span, and still move the logits alike. The measures here run the model over counterfactual pairs or look at its
-states. Each is a `Measure` for `compare(fits, measure=…)`, which puts beside it what random subspaces of the same ranks
-give under the same measure.
+DAS does not determine the span: two fits of one variable at one site, both with an IIA of 1, may share only a third of
+their span and still change the logits in the same way. The measures here run the model over counterfactual pairs or
+look at its states. Each is a `Measure` for `compare(fits, measure=…)`. `compare` also reports the value of the same
+measure for random subspaces of the same ranks.
 
     Functional      cosine of the effects on the logits
     Agreement       share of the changed answers that are the same
     Transfer        IIA of the basis of one site used at another
-    DataWeighted    overlap, each direction counting as much as the interchange moves the state along it
-    ClassMeans      overlap of what the variable's class means span inside each subspace
-    DriftCorrected  overlap after the basis was carried from one site's coordinates to the other's
+    DataWeighted    overlap, with each direction weighted by how much the interchange moves the state along it
+    ClassMeans      overlap of the spans of the variable's class means inside each subspace
+    DriftCorrected  overlap after the basis was mapped from one site's coordinates to the other's
                     (`analysis/drift.py`)
 
 >>> look = prepared(backbone, pairs.test, fits)
@@ -41,13 +41,13 @@ from subspace_lab.core.subspaces import FixedSubspace
 from subspace_lab.das.objectives import Outcome, iia
 from subspace_lab.das.prepared_pairs import PreparedPairs
 
-TOLERANCE = 1e-6  # what is below this share of the largest, or of all logits, is rounding
+TOLERANCE = 1e-6  # a value below this share of the largest value, or of the norm of all logits, is rounding
 
 
 def effects(pairs: Looks, items: Sequence[Compared]) -> list[Tensor]:
-    """(pairs, answers) of each subspace: by how much its interchange moves the answers' logits.
+    """(pairs, answers) for each subspace: by how much its interchange changes the answers' logits.
 
-    What moves all answers' logits alike moves no answer, and is subtracted.
+    The mean over the answers is subtracted: if all logits change by the same amount, no answer changes.
     """
     found = []
     for outcome in outcomes(pairs, items):
@@ -57,10 +57,10 @@ def effects(pairs: Looks, items: Sequence[Compared]) -> list[Tensor]:
 
 
 def outcomes(pairs: Looks, items: Sequence[Compared], sites: Sequence[Site] | None = None) -> list[Outcome]:
-    """What the model says with each subspace exchanged, those of one site in one run.
+    """The model's answers when each subspace is exchanged; the subspaces of one site share one run.
 
     Args:
-        sites: where each is exchanged, by default its own site.
+        sites: where each subspace is exchanged; by default at its own site.
     """
     sites = [site_of(item) for item in items] if sites is None else sites
     together: dict[tuple[str, str, Site], list[int]] = {}
@@ -77,10 +77,10 @@ def outcomes(pairs: Looks, items: Sequence[Compared], sites: Sequence[Site] | No
 
 @dataclass(frozen=True, eq=False)
 class Functional:
-    """⟨E₁, E₂⟩ / ‖E₁‖‖E₂‖ of the effects of two interchanges on the answers' logits, over all pairs: −1 to 1.
+    """⟨E₁, E₂⟩ / ‖E₁‖‖E₂‖ for the effects of two interchanges on the answers' logits, over all pairs: −1 to 1.
 
-    1: they move every answer alike, up to a common factor. An interchange that moves nothing has 0 with all others.
-    The pairs have to be the same in each model.
+    1: they change every answer's logit in the same way, up to a common factor. An interchange that changes nothing has
+    0 with all others. The pairs have to be the same for each model.
     """
 
     pairs: Looks
@@ -94,7 +94,7 @@ class Functional:
         logits = [look_of(self.pairs, item.model).unedited.double().norm() for item in items]
         moved = (
             sizes > TOLERANCE * torch.stack(logits)[:, None]
-        )  # else it is rounding, whose direction means nothing
+        )  # otherwise the effect is rounding, and its direction means nothing
         unit = torch.where(moved, flat / sizes, 0.0)
         found: list[list[float]] = (unit @ unit.T).clamp(-1, 1).tolist()
         return found
@@ -102,10 +102,10 @@ class Functional:
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """Of the pairs in which one of the two interchanges changes the model's answer, the share with the same answer.
+    """The share of pairs with the same answer under both interchanges.
 
-    Pairs in which both leave the answer as it was would count any two that do nothing as agreed. 0 where neither of the
-    two changes any answer.
+    Only pairs count in which at least one of the two changes the model's answer: otherwise any two interchanges that do
+    nothing would agree. 0 if neither of the two changes any answer.
     """
 
     pairs: Looks
@@ -114,9 +114,9 @@ class Agreement:
     def matrix(self, items: Sequence[Compared]) -> list[list[float]]:
         """As `Measure.matrix`."""
         _expect_one_data_set(self.pairs)
-        told = outcomes(self.pairs, items)
-        answers = torch.stack([outcome.logits.argmax(-1) for outcome in told])
-        changed = torch.stack([outcome.logits.argmax(-1) != outcome.unedited.argmax(-1) for outcome in told])
+        results = outcomes(self.pairs, items)
+        answers = torch.stack([outcome.logits.argmax(-1) for outcome in results])
+        changed = torch.stack([outcome.logits.argmax(-1) != outcome.unedited.argmax(-1) for outcome in results])
         either = changed[:, None] | changed
         same = (answers[:, None] == answers) & either
         found: list[list[float]] = (same.sum(-1) / either.sum(-1).clamp_min(1)).double().tolist()
@@ -125,9 +125,9 @@ class Agreement:
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """IIA of the row's basis used at the column's site; at its own site what it reaches by itself.
+    """IIA of the row's basis used at the column's site; at its own site this is its own IIA.
 
-    Not symmetric. A basis that does at another layer what it does at its own is the same subspace for the model,
+    Not symmetric. If a basis does the same at another layer as at its own, it is the same subspace for the model,
     whatever the angles say.
     """
 
@@ -142,8 +142,8 @@ class Transfer:
             wide = [item for item in items if item.subspace.width != self.pairs.backbone.width(site)]
             if wide:
                 raise ValueError(f"{site} has another width than the subspaces {[item.label for item in wide]}.")
-            told = outcomes(self.pairs, items, [site] * len(items))
-            scores |= {(i, site): float(iia(outcome).mean()) for i, outcome in enumerate(told)}
+            results = outcomes(self.pairs, items, [site] * len(items))
+            scores |= {(i, site): float(iia(outcome).mean()) for i, outcome in enumerate(results)}
         return [[scores[i, site_of(other)] for other in items] for i in range(len(items))]
 
 
@@ -151,7 +151,8 @@ class Transfer:
 class DataWeighted:
     """⟨A₁, A₂⟩ / ‖A₁‖‖A₂‖ with A = P S P, S the second moment of the differences source − base at the site: 0 to 1.
 
-    The overlap of what the interchange writes: a direction along which sources and bases do not differ does not count.
+    It is the overlap of what the two interchanges write. A direction along which sources and bases do not differ does
+    not count.
     """
 
     pairs: PreparedPairs
@@ -184,10 +185,10 @@ class DataWeighted:
 
 @dataclass(frozen=True, eq=False)
 class ClassMeans:
-    """Overlap of the spans of P M, with M the centred means of the sources' states by the variable's value.
+    """Overlap of the spans of P M, where M are the centred means of the sources' states for each value of the variable.
 
-    What the subspaces hold of the variable as its class means show it; of two values it is one direction. Where the
-    pairs do not tell the values the expected answers stand in for them.
+    It compares how the subspaces hold the variable, as far as class means show it; for two values this is one
+    direction. If the pairs do not give the values, the expected answers are used in their place.
     """
 
     pairs: PreparedPairs
@@ -204,7 +205,7 @@ class ClassMeans:
         values = self.pairs.data.values.get(name, self.pairs.data.answer).cpu()[row]
         classes = values.unique()
         if len(classes) < 2:
-            raise ValueError(f"{name!r} has one value in these pairs; class means need two or more.")
+            raise ValueError(f"{name!r} has one value in these pairs; class means need at least two.")
         basis = orthonormal_rows(item.subspace)
         means = torch.stack([states[values == one].mean(0) for one in classes])
         _, sizes, right = torch.linalg.svd((means - means.mean(0)) @ basis.T, full_matrices=False)
@@ -216,6 +217,8 @@ class ClassMeans:
 
 def _expect_one_data_set(pairs: Looks) -> None:
     looks = [pairs] if isinstance(pairs, PreparedPairs) else list(pairs.values())
-    told = {(len(look), look.data.answers, tuple(look.data.answer.tolist())) for look in looks}
-    if len(told) > 1:
-        raise ValueError("The models are asked about different pairs; effects are compared pair by pair.")
+    data_sets = {(len(look), look.data.answers, tuple(look.data.answer.tolist())) for look in looks}
+    if len(data_sets) > 1:
+        raise ValueError(
+            "The models have different pairs; they need the same, since effects are compared pair by pair."
+        )

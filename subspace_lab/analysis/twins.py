@@ -1,28 +1,28 @@
-"""Twins: models like the one that is searched, whose weights cannot have learned what is claimed.
+"""Twins: models like the one that is searched, but whose weights cannot have learned what is claimed.
 
-A twin is a control, and a search of it is the same call with another model. A search that succeeds on a twin too
-has found what the architecture and the data give away, not what the model learned (Sutter et al. 2025, arXiv
-2507.08802, section 4). The kinds differ in what a twin keeps of the model:
+A twin is a control. It is searched by the same call, with the twin in the place of the model. If the search succeeds
+on a twin too, it found something that the architecture and the data allow, not something that the model learned
+(Sutter et al. 2025, arXiv 2507.08802, section 4). The kinds differ in what the twin keeps of the model:
 
     reinitialised    the configuration alone: weights as if training had never begun; the twins of `check`
     moment_matched   mean and standard deviation of each weight tensor
-    shuffled         all numbers of each weight tensor, in another order
+    shuffled         all numbers of each weight tensor, in random order
     spectrum_kept    the singular values of each matrix, with random singular vectors
-    embeddings_kept  the embeddings; all else is initialised anew
-    only_above       everything up to a layer; what is behind it is initialised anew
-    only_below       everything behind a layer; what comes before is initialised anew
-    cascading        `only_above` one layer after the other, from the last block down (Adebayo et al. 2018,
+    embeddings_kept  the embeddings; everything else is initialised again
+    only_above       everything up to a layer; everything after it is initialised again
+    only_below       everything after a layer; everything up to it is initialised again
+    cascading        `only_above` for one layer after the other, from the last block down (Adebayo et al. 2018,
                      arXiv 1810.03292)
 
-The first four know nothing of the task beyond what such weights are like. The others keep a part of what was
-learned, so that a search may well succeed on them: they tell where the variable comes from, and whether a claim of
-a layer rests on what is below or above it. They are reported, and decide nothing.
+The first four know nothing about the task, except for the statistics of the weights. The others keep a part of what
+was learned, so a search may succeed on them. They show where the variable comes from, and whether a claim about a
+layer depends on what is below it or above it. They are reported for information and decide nothing.
 
-All have this in common. Tied weights stay tied; dtypes, devices, train mode and gradient flags are those of the
-model, which is not touched. One seed gives one twin on every device, and the caller's random state stays where it
-was. The twin of a model whose weights accelerate offloads is in host memory, and offloaded from there if the model
-runs elsewhere. Weights that were unpacked to floats are served, whatever the configuration says; those that are
-still packed are refused.
+For all kinds: Tied weights stay tied. Dtypes, devices, train mode and gradient flags are those of the model; the model
+itself is not changed. A seed gives the same twin on every device, and the caller's random state does not change. If
+accelerate offloads the model's weights, the twin is in host memory, and it is offloaded from there if the model runs
+on another device. Quantised weights that were unpacked to floats are accepted, whatever the configuration says;
+weights that are still packed are refused.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ Draw = Callable[[Tensor, torch.Generator], Tensor]
 def reinitialised(model: nn.Module, seed: int) -> nn.Module:
     """A randomly initialised twin: the same class and configuration, weights as if training had never begun.
 
-    A transformers model is built anew from a copy of its configuration, so that the architecture's own
-    initialisation draws the weights. Of any other module a copy is made and `reset_parameters` is called on its
-    submodules, children first, as their construction does.
+    A transformers model is built again from a copy of its configuration, so that the architecture's own
+    initialisation draws the weights. Any other module is copied, and `reset_parameters` is called on the copy's
+    submodules, children first, as when they are constructed.
 
     Args:
-        model: any module; weights are drawn for all of it.
-        seed: of the draw.
+        model: any module; all its weights are drawn again.
+        seed: the seed of the draw.
 
     Raises:
-        TypeError: something else than a module.
+        TypeError: anything but a module.
         ValueError: quantised weights, a configuration that does not describe the model (its shapes or its ties
             were changed by hand), or plain submodules with parameters and no `reset_parameters`.
     """
@@ -75,33 +75,32 @@ def reinitialised(model: nn.Module, seed: int) -> nn.Module:
 def shuffled(model: nn.Module, seed: int) -> nn.Module:
     """A twin that has the numbers of each weight tensor in random order.
 
-    Args and errors as of `reinitialised`; plain submodules need no `reset_parameters`.
+    Args and errors as for `reinitialised`; plain submodules need no `reset_parameters`.
     """
     return _redrawn(model, seed, _shuffle)
 
 
 def moment_matched(model: nn.Module, seed: int) -> nn.Module:
-    """A twin whose weight tensors are normal, each with the mean and the standard deviation of the model's.
+    """A twin whose weights are drawn from normal distributions with the mean and standard deviation of each tensor.
 
-    Args and errors as of `shuffled`.
+    Args and errors as for `shuffled`.
     """
     return _redrawn(model, seed, _same_moments)
 
 
 def spectrum_kept(model: nn.Module, seed: int) -> nn.Module:
-    """A twin whose matrices are U S Vᵀ with the singular values S of the model's, U and V drawn from the Haar
-    measure.
+    """A twin whose matrices are U S Vᵀ: S are the singular values of the model's matrix, U and V random (Haar).
 
-    A tensor of more than two axes is taken as (first axis, all others); a vector has no spectrum and is shuffled.
-    Args and errors as of `shuffled`.
+    A tensor of more than two axes is treated as a matrix (first axis, all others). A vector has no spectrum; its
+    numbers are shuffled. Args and errors as for `shuffled`.
     """
     return _redrawn(model, seed, _same_spectrum)
 
 
 def embeddings_kept(model: nn.Module, seed: int) -> nn.Module:
-    """A twin that keeps all embeddings outside of the blocks, and a head that is tied to them.
+    """A twin that keeps all embeddings outside of the blocks, and the head if it is tied to them.
 
-    The strongest of the nulls: the model's own words, mixed by layers that learned nothing.
+    This is the strongest null: the model's own embeddings, mixed by layers that learned nothing.
 
     Raises:
         ValueError: as `reinitialised`; a model without embeddings.
@@ -120,32 +119,31 @@ def embeddings_kept(model: nn.Module, seed: int) -> nn.Module:
     ]
     if not kept:
         raise ValueError(f"{type(model).__name__} has no embeddings that a twin could keep.")
-    return _partly(model, seed, lambda name: name.startswith(tuple(f"{path}." for path in kept)))
+    return _partly_kept(model, seed, lambda name: name.startswith(tuple(f"{path}." for path in kept)))
 
 
 def only_above(model: nn.Module, layer: int, seed: int) -> nn.Module:
-    """A twin that is the model up to a layer's output, and initialised anew behind it.
+    """A twin that keeps the model up to a layer's output; everything after it is initialised again.
 
-    What is registered before the blocks (embeddings) is kept, with a head that is tied to it; what is registered
-    behind them (the last norm, a head of its own) is initialised anew.
+    Modules that are registered before the blocks (embeddings) are kept, and so is a head that is tied to them.
+    Modules that are registered after the blocks (the last norm, an untied head) are initialised again.
 
     Args:
-        layer: the last that is kept; −1 keeps no block.
+        layer: the last layer that is kept; −1 keeps no block.
 
     Raises:
-        ValueError: as `reinitialised`; a model in which no stack of blocks is found, or a layer that it has not.
+        ValueError: as `reinitialised`; a model without a single stack of blocks, or a layer that it does not have.
     """
-    return _partly(model, seed, _before(model, layer))
+    return _partly_kept(model, seed, _before(model, layer))
 
 
 def only_below(model: nn.Module, layer: int, seed: int) -> nn.Module:
-    """A twin that is initialised anew up to a layer's output, and the model behind it: the other half of
-    `only_above`.
+    """A twin that is initialised again up to a layer's output, and keeps the model after it (see `only_above`).
 
-    Embeddings are initialised anew, and with them a head that is tied to them.
+    Embeddings are initialised again, and so is a head that is tied to them.
 
     Args:
-        layer: the last that is initialised anew.
+        layer: the last layer that is initialised again.
 
     Raises:
         ValueError: as `only_above`.
@@ -153,15 +151,15 @@ def only_below(model: nn.Module, layer: int, seed: int) -> nn.Module:
     before = _before(model, layer)
     names = names_of(model)
     below = {name for of in names.values() if any(map(before, of)) for name in of}
-    return _partly(model, seed, lambda name: name not in below)
+    return _partly_kept(model, seed, lambda name: name not in below)
 
 
 def cascading(model: nn.Module, seed: int) -> Iterator[nn.Module]:
-    """Twins of which each has one block more initialised anew than the one before it, from the last block down.
+    """Twins in which one more block each time is initialised again, from the last block down.
 
-    As many as the model has blocks, made one after the other so that no two need to be in memory: of the first
-    only what is behind the last block but one is new, of the last all but the embeddings. All are drawn from one
-    seed, so that what two of them have new is the same.
+    There are as many twins as the model has blocks. They are made one after the other, so that only one has to be in
+    memory. In the first, the last block and everything after it is new; in the last, everything but the embeddings is
+    new. All have one seed, so weights that are new in two of them are equal.
 
     Raises:
         ValueError: as `only_above`.
@@ -175,7 +173,7 @@ def cascading(model: nn.Module, seed: int) -> Iterator[nn.Module]:
 
 
 def _anew(model: nn.Module, seed: int) -> nn.Module:
-    """On the CPU, as initialisation leaves it."""
+    """The initialised twin, on the CPU; `finished` has to follow."""
     with drawing(whole_number(seed, "seed")):
         return built(model) if is_built(model) else _reset(copied(model))
 
@@ -183,11 +181,11 @@ def _anew(model: nn.Module, seed: int) -> nn.Module:
 def _reset(twin: nn.Module) -> nn.Module:
     """A plain module with every parameter drawn again."""
     stuck = []
-    # Children come after their parents in `named_modules`. Reversed, a parent has the last word, as in its
-    # constructor.
+    # `named_modules` lists parents before their children. In reverse order, a parent can still change what its
+    # children drew, as in its constructor.
     for name, module in reversed(list(twin.named_modules())):
         reset = getattr(module, "reset_parameters", None)
-        if isinstance(module, nn.MultiheadAttention):  # torch's own, but for the underscore
+        if isinstance(module, nn.MultiheadAttention):  # in torch its name begins with an underscore
             reset = module._reset_parameters
         if callable(reset):
             reset()
@@ -195,7 +193,7 @@ def _reset(twin: nn.Module) -> nn.Module:
             stuck.append(f"{name or 'the module itself'} ({type(module).__name__})")
     if stuck:
         raise ValueError(
-            f"{type(twin).__name__} cannot be initialised anew: these submodules have parameters and no "
+            f"{type(twin).__name__} cannot be initialised again: these submodules have parameters but no "
             f"reset_parameters(): {', '.join(reversed(stuck))}. Give them one that draws their parameters."
         )
     return twin
@@ -203,16 +201,16 @@ def _reset(twin: nn.Module) -> nn.Module:
 
 def _expect_module(model: nn.Module) -> None:
     instance(
-        model, nn.Module, "The model of a twin", "of a Backbone its model, as in reinitialised(backbone.model, 0)"
+        model, nn.Module, "The model of a twin", "give the model of a Backbone: reinitialised(backbone.model, 0)"
     )
 
 
 def _redrawn(model: nn.Module, seed: int, draw: Draw) -> nn.Module:
-    """A twin whose weights are drawn one by one from what the model has; its buffers are the model's."""
+    """A twin with each weight tensor drawn from the model's tensor of the same name; its buffers are the model's."""
     _expect_module(model)
     if packed := packed_weights(model):
         raise ValueError(
-            f"{type(model).__name__} is quantised: {packed} holds no floats that could be drawn anew."
+            f"{type(model).__name__} is quantised: {packed} holds no floats that could be drawn again."
         )
     generator = torch.Generator().manual_seed(whole_number(seed, "seed"))
     with drawing(seed):
@@ -223,10 +221,10 @@ def _redrawn(model: nn.Module, seed: int, draw: Draw) -> nn.Module:
     return finished(model, twin)
 
 
-def _partly(model: nn.Module, seed: int, keeps: Callable[[str], bool]) -> nn.Module:
-    """A twin that is the model where `keeps` says so of a weight's name, and initialised anew elsewhere.
+def _partly_kept(model: nn.Module, seed: int, keeps: Callable[[str], bool]) -> nn.Module:
+    """A twin that keeps the model's weights if `keeps(name)`; all others are initialised again.
 
-    A tensor of several names is kept if any of them is.
+    A tensor with several names is kept if `keeps` is true for one of them.
     """
     twin = _anew(model, seed)
     check_same_outline(model, twin)
@@ -237,7 +235,7 @@ def _partly(model: nn.Module, seed: int, keeps: Callable[[str], bool]) -> nn.Mod
 
 
 def _take_buffers(model: nn.Module, twin: nn.Module, which: Callable[[str], bool]) -> None:
-    """Statistics that were learned (of a batch norm), where they are in memory."""
+    """Copy learned statistics, such as those of a batch norm, if they are in memory."""
     theirs, buffers = tensors_of(model), dict(twin.named_buffers())
     for name, buffer in buffers.items():
         if which(name) and not theirs[name].is_meta:
@@ -250,7 +248,7 @@ def _before(model: nn.Module, layer: int) -> Callable[[str], bool]:
     anatomy = Anatomy(model)
     depth = anatomy.depth()
     if not -1 <= whole_number(layer, "layer") < depth:
-        raise ValueError(f"layer={layer!r} of a model with layers 0 to {depth - 1}; −1 stands for none of them.")
+        raise ValueError(f"layer={layer!r} of a model with layers 0 to {depth - 1}; −1 means none of them.")
     blocks = anatomy.stacks[""]
     first, kept = anatomy.position[blocks[0]], tuple(f"{block}." for block in blocks[: layer + 1])
     behind = tuple(f"{block}." for block in blocks[layer + 1 :])
@@ -263,7 +261,7 @@ def _before(model: nn.Module, layer: int) -> Callable[[str], bool]:
     return before
 
 
-# --- what a weight becomes ----------------------------------------------------------------------------------
+# --- how a weight is drawn ----------------------------------------------------------------------------------
 
 
 def _shuffle(weight: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,12 +1,12 @@
 """What varies at a site between bases and sources, and what the answers depend on there.
 
-A subspace reads coordinates of a state and writes them back. What it reads has to vary there by itself, and what it
-writes has to be read by what lies behind; a direction that does one of the two alone is no variable of the model
-(Makelov et al. 2023, arXiv 2311.17030).
+An interchange reads coordinates of a state and writes them back. The directions that it reads have to vary there by
+themselves, and later layers have to read the directions that it writes. A direction that does only one of the two is
+not a variable of the model (Makelov et al. 2023, arXiv 2311.17030).
 
     varies    the principal components of h_source − h, up to nearly all of their variance
-    read      the row space of the answers' gradients G = E[JᵀJ], J = ∂ logits / ∂ h with the mean over the answers
-              taken off, which no choice between them depends on
+    read      the row space of the answers' gradients G = E[JᵀJ], where J = ∂ logits / ∂ h minus its mean over the
+              answers, since the mean does not change which answer is chosen
     both      the row space of the same gradients inside what varies: first the variation, then the gradient in it
 """
 
@@ -29,24 +29,24 @@ from subspace_lab.model.sources import all_rows
 
 VARIES, READ = 0.999, 0.99  # shares of the variance and of the squared gradient that are kept
 EXAMPLES, CHUNK = 256, 64  # pairs whose gradients are taken, and how many in one run
-PROBES = 16  # gradients a state, at most: of each answer, or of random signs of more answers than that
+PROBES = 16  # gradients for each state, at most: one for each answer, or for random signs with more answers
 ALONG = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Shares of the way from a base's state to its source's at which gradients are taken, in turn. A table that is
-flat at the states that it knows has no gradient there, and all of it between."""
+"""Gradients are taken between the base's state and the source's: at these shares of the way, in turn. A model that
+looks its answers up, as in a table, can be flat at the states that it knows, and have all its gradient between them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Variation:
-    """What is known of one variable's site, from pairs that no score is taken of.
+    """What varies and what is read at one variable's site, measured on pairs that are not used for scores.
 
     Attributes:
-        site: where.
-        bases, sources: the states of the pairs that both have them, a position of a pair being one of them.
-        gradients: of the answers' logits in some of these states.
+        site: the site.
+        bases, sources: states of the pairs that have both; each position of a pair is one state.
+        gradients: gradients of the answers' logits at some states.
         differences: h_source − h of the pairs whose gradients were taken.
         varies, read, both: orthonormal bases of the three spaces above.
-        weights: the row space of the projection that reads the site, where it is the input of one and narrower than
-            the states; else None.
+        weights: if the site is the input of a projection, the row space of its weights; None otherwise, and None if
+            it is the whole space.
     """
 
     site: Site
@@ -60,7 +60,7 @@ class Variation:
     weights: Float[Tensor, "row width"] | None = None
 
     def effects(self, *projections: Float[Tensor, "_ width"]) -> Float[Tensor, "example probe"]:
-        """J Pₙ … P₁ d to first order: what moves in the answers as the difference d goes through some projections."""
+        """J Pₙ … P₁ d: to first order, how the logits change if the difference d goes through some projections."""
         moved = self.differences
         for basis in projections:
             moved = (moved @ basis.T) @ basis
@@ -78,23 +78,24 @@ def variations(
 ) -> dict[str, Variation]:
     """{variable: what varies and what is read at its site}.
 
-    The gradients are those of the plain forward pass, taken at states on the straight way from base to source.
+    The gradients are those of the plain forward pass, at states on the straight line from base to source.
 
     Args:
-        backbone: of the model.
-        pairs: their training pairs are used (of pairs drawn afresh those of the first steps), or those given.
+        backbone: the model.
+        pairs: the training pairs are used (if each step draws new pairs, those of the first steps); or the
+            counterfactuals themselves.
         assignment: {variable: its site}.
-        varies, read: what share of the variance, and of the squared gradients, the spaces hold.
-        examples: of how many pairs gradients are taken, at most.
+        varies, read: the share of the variance, and of the squared gradients, that the spaces hold.
+        examples: the largest number of pairs whose gradients are taken.
 
     Raises:
-        ValueError: a share that is none, no example, sources that do not differ from their bases, or answers that
-            depend on nothing there.
+        ValueError: a share that is not above 0 and at most 1, no example, sources that do not differ from their
+            bases, or answers that do not depend on the states there.
     """
     instance(pairs, (Pairs, Counterfactuals), "pairs")
     for name, share in (("varies", varies), ("read", read)):
         if not 0 < share <= 1:
-            raise ValueError(f"{name}={share}: needed is a share above 0 and at most 1.")
+            raise ValueError(f"{name}={share}: it has to be a share above 0 and at most 1.")
     if whole_number(examples, "examples") < 1:
         raise ValueError(f"examples={examples}: gradients of at least 1 pair are needed.")
     found: dict[str, Variation] = {}
@@ -109,7 +110,8 @@ def variations(
         bases, sources = bases[there], sources[there]
         rows = _spread(len(prepared[0]), examples)
         gradients, differences = _gradients(prepared[0], name, site, rows)
-        directions = _main(sources - bases, varies, f"The sources of {name!r} are as their bases at {site}")
+        same = f"The sources of {name!r} have the same states as their bases at {site}"
+        directions = _main(sources - bases, varies, same)
         flat = gradients.flatten(0, 1)
         nothing = f"The answers depend on nothing at {site}"
         inside = _main(flat @ directions.T, read, f"{nothing} that varies with {name!r}") @ directions
@@ -144,8 +146,8 @@ def _states(backbone: Backbone, prepared: PreparedPairs, name: str, site: Site) 
     base, source = all_rows(parts), prepared.states[name][site]
     if base.ndim == 3 and base.shape[1] != source.shape[1]:
         raise ValueError(
-            f"{site}: bases have {base.shape[1]} positions and sources {source.shape[1]}, so that no state of one "
-            "answers to a state of the other."
+            f"{site}: bases have {base.shape[1]} positions and sources {source.shape[1]}, so their states cannot be "
+            "matched."
         )
     return tuple(one.flatten(0, -2).double().cpu() for one in (base, source))  # type: ignore[return-value]
 
@@ -169,14 +171,14 @@ def _gradients(prepared: PreparedPairs, name: str, site: Site, rows: Tensor) -> 
             of_probes = [
                 torch.autograd.grad((logits @ z.to(logits)).sum(), at.states, retain_graph=True)[0] for z in probes
             ]
-        of_pair = torch.stack(of_probes).unflatten(1, (len(some), -1)).sum(2)  # the rows of a pair's answers
+        of_pair = torch.stack(of_probes).unflatten(1, (len(some), -1)).sum(2)  # over each pair's answers
         gradients.append(of_pair.movedim(0, -2).flatten(0, -3).double().cpu())
         differences.append(at.differences.unflatten(0, (len(some), -1))[:, 0].flatten(0, -2).double().cpu())
     return torch.cat(gradients), torch.cat(differences)
 
 
 class _Between(nn.Module):
-    """Puts states between base and source in the place of the base's, and keeps them for their gradients."""
+    """Replaces the base's states by states between base and source, and stores them for their gradients."""
 
     def __init__(self, along: Tensor) -> None:
         super().__init__()
@@ -191,18 +193,18 @@ class _Between(nn.Module):
 
 
 def _main(rows: Tensor, share: float, nothing: str) -> Tensor:
-    """The right singular vectors that hold a share of the squared size of some rows (ValueError of rows of zero)."""
+    """The first right singular vectors of a matrix, up to a share of its squared norm (ValueError if it is zero)."""
     _, sizes, right = torch.linalg.svd(rows.double(), full_matrices=False)
     squares = sizes.square()
     if not float(squares.sum()) > 0:
-        raise ValueError(f"{nothing}: there is nothing to look at.")
+        raise ValueError(f"{nothing}: there is nothing to measure.")
     kept = int((squares.cumsum(0) < share * squares.sum() * (1 - 1e-12)).sum()) + 1
-    # Rounding has directions of its own.
+    # Directions that only come from rounding are left out.
     return right[: min(kept, int((sizes > 1e-6 * sizes[0]).sum()))]
 
 
 def _read_by_weights(backbone: Backbone, site: Site) -> Tensor | None:
-    """The row space of a plain projection whose input the site is; None where it is all that the states have."""
+    """The row space of the plain projection that has the site as its input; None if there is none, or if it is all."""
     point = backbone.hook_point(site)
     weight = getattr(backbone.anatomy.modules[point.path], "weight", None)
     if point.side != "input" or not isinstance(weight, Tensor) or weight.ndim != 2 or weight.is_meta:
@@ -221,7 +223,7 @@ def _read_by_weights(backbone: Backbone, site: Site) -> Tensor | None:
 
 
 def _spread(n: int, most: int) -> Tensor:
-    """At most so many of n rows, evenly over them."""
+    """The indices of at most `most` of n rows, evenly spaced."""
     return torch.linspace(0, n - 1, min(n, most)).round().long()
 
 

@@ -104,24 +104,24 @@ def overlap_heatmap(comparison: Matrix, path: str | Path | None = None) -> Figur
     size = max(1, most - (1 if comparison.symmetric else 0)) * each + 0.6
     down = -(-len(panels) // max(1, int(11 / size)))
     across = -(-len(panels) // down)
-    beside = comparison.across is not None
-    height = max(down * size + 1.1, 2.6 if beside else 0)
+    has_means = comparison.across is not None
+    height = max(down * size + 1.1, 2.6 if has_means else 0)
     what = f"{comparison.measure[:1].upper()}{comparison.measure[1:]}"
     floors = " Hatched: the IIA is at its floor, not counted." if not all(comparison.counts) else ""
     if len(shown) < len(comparison.labels):
         floors = f" There are {len(comparison.labels)} fits; those at their floor are not shown."
     bands = "; ".join(_band(ranks, chance) for ranks, chance in comparison.chance.items())
     figure = new_figure(
-        (across * size + 1.9 + (4.2 if beside else 0), height),
+        (across * size + 1.9 + (4.2 if has_means else 0), height),
         f"{what} of the subspaces found{f', {compared}' if compared else ''}",
-        *([comparison.sentence] if beside else []),
+        *([comparison.sentence] if has_means else []),
         f"Independent random (Haar) subspaces of a stream of width {comparison.width}: {bands} (marked on the "
         "colour bar). Cells in the band or below it are pale. By chance, 1 of 20 random pairs is outside the band."
         f"{floors}",
         CAUTION,
     )
     upper: FigureBase = figure
-    if beside:
+    if has_means:
         upper, right = figure.subfigures(1, 2, width_ratios=[across * size + 1.9, 4.2], squeeze=False)[0]
         # Its height depends on its own lines, not on the height of the matrix.
         lines = 2 + len(comparison.nulls) + (comparison.within is not None)
