@@ -39,6 +39,26 @@ RANGES = {
         "pool_train": (0.57, 0.9),
         "pool_test": (0.45, 0.56),
     },
+    "06_rotations_across_layers": {
+        "overlap_layers": (0.11, 0.2),
+        "overlap_0_3": (0.02, 0.11),
+        "overlap_seeds": (0.25, 0.4),
+        "overlap_top_16": (0.1, 0.2),
+        "effects_seeds": (0.9, 1.0),
+        "effects_layers": (0.55, 0.85),
+        "least_held": (0.5, 1.0),
+        "most_held_random": (0.0, 0.16),
+        "over_other_0_1": (0.1, 1.0),
+        "over_other_1_2": (0.02, 1.0),
+        "over_other_2_3": (-0.3, 0.3),
+        "over_other_1_3": (-0.2, 0.1),
+        "directions_1": (0.8, 0.95),
+        "directions_2": (0.88, 1.0),
+        "seeds_rank_1": (0.75, 1.0),
+        "seeds_rank_8": (0.17, 0.35),
+        "same_start": (0.38, 0.6),
+        "other_start": (0.11, 0.28),
+    },
 }
 
 
