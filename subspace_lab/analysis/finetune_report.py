@@ -1,6 +1,6 @@
-"""What a finetuning leaves beside its adapter: its numbers, its loss as a picture, and what a person reads.
+"""The report of a finetuning, in the folder of its adapter: its numbers, a picture of its loss, and a printed summary.
 
-results.json            "settings"; "parameters" and "rows", how many; "losses" of each step; "held_out": loss,
+results.json            "settings"; numbers of "parameters" and "rows"; "losses" of each step; "held_out": loss,
                         accuracy and the score of a constant answer, before and after; "classes"; "samples"
 loss.png                the training loss, and the held-out loss before and after
 
@@ -32,9 +32,9 @@ from subspace_lab.reft.model import ReftModel
 from subspace_lab.reft.storage import CONFIG, NEXT, WEIGHTS
 
 LINE_COLOUR, PALE = "#2b557e", "#8fb3bd"
-WINDOWS = 12  # the smoothed curve is a mean over a twelfth of the steps
+WINDOWS = 12  # the smoothed curve is a running mean over a twelfth of the steps
 SPREAD = 30  # a loss that falls by more than this is drawn on a logarithmic scale
-SHOWN = 160  # characters of a text in the table
+SHOWN = 160  # characters of a text in the table, at most
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Finetuned:
     """How a finetuning went.
 
     Attributes:
-        losses: of the training rows, at each step that was made.
-        before, after: the held-out rows under the base model, and with the adapter.
-        trained, parameters: how many parameters are trained, and how many there are in all.
-        rows: {"training": …, "held_out": …, "shortened": …, "repeated": …}, how many; repeated are those that are the
-            same as one before them.
+        losses: the loss of the training rows at each step that was made.
+        before, after: the measurements on the held-out rows with the base model, and with the adapter.
+        trained, parameters: the number of trained parameters, and of all parameters.
+        rows: {"training": …, "held_out": …, "shortened": …, "repeated": …}, numbers of rows; a repeated row is equal to
+            an earlier one.
         samples: (prompt, the row's own answer), one for each of the measured texts.
         classes: of labelled texts; None where rows have answers.
         constant: what the most frequent class of the training rows scores on those held out.
@@ -70,7 +70,7 @@ class Finetuned:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON."""
-        told = self.accuracies()
+        accuracies = self.accuracies()
         texts = zip(self.samples, self.before.texts, self.after.texts, strict=True)
         return {
             "parameters": {"trained": self.trained, "all": self.parameters},
@@ -78,7 +78,9 @@ class Finetuned:
             "losses": list(self.losses),
             "held_out": {
                 "loss": {"before": self.before.loss, "after": self.after.loss},
-                "accuracy": None if told is None else {"before": vars(told[0]), "after": vars(told[1])},
+                "accuracy": None
+                if accuracies is None
+                else {"before": vars(accuracies[0]), "after": vars(accuracies[1])},
                 "constant": self.constant,
             },
             "classes": None if self.classes is None else dict(enumerate(self.classes)),
@@ -90,7 +92,7 @@ class Finetuned:
 
 
 def save_adapter(folder: Path, reft: ReftModel) -> Saves:
-    """Write the adapter, all its files or none, into a folder that was empty."""
+    """Write the adapter into an empty folder: all its files, or none if there is an error."""
     saves = Saves(folder)
     saves.save((CONFIG, WEIGHTS, "README.md"), lambda: reft.save_pretrained(folder))
     if saves.errors:
@@ -99,7 +101,7 @@ def save_adapter(folder: Path, reft: ReftModel) -> Saves:
 
 
 def save_finetuned(saves: Saves, settings: Mapping[str, Any], done: Finetuned) -> None:
-    """Write the picture and the numbers, beside the adapter; `results.json` comes last."""
+    """Write the picture and the numbers into the folder of the adapter; `results.json` comes last."""
     picture, numbers = saves.folder / "loss.png", saves.folder / "results.json"
     saves.save("loss.png", lambda: loss_curve(done, picture, title=_title(settings), steps=settings["steps"]))
     saves.save("results.json", lambda: write_json(numbers, {"settings": dict(settings), **done.as_dict()}))
@@ -109,12 +111,12 @@ def loss_curve(done: Finetuned, path: str | Path, *, title: str, steps: int) -> 
     """The training loss by step, thin, and its running mean; the held-out loss before and after as points.
 
     Args:
-        path: of the PNG, written aside and renamed.
-        steps: that were asked for.
+        path: of the PNG; it is written under another name first and then renamed.
+        steps: the number of steps in the settings.
     """
     losses, n = done.losses, len(done.losses)
     window = max(1, n // WINDOWS)
-    # Centred, and shorter at the ends: a mean of the past alone would lag behind what it smooths.
+    # Centred, and shorter at the ends: a mean of past steps alone would lag behind the curve.
     near = [min(window // 2, i, n - 1 - i) for i in range(n)]
     smooth = [_mean(losses[i - reach : i + reach + 1]) for i, reach in enumerate(near)]
     held = [(0, done.before.loss), (n, done.after.loss)]
@@ -127,10 +129,10 @@ def loss_curve(done: Finetuned, path: str | Path, *, title: str, steps: int) -> 
         (6.6, 3.7),
         title,
         f"Mean cross-entropy of {unit}, on batches of the {done.rows['training']} training rows; {out}.{ended}",
-        caution if points else "Whether the loss has fallen on other rows too is not known.",
+        caution if points else "It is not known whether the loss has fallen on other rows too.",
     )
     axis = figure.subplots()
-    dots = "." if window == 1 else ""  # one step alone makes no line
+    dots = "." if window == 1 else ""  # a single step would give no line
     axis.plot(range(1, n + 1), losses, color=PALE, linewidth=0.8, marker=dots, label="training, each step")
     if window > 1:
         label = f"training, mean over {window // 2 * 2 + 1} steps"
@@ -139,7 +141,7 @@ def loss_curve(done: Finetuned, path: str | Path, *, title: str, steps: int) -> 
         xs, ys = zip(*points, strict=True)
         axis.scatter(xs, ys, s=36, color=ACCENT, zorder=3, label="held out, before and after", clip_on=False)
         for x, y in points:
-            # The curve begins beside the first point: its number stands above both.
+            # The curve begins next to the first point, so its number is above both.
             right, up, side = (2, 14, "left") if x == 0 else (0, 8, "right")
             number = axis.annotate(_short(y), (x, y), (right, up), textcoords="offset points", ha=side, fontsize=9)
             number.set(color=ACCENT, zorder=4, path_effects=[withStroke(linewidth=3, foreground="white")])
@@ -165,11 +167,11 @@ def loss_curve(done: Finetuned, path: str | Path, *, title: str, steps: int) -> 
 
 
 def print_finetuned(saves: Saves, settings: Mapping[str, Any], done: Finetuned) -> None:
-    """The samples, or the accuracy, on standard output, and under them what has to be known to read them."""
+    """Print the samples or the accuracy to standard output, followed by remarks that are needed to interpret them."""
     terminal = console()
     terminal.print(printable(_title(settings)), style="bold", markup=False)
-    if told := done.accuracies():
-        terminal.print(_accuracies(*told, done.constant))
+    if accuracies := done.accuracies():
+        terminal.print(_accuracies(*accuracies, done.constant))
     elif done.samples:
         terminal.print(_samples(done))
     for line in _remarks(saves, settings, done):
@@ -213,8 +215,8 @@ def _remarks(saves: Saves, settings: Mapping[str, Any], done: Finetuned) -> list
         )
     else:
         remarks.append(
-            f"Training loss: {_short(done.losses[0])} at first, {_short(done.losses[-1])} at last. No held-out "
-            "loss, so whether it carries over to other rows is not known."
+            f"Training loss: {_short(done.losses[0])} at the start, {_short(done.losses[-1])} at the end. No "
+            "held-out loss, so it is not known whether the loss falls on other rows too."
         )
     if rows["shortened"]:
         remarks.append(f"{rows['shortened']} rows were longer than the model takes and lost their end.")
@@ -225,9 +227,11 @@ def _remarks(saves: Saves, settings: Mapping[str, Any], done: Finetuned) -> list
     if done.classes is not None:
         shown = ", ".join(repr(one) for one in done.classes[:8])
         remarks.append(f"{len(done.classes)} classes: {shown}{' and more' if len(done.classes) > 8 else ''}.")
-    told = done.accuracies()
-    if told and done.constant is not None and told[1].low <= done.constant:
-        remarks.append("It is not above the constant answer: what was learned does not show on held-out texts.")
+    accuracies = done.accuracies()
+    if accuracies and done.constant is not None and accuracies[1].low <= done.constant:
+        remarks.append(
+            "The accuracy is not above the constant answer: the held-out texts do not show that anything was learned."
+        )
     kind, options = ("CausalLM", "") if done.classes is None else ("SequenceClassification", ", num_labels=")
     options += "" if done.classes is None else str(len(done.classes))
     base = f"AutoModelFor{kind}.from_pretrained(model{options})"
@@ -238,7 +242,7 @@ def _remarks(saves: Saves, settings: Mapping[str, Any], done: Finetuned) -> list
 
 
 def _shortened(text: str, *, start: bool = False) -> str:
-    """A text in one line; of a long prompt its end, of what follows its beginning."""
+    """A text in one line. A long text is cut: `start` cuts its beginning (prompts), otherwise its end is cut."""
     line = printable(" ".join(text.split()))
     if len(line) <= SHOWN:
         return line
