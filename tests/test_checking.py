@@ -31,6 +31,7 @@ from subspace_lab.das.sweeps import sweep
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
+from subspace_lab.model.identity import model_facts
 from subspace_lab.tasks import PRICE_TAGGING
 from subspace_lab.tasks.hierarchical_equality import LEFT_EQUALITY, counterfactuals
 from subspace_lab.tasks.planted import planted_decoder
@@ -318,6 +319,22 @@ def test_what_does_not_belong_together_is_refused(monkeypatch):
     refused("pairs", TypeError, pairs=tiny_pairs().train)
     refused("seed", TypeError, seed=True)
     refused("twins", TypeError, twins=True)
+
+
+def test_a_twin_counts_once():
+    fits = swept(DAS(2), [Site("block_output", 1, "last")])
+    twin = reinitialised(tiny().model, 3)
+    for twins, said in (([twin, twin], "Twin 2 has the weights of twin 1"), ([tiny().model], "the model itself")):
+        with pytest.raises(ValueError, match=said):
+            check(tiny(), tiny_pairs(), fits, twins=twins, controls=[], parts=False, quiet=True)
+
+
+def test_a_random_model_is_not_its_own_twin():
+    """`tiny` was drawn from the seed 0, which is that of its first twin too."""
+    with torch.random.fork_rng(devices=[]):
+        assert model_facts(reinitialised(tiny().model, 0))["weights"] == model_facts(tiny().model)["weights"]
+    found = [model_facts(twin)["weights"] for twin in checking._reinitialised(tiny().model, 3, 0)]
+    assert len({*found, model_facts(tiny().model)["weights"]}) == 4
 
 
 def test_a_verdict_does_not_depend_on_where_the_callers_generator_stands():

@@ -101,7 +101,7 @@ def test_methods_stand_below_each_other_with_controls_apart(tmp_path: Path) -> N
     assert names == ["DAS 4 (×2)", "PCA 4", "RandomSubspace 4 (×2)"]
     assert [t.get_text() for t in axis.texts] == ["0.81", "0.54", "0.46"]
     bars = [line.get_xdata() for line in axis.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"]
-    assert [[round(float(x), 2) for x in bar] for bar in bars] == [[0.8, 0.82], [0.51, 0.56], [0.44, 0.49]]
+    assert [[round(float(x), 2) for x in bar] for bar in bars] == [[0.77, 0.84], [0.51, 0.56], [0.41, 0.51]]
 
 
 def test_training_curves_are_the_losses(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from tiny_sweeps import made_fit, made_fits, score
 
 from subspace_lab.analysis.comparisons import Comparison, compare
@@ -67,6 +68,19 @@ def check_file(path) -> None:
     assert width > 600 and height > 250
     assert imread(path)[..., :3].std() > 0.05  # something is drawn
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing is left aside
+
+
+def test_dollars_in_names_are_dollars(tmp_path):
+    """Between two dollars matplotlib would set a formula: "from 3to" in italics, and "$\\frac$" would fail."""
+    figure = new_figure((3, 2), "from $3 to $5", "A caption with $\\frac$ in it.")
+    axis = figure.subplots()
+    axis.set_xticks([0, 1], ["$a$", "b"])
+    axis.set_yscale("log")
+    figure.savefig(tmp_path / "dollars.png")
+    texts = {text.get_text(): text.get_parse_math() for text in figure.findobj(Text)}
+    assert not texts["from $3 to $5"] and not texts["$a$"]
+    powers = [of for text, of in texts.items() if text.startswith("$\\mathdefault")]
+    assert powers and all(powers)
 
 
 def test_without_a_path_a_picture_is_what_a_notebook_shows(tmp_path, monkeypatch):

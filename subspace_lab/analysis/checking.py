@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def check(
     Raises:
         TypeError: an argument of another type.
         ValueError: no twins, or too few for the level; the pairs, the model or the loss are not those of the fits;
-            fits without IIA, or only of controls. All this before anything runs.
+            fits without IIA, or only of controls. All this before anything runs. And two twins with the same weights,
+            when the second one comes.
         FileExistsError, BlockingIOError, OSError: as `sweep`, about `out`.
     """
     instance(backbone, Backbone, "backbone", "Backbone(model) makes one")
@@ -108,7 +110,10 @@ def check(
     stays, why = complement_of(backbone, pairs, chosen, again.unmatched)
     models = _reinitialised(backbone.model, number, seed) if number is not None else twins
     assert not isinstance(models, int)
-    of_twins = [again.at_place(model, pairs, f"twin {i + 1}") for i, model in enumerate(models)]
+    weights = model_facts(backbone.model)["weights"]
+    of_twins = [
+        again.at_place(model, pairs, f"twin {i + 1}") for i, model in enumerate(_different(models, weights))
+    ]
     check_number(len(of_twins), level)
     kept = {
         kind: [again.at_place(model, pairs, f"{kind} {i + 1}") for i, model in enumerate(made)]
@@ -300,7 +305,23 @@ def training_floor(backbone: Backbone, pairs: Pairs) -> float | None:
 
 
 def _reinitialised(model: nn.Module, number: int, seed: int) -> Iterator[nn.Module]:
-    return (reinitialised(model, seed + i) for i in range(number))
+    """Twins of one seed after the other, without the model itself: it may have been drawn from one of these seeds."""
+    own = model_facts(model)["weights"]
+    drawn = (reinitialised(model, of) for of in count(seed))
+    return islice((twin for twin in drawn if model_facts(twin)["weights"] != own), number)
+
+
+def _different(models: Iterable[nn.Module], weights: str) -> Iterator[nn.Module]:
+    """The twins, one by one (ValueError for one that is the model, or comes twice: it would make p too small)."""
+    seen = {weights: "the model itself"}
+    for i, model in enumerate(models, 1):
+        found = model_facts(model)["weights"]
+        if found in seen:
+            raise ValueError(
+                f"Twin {i} has the weights of {seen[found]} (digest {found}): twins have to be different."
+            )
+        seen[found] = f"twin {i}"
+        yield model
 
 
 def _same_pairs(backbone: Backbone, pairs: Pairs, fits: Fits) -> Pairs:

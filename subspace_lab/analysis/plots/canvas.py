@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from rich.console import Console
 
 from subspace_lab.core.files import whole_file
@@ -18,11 +19,22 @@ SHOWN_PER_INCH = 100  # in a notebook; fewer than in the file, so that a fine sc
 INK, GREY, ACCENT = "#222222", "#6b6b6b", "#c8553d"
 LINE = 0.165  # inches: the height of a caption's line
 CHARACTERS_PER_INCH = 18  # of a caption's line
+OWN_FORMULA = r"$\mathdefault"  # how matplotlib writes the numbers of an axis with powers
 FRAME: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.12}
 
 
 class Picture(Figure):
     """A figure that a notebook shows if it is a cell's last value: always in one size, with or without pyplot."""
+
+    def draw(self, renderer: Any) -> None:
+        """Draw the figure, with every text as it is written.
+
+        Names and prompts may contain dollars, as in "from $3 to $5", which matplotlib would read as a formula.
+        """
+        for text in self.findobj(Text):
+            assert isinstance(text, Text)
+            text.set_parse_math(text.get_text().startswith(OWN_FORMULA))
+        super().draw(renderer)
 
     def _ipython_display_(self) -> None:
         from IPython.display import Image, display

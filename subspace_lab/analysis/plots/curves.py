@@ -147,17 +147,18 @@ def methods_beside(fits: Fits, path: str | Path | None = None, *, ax: Axes | Non
         ax,
         (6.4, 0.3 * len(means) + 0.9),
         f"{_task(fits)}: methods at {place}",
-        f"{_held_out(fits)} Bar: 95 % interval of one fit, or from the lowest to the highest of several seeds or draws "
-        "(×); each small dot is one seed. Hollow: controls, which show what chance or the whole state gives.",
+        f"{_held_out(fits)} Bar: 95 % interval of one fit; of several seeds or draws (×), from the lowest to the "
+        "highest limit of their intervals; each small dot is one of them. Hollow: controls, which show what chance or "
+        "the whole state gives.",
     )
     for row, mean in zip(rows, means, strict=True):
-        one = mean.fits[0].score(fits.metric)
-        low, high = (one.low, one.high) if mean.n == 1 else (mean.low, mean.high)
+        # A bar of the seeds alone would leave out the sampling of the pairs, and look more certain than one fit.
+        each = [fit.score(fits.metric) for fit in mean.fits]
+        low, high = min(one.low for one in each), max(one.high for one in each)
         control = mean.method.control
         axis.plot([low, high], [row, row], color=GREY if control else INK, linewidth=1.4, zorder=2)
         if mean.n > 1:
-            seeds = [fit.score(fits.metric).value for fit in mean.fits]
-            axis.scatter(seeds, [row] * mean.n, s=7, color=GREY, zorder=3)
+            axis.scatter([one.value for one in each], [row] * mean.n, s=7, color=GREY, zorder=3)
         face = "white" if control else LINES[0]["color"]
         axis.scatter([mean.value], [row], s=40, facecolor=face, edgecolor=INK, zorder=4)
         axis.annotate(
