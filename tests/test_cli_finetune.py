@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -327,6 +328,48 @@ def test_an_interrupt_saves_what_was_trained(rows, tmp_path, monkeypatch):
     assert nothing.exit_code != 0 and not (tmp_path / "nothing").exists()
 
 
+def test_an_early_end_keeps_the_best_and_says_so(rows, tmp_path):
+    """It is the library's, with the held-out rows; gradients in parts give the same step."""
+    options = ["--steps", "60", "--samples", "0", "--batch-size", "4", "--learning-rate", "0.5", "--seed", "5"]
+    options += ["--patience", "1", "--accumulate", "2", "--layers", "1"]
+    result = finetuned("--data", rows, *options, "--out", tmp_path / "out")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    kept, held = (
+        tokenise(part, AutoTokenizer.from_pretrained(SHIPPED)) for part in read_examples(rows).split(2, 5)
+    )
+    alone = get_reft_model(AutoModelForCausalLM.from_pretrained(SHIPPED).eval(), ReftConfig(layers=(1,), seed=5))
+    config = TrainingConfig(steps=60, batch_size=4, learning_rate=0.5, seed=5)
+    history = finetune(alone, kept, config, held_out=held, patience=1, accumulate=2, quiet=True)
+    assert len(history) < 60, "the test needs a training that ends early"
+    assert equal(
+        {k: v.detach() for k, v in alone.adapter("default").state_dict().items()}, numbers(tmp_path / "out")
+    )
+    assert f"that of step {history.kept} of {len(history)}" in " ".join(result.stdout.split())
+    assert results_of(tmp_path / "out")["losses"] == history and "Interrupted" not in result.stdout
+
+
+def test_suggested_settings_are_those_that_are_trained(rows, tmp_path):
+    result = finetuned("--data", rows, *TINY, "--suggest", "--rank", "2", "--out", tmp_path / "out")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    settings = results_of(tmp_path / "out")["settings"]
+    (chosen,) = [one for one in settings["suggestion"] if one["chosen"]]
+    written_config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    for name in ("positions", "rank", "component", "every_token", "bias", "layers"):
+        assert written_config[name] == chosen["config"][name] == settings[name], name
+    assert settings["learning_rate"] == chosen["learning_rate"]
+    assert len(settings["suggestion"]) >= 8 and "the model without edits" in result.stdout
+    assert chosen["setting"] in " ".join(result.stdout.split())
+    tokens = AutoTokenizer.from_pretrained(SHIPPED)
+    alone = get_reft_model(
+        AutoModelForCausalLM.from_pretrained(SHIPPED).eval(), ReftConfig.from_dict(chosen["config"])
+    )
+    config = TrainingConfig(steps=3, batch_size=16, learning_rate=chosen["learning_rate"])
+    finetune(alone, tokenise(read_examples(rows).split(2, 0)[0], tokens), config, quiet=True)
+    assert equal(
+        {k: v.detach() for k, v in alone.adapter("default").state_dict().items()}, numbers(tmp_path / "out")
+    )
+
+
 # --- classes ------------------------------------------------------------------------------------------------
 
 # The deciding word stands first, where BERT pools, and last, where a decoder's head looks.
@@ -372,6 +415,22 @@ def test_classes_of_texts(kind, tmp_path, keeping):
             assert not torch.allclose(reloaded(ids).logits, trained(ids).logits)
     assert finetuned(*options, "--out", tmp_path / "again").exit_code == 0
     assert equal(numbers(tmp_path / "again"), numbers(out))
+
+
+def test_classes_end_early_too(tmp_path):
+    """The adapter and the head are those of the epoch with the lowest held-out loss, bit for bit."""
+    model = local_model(tmp_path / "model", transformers.BertForMaskedLM)
+    data = written(tmp_path / "rows.jsonl", TEXTS)
+    options = ["--model", model, "--data", data, "--held-out", "8", "--batch-size", "8", "--accumulate", "2"]
+    options += ["--learning-rate", "0.3", "--steps", "60"]
+    result = finetuned(*options, "--patience", "2", "--out", tmp_path / "out")
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    told = " ".join(result.stdout.split())
+    kept, made = map(int, re.search(r"that of step (\d+) of (\d+)", told).groups())
+    results = results_of(tmp_path / "out")
+    assert 0 < kept < made == len(results["losses"]) < 60
+    whole = finetuned(*options, "--out", tmp_path / "whole")
+    assert whole.exit_code == 0 and results_of(tmp_path / "whole")["losses"][:made] == results["losses"]
 
 
 def test_a_training_that_shows_nothing_says_so(tmp_path):
@@ -471,6 +530,9 @@ BAD = {
     "batch": (["--batch-size", "0"], ["batch_size=0"]),
     "rate": (["--learning-rate", "0"], ["learning_rate=0"]),
     "diverging": (["--learning-rate", "1e30", "--steps", "9"], ["nan", "lower --learning-rate"]),
+    "patience": (["--patience", "0"], ["--patience 0"]),
+    "patience without rows": (["--patience", "1", "--held-out", "0"], ["--patience 1", "--held-out"]),
+    "parts": (["--accumulate", "0"], ["--accumulate 0"]),
     "held out": (["--held-out", "some"], ["some", "0.1", "50"]),
     "all held out": (["--held-out", "16"], ["16 rows", "none"]),
     "samples": (["--samples", "-1"], ["-1"]),

@@ -14,7 +14,7 @@ from datasets import Dataset
 from families import fresh
 from safetensors.torch import load_file
 from test_reft_data import make_tokenizer
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model
@@ -202,6 +202,29 @@ def test_the_best_model_is_loaded_at_the_end(kind, tmp_path):
     assert not any(equal(kept, load_file(tmp_path / f"checkpoint-{s}" / "model.safetensors")) for s in others)
     if kind == "encoder":
         assert 0 <= evaluated["eval_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_trainer_ends_early_with_the_best(past, tmp_path):
+    """The library's own callback; the adapter is bit for bit the checkpoint of the lowest evaluation."""
+    model, data = decoder(start="paper"), answers()
+    held = answers(8, seed=1)
+    if past:  # one past for both, since rows are found by their number
+        both = model.keep_past(Dataset.from_list([*data, *held]))
+        data, held = both.select(range(ROWS)), both.select(range(ROWS, ROWS + 8))
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    run = trainer(
+        model, tmp_path, data, held, max_steps=40, learning_rate=0.5, prediction_loss_only=True, **options
+    )
+    run.add_callback(EarlyStoppingCallback(2))
+    run.train()
+    found = {row["step"]: row["eval_loss"] for row in run.state.log_history if "eval_loss" in row}
+    best = min(found, key=found.get)
+    assert max(found) == best + 2 < 40, "the test needs a training that ends early"
+    assert equal(model.state_dict(), load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors"))
+    assert not equal(model.state_dict(), load_file(tmp_path / f"checkpoint-{best + 2}" / "model.safetensors"))
+    assert run.evaluate()["eval_loss"] == found[best]
 
 
 def test_a_decoder_that_classifies(tmp_path):

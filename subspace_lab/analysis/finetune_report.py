@@ -49,6 +49,7 @@ class Finetuned:
             an earlier one.
         samples: (prompt, the row's own answer), one for each of the measured texts.
         classes: of labelled texts; None where rows have answers.
+        kept: the step of the lowest held-out loss, whose parameters the adapter has, if the training could end early.
         constant: what the most frequent class of the training rows scores on those held out.
     """
 
@@ -61,6 +62,14 @@ class Finetuned:
     samples: tuple[tuple[str, str], ...] = ()
     classes: tuple[str, ...] | None = None
     constant: float | None = None
+    kept: int | None = None
+
+    def ended(self, steps: int) -> str:
+        """How the training ended, if it did not just make all these steps."""
+        n = len(self.losses)
+        if self.kept is None:
+            return "" if n == steps else f" Interrupted after {n} of {steps} steps."
+        return f" The adapter is that of step {self.kept} of {n}, with the lowest held-out loss."
 
     def accuracies(self) -> tuple[Estimate, Estimate] | None:
         """Before and after, on held-out texts with their classes."""
@@ -119,11 +128,11 @@ def loss_curve(done: Finetuned, path: str | Path, *, title: str, steps: int) -> 
     # Centred, and shorter at the ends: a mean of past steps alone would lag behind the curve.
     near = [min(window // 2, i, n - 1 - i) for i in range(n)]
     smooth = [_mean(losses[i - reach : i + reach + 1]) for i, reach in enumerate(near)]
-    held = [(0, done.before.loss), (n, done.after.loss)]
+    held = [(0, done.before.loss), (n if done.kept is None else done.kept, done.after.loss)]
     points = [(x, y) for x, y in held if y is not None]
     unit = "an answer's token" if done.classes is None else "a text"
-    ended = "" if n == steps else f" Interrupted after {n} of {steps} steps."
     out = f"the points on {done.rows['held_out']} held-out rows" if points else "no rows were held out"
+    ended = done.ended(steps)
     caution = "A training loss that goes on falling while the held-out loss has not fallen is memorising."
     figure = new_figure(
         (6.6, 3.7),
@@ -205,9 +214,11 @@ def _accuracies(before: Estimate, after: Estimate, constant: float | None) -> Ta
 
 
 def _remarks(saves: Saves, settings: Mapping[str, Any], done: Finetuned) -> list[str]:
-    n, rows, share = len(done.losses), done.rows, 100 * done.trained / done.parameters
-    ended = "" if n == settings["steps"] else f" Interrupted: {n} of {settings['steps']} steps were made."
-    remarks = [f"{done.trained:,} parameters are trained, {share:.2g} % of all {done.parameters:,}.{ended}"]
+    rows, share = done.rows, 100 * done.trained / done.parameters
+    remarks = [
+        f"{done.trained:,} parameters are trained, {share:.2g} % of all {done.parameters:,}."
+        f"{done.ended(settings['steps'])}"
+    ]
     if done.before.loss is not None and done.after.loss is not None:
         remarks.append(
             f"Loss on {rows['held_out']} held-out rows: {_short(done.before.loss)} before, "
@@ -218,6 +229,8 @@ def _remarks(saves: Saves, settings: Mapping[str, Any], done: Finetuned) -> list
             f"Training loss: {_short(done.losses[0])} at the start, {_short(done.losses[-1])} at the end. No "
             "held-out loss, so it is not known whether the loss falls on other rows too."
         )
+    if done.kept is not None:
+        remarks.append("These rows chose the step, so their loss is a little too low: measure on further rows.")
     if rows["shortened"]:
         remarks.append(f"{rows['shortened']} rows were longer than the model takes and lost their end.")
     if rows.get("repeated"):

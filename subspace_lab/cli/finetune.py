@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from subspace_lab.cli.common import (
     undisturbed,
 )
 from subspace_lab.cli.loading import SHIPPED, Source, load_causal, load_classifier, load_tokenizer, longest_text
+from subspace_lab.cli.suggested import CHOSEN, suggested
 
 if TYPE_CHECKING:
     from subspace_lab.engine.training import TrainingConfig
@@ -78,6 +80,24 @@ def finetune(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps, instead of --epochs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows in one step.")] = 16,
+    accumulate: Annotated[
+        int, typer.Option(help="In how many parts the rows of a step are computed, to need less memory.")
+    ] = 1,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="End after so many epochs without a lower held-out loss, and keep the best.",
+            show_default="no end",
+        ),
+    ] = None,
+    suggest: Annotated[
+        bool,
+        typer.Option(
+            "--suggest",
+            help="First try a handful of settings near these ones on the training rows, and go on with the suggested "
+            "one. For answers.",
+        ),
+    ] = False,
     learning_rate: Annotated[float, typer.Option(help="The highest learning rate of Adam.")] = 4e-3,
     held_out: Annotated[
         str,
@@ -139,9 +159,12 @@ def finetune(
             raise ValueError(f"--samples {samples}, --max-new-tokens {max_new_tokens}: needed are ≥ 0 and ≥ 1.")
         rows = read_examples(data)
         split = rows.split(_held_out(held_out, len(rows)), seed)
+        _check_ends(patience, accumulate, split[1])
         training = _training(epochs, steps, len(split[0]), batch_size, learning_rate, seed)
         device, dtype = check_device(device), check_dtype(dtype)
         _check_memory(memory, device, rows)
+        if suggest and rows.classes is not None:
+            raise ValueError("--suggest tries edits of language models, but these rows have text and label.")
         source = Source(model, trust_remote_code)
         tokenizer = load_tokenizer(source)
         generating = {"samples": samples, "max_new_tokens": max_new_tokens, "end": end}
@@ -150,6 +173,11 @@ def finetune(
         network, saved = _network(source, device, dtype, rows, seed, pad_token(tokenizer))
         _check_vocabulary(job, network)
         config = replace(config, layers=_layers(layers, network, component), modules_to_save=saved)
+        if suggest:
+            with threads(network):
+                config, training, found = suggested(network, job, config, training, memory)
+            settings |= {name: getattr(config, name) for name in CHOSEN}
+            settings |= {"learning_rate": training.learning_rate, "suggestion": found}
         reft = get_reft_model(network, config)
         settings |= {
             "model": model or SHIPPED,
@@ -161,7 +189,7 @@ def finetune(
             "versions": versions(),
         }
         with threads(network):
-            _run(folder, settings, rows, job, reft, training, memory)
+            _run(folder, settings, rows, job, reft, training)
 
 
 def _run(
@@ -171,7 +199,6 @@ def _run(
     job: TrainingJob,
     reft: ReftModel,
     training: TrainingConfig,
-    memory: str | None,
 ) -> None:
     """Measure, train, save, measure again, and report."""
     from subspace_lab.analysis.finetune_report import Finetuned, print_finetuned, save_adapter, save_finetuned
@@ -179,8 +206,11 @@ def _run(
     with reft.disable_adapter():
         before = job.measure(reft, training.batch_size)
     losses: list[float] = []
+    kept: int | None = None
+    given = {name: settings[name] for name in ("patience", "accumulate", "memory")}
     try:
-        job.train(reft, training, memory=memory, on_step=lambda _, loss: losses.append(loss))
+        history = job.train(reft, training, on_step=lambda _, loss: losses.append(loss), **given)
+        kept = None if settings["patience"] is None else history.kept
     except KeyboardInterrupt:
         if not losses:
             raise
@@ -212,6 +242,7 @@ def _run(
         job.samples(),
         rows.classes,
         job.constant,
+        kept,
     )
     with undisturbed() as came:
         save_finetuned(saves, settings, done)
@@ -244,6 +275,15 @@ def _training(
     if steps is None:
         steps = (epochs or EPOCHS) * -(-n // max(1, batch_size))
     return TrainingConfig(steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+
+
+def _check_ends(patience: int | None, accumulate: int, held_out: Sequence[Any]) -> None:
+    """Check the settings of an early end and of gradients in parts."""
+    for option, value in (("--patience", patience), ("--accumulate", accumulate)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} {value}: needed is 1 or more.")
+    if patience is not None and not held_out:
+        raise ValueError(f"--patience {patience} needs held-out rows: give --held-out.")
 
 
 def _check_memory(memory: str | None, device: str, rows: Examples) -> None:

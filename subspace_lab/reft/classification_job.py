@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from subspace_lab.engine.training import TrainingConfig, progress_bar
 from subspace_lab.reft.data import pad
-from subspace_lab.reft.jobs import Measured, OnStep, Row, TrainingJob, evaluating, over, pad_token
+from subspace_lab.reft.finetune import History, OnStep
+from subspace_lab.reft.jobs import Measured, Row, TrainingJob, evaluating, over, pad_token
 from subspace_lab.reft.model import ReftModel
 
 
@@ -65,39 +66,57 @@ class ClassificationJob(TrainingJob):
         model: ReftModel,
         config: TrainingConfig,
         *,
+        patience: int | None = None,
+        accumulate: int = 1,
         memory: int | str | None = None,
         on_step: OnStep | None = None,
         quiet: bool = False,
-    ) -> None:
+    ) -> History:
         """As `TrainingJob.train`, with `transformers.Trainer`.
 
         Raises:
-            ValueError: a memory budget is given, but nothing is stored.
+            ValueError: a memory budget is given, but nothing is stored; a batch that cannot be split into equal parts;
+                `patience` without held-out examples.
             FloatingPointError: a loss that is not finite.
         """
         if memory is not None:
             raise ValueError(f"memory={memory!r}: with a trained head there is no frozen past to store.")
+        if config.batch_size % accumulate:
+            raise ValueError(f"accumulate={accumulate} does not divide the batch size {config.batch_size}.")
+        if patience is not None and not self.held_out:
+            raise ValueError(f"patience={patience} needs held-out examples.")
         was_training = model.training
+        history = History()
         with tempfile.TemporaryDirectory() as scratch, progress_bar(quiet=quiet) as bar:
             task = bar.add_task("finetune (with its head, by Trainer)", total=config.steps)
 
             def report(step: int, loss: float) -> None:
                 bar.advance(task)
+                history.append(loss)
                 if on_step is not None:
                     on_step(step, loss)
 
             trainer = Trainer(
                 model=model,
-                args=_arguments(config, scratch, model.device),
+                args=_arguments(config, scratch, model.device, patience is not None, accumulate),
                 train_dataset=Dataset.from_list([dict(row) for row in self.training]),
+                eval_dataset=Dataset.from_list([dict(row) for row in self.held_out]) if self.held_out else None,
                 data_collator=self._collate,
                 callbacks=[_Progress(report)],
             )
+            if patience is not None:
+                trainer.add_callback(EarlyStoppingCallback(patience))
             trainer.remove_callback(PrinterCallback)
             try:
                 trainer.train()
             finally:
                 model.train(was_training)
+        logged = trainer.state.log_history
+        history.held_out = [(int(row["step"]), row["eval_loss"]) for row in logged if "eval_loss" in row]
+        history.kept = len(history)
+        if patience is not None:
+            history.kept = min(history.held_out, key=lambda one: one[1])[0]
+        return history
 
     def measure(self, model: ReftModel, batch_size: int) -> Measured:
         with evaluating(model):
@@ -127,12 +146,16 @@ class _Progress(TrainerCallback):
         self._on_step(state.global_step - 1, float(logs["loss"]))
 
 
-def _arguments(config: TrainingConfig, folder: str, device: torch.device) -> TrainingArguments:
+def _arguments(
+    config: TrainingConfig, folder: str, device: torch.device, keep_best: bool, accumulate: int
+) -> TrainingArguments:
     """The arguments by which Trainer trains in the same way as `engine.training` with this configuration."""
     return TrainingArguments(
         output_dir=folder,
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size // accumulate,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=accumulate,
         learning_rate=config.learning_rate,
         warmup_steps=round(config.warmup * config.steps),
         lr_scheduler_type=config.schedule,
@@ -141,7 +164,12 @@ def _arguments(config: TrainingConfig, folder: str, device: torch.device) -> Tra
         seed=config.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        eval_strategy="epoch" if keep_best else "no",
+        save_strategy="epoch" if keep_best else "no",
+        save_total_limit=1,
+        load_best_model_at_end=keep_best,
+        metric_for_best_model="eval_loss" if keep_best else None,
+        greater_is_better=False if keep_best else None,
         report_to="none",
         disable_tqdm=True,
         use_cpu=device.type == "cpu",

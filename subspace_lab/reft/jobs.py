@@ -19,10 +19,9 @@ from torch import Tensor
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft.config import ReftConfig
 from subspace_lab.reft.data import pad, tokenise
-from subspace_lab.reft.finetune import finetune
+from subspace_lab.reft.finetune import History, OnStep, finetune
 from subspace_lab.reft.model import ReftModel
 
-OnStep = Callable[[int, float], None]
 Row = Mapping[str, Any]
 
 
@@ -63,11 +62,19 @@ class TrainingJob(ABC):
         model: ReftModel,
         config: TrainingConfig,
         *,
+        patience: int | None = None,
+        accumulate: int = 1,
         memory: int | str | None = None,
         on_step: OnStep | None = None,
         quiet: bool = False,
-    ) -> None:
-        """Train the model's active adapter; `on_step(step, loss)` is called after each step."""
+    ) -> History:
+        """Train the model's active adapter; `on_step(step, loss)` is called after each step.
+
+        Args:
+            patience: end after this many epochs in a row without a new lowest held-out loss, and keep the parameters of
+                the lowest one.
+            accumulate: in how many parts the rows of a step are computed.
+        """
 
     @abstractmethod
     def measure(self, model: ReftModel, batch_size: int) -> Measured:
@@ -135,11 +142,24 @@ class GenerationJob(TrainingJob):
         model: ReftModel,
         config: TrainingConfig,
         *,
+        patience: int | None = None,
+        accumulate: int = 1,
         memory: int | str | None = None,
         on_step: OnStep | None = None,
         quiet: bool = False,
-    ) -> None:
-        finetune(model, self.training, config, memory=memory, quiet=quiet, on_step=on_step)
+    ) -> History:
+        held_out = None if patience is None else self.held_out
+        return finetune(
+            model,
+            self.training,
+            config,
+            held_out=held_out,
+            patience=patience,
+            accumulate=accumulate,
+            memory=memory,
+            quiet=quiet,
+            on_step=on_step,
+        )
 
     def measure(self, model: ReftModel, batch_size: int) -> Measured:
         with evaluating(model):

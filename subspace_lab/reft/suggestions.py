@@ -49,9 +49,9 @@ class Trial:
     def __str__(self) -> str:
         config = self.config
         layers = "all layers" if config.layers == "all" else f"layer {', '.join(map(str, config.layers))}"
-        positions = "every token" if config.every_token else config.positions
-        rank = "" if config.method == "RED" else f", rank {config.rank}"
-        return f"{config.method}{rank}, {config.component}, {layers}, {positions}"
+        place = layers if config.component == "block_output" else f"{config.component} of {layers}"
+        rank = "" if config.method == "RED" else f" rank {config.rank}"
+        return f"{config.method}{rank}, {place}, {'every token' if config.every_token else config.positions}"
 
 
 @dataclass(frozen=True)
@@ -107,20 +107,16 @@ class Suggestion:
     def table(self) -> Table:
         """The table for the terminal."""
         table = Table(box=box.SIMPLE_HEAD)
-        table.add_column("setting", overflow="fold")
-        for name in ("rate", "parameters", "held-out loss [95 %]", "above the lowest [95 %]", "s", "mergeable"):
+        table.add_column("setting")
+        for name in ("rate", "parameters", "held-out\nloss", "above the lowest\n[95 %]", "s", "can be\nmerged"):
             table.add_column(name, justify="right")
         for t in self.trials:
             mark = " *" if t is self.chosen else " ≈" if t.tied else ""
-            cells = (
-                f"{t.training.learning_rate:g}",
-                f"{t.parameters:,}",
-                _cell(t.loss),
-                _cell(t.behind, sign=True),
-            )
+            loss = "not finite" if math.isnan(t.loss.value) else f"{t.loss.value:.3g}"
+            cells = (f"{t.training.learning_rate:g}", f"{t.parameters:,}", loss, _difference(t.behind))
             more = (f"{t.seconds:.1f}", "yes" if t.mergeable else "no")
             table.add_row(f"{t}{mark}", *cells, *more, style="bold" if t is self.chosen else None)
-        table.add_row("the model without edits", "", "", _cell(self.untrained), "", "", "", style="dim")
+        table.add_row("the model without edits", "", "", f"{self.untrained.value:.3g}", _difference(self.gain))
         return table
 
     def notes(self) -> list[str]:
@@ -154,17 +150,16 @@ class Suggestion:
 
     def __str__(self) -> str:
         text = StringIO()
-        Console(file=text, width=140).print(self.table())
+        Console(file=text, width=100).print(self.table())
         return text.getvalue().rstrip() + "\n\n" + "\n".join(self.notes())
 
 
-def _cell(of: Estimate, *, sign: bool = False) -> str:
+def _difference(of: Estimate) -> str:
     if math.isnan(of.value):
-        return "not finite" if not sign else ""
-    if sign and of.value == of.low == of.high == 0:
+        return ""
+    if of.value == of.low == of.high == 0:
         return "0"
-    kind = "+.3g" if sign else ".3g"
-    return f"{of.value:{kind}} [{of.low:{kind}}, {of.high:{kind}}]"
+    return f"{of.value:+.3f} [{of.low:+.3f}, {of.high:+.3f}]"
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
