@@ -139,6 +139,13 @@ def test_columns_may_have_other_names_and_others_are_ignored(tokenizer: Any) -> 
         load_pairs(rows, tokenizer, columns={"base": "prompts"})
 
 
+def test_a_span_of_a_source_that_is_not_there_is_refused_with_its_row(tmp_path: Path, tokenizer: Any) -> None:
+    row = {"base": "price : 1 dollars", "source.lower": "price : 2 dollars", "source.upper": "", "base_answer": "yes",
+           "answer": "no", "span.amount.base": "1", "span.amount.lower": "2", "span.amount.upper": "3"}  # fmt: skip
+    with pytest.raises(ValueError, match=r"line 2: the span 'amount' is given for the source of 'upper', but"):
+        load_pairs(written(tmp_path, "csv", [row]), tokenizer)
+
+
 def test_several_variables_have_a_source_each(tmp_path: Path, tokenizer: Any) -> None:
     """A cell that is empty leaves its variable alone: the base stands there."""
     rows = [

@@ -349,6 +349,11 @@ def _spans(cells: _Cells, variables: list[str]) -> dict[str, dict[str, Any]]:
                 raise ValueError(
                     f"{cells.where}: the span {name!r} is given for {of!r}, which is neither base nor source."
                 )
+            if of not in ("", "base", "source", *variables):
+                raise ValueError(
+                    f"{cells.where}: the span {name!r} is given for the source of {of!r}, but this pair has no such "
+                    "source: give the source, or leave the cell of the span empty."
+                )
             read = _piece(cells.where, column, piece, characters=head == "position")
             sides = {"": ["base", *variables], "source": variables}.get(of, [of])
             found.setdefault(name, {}).update({side: read for side in sides if of or side not in found[name]})
