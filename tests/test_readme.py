@@ -1,4 +1,4 @@
-"""Every fenced block of README.md and CONTRIBUTING.md runs as it is printed.
+"""Every fenced block of README.md, CONTRIBUTING.md and of three pages of docs/ runs as it is printed.
 
 Python blocks are executed from top to bottom in one namespace, with trainings of `STEPS` steps. What the text
 takes from its reader (a model, prompts) is in that namespace from the start: the objects of `yours`. Of bash
@@ -29,7 +29,11 @@ from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("searching", "finetuning", "how_it_works")),
+)
 SHIPPED = Path(str(files("subspace_lab"))) / "assets" / "tiny_decoder"
 STEPS = 3
 LAYERS = 17  # more than any layer that the text names
@@ -173,9 +177,11 @@ def answers(path: Path) -> Path:
 
 
 def pairs(path: Path) -> Path:
-    """The row that the README prints, and others like it."""
+    """The row that the page on searching prints, and others like it."""
     printed = [
-        text for language, _, text in blocks("README.md") if language == "text" and text.startswith('{"base"')
+        text
+        for language, _, text in blocks("docs/searching.md")
+        if language == "text" and text.startswith('{"base"')
     ]
     rows = [json.loads(line) for line in printed[0].splitlines()]
     for one in counterfactual_dataset(load_task("number_agreement"), 40, split="train", seed=0):

@@ -150,12 +150,17 @@ def _cautions(conclusion: str, evidence: Evidence, checks: Sequence[Check]) -> s
 def _compared(checks: Sequence[Check], twins: Check) -> str:
     """The effect of a supported claim beside the effects of its twins and controls, in short."""
     n, most = len(twins.null), max(twins.null)
-    who = f"{n} twins reach at most {most:.2f} (p = {twins.p:.2g})" if n > 1 else f"a twin reaches {most:.2f}"
+    who = f"{n} twins reach at most {_two(most)} (p = {twins.p:.2g})" if n > 1 else f"a twin reaches {_two(most)}"
     others = []
     for one in checks:
         if one.name.startswith("control") and one.null:
-            others.append(f"{one.name.partition(': ')[2]} {one.null[0]:.2f}")
+            others.append(f"{one.name.partition(': ')[2]} {_two(one.null[0])}")
         elif one.name == "random subspaces":
-            others.append(f"random subspaces {fmean(one.null):.2f}")
+            others.append(f"random subspaces {_two(fmean(one.null))}")
     beside = f", {', '.join(others)}" if others else ""
     return f"The effect is {twins.observed:.2f} (0: the floor, 1: the causal model); {who}{beside}."
+
+
+def _two(value: float) -> str:
+    """Two decimals; a value that rounds to 0 has no sign."""
+    return f"{round(value, 2) + 0.0:.2f}"
