@@ -27,7 +27,7 @@ class Answers(ABC):
         every_token: whether the edits act on answers too. Then it does not matter where prompts end.
 
     Raises:
-        ValueError: no examples, or an example without prompt or answer.
+        ValueError: no examples, or an example without prompt or answer; quantised layers that give no gradients.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Answers(ABC):
         every_token: bool = False,
     ) -> None:
         examples = list(examples)
+        _refuse_without_gradients(backbone)
         if not examples:
             raise ValueError("No examples to learn from.")
         data = pad(examples, getattr(getattr(backbone.model, "config", None), "pad_token_id", None))
@@ -161,3 +162,19 @@ class AnswersTrained(Answers):
 
     def describe(self) -> str:
         return "plain run: parameters of the base model are trained too"
+
+
+def _refuse_without_gradients(backbone: Backbone) -> None:
+    """ValueError for 4-bit layers of bitsandbytes that lose the gradient on this CPU.
+
+    At their first run in eval mode such layers pack their weights for an operation that gives no gradients to its
+    input, without an error.
+    """
+    if backbone.device.type != "cpu":
+        return
+    for path, module in backbone.anatomy.modules.items():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            raise ValueError(
+                f"bitsandbytes runs {path} on this CPU in a form that gives no gradients. Before the first run, set "
+                "`support_avx512bf16_for_cpu = False` on each such module, or load the model on a GPU."
+            )
