@@ -109,7 +109,7 @@ def head_edits() -> Callable[[nn.Module, int], Tuned]:
 
 
 def keep_heads(tuned: Tuned, loss_of: Callable[[int], Tensor], heads: int, batches: int = 4) -> int:
-    """Train only the heads whose scale and bias have the largest gradient before training; returns how many numbers.
+    """Train only the heads whose scales have the largest gradient before training; returns how many numbers.
 
     LoFiT trains all scales first and takes the largest; the gradient at the identity is the first step of that.
     """
@@ -118,15 +118,8 @@ def keep_heads(tuned: Tuned, loss_of: Callable[[int], Tensor], heads: int, batch
     edits: dict[Site, Any] = model.edits()
     config = model.base_model.config
     several = config.num_attention_heads
-    norms = torch.stack(
-        [
-            torch.stack([p.grad for p in edit.value.parameters()])
-            .unflatten(-1, (several, -1))
-            .square()
-            .sum((0, 2))
-            for edit in edits.values()
-        ]
-    )
+    # Not the biases' gradients: they are largest where states are smallest, in the first layers.
+    norms = torch.stack([e.value.scale.grad.view(several, -1).square().sum(1) for e in edits.values()])
     chosen = torch.zeros_like(norms.flatten()).index_fill(0, norms.flatten().topk(heads).indices, 1.0)
     for mask, edit in zip(chosen.unflatten(0, norms.shape), edits.values(), strict=True):
         for p in edit.value.parameters():

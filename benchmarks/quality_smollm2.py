@@ -66,7 +66,11 @@ METHODS = {
         reft(rank=50, positions="all", layers=(10, 20)), "rank 50, layers 10 and 20, all prompt tokens", _LOW
     ),
     "RED": Method(reft(method="RED", **_MERGEABLE), "mlp_output of all layers, every token, mergeable", _RATES),
-    "head edits": Method(head_edits(), f"scale and bias of {HEADS} heads of 270, every token", _RATES),
+    "head edits": Method(
+        head_edits(),
+        f"scale and bias of the {HEADS} heads of 270 whose scales have the largest gradient, every token",
+        _RATES,
+    ),
     "DoRA": Method(peft("LoraConfig", **_LORA, use_dora=True), "rank 2, queries and values, alpha 4", _RATES),
     "(IA)³": Method(peft("IA3Config", **_TASK), "keys, values, MLPs", _HIGH),
 }

@@ -174,7 +174,7 @@ def show(title: str, rows: list[Row], columns: list[str]) -> None:
         table.add_row(*(written(column, row) for column in columns))
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+        console = Console(highlight=False, width=200)
     console.print(table)
 
 
