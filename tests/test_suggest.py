@@ -178,6 +178,7 @@ def test_intervals_are_paired_over_rows():
     assert found.trials[1].loss.low < found.trials[0].loss.value
     assert found.trials[1].behind.low == pytest.approx(0.1) and found.gain.low == pytest.approx(0.2)
     assert found.trials[0].loss.n == 30
+    assert found.trials[0].behind == Estimate(0.0, 0.0, 0.0, 30)  # of itself: no interval
 
 
 def test_a_rate_that_diverges_counts_for_nothing_and_all_that_diverge_are_an_error(monkeypatch):

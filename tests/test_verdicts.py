@@ -281,6 +281,22 @@ def test_baselines_seeds_selection_grid_and_partial_twins_are_told():
     assert "block_output[0]@2" in found.claim.place and found.claim.pairs == {"train": 100, "test": N}
 
 
+def test_a_subspace_may_carry_what_the_whole_state_carries():
+    for value, whole, said in (
+        (0.9, 0.6, "better than exchanging"),
+        (0.7, 0.7, "no better"),
+        (0.7, 0.8, "no better"),
+    ):
+        fits = of(fit(value), fit(0.99, ELSEWHERE, FullVector()), fit(whole, method=FullVector()))
+        found = judge(replace(evidence(), fits=fits))
+        one = found.check("whole state")
+        assert one.because.startswith(said) and one.null == (whole,) and one.passed is None and found.supported
+        assert f"difference {value - whole:+.2f}" in one.because and ("answer" in one.because) == (value <= whole)
+    only_elsewhere = of(fit(0.9), fit(0.99, ELSEWHERE, FullVector()))
+    with pytest.raises(KeyError):
+        judge(replace(evidence(), fits=only_elsewhere)).check("whole state")
+
+
 def test_a_twin_is_represented_by_the_seed_that_its_dev_pairs_choose():
     both = of(fit(0.6, seed=0, dev=0.9), fit(0.99, seed=1, dev=0.5))
     assert judge(replace(evidence(), twins=[both] * 19)).check("twins").null == pytest.approx((0.2,) * 19)

@@ -18,7 +18,7 @@ from subspace_lab.analysis.verdicts import Check
 from subspace_lab.core.estimates import Clusters, estimate, proportion
 from subspace_lab.core.texts import counted
 from subspace_lab.das.fits import Fit, Fits
-from subspace_lab.das.methods import PCA, DifferenceOfMeans, RandomSubspace
+from subspace_lab.das.methods import PCA, DifferenceOfMeans, FullVector, RandomSubspace
 
 METRIC = "iia"
 LEVEL = 0.05  # the level of p; the intervals have the confidence 1 − LEVEL
@@ -321,6 +321,28 @@ def baselines(evidence: Evidence) -> Check | None:
     )
     nulls = tuple(fit.iia.value for fit in found)
     return Check("baselines", chosen.iia.value, nulls, None, None, because)
+
+
+def whole_state(fits: Fits, chosen: Fit) -> Check | None:
+    """The difference from exchanging the whole state, pair by pair.
+
+    The whole state carries every other variable too, and the answer where it is already there. So it fails in pairs
+    that tell the variable from the answer; a subspace that does no better on these pairs may carry the answer.
+    """
+    there = [fit for fit in fits if isinstance(fit.method, FullVector) and fit.place == chosen.place]
+    mine = chosen.pair_scores.get(METRIC)
+    if not there or mine is None or isinstance(chosen.method, FullVector):
+        return None
+    whole = there[0]
+    difference = estimate(mine.double() - whole.pair_scores[METRIC].double(), Clusters.of(fits.labels))
+    by = f"IIA {whole.iia}): difference {difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+    because = (
+        f"better than exchanging the whole state ({by}"
+        if difference.low > 0
+        else f"no better than exchanging the whole state ({by}; so these pairs do not show whether the subspace "
+        "carries this variable, or all that is there, such as the answer"
+    )
+    return Check("whole state", chosen.iia.value, (whole.iia.value,), None, None, because)
 
 
 def illusion(report: IllusionReport | None) -> Check | None:

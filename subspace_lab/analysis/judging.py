@@ -45,6 +45,7 @@ def judge(evidence: Evidence, level: float | None = None) -> Verdict:
         of.memorisable(fits),
         of.illusion(evidence.illusion),
         of.baselines(evidence),
+        of.whole_state(fits, chosen),
         of.selection(chosen),
         of.seeds(evidence),
     ]

@@ -18,9 +18,10 @@ search finds where there is nothing to find. The conclusion is the first line of
 The number of pairs comes first, since too few pairs can show an effect by luck, and can miss one that is there. Next
 comes whether there is an effect, and then whether others have it too. Twins come before the subspace: where nothing
 was learned, it does not matter which subspace it is. Other checks are reported for information, and decide nothing:
-selection (dev against test), the spread over seeds, baselines (difference of means, principal components), twins
-that keep a part of what was learned, twins over the whole grid of sites, and whether the subspace reads and writes
-what the model itself reads and writes (`illusions.py`): the site can be right although the span is not.
+selection (dev against test), the spread over seeds, baselines (difference of means, principal components), the
+exchange of the whole state if it was searched (a subspace that does no better may carry the answer), twins that keep
+a part of what was learned, twins over the whole grid of sites, and whether the subspace reads and writes what the
+model itself reads and writes (`illusions.py`): the site can be right although the span is not.
 
     effect = (IIA − floor) / (ceiling − floor) − the twins' mean effect
 

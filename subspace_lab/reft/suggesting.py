@@ -213,6 +213,10 @@ class _Setting:
         return True
 
 
+def _difference(losses: Tensor | None, lowest: Tensor) -> Tensor | None:
+    return None if losses is None else losses - lowest
+
+
 def _suggestion(
     runs: Sequence[_Run], untrained: tuple[Tensor, Tensor], rows: tuple[Sequence[int], Sequence[int]]
 ) -> Suggestion:
@@ -232,13 +236,18 @@ def _suggestion(
     def mean(losses: Tensor | None) -> Estimate:
         return NAN if losses is None else replace(cluster_mean(losses, clusters), n=len(rows[1]))
 
+    def behind(run: _Run) -> Estimate:
+        # A column of zeros would be taken for a share, which has an interval; this difference is exact.
+        own = run is ordered[0]
+        return Estimate(0.0, 0.0, 0.0, len(rows[1])) if own else mean(_difference(run.losses, lowest))
+
     trials = [
         Trial(
             run.config,
             run.training,
             run.parameters,
             mean(run.losses),
-            mean(None if run.losses is None else run.losses - lowest),
+            behind(run),
             run.seconds,
             run.mergeable,
         )
