@@ -141,7 +141,7 @@ def test_twins_are_each_saved_and_more_can_follow(whole, tmp_path):
     scores = [one.where(method=best, layer=2, positions="last")[0].iia.value for one in twins]
     told = f"{sum(scores) / 3:.2f} ({min(scores):.2f} to {max(scores):.2f})"
     assert told in result.stdout and "(×3)" in result.stdout
-    assert "mean of 3, and in brackets the lowest and the highest" in " ".join(result.stdout.split())
+    assert "mean of 3, in brackets the lowest and the highest" in " ".join(result.stdout.split())
     result = search(*OPTIONS, "--twins", "4", "--resume", "--out", tmp_path / "out")
     assert result.exit_code == 0 and len(results_of(tmp_path / "out")["twins"]) == 4
 
