@@ -91,7 +91,7 @@ def test_what_a_killed_process_left_is_taken_over_with_a_word(tmp_path):
     assert (folder / f".results.json.{other.pid}").read_text() == "half"
     with taken_folder(folder, said.append):
         assert [one.name for one in folder.iterdir()] == [LOCK]
-    assert len(said) == 1 and f"process {other.pid}" in said[0] and "1 unfinished files removed" in said[0]
+    assert len(said) == 1 and f"process {other.pid}" in said[0] and "removed with 1 unfinished files" in said[0]
 
 
 def test_what_a_killed_process_finished_is_not_taken_over(tmp_path):

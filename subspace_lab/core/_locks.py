@@ -42,10 +42,10 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         left = _holder(handle)
         if left:
             cleared = _clear(folder, left)
-            removed = f", its {cleared} unfinished files removed" if cleared else ""
+            removed = f" with {cleared} unfinished files" if cleared else ""
             say(
                 f"{folder} was left by process {left.get('pid')}, which began {left.get('since')} and ended without "
-                f"finishing; it is taken over{removed}."
+                f"finishing; its lock is removed{removed}."
             )
         os.truncate(handle, 0)
         os.pwrite(handle, json.dumps(_this_process()).encode(), 0)
