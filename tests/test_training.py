@@ -235,3 +235,16 @@ def test_the_bar_is_on_standard_error_or_nowhere(quiet: bool, capsys: pytest.Cap
     shown = capsys.readouterr()
     assert shown.out == ""
     assert ("searching" in shown.err) == (not quiet)
+
+
+def test_only_true_from_on_step_ends_the_training() -> None:
+    """What a callback happens to return, such as a count, does not."""
+    for returned, made in ((True, 3), (7, 5), ("", 5), (None, 5)):
+        module = nn.Linear(1, 1)
+        losses = train(
+            [module],
+            lambda _, module=module: module.weight.square().sum(),
+            TrainingConfig(steps=5),
+            on_step=lambda step, _, returned=returned: returned if step == 2 else None,
+        )
+        assert len(losses) == made, returned

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from subspace_lab.analysis.illusions import IllusionReport
 from subspace_lab.analysis.verdicts import Check
-from subspace_lab.core.estimates import Clusters, estimate, proportion
+from subspace_lab.core.estimates import Clusters, Estimate, estimate, proportion
 from subspace_lab.core.texts import counted
 from subspace_lab.das.fits import Fit, Fits
 from subspace_lab.das.methods import PCA, DifferenceOfMeans, FullVector, RandomSubspace
@@ -309,18 +309,24 @@ def baselines(evidence: Evidence) -> Check | None:
             if isinstance(fit.method, DifferenceOfMeans | PCA) and fit.place == chosen.place
         ]
     found = [fit for fit in found if fit.method.label != chosen.method.label]
-    mine = chosen.pair_scores.get(METRIC)
-    if not found or mine is None:
+    if not found or METRIC not in chosen.pair_scores:
         return None
     best = max(found, key=lambda fit: fit.score(METRIC, "dev").value)
-    difference = estimate(mine.double() - best.pair_scores[METRIC].double(), Clusters.of(evidence.fits.labels))
+    difference = _difference(chosen, best, evidence.fits)
     word = "better than" if difference.low > 0 else "worse than" if difference.high < 0 else "no better than"
-    because = (
-        f"{word} {best.method.label}, the best baseline (IIA {best.iia}): difference "
-        f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
-    )
+    because = f"{word} {best.method.label}, the best baseline (IIA {best.iia}): {_in_words(difference)}"
     nulls = tuple(fit.iia.value for fit in found)
     return Check("baselines", chosen.iia.value, nulls, None, None, because)
+
+
+def _difference(chosen: Fit, other: Fit, fits: Fits) -> Estimate:
+    """The chosen fit's IIA less the other's, paired over the test pairs."""
+    mine, theirs = (fit.pair_scores[METRIC].double() for fit in (chosen, other))
+    return estimate(mine - theirs, Clusters.of(fits.labels))
+
+
+def _in_words(difference: Estimate) -> str:
+    return f"difference {difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
 
 
 def whole_state(fits: Fits, chosen: Fit) -> Check | None:
@@ -330,18 +336,16 @@ def whole_state(fits: Fits, chosen: Fit) -> Check | None:
     that tell the variable from the answer; a subspace that does no better on these pairs may carry the answer.
     """
     there = [fit for fit in fits if isinstance(fit.method, FullVector) and fit.place == chosen.place]
-    mine = chosen.pair_scores.get(METRIC)
-    if not there or mine is None or isinstance(chosen.method, FullVector):
+    if not there or METRIC not in chosen.pair_scores or isinstance(chosen.method, FullVector):
         return None
     whole = there[0]
-    difference = estimate(mine.double() - whole.pair_scores[METRIC].double(), Clusters.of(fits.labels))
-    by = f"IIA {whole.iia}): difference {difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
-    because = (
-        f"better than exchanging the whole state ({by}"
-        if difference.low > 0
-        else f"no better than exchanging the whole state ({by}; so these pairs do not show whether the subspace "
-        "carries this variable, or all that is there, such as the answer"
-    )
+    difference = _difference(chosen, whole, fits)
+    because = f"better than exchanging the whole state (IIA {whole.iia}): {_in_words(difference)}"
+    if difference.low <= 0:
+        because = (
+            f"no {because}; so these pairs do not show whether the subspace carries this variable, or all that is "
+            "there, such as the answer"
+        )
     return Check("whole state", chosen.iia.value, (whole.iia.value,), None, None, because)
 
 

@@ -145,7 +145,7 @@ def train_together(
                     nn.utils.clip_grad_norm_(own, config.max_gradient_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if on_step is not None and on_step(step, losses):
+            if on_step is not None and on_step(step, losses) is True:
                 break
     return [list(losses) for losses in zip(*history, strict=True)]
 

@@ -108,7 +108,7 @@ def finetune(
             bar.advance(task)
             history.append(loss)
             history.kept = step + 1
-            ended = on_step is not None and bool(on_step(step, loss))
+            ended = on_step is not None and on_step(step, loss) is True
             if evaluation is not None and evaluation.due(step + 1, ended):
                 ended |= evaluation.measure(step + 1)
                 bar.update(task, description=f"finetune (held-out loss {history.held_out[-1][1]:.3g})")

@@ -213,10 +213,6 @@ class _Setting:
         return True
 
 
-def _difference(losses: Tensor | None, lowest: Tensor) -> Tensor | None:
-    return None if losses is None else losses - lowest
-
-
 def _suggestion(
     runs: Sequence[_Run], untrained: tuple[Tensor, Tensor], rows: tuple[Sequence[int], Sequence[int]]
 ) -> Suggestion:
@@ -237,9 +233,9 @@ def _suggestion(
         return NAN if losses is None else replace(cluster_mean(losses, clusters), n=len(rows[1]))
 
     def behind(run: _Run) -> Estimate:
-        # A column of zeros would be taken for a share, which has an interval; this difference is exact.
-        own = run is ordered[0]
-        return Estimate(0.0, 0.0, 0.0, len(rows[1])) if own else mean(_difference(run.losses, lowest))
+        if run is ordered[0]:  # a column of zeros would be taken for a share, which has an interval
+            return Estimate(0.0, 0.0, 0.0, len(rows[1]))
+        return mean(None if run.losses is None else run.losses - lowest)
 
     trials = [
         Trial(

@@ -56,7 +56,7 @@ def new_figure(size: tuple[float, float], title: str, *sentences: str) -> Figure
     return figure
 
 
-def figure_of(ax: Axes) -> Figure:
+def whole_figure(ax: Axes) -> Figure:
     """The whole figure that contains `ax`, also if `ax` is in a subfigure."""
     whole = ax.figure.figure  # a subfigure's `figure` is the whole one; get_figure(root=True) came with 3.10
     assert isinstance(whole, Figure)

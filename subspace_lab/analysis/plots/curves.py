@@ -17,7 +17,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from subspace_lab.analysis.edit_effects import EditEffect
-from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, check_picture, figure_of, new_figure, save_figure
+from subspace_lab.analysis.plots.canvas import (
+    ACCENT,
+    GREY,
+    INK,
+    check_picture,
+    new_figure,
+    save_figure,
+    whole_figure,
+)
 from subspace_lab.core.arguments import instance
 from subspace_lab.core.estimates import Estimate
 from subspace_lab.das.fits import Fit, Fits
@@ -270,7 +278,7 @@ def edits_by_layer(
 def _canvas(ax: Axes | None, size: tuple[float, float], title: str, *sentences: str) -> tuple[Figure, Axes]:
     if ax is not None:
         ax.set_title(title, fontsize=9.5, color=INK, loc="left")
-        return figure_of(ax), ax
+        return whole_figure(ax), ax
     figure = new_figure(size, title, *sentences)
     return figure, figure.subplots()
 

@@ -13,7 +13,15 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
 
 from subspace_lab.analysis.geometry import AngleBand, Chance
-from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, check_picture, figure_of, new_figure, save_figure
+from subspace_lab.analysis.plots.canvas import (
+    ACCENT,
+    GREY,
+    INK,
+    check_picture,
+    new_figure,
+    save_figure,
+    whole_figure,
+)
 from subspace_lab.analysis.plots.cells import COLOURS, MOST_NUMBERS, cell, finish, frame, ink, write
 from subspace_lab.analysis.plots.grids import Grid
 from subspace_lab.core.sites import Site
@@ -211,7 +219,7 @@ def angle_spectrum(
         )
         ax = figure.subplots()
     else:
-        figure = figure_of(ax)
+        figure = whole_figure(ax)
     numbers = list(range(1, len(null.mean) + 1))
     low, mean, high = ([_degrees(angle) for angle in of] for of in (null.low, null.mean, null.high))
     ax.fill_between(numbers, low, high, color="#dedede", linewidth=0, label="random subspaces")

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, figure_of, new_figure, save_figure
+from subspace_lab.analysis.plots.canvas import ACCENT, GREY, INK, new_figure, save_figure, whole_figure
 from subspace_lab.analysis.verdicts import Check, Verdict
 
 SHOWN = ("twins", "control", "random")  # how the names of the checks begin whose null consists of effects
@@ -35,7 +35,7 @@ def verdict_plot(verdict: Verdict, path: str | Path | None = None, *, ax: Axes |
         figure = new_figure((7.0, 1.2 + ROW * (1 + len(lines))), verdict.headline, str(verdict), _CAPTION)
         ax = figure.add_subplot()
     else:
-        figure = figure_of(ax)
+        figure = whole_figure(ax)
     _draw(ax, verdict, lines)
     save_figure(figure, path)
     return figure
