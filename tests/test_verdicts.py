@@ -281,6 +281,11 @@ def test_baselines_seeds_selection_grid_and_partial_twins_are_told():
     assert "block_output[0]@2" in found.claim.place and found.claim.pairs == {"train": 100, "test": N}
 
 
+def test_a_control_at_its_floor_has_no_sign():
+    random = [fit(value, method=RandomSubspace(3, draws=2), seed=i) for i, value in enumerate((0.5, 0.498))]
+    assert "random subspaces 0.00." in judge(replace(evidence(), fits=of(fit(0.9), *random))).reason
+
+
 def test_a_subspace_may_carry_what_the_whole_state_carries():
     for value, whole, said in (
         (0.9, 0.6, "better than exchanging"),

@@ -8,6 +8,7 @@ from statistics import fmean
 from subspace_lab.analysis import evidence as of
 from subspace_lab.analysis.evidence import LEVEL, Evidence, effect
 from subspace_lab.analysis.verdicts import Check, Claim, Verdict
+from subspace_lab.core.texts import two_decimals
 from subspace_lab.das.fits import Fits
 
 
@@ -141,27 +142,25 @@ def _reason(conclusion: str, claim: Claim, checks: Sequence[Check], twins: Check
 
 def _cautions(conclusion: str, evidence: Evidence, checks: Sequence[Check]) -> str:
     """What decides nothing, but has to be known with the conclusion."""
-    by_name = {one.name: one.because for one in checks}
-    said = [by_name[name] for name in ("overlap of the splits",) if name in by_name]
+    said = [one.because for one in checks if one.name == "overlap of the splits"]
     if conclusion == "supported" and evidence.illusion is not None and evidence.illusion.flagged:
-        said.append(f"illusion {by_name['illusion']}")
+        said += [f"illusion {one.because}" for one in checks if one.name == "illusion"]
     return "".join(f" Caution: {one}." for one in said)
 
 
 def _compared(checks: Sequence[Check], twins: Check) -> str:
     """The effect of a supported claim beside the effects of its twins and controls, in short."""
     n, most = len(twins.null), max(twins.null)
-    who = f"{n} twins reach at most {_two(most)} (p = {twins.p:.2g})" if n > 1 else f"a twin reaches {_two(most)}"
+    who = (
+        f"{n} twins reach at most {two_decimals(most)} (p = {twins.p:.2g})"
+        if n > 1
+        else f"a twin reaches {two_decimals(most)}"
+    )
     others = []
     for one in checks:
         if one.name.startswith("control") and one.null:
-            others.append(f"{one.name.partition(': ')[2]} {_two(one.null[0])}")
+            others.append(f"{one.name.partition(': ')[2]} {two_decimals(one.null[0])}")
         elif one.name == "random subspaces":
-            others.append(f"random subspaces {_two(fmean(one.null))}")
+            others.append(f"random subspaces {two_decimals(fmean(one.null))}")
     beside = f", {', '.join(others)}" if others else ""
     return f"The effect is {twins.observed:.2f} (0: the floor, 1: the causal model); {who}{beside}."
-
-
-def _two(value: float) -> str:
-    """Two decimals; a value that rounds to 0 has no sign."""
-    return f"{round(value, 2) + 0.0:.2f}"

@@ -26,3 +26,8 @@ def _is_control(character: str) -> bool:
 def counted(number: int, one: str, several: str) -> str:
     """A number and its noun: "1 entity", "2 entities"."""
     return f"{number} {one if number == 1 else several}"
+
+
+def two_decimals(value: float) -> str:
+    """A number with two decimals; one that rounds to 0 has no sign."""
+    return f"{round(value, 2) + 0.0:.2f}"

@@ -22,6 +22,7 @@ from subspace_lab.analysis.plots.cells import COLOURS, MOST_NUMBERS, cell, finis
 from subspace_lab.analysis.plots.grids import Grid
 from subspace_lab.core.arguments import instance
 from subspace_lab.core.sites import Site
+from subspace_lab.core.texts import two_decimals
 from subspace_lab.das.fits import Fits, Mean
 from subspace_lab.das.methods import RandomSubspace
 from subspace_lab.das.screens import Screened
@@ -197,8 +198,8 @@ def _draw_grid(
 
 
 def _number(value: float) -> str:
-    """Two decimals; a value that rounds to 0 has no sign."""
-    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+    """Two decimals, with the sign of minus as it is printed."""
+    return two_decimals(value).replace("-", "−")
 
 
 def _draw_screened(axis: Axes, grid: Grid, cells: Mapping[Site, Screened], legible: bool) -> None:
