@@ -1,4 +1,6 @@
-"""Every fenced block of README.md, CONTRIBUTING.md and of three pages of docs/ runs as it is printed.
+"""Every fenced block of README.md, CONTRIBUTING.md and of some pages of docs/ runs as it is printed.
+
+Other pages have a test file of their own, which names them as its `PAGE`; each page has one or the other.
 
 Python blocks are executed from top to bottom in one namespace, with trainings of `STEPS` steps. What the text
 takes from its reader (a model, prompts) is in that namespace from the start: the objects of `yours`. Of bash
@@ -8,6 +10,7 @@ fetched (`STAND_INS`) and with `SMALL` settings added; `.ci/run` executes the ot
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -244,6 +247,26 @@ def test_there_are_blocks_and_every_language_is_known():
     assert set(found) <= {"python", "bash", *SHOWN}
     fences = sum((ROOT / page).read_text(encoding="utf-8").count("\n```") for page in PAGES)
     assert fences == 2 * len(found), "a fence is indented, or opened and not closed"
+
+
+def pages_run_elsewhere() -> set[str]:
+    """The pages that another test file names as its `PAGE`, and whose blocks it executes."""
+    found = set()
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        named = re.search(r'^PAGE = "(.*)"$', text, re.MULTILINE)
+        if named and "exec" in {
+            getattr(n.func, "id", "") for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)
+        }:
+            found.add(named[1])
+    return found
+
+
+def test_every_page_with_python_is_run():
+    """Also one that somebody adds later."""
+    pages = [path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]]
+    python = {page for page in pages if "python" in {language for language, _, _ in blocks(page)}}
+    assert len(python) >= 6 and python <= {*PAGES, *pages_run_elsewhere()}
 
 
 def test_nothing_stands_in_for_a_name_that_the_text_does_not_use():
