@@ -14,7 +14,7 @@ from test_suggest import loss_of
 
 from subspace_lab.engine import notices
 from subspace_lab.engine.training import TrainingConfig
-from subspace_lab.reft import ReftConfig, finetune, get_reft_model
+from subspace_lab.reft import FinetuneInterrupted, ReftConfig, finetune, get_reft_model
 
 CONFIG = TrainingConfig(steps=12, batch_size=8, learning_rate=2e-2, seed=5)
 
@@ -85,6 +85,31 @@ def test_a_best_in_the_middle_is_given_back_after_the_whole_training():
     last = decoder(start="paper")
     assert finetune(last, rows, config, held_out=rows, evaluate_every=1, quiet=True).kept == 20
     assert not equal(numbers(last), numbers(model))
+
+
+def test_ctrl_c_with_patience_keeps_the_lowest_held_out_loss_so_far():
+    """Held-out rows that contradict the training get worse, so that what is kept is not the last."""
+    rows = answers()
+    held = answers(6, seed=1).map(lambda row: {"labels": [x if x < 0 else 40 for x in row["labels"]]})
+    config = replace(CONFIG, schedule="constant", warmup=0.0, steps=20)
+    given = {"held_out": held, "evaluate_every": 1, "quiet": True}
+
+    def stop(step: int, _: float) -> None:
+        if step == 6:
+            raise KeyboardInterrupt
+
+    model, last = decoder(start="paper"), decoder(start="paper")
+    with pytest.raises(FinetuneInterrupted) as stopped:
+        finetune(model, rows, config, patience=100, on_step=stop, **given)
+    with pytest.raises(FinetuneInterrupted) as ended:
+        finetune(last, rows, config, on_step=stop, **given)
+    history = stopped.value.history
+    best = min(history.held_out, key=lambda one: one[1])[0]
+    assert len(history) == ended.value.history.kept == 7 and best == history.kept < 6
+    straight = decoder(start="paper")
+    if best:
+        finetune(straight, rows, replace(config, steps=best), quiet=True)
+    assert equal(numbers(model), numbers(straight)) and not equal(numbers(last), numbers(model))
 
 
 def test_gradients_in_parts_are_those_of_the_whole():

@@ -202,6 +202,7 @@ def _run(
 ) -> None:
     """Measure, train, save, measure again, and report."""
     from subspace_lab.analysis.finetune_report import Finetuned, print_finetuned, save_adapter, save_finetuned
+    from subspace_lab.reft.finetune import FinetuneInterrupted
 
     with reft.disable_adapter():
         before = job.measure(reft, training.batch_size)
@@ -211,10 +212,14 @@ def _run(
     try:
         history = job.train(reft, training, on_step=lambda _, loss: losses.append(loss), **given)
         kept = None if settings["patience"] is None else history.kept
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if not losses:
             raise
-        say(f"Interrupted after {len(losses)} of {training.steps} steps: the trained adapter is saved.")
+        which = "trained adapter"
+        if settings["patience"] is not None and isinstance(stopped, FinetuneInterrupted):
+            kept = stopped.history.kept
+            which = f"adapter of step {kept}, with the lowest held-out loss,"
+        say(f"Interrupted after {len(losses)} of {training.steps} steps: the {which} is saved.")
     except FloatingPointError as error:
         raise FloatingPointError(f"{error} Try a lower --learning-rate than {training.learning_rate}.") from None
     # Saved at once, so that the adapter is there whatever ends the process after this point.

@@ -35,6 +35,14 @@ class History(list[float]):
         self.kept = 0
 
 
+class FinetuneInterrupted(KeyboardInterrupt):
+    """A training that was interrupted. `history` has the losses until then, and which parameters are kept."""
+
+    def __init__(self, history: History) -> None:
+        super().__init__(f"interrupted after {len(history)} steps; the adapter is that of step {history.kept}")
+        self.history = history
+
+
 def finetune(
     model: ReftModel,
     examples: Iterable[Mapping[str, Any]],
@@ -78,6 +86,8 @@ def finetune(
         ValueError: examples that are not tokenised or have no prompt or no answer; an adapter with `modules_to_save`
             (train it with Trainer); `patience` or `evaluate_every` without held-out examples; numbers below 1.
         FloatingPointError: a loss that is not finite.
+        FinetuneInterrupted: Ctrl-C. Then, and after any other error, the adapter has the parameters of the last step,
+            or with `patience` those of the lowest held-out loss so far.
     """
     config = config or TrainingConfig()
     instance(model, ReftModel, "model", "get_reft_model(model, config) makes one")
@@ -116,9 +126,13 @@ def finetune(
 
         if evaluation is not None:
             evaluation.measure(0)
-        train(trained, steps_of(answers, edits, config, accumulate), config, on_step=report)
-    if evaluation is not None and patience is not None:
-        evaluation.restore()
+        try:
+            train(trained, steps_of(answers, edits, config, accumulate), config, on_step=report)
+        except KeyboardInterrupt:
+            raise FinetuneInterrupted(history) from None
+        finally:
+            if evaluation is not None and patience is not None:
+                evaluation.restore()
     return history
 
 
