@@ -42,21 +42,23 @@ SHAPES = {
 }
 
 
-def model_of(shape: str, device: str) -> nn.Module:
+def model_of(shape: str | dict[str, int], device: str) -> nn.Module:
+    """A random model: one of `SHAPES`, "llama7b", or GPT-2 of the given sizes."""
     torch.manual_seed(0)
     if shape == "llama7b":
         config = LlamaConfig(attn_implementation="sdpa")  # the defaults of the class are LLaMA-7B's
         with torch.device(device):
             model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     else:
-        model = GPT2LMHeadModel(GPT2Config(**SHAPES[shape], bos_token_id=0, eos_token_id=0)).to(device)
+        sizes = SHAPES[shape] if isinstance(shape, str) else shape
+        model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).to(device)
     return model.eval()
 
 
 class Case:
     """A model, pairs, and the four contenders' steps at one layer."""
 
-    def __init__(self, shape: str, layer: int, args: argparse.Namespace) -> None:
+    def __init__(self, shape: str | dict[str, int], layer: int, args: argparse.Namespace) -> None:
         self.device, self.layer, self.rank = args.device, layer, args.rank
         self.model = model_of(shape, args.device)
         g = torch.Generator().manual_seed(1)

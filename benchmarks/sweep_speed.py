@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import torch
 from das_speed import Case, differences
@@ -31,7 +32,9 @@ from subspace_lab.model.batches import Batch
 POSITIONS = ("-3", "-2", "-1")
 
 
-def ours(case: Case, config: TrainingConfig, layers: list[int]) -> int:
+def ours(
+    case: Case, config: TrainingConfig, layers: list[int], positions: Sequence[str] = POSITIONS, seeds: int = 1
+) -> int:
     """The sweep; returns the number of steps."""
     mask = torch.ones_like(case.base)
     data = Counterfactuals(
@@ -43,9 +46,10 @@ def ours(case: Case, config: TrainingConfig, layers: list[int]) -> int:
         tokens=torch.tensor([17, 23]),
     )
     backbone = Backbone(case.model)
-    sites = [Site("block_output", layer, p) for layer in layers for p in POSITIONS]
+    sites = [Site("block_output", layer, p) for layer in layers for p in positions]
     pairs = PreparedPairs.of(backbone, data, [{"v": site} for site in sites])
     print(pairs.engine.describe(), file=sys.stderr)
+    sites = [site for site in sites for _ in range(seeds)]
     learners = [
         Learner({"v": (site, LearnedSubspace(case.width, case.rank, seed=i).to(case.device))}, start=i)
         for i, site in enumerate(sites)

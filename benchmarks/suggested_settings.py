@@ -1,0 +1,172 @@
+"""Which setting `suggest` would choose on several tasks, and whether the default of `ReftConfig` is a good one.
+
+    python benchmarks/suggested_settings.py --assets FOLDER [--quick] [--json PATH] [--device D] [--seed N]
+
+Each task is given to `suggest` with three seeds (of the rows held out, the order, and the random starts), which starts
+from `ReftConfig()` and tries it beside its neighbours with two learning rates. A setting's share of the gain is how
+much of the way it goes from the held-out loss of the model without edits to the lowest loss that any setting reached:
+1 for the best one, 0 for no effect. The mean over tasks has an interval over tasks (t, each task its mean over seeds),
+which is wide because the tasks are few.
+
+tasks   names      a name carried through a story's opening, SmolLM2-135M (`quality_smollm2.py`)
+        sentiment  a sentence of SST-2 as a prompt, SmolLM2-135M
+        book       the next 12 tokens of Alice in Wonderland behind 24, SmolLM2-135M
+        stories    the names again, stories260K
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import quality_smollm2
+import quality_stories
+import torch
+import transformers
+from harness import clock, machine, today
+
+from subspace_lab.core.files import write_json
+from subspace_lab.engine.training import TrainingConfig
+from subspace_lab.reft import ReftConfig, suggest, tokenise
+
+SEEDS, STEPS, BATCH, ROWS = (0, 1, 2), 15, 8, 80
+T95 = {2: 12.706, 3: 4.303, 4: 3.182}  # of Student's t, by the number of tasks
+
+Rows = list[dict[str, Any]]
+
+
+def book(assets: Path) -> Rows:
+    ids = quality_smollm2.alice(assets, n=ROWS, length=36, start=2000).tolist()
+    return [{"input_ids": row, "attention_mask": [1] * len(row), "labels": [-100] * 24 + row[24:]} for row in ids]
+
+
+def stories(assets: Path) -> Rows:
+    given = quality_stories.openings(quality_stories.TRAINING_NAMES, quality_stories.OPENINGS)
+    rows = [{"prompt": text, "answer": quality_stories.STYLES["name"].format(name)} for text, name in given]
+    return list(tokenise(rows, quality_stories.tokenizer(assets), end=False))
+
+
+def smollm2(_: Path, device: str) -> Any:
+    return quality_smollm2.loaded(device)[0]
+
+
+TASKS: Mapping[str, tuple[Callable[[Path, str], Any], Callable[[Path], Rows]]] = {
+    "names": (smollm2, lambda assets: quality_smollm2.rows("name", "train", assets)),
+    "sentiment": (smollm2, lambda assets: quality_smollm2.rows("sentiment", "train", assets)),
+    "book": (smollm2, book),
+    "stories": (quality_stories.language_model, stories),
+}
+
+
+def measured(task: str, seed: int, assets: Path, device: str, steps: int, rows: int) -> dict[str, Any]:
+    """The settings with their share of the gain, for one task and seed."""
+    load, rows_of = TASKS[task]
+    start = clock(device)
+    found = suggest(
+        load(assets, device),
+        rows_of(assets)[:rows],
+        replace(ReftConfig(), seed=seed),
+        training=TrainingConfig(steps=steps, batch_size=BATCH, seed=seed),
+        quiet=True,
+    )
+    lowest = found.trials[0].loss.value
+    settings = []
+    for one, trial in zip(found.records(), found.trials, strict=True):
+        gained = (found.untrained.value - trial.loss.value) / (found.untrained.value - lowest)
+        settings.append({**{k: v for k, v in one.items() if k != "config"}, "share": gained})
+    default = next(i for i, t in enumerate(found.trials) if t.config == replace(ReftConfig(), seed=seed))
+    return {
+        "task": task,
+        "seed": seed,
+        "untrained": found.untrained.value,
+        "held out": len(found.held_out_rows),
+        "default": settings[default]["setting"],
+        "settings": settings,
+        "seconds": clock(device) - start,
+    }
+
+
+def over_tasks(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each setting: its place in the tasks, and its mean share of the gain with an interval over tasks.
+
+    Layers have other numbers in other models, so that a setting is known by its place in the list of `suggest`.
+    """
+    table = []
+    for name in [one["setting"] for one in sorted(runs[0]["settings"], key=lambda one: -one["share"])]:
+        by_task: dict[str, list[dict[str, Any]]] = {}
+        for run in runs:
+            for one in run["settings"]:
+                if role(one["setting"]) == role(name):
+                    by_task.setdefault(run["task"], []).append(one)
+        means = {task: mean(one["share"] for one in some) for task, some in by_task.items()}
+        values = list(means.values())
+        half = T95[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        every = [one for some in by_task.values() for one in some]
+        table.append(
+            {
+                "setting": role(name),
+                "share by task": means,
+                "share": mean(values),
+                "interval": None if math.isnan(half) else [mean(values) - half, mean(values) + half],
+                "tied with the best": sum(one["tied"] for one in every),
+                "chosen": sum(one["chosen"] for one in every),
+                "runs": len(every),
+                "parameters": {task: some[0]["parameters"] for task, some in by_task.items()},
+            }
+        )
+    return sorted(table, key=lambda row: -row["share"])
+
+
+def role(setting: str) -> str:
+    """A setting without the numbers of its layers, which differ between models."""
+    return re.sub(r"layer (\d+(?:, \d+)*)", lambda m: "two layers" if "," in m[1] else "one layer", setting)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--quick", action="store_true", help="one seed, four steps, 40 rows")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, help="this seed alone, instead of 0, 1 and 2")
+    given = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if given.device == "cpu":
+        torch.set_num_threads(1)
+    seeds = SEEDS if given.seed is None else (given.seed,)
+    steps, rows = (4, 40) if given.quick else (STEPS, ROWS)
+    runs = []
+    for task in given.tasks:
+        for seed in seeds[:1] if given.quick else seeds:
+            runs.append(measured(task, seed, given.assets, given.device, steps, rows))
+            shown = [(one["setting"], round(one["share"], 2), one["tied"]) for one in runs[-1]["settings"]]
+            print(task, seed, f"{runs[-1]['seconds']:.0f} s", *shown, sep="\n  ", flush=True)
+    table = over_tasks(runs)
+    for row in table:
+        tasks = "  ".join(f"{task} {share:.2f}" for task, share in row["share by task"].items())
+        print(f"{row['share']:.2f}  tied {row['tied with the best']}/{row['runs']}  {row['setting']}: {tasks}")
+    if given.json is not None:
+        write_json(
+            given.json,
+            {
+                "name": "suggested_settings",
+                "date": today(),
+                "settings": {"steps": steps, "batch": BATCH, "rows": rows, "seeds": seeds, "tasks": given.tasks},
+                "machine": machine(given.device),
+                "results": {},
+                "table": table,
+                "runs": runs,
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
