@@ -3,7 +3,8 @@
     python benchmarks/write_readme.py
 
 No figure is written by hand. The texts are the first paragraphs of the scripts, and `FIRST` names the figures that
-are shown without a click; all others are in a table that unfolds. A test writes the file anew and compares.
+are shown without a click; all others are in a table that unfolds. A test writes the file anew and compares. The
+pictures are drawn by `pictures.py`, or by the benchmark itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ RESULTS = HERE / "results"
 FIRST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "das_speed": (
         ("speedup_over_pyvene", "speedup_over_pyvene_layer1", "speedup_over_plain", "cost_over_floor"),
-        (),
+        ("speed.png",),
     ),
     "sweep_speed": (("speedup_over_pyvene", "cost_over_floor"), ()),
     "reft_speed": (("speedup_over_pyreft_width4096", "generate_merged_cost"), ()),
@@ -39,13 +40,19 @@ FIRST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "trained, both equalities, layer 1, random subspace",
             "untrained, calibrated, both equalities, layer 1, IIA",
         ),
-        (),
+        ("hierarchical_equality.png",),
     ),
-    "distributive_law": (("trained, layer 1, And-Or less And-Or-And where they differ",), ()),
-    "hypotheses": (("boundaries_stand_first", "counterfactuals_per_second"), ()),
-    "isolation": (("MDAS 16, disentangle", "DAS 16, disentangle"), ()),
-    "screening": ((), ()),
-    "controls": (("supported_on_random_models", "supported_on_planted_truths", "control_set_cost"), ()),
+    "distributive_law": (
+        ("trained, layer 1, And-Or less And-Or-And where they differ",),
+        ("distributive_law.png",),
+    ),
+    "hypotheses": (("boundaries_stand_first", "counterfactuals_per_second"), ("hypotheses.png",)),
+    "isolation": (("MDAS 16, disentangle", "DAS 16, disentangle"), ("isolation.png",)),
+    "screening": ((), ("screening.png",)),
+    "controls": (
+        ("supported_on_random_models", "supported_on_planted_truths", "control_set_cost"),
+        ("controls.png",),
+    ),
     "ground_truth": (("sites_found", "false_supported", "share_before", "share_after"), ("ground_truth.png",)),
     "compare_subspaces": (
         (
@@ -58,7 +65,7 @@ FIRST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "reft_quality": (
         ("minilm, LoReFT, all tokens, test", "minilm, LoRA, test", "stories, name, LoReFT, test"),
-        ("memorisation.png",),
+        ("reft_quality.png", "memorisation.png"),
     ),
     "emoji_chatbot": (("emoji_before, in emojis", "emoji_after, in emojis", "emoji_after, different"), ()),
     "robustness": ((), ()),

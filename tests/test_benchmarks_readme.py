@@ -12,6 +12,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import pictures  # noqa: E402
 import write_readme  # noqa: E402
 
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
@@ -36,6 +37,25 @@ def test_results_name_a_day_a_machine_and_figures(path: Path) -> None:
     assert found["machine"]["torch"] and found["machine"]["threads"] >= 1
     assert all({"median", "n"} <= set(of) for of in found["results"].values())
     assert (BENCHMARKS / f"{write_readme.SCRIPTS.get(path.stem, path.stem)}.py").is_file()
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_pictures_are_those_of_the_present_results(name: str) -> None:
+    sources, _, _ = pictures.PICTURES[name]
+    assert pictures.results_of(BENCHMARKS / "results" / f"{name}.png") == pictures.fingerprint(*sources), (
+        f"run `python benchmarks/pictures.py {name}`"
+    )
+
+
+def test_other_figures_are_another_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pictures.loaded("hypotheses")
+    before = pictures.fingerprint("hypotheses")
+    found["results"]["left boundary, IIA"]["median"] += 0.001
+    (tmp_path / "hypotheses.json").write_text(json.dumps(found))
+    monkeypatch.setattr(pictures, "RESULTS", tmp_path)
+    assert pictures.fingerprint("hypotheses") != before
+    drawn = pictures.draw("hypotheses")
+    assert pictures.results_of(drawn) == pictures.fingerprint("hypotheses") != before
 
 
 def test_numbers_are_readable() -> None:
