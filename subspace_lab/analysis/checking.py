@@ -295,7 +295,7 @@ def complement_of(
 
 
 def training_floor(backbone: Backbone, pairs: Pairs) -> float | None:
-    """The floor of the training pairs that are scored; None if pairs are drawn afresh."""
+    """The floor of the training pairs that are scored; None if new pairs are drawn in each step."""
     if not isinstance(pairs.train, Counterfactuals):
         return None
     some = pairs.train.rows(torch.arange(min(len(pairs.train), TRAINING_PAIRS)))

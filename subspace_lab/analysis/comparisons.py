@@ -52,7 +52,7 @@ def compare(
     """A measure for every pair of subspaces, its means across layers, seeds, methods or models, and its null.
 
     >>> compare(fits.where(method="DAS"), across="layer", within="seed")
-    >>> compare({"ours": fits, "trained anew": others}, across="model", within="seed", measure=Functional(looks))
+    >>> compare({"ours": fits, "retrained": others}, across="model", within="seed", measure=Functional(looks))
 
     With across="layer", two fits are compared if their layers differ and everything else (position, method, variable,
     model) except the seed is the same; likewise for seeds, methods and models. Fits whose IIA on the test pairs is not

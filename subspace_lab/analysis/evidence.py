@@ -51,7 +51,7 @@ class Evidence:
         planted: fits of a planted variable; None if none was searched for.
         stays: (test pairs,) complement_stays of the chosen fit, NaN where the answer does not change; None if the
             complement cannot be exchanged.
-        training_floor: the floor of the training pairs; None if they are drawn afresh.
+        training_floor: the floor of the training pairs; None if new pairs are drawn in each step.
         illusion: what the parts of the chosen subspace do alone; None if this was not tried.
         left_out: {check: why it was not done}.
     """

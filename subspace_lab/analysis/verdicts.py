@@ -60,7 +60,8 @@ class Claim:
         method: the label of the method.
         iia: IIA on the test pairs.
         floor: the floor of the test pairs.
-        pairs: {"train": number of training pairs (None if they are drawn afresh), "test": number of test pairs}.
+        pairs: {"train": number of training pairs, "test": number of test pairs}; None for training pairs if new ones
+            are drawn in each step.
         model, task: their names.
     """
 

@@ -363,7 +363,7 @@ def fit(
 
 
 def from_pool(pairs: PreparedPairs, assignment: Assignment, config: TrainingConfig) -> Draw:
-    """Draws from fixed pairs, shuffled anew in each epoch."""
+    """Draws from fixed pairs, in a new order in each epoch."""
     order: Iterator[Tensor] = shuffled_rows(len(pairs), config)
 
     def draw(_: int) -> Drawn:
