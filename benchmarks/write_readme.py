@@ -2,6 +2,8 @@
 
     python benchmarks/write_readme.py
 
+The tables of docs/finetuning.md that compare methods are written too, between their marks.
+
 No figure is written by hand. The texts are the first paragraphs of the scripts, and `FIRST` names the figures that
 are shown without a click; all others are in a table that unfolds. A test writes the file anew and compares. The
 pictures are drawn by `pictures.py`, or by the benchmark itself.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,5 +144,54 @@ def whole() -> str:
     return HEAD + "\n".join([*contents, "", *sections]).rstrip() + "\n"
 
 
+# Of each table of docs/finetuning.md: the part of reft_quality's table, and which of its rows.
+COMPARED: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
+    "minilm": ("minilm", lambda row: True),
+    "names": ("smollm2", lambda row: row["task"] == "name"),
+    "sentiment": ("smollm2", lambda row: row["task"] == "sentiment"),
+    "stories": ("stories", lambda row: row["style"] == "name"),
+}
+FINETUNING = HERE.parent / "docs" / "finetuning.md"
+
+
+def signed(value: float) -> str:
+    """One decimal, with a true minus, and no sign for 0."""
+    return f"{value:+.1f}".replace("-", "−") if abs(value) >= 0.05 else "0.0"
+
+
+def compared(name: str) -> str:
+    """The rows of one table, from the highest score to the lowest; what no row has is no column."""
+    part, wanted = COMPARED[name]
+    table = json.loads((RESULTS / "reft_quality.json").read_text(encoding="utf-8"))["table"][part]
+    rows = sorted(filter(wanted, table), key=lambda row: -row["test"])
+    lines = []
+    for row in rows:
+        edge = "\\*" if row["rate at the edge of its grid"] and row["method"] != "head only" else ""
+        spread = f" ± {100 * row['test sd']:.1f}" if len(row["test by seed"]) > 1 else ""
+        against = ""
+        if (gap := row.get("− LoRA")) is not None:
+            mean, low, high = (signed(100 * gap[of]) for of in ("mean", "low", "high"))
+            against = f"{mean} [{low}, {high}]"
+        forgotten = "" if row.get("forgetting") is None else f"{row['forgetting']:.2f}".replace("-0.00", "0.00")
+        cells = (f"{row['method']}{edge}", row["setting"], f"{row['adapter parameters']:,}")
+        lines.append([*cells, f"{100 * row['test']:.1f}{spread}", against, forgotten])
+    head = ["method", "setting", "parameters", "right, %", "against LoRA [95 %]", "forgetting"]
+    kept = [i for i in range(len(head)) if any(line[i] for line in lines)]
+    shown = [[line[i] for i in kept] for line in [head, ["---"] * len(head), *lines]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in shown)
+
+
+def with_tables(page: str) -> str:
+    """A page whose tables between `<!-- table NAME -->` and `<!-- end -->` are those of the results."""
+    for name in COMPARED:
+        mark = f"<!-- table {name} -->\n"
+        before, found, rest = page.partition(mark)
+        if not found:
+            raise ValueError(f"docs/finetuning.md has no mark {mark.strip()!r}.")
+        page = f"{before}{mark}\n{compared(name)}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    return page
+
+
 if __name__ == "__main__":
     (HERE / "README.md").write_text(whole(), encoding="utf-8")
+    FINETUNING.write_text(with_tables(FINETUNING.read_text(encoding="utf-8")), encoding="utf-8")

@@ -24,6 +24,15 @@ def test_the_page_is_written_from_the_results() -> None:
     )
 
 
+def test_the_tables_of_methods_are_written_from_the_results() -> None:
+    page = write_readme.FINETUNING.read_text(encoding="utf-8")
+    assert page == write_readme.with_tables(page), "run `python benchmarks/write_readme.py`"
+    assert page.count("| rank 2, queries and values, alpha 4 | 115,200 |") == 2
+    assert [write_readme.signed(value) for value in (-1.26, -0.04, 0.04, 0.06)] == ["−1.3", "0.0", "0.0", "+0.1"]
+    with pytest.raises(ValueError, match="no mark '<!-- table minilm -->'"):
+        write_readme.with_tables("")
+
+
 def test_every_result_and_every_picture_is_on_it() -> None:
     assert {path.stem for path in RESULTS} == set(write_readme.FIRST)
     pictures = {picture for _, of in write_readme.FIRST.values() for picture in of}
