@@ -46,6 +46,7 @@ SHOWN = ("", "text")
 ELSEWHERE = (
     r"pip install -c constraints\.txt (-e )?\"?\.(\[\w+\])?\"?",
     "pytest",
+    r"python docs/site/build\.py",
     "ruff check .",
     "ruff format .",
     "mypy",

@@ -53,7 +53,7 @@ class Comparison:
         labels: the labels of the subspaces, in the order of rows and columns.
         ranks: their ranks.
         width: the width of the states.
-        matrix: the measure of every pair: [i][j] is that of subspace i with subspace j.
+        matrix: the measure of every pair: `matrix[i][j]` is that of subspace i with subspace j.
         chance: {(rank, rank): the measure of independent random subspaces}. A band holds for one pair: one of twenty
             pairs of random subspaces lies outside it.
         measure: the name of the measure.

@@ -220,10 +220,7 @@ def spectra(
 ) -> Spectra:
     """The principal angles behind an overlap, drawn by `plots.angle_spectrum`.
 
-    They show whether one direction is shared, or all directions a little.
-
-    Args:
-        all: as in `compare`.
+    They show whether one direction is shared, or all directions a little. The arguments are those of `compare`.
 
     Raises:
         ValueError: subspaces of different ranks, which have different numbers of angles; and all errors of `compare`.

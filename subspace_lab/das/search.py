@@ -71,7 +71,8 @@ def search(
         seeds: how many seeds, or which ones. A seed sets the random start and the order of the pairs.
         right_only: use only pairs whose base and sources the model answers right (`only_answered`). By default this
             is done if `min_accuracy` is set. Training pairs that are drawn at each step are all used.
-        others: as in `sweep`, which this function calls; it raises the same errors.
+
+    The other arguments are those of `sweep`, which this function calls; it raises the same errors.
     """
     check_min_accuracy(min_accuracy)
     if methods is None:

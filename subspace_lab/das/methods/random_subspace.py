@@ -23,8 +23,9 @@ class RandomSubspace(Method):
     """Subspaces drawn uniformly (from the Haar measure), independent of model and data.
 
     Attributes:
-        rank: dimensions of each variable's subspace; a list runs once for each entry. draws: how many subspaces are
-        drawn at each site. Each draw is a separate fit, and its seed is the draw's number.
+        rank: dimensions of each variable's subspace; a list runs once for each entry.
+        draws: how many subspaces are drawn at each site. Each draw is a separate fit, and its seed is the draw's
+            number.
     """
 
     rank: int | Sequence[int] = 1
