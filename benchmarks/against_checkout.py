@@ -1,22 +1,21 @@
 """This checkout against another one, in turns: is it still as quick?
 
     git worktree add ../before SOME_COMMIT
-    python benchmarks/against_checkout.py --other ../before [--rounds 20] [--quick] [--json PATH]
+    python benchmarks/against_checkout.py [--quick] [--json PATH] [--device D] [--seed N] --other ../before
 
 Each checkout runs the steps of its own benchmarks (`das_speed.py`, `sweep_speed.py`, `reft_speed.py`) in a process of
 its own, and the two take turns, so that a machine that slows down slows both. Reported is the ratio this / other
-within a round: median, lowest, highest, and the 95 % interval of the median (its order statistics). Seconds are those
-of the processor, on one thread.
+within a round: median, lowest, highest, and the 95 % interval of the median (its order statistics). Without --other
+it is compared with itself, which shows how far the ratio of equal code is from 1. Seconds are those of the processor,
+on one thread; with another device those of the wall.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ CASES = ("das_step", "loreft_step", "generate", "sweep", "import")
 # --- in the process of one checkout -------------------------------------------------------------------------
 
 
-def step_of(case: str, quick: bool) -> Callable[[], object]:
+def step_of(case: str, quick: bool, device: str, seed: int) -> Callable[[], object]:
     """One step of a case, by the benchmarks of the checkout that this process imports."""
     import torch
 
@@ -36,23 +35,24 @@ def step_of(case: str, quick: bool) -> Callable[[], object]:
     if case == "das_step":
         from das_speed import Case
 
-        args = Namespace(device="cpu", rank=64, batch=16, sequence=64, pairs=64)
+        args = Namespace(device=device, seed=seed, rank=64, batch=16, sequence=64, pairs=64)
         found = Case("width256" if quick else "gpt2", 6, args)
         return found.step_of(*found.ours())
     if case == "sweep":
         from das_speed import Case
         from sweep_speed import TrainingConfig, ours
 
-        args = Namespace(device="cpu", rank=64, batch=16, sequence=64, pairs=32 if quick else 64)
+        args = Namespace(device=device, seed=seed, rank=64, batch=16, sequence=64, pairs=32 if quick else 64)
         found = Case("width256", 0, args)
         config = TrainingConfig(steps=8, batch_size=16, learning_rate=1e-3)
         return lambda: ours(found, config, [0, 6, 11])
     from reft_speed import Case
 
     shape = "small" if quick else "width1024"
+    seeded = {"seed": seed} if seed else {}  # the steps of an older checkout have no other seed than 0
     if case == "loreft_step":
-        return Case(shape, "cpu", 4, 64, 16, "f3+l3", "all").ours()
-    found = Case(shape, "cpu", 2, 32, 1, "f3+l3", "all")
+        return Case(shape, device, 4, 64, 16, "f3+l3", "all", **seeded).ours()
+    found = Case(shape, device, 2, 32, 1, "f3+l3", "all", **seeded)
     model, prompt = found.reft().eval(), found.ids[:, :32]
     return lambda: model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, min_new_tokens=32, do_sample=False,
@@ -60,18 +60,22 @@ def step_of(case: str, quick: bool) -> Callable[[], object]:
     )  # fmt: skip
 
 
-def serve(case: str, quick: bool) -> None:
+def serve(case: str, quick: bool, device: str, seed: int) -> None:
     """Make a step for every line read, and answer with its seconds."""
     import warnings
 
+    from harness import clock, wait
+
     warnings.simplefilter("ignore")
-    step = step_of(case, quick)
+    step = step_of(case, quick, device, seed)
     step()
     print("ready", flush=True)
     for _ in sys.stdin:
-        start = time.process_time()
+        wait(device)
+        start = clock(device)
         step()
-        print(time.process_time() - start, flush=True)
+        wait(device)
+        print(clock(device) - start, flush=True)
 
 
 # --- in the process that compares ---------------------------------------------------------------------------
@@ -80,7 +84,7 @@ def serve(case: str, quick: bool) -> None:
 class Worker:
     """A process of one checkout."""
 
-    def __init__(self, checkout: Path, case: str, quick: bool) -> None:
+    def __init__(self, checkout: Path, case: str, given: list[str]) -> None:
         self.environment = {
             **os.environ,
             "PYTHONPATH": f"{checkout / 'benchmarks'}{os.pathsep}{checkout}",
@@ -93,7 +97,7 @@ class Worker:
             self.seconds()
             return
         # -P: not the folder of this file, but the benchmarks of that checkout.
-        command = [sys.executable, "-P", __file__, "--serve", case, *(["--quick"] if quick else [])]
+        command = [sys.executable, "-P", __file__, "--serve", case, *given]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=self.environment,
@@ -138,25 +142,26 @@ def median_interval(values: list[float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--other", type=Path, help="the root of the other checkout")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--quick", action="store_true", help="small models, 5 rounds")
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve:
-        serve(args.serve, args.quick)
+    if sys.argv[1:2] == ["--serve"]:  # `harness` is then the other checkout's, and may be an older one
+        case, quick, device, seed = sys.argv[2:]
+        serve(case, quick == "quick", device, int(seed))
         return
-    from harness import figure, report
+    from harness import figure, options, report
 
-    if args.other is None or not (args.other / "subspace_lab").is_dir():
+    parser = options(__doc__, "Small models, 5 rounds.")
+    parser.add_argument(
+        "--other", type=Path, default=HERE, help="the root of the other checkout; this one by default"
+    )
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--cases", default=",".join(CASES))
+    args = parser.parse_args()
+    if not (args.other / "subspace_lab").is_dir():
         parser.error("--other names the root of another checkout, with a folder subspace_lab in it")
+    given = ["quick" if args.quick else "whole", args.device, str(args.seed)]
     rounds = 5 if args.quick else args.rounds
     results = {}
     for case in args.cases.split(","):
-        workers = [Worker(checkout.resolve(), case, args.quick) for checkout in (HERE, args.other)]
+        workers = [Worker(checkout.resolve(), case, given) for checkout in (HERE, args.other)]
         ratios, seconds = [], []
         for i in range(rounds):
             order = workers if i % 2 == 0 else workers[::-1]  # neither always has the other's warm caches
@@ -174,7 +179,7 @@ def main() -> None:
         if "median_low" in found:
             print(f"{name}: median {found['median']:.3f} [{found['median_low']:.3f}, {found['median_high']:.3f}]")
     settings = {"rounds": rounds, "quick": args.quick}
-    report("against_checkout", settings, results, "cpu", args.json)
+    report("against_checkout", settings, results, args.device, args.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How near are the subspaces that DAS finds in other layers, from other seeds, in other models, and those of LoReFT?
 
-    python benchmarks/compare_subspaces.py [--part layers|models|loreft|all] [--quick] [--json PATH]
+    python benchmarks/compare_subspaces.py [--quick] [--json PATH] [--device D] [--seed N] [--part layers|models|loreft]
 
 Price tagging in the shipped decoder, the variable "at least the lower bound". Beside each figure stand what two seeds
 at one site share, and what subspaces give that know nothing: random ones, random ones of the top principal components,
@@ -24,13 +24,13 @@ Parts that are run alone are put together in the file of --json; the pictures li
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import machine, today
+from harness import options, write
 
 from subspace_lab.analysis.compared import read
 from subspace_lab.analysis.comparisons import Comparison, compare, spectra
@@ -52,7 +52,6 @@ from subspace_lab.analysis.similarity import Agreement, ClassMeans, DataWeighted
 from subspace_lab.analysis.twins import reinitialised
 from subspace_lab.cli.loading import Source, load_causal, load_tokenizer
 from subspace_lab.core.alignments import Alignment
-from subspace_lab.core.files import write_json
 from subspace_lab.core.sites import Site
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS
@@ -89,28 +88,41 @@ def places(quick: bool) -> list[Site]:
     return [Site("block_output", layer, position) for layer in layers for position in positions]
 
 
-def searched(backbone: Backbone, pairs: Pairs, seeds: list[int], quick: bool, **options: Any) -> Fits:
+def seeds_of(args: Namespace) -> list[int]:
+    return [args.seed + i for i in range(2 if args.quick else 3)]
+
+
+def drawn(tokenizer: Any, args: Namespace) -> Pairs:
+    return PRICE_TAGGING.pairs(tokenizer, **sizes(args.quick), seed=args.seed)
+
+
+def searched(
+    backbone: Backbone, pairs: Pairs, seeds: list[int], quick: bool, min_accuracy: float | None = 0.9
+) -> Fits:
     return sweep(
-        backbone, pairs, places(quick), [DAS(RANK)], seeds=seeds, config=training(quick), quiet=True, **options
-    )
+        backbone, pairs, places(quick), [DAS(RANK)], seeds=seeds, config=training(quick), quiet=True,
+        min_accuracy=min_accuracy,
+    )  # fmt: skip
 
 
-def shipped() -> tuple[Any, Any]:
+def shipped(device: str) -> tuple[Any, Any]:
     """(tokenizer, model)"""
     source = Source(None, trust_remote_code=False)
-    return load_tokenizer(source), load_causal(source, "cpu", "auto")
+    return load_tokenizer(source), load_causal(source, device, "auto")
 
 
-def retrained(seed: int) -> Any:
+def retrained(seed: int, args: Namespace) -> Any:
     """The shipped decoder trained anew from another seed, once, in the user's cache folder."""
     from transformers import AutoModelForCausalLM
 
+    if args.quick:  # a training takes 20 minutes
+        return shipped(args.device)[1]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = cache / "subspace_lab" / f"tiny_decoder_seed_{seed}"
     if not (folder / "training.json").is_file():  # written last
         script = Path(__file__).with_name("train_shipped_model.py")
         subprocess.run([sys.executable, str(script), "--out", str(folder), "--seed", str(seed)], check=True)
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    return AutoModelForCausalLM.from_pretrained(folder).eval().to(args.device)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------
@@ -145,13 +157,13 @@ def say(found: Comparison) -> None:
 # --- the parts --------------------------------------------------------------------------------------------------
 
 
-def layers(quick: bool, pictures: Path | None) -> Found:
+def layers(args: Namespace, pictures: Path | None) -> Found:
     """Layers against layers, beside seeds against seeds."""
-    tokenizer, model = shipped()
-    backbone, pairs = Backbone(model), PRICE_TAGGING.pairs(tokenizer, **sizes(quick), seed=0)
-    seeds = [0, 1] if quick else [0, 1, 2]
+    tokenizer, model = shipped(args.device)
+    backbone, pairs = Backbone(model), drawn(tokenizer, args)
+    quick, seeds = args.quick, seeds_of(args)
     fits = searched(backbone, pairs, seeds, quick)
-    twin = searched(Backbone(reinitialised(model, 0)), pairs, seeds, quick, min_accuracy=None)
+    twin = searched(Backbone(reinitialised(model, args.seed)), pairs, seeds, quick, min_accuracy=None)
     found: Found = {}
     spans = compare(fits, across="layer", within="seed", null={"twin": twin})
     if pictures is not None:
@@ -177,7 +189,7 @@ def layers(quick: bool, pictures: Path | None) -> Found:
         one = asked(measure=measure, null=nulls)
         found |= figures(name, one)
         say(one)
-    found |= passing(backbone, pairs, fits, quick)
+    found |= passing(backbone, pairs, fits, args)
     best = fits.best()
     agreed = consensus([fit.subspace() for fit in fits.where(site=best.place)])
     found["dimensions that the seeds agree on"] = single(agreed.dimensions, agreed.n)
@@ -187,14 +199,18 @@ def layers(quick: bool, pictures: Path | None) -> Found:
     return found
 
 
-def passing(backbone: Backbone, pairs: Pairs, fits: Fits, quick: bool) -> Found:
+def passing(backbone: Backbone, pairs: Pairs, fits: Fits, args: Namespace) -> Found:
     """Whether the effect of each layer's subspace passes the next one's, at the last token."""
     data, found = pairs.test, {}
-    items = [item for item in read(fits.where(positions="last", seed=0)) if item.counts and item.site is not None]
+    items = [
+        item
+        for item in read(fits.where(positions="last", seed=args.seed))
+        if item.counts and item.site is not None
+    ]
     chain = [Alignment({item.variable: (item.site, item.subspace)}) for item in items]
     for one, other in pairwise(chain):
         first, second = one.site().layer, other.site().layer
-        through = mediation(backbone, data, one, other, draws=2 if quick else 20)
+        through = mediation(backbone, data, one, other, draws=2 if args.quick else 20)
         print(f"  {through.sentence}", flush=True)
         name, share = f"effect of layer {first} through layer {second}", through.share
         found[name] = {"median": share.value, "low": share.low, "high": share.high, "n": share.n}
@@ -214,17 +230,17 @@ def single(value: float, n: int) -> Found:
     return {"median": value, "low": value, "high": value, "n": n}
 
 
-def models(quick: bool, pictures: Path | None) -> Found:
+def models(args: Namespace, pictures: Path | None) -> Found:
     """Independently trained models, each searched from seeds of its own."""
-    tokenizer, model = shipped()
-    pairs = PRICE_TAGGING.pairs(tokenizer, **sizes(quick), seed=0)
+    tokenizer, model = shipped(args.device)
+    pairs, quick = drawn(tokenizer, args), args.quick
     networks = {"shipped": model}
-    networks |= {f"seed {seed}": retrained(seed) for seed in (RETRAINED[:1] if quick else RETRAINED)}
+    networks |= {f"seed {seed}": retrained(seed, args) for seed in (RETRAINED[:1] if quick else RETRAINED)}
     fits, looks, trained_on = {}, {}, {}
     found: Found = {}
     for number, (name, network) in enumerate(networks.items()):
         backbone = Backbone(network)
-        seeds = [10 * number + seed for seed in ((0, 1) if quick else (0, 1, 2))]  # starts of its own
+        seeds = [10 * number + seed for seed in seeds_of(args)]  # starts of its own
         fits[name] = searched(backbone, pairs, seeds, quick)
         looks[name] = prepared(backbone, pairs.test, fits[name])
         trained_on[name] = prepared(backbone, pairs.train, fits[name])
@@ -249,22 +265,23 @@ def models(quick: bool, pictures: Path | None) -> Found:
     return found
 
 
-def loreft(quick: bool, pictures: Path | None) -> Found:
+def loreft(args: Namespace, pictures: Path | None) -> Found:
     """What LoReFT reads and writes, taught to answer as if the variable had its other value."""
-    tokenizer, model = shipped()
-    backbone, pairs = Backbone(model), PRICE_TAGGING.pairs(tokenizer, **sizes(quick), seed=0)
-    seeds = [0, 1] if quick else [0, 1, 2]
+    tokenizer, model = shipped(args.device)
+    backbone, pairs = Backbone(model), drawn(tokenizer, args)
+    quick, seeds = args.quick, seeds_of(args)
     every = searched(backbone, pairs, seeds, quick)
     # An adapter counts its positions in prompts of any kind, so it is at their last token.
     site = every.where(positions="last").best().site
     fits = every.where(site=site)
-    examples, asked = inverted(60 if quick else 1000, "train"), inverted(60 if quick else 400, "test")
+    examples = inverted(60 if quick else 1000, "train", args.seed)
+    asked = inverted(60 if quick else 400, "test", args.seed)
     groups: dict[str, Any] = {"DAS": fits, "LoReFT, read": [], "LoReFT, written": []}
     found: Found = {}
     right = []
-    for seed in range(len(seeds)):
+    for seed in seeds:
         config = ReftConfig("LoReFT", rank=RANK, layers=[site.layer], positions="last", seed=100 + seed)
-        reft = get_reft_model(shipped()[1], config)
+        reft = get_reft_model(shipped(args.device)[1], config)
         finetune(reft, tokenise(examples, tokenizer, end=False), training(quick), quiet=True)
         right.append(correct(reft, tokenizer, asked))
         sides = reft_alignments(reft, PRICE_TAGGING.variable)
@@ -299,9 +316,9 @@ def loreft(quick: bool, pictures: Path | None) -> Found:
     return found
 
 
-def inverted(n: int, split: str) -> list[dict[str, str]]:
+def inverted(n: int, split: str, seed: int) -> list[dict[str, str]]:
     """Prompts with the answer that they would have if the variable had its other value."""
-    task, rng, found = PRICE_TAGGING, random.Random(f"inverted {split}"), []
+    task, rng, found = PRICE_TAGGING, random.Random(f"inverted {split}{seed or ''}"), []
     while len(found) < n:
         setting = task.sample(rng, split)
         values = task.causal_model.run(task.inputs(setting))
@@ -315,7 +332,7 @@ def correct(reft: Any, tokenizer: Any, examples: list[dict[str, str]]) -> float:
     """The share of prompts that the adapter answers as it was taught to."""
     right = 0
     for one in examples:
-        batch = tokenizer([one["prompt"]], return_tensors="pt")
+        batch = tokenizer([one["prompt"]], return_tensors="pt").to(reft.device)
         logits = reft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0, -1]
         right += int(logits.argmax()) == tokenizer.convert_tokens_to_ids(one["answer"].strip())
     return right / len(examples)
@@ -325,10 +342,8 @@ PARTS = {"layers": layers, "models": models, "loreft": loreft}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "Fewer pairs, sites, steps and seeds; nothing is trained anew.")
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
-    parser.add_argument("--json", metavar="PATH", type=Path)
-    parser.add_argument("--quick", action="store_true", help="fewer pairs, sites, steps and seeds")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found: Found = {}
@@ -339,21 +354,14 @@ def main() -> None:
     for name, part in PARTS.items():
         if args.part in (name, "all"):
             print(f"{name}:", flush=True)
-            results = part(args.quick, None if args.json is None else args.json.parent)
+            results = part(args, None if args.json is None else args.json.parent)
             found |= {f"{name}: {key}": value for key, value in results.items()}
             if args.json is not None:
                 settings = {
                     "task": PRICE_TAGGING.name, "variable": PRICE_TAGGING.variable, "rank": RANK,
                     "pairs": sizes(args.quick), "steps": training(args.quick).steps, "quick": args.quick,
                 }  # fmt: skip
-                whole = {
-                    "name": "compare_subspaces",
-                    "date": today(),
-                    "settings": settings,
-                    "machine": machine("cpu"),
-                    "results": found,
-                }
-                write_json(args.json, whole)
+                write(args.json, "compare_subspaces", settings, found, args.device)
     for key, value in found.items():
         print(f"  {key:70s} {value['median']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]  n={value['n']}")
 

@@ -1,6 +1,6 @@
 """How often a verdict is wrong: "supported" where a model holds no variable, something else where it holds one.
 
-    python benchmarks/controls.py [--quick] [--json PATH] [--out FOLDER] [--part random planted cost]
+    python benchmarks/controls.py [--quick] [--json PATH] [--device D] [--seed N] [--out FOLDER] [--part …]
 
 A case is a small search, of 256 to 1024 training pairs, and `check` with 19 randomly initialised twins. What is
 judged is the share of "supported"; Wilson's intervals stand beside it. "underpowered" is counted apart: among
@@ -36,10 +36,8 @@ one thread.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -47,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import figure, report
+from harness import clock, figure, options, report
 from torch import Tensor, nn
 
 from subspace_lab.analysis.checking import check, of_search
@@ -242,35 +240,37 @@ RANDOM: Kinds = {
 PLANTED: Kinds = {"planted decoder": (of_decoder, 30), "planted regression": (of_regression, 74)}
 
 
-def verdict_of(one: Search) -> dict[str, Any]:
+def verdict_of(one: Search, quick: bool, device: str, seed: int) -> dict[str, Any]:
     """What is concluded, as `Verdict.as_dict`."""
-    backbone = Backbone(one.model)
+    backbone = Backbone(one.model.to(device))
     rank = getattr(one.method, "rank", 1)
     beside = [DifferenceOfMeans(), PCA(rank), RandomSubspace(rank)]
     fits = sweep(
-        backbone, one.pairs, one.sites, [one.method, *beside], config=one.config, min_accuracy=None, quiet=True
-    )
-    return check(backbone, one.pairs, fits, twins=TWINS, seed=7, quiet=True).as_dict()
+        backbone, one.pairs, one.sites, [one.method, *beside], seeds=[seed], config=one.config, min_accuracy=None,
+        quiet=True,
+    )  # fmt: skip
+    twins = 3 if quick else TWINS
+    return check(backbone, one.pairs, fits, twins=twins, seed=7 + seed, quiet=True).as_dict()
 
 
-def run(kinds: Kinds, quick: bool, out: Path | None) -> dict[str, list[dict[str, Any]]]:
+def run(kinds: Kinds, quick: bool, device: str, seed: int, out: Path | None) -> dict[str, list[dict[str, Any]]]:
     """{kind: verdicts}, those that are in the folder already as they are there."""
     found: dict[str, list[dict[str, Any]]] = {}
     for kind, (make, number) in kinds.items():
         found[kind] = []
-        for seed in range(2 if quick else number):
-            path = None if out is None else out / f"{kind.replace(' ', '_')}_{seed}.json"
+        for case in range(seed, seed + (2 if quick else number)):
+            path = None if out is None else out / f"{kind.replace(' ', '_')}_{case}.json"
             if path is not None and path.is_file():
                 found[kind].append(json.loads(path.read_text()))
                 continue
-            start = time.process_time()
-            told = verdict_of(make(seed)) | {"seconds": time.process_time() - start}
+            start = clock(device)
+            told = verdict_of(make(case), quick, device, seed) | {"seconds": clock(device) - start}
             found[kind].append(told)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(told) + "\n")
             line = (
-                f"{kind} {seed}: {told['conclusion']}, IIA {told['claim']['iia']['value']:.2f}, p {told['p']:.2g}"
+                f"{kind} {case}: {told['conclusion']}, IIA {told['claim']['iia']['value']:.2f}, p {told['p']:.2g}"
             )
             print(f"{line}, {told['seconds']:.1f} s", file=sys.stderr, flush=True)
     return found
@@ -298,32 +298,37 @@ def counted(random: dict[str, list[dict[str, Any]]], planted: dict[str, list[dic
     return results
 
 
-def cost(quick: bool) -> dict[str, Any]:
+def cost(quick: bool, device: str, seed: int) -> dict[str, Any]:
     """What a full set of controls costs beside the README's search."""
     from subspace_lab.cli.loading import Source, load_causal, load_tokenizer
     from subspace_lab.das.fits import Fits
     from subspace_lab.tasks import PRICE_TAGGING
 
     source = Source(None)
-    model = load_causal(source, "cpu", "auto")
+    model = load_causal(source, device, "auto")
     sizes = {"train": 100, "dev": 50, "test": 100} if quick else {"train": 1000, "dev": 200, "test": 400}
     backbone = Backbone(model)
-    pairs = PRICE_TAGGING.pairs(load_tokenizer(source), **sizes)
+    pairs = PRICE_TAGGING.pairs(load_tokenizer(source), **sizes, seed=seed)
     positions = ("amount", "unit", "query", "last")
     sites = [Site("block_output", layer, at) for layer in range(backbone.depth) for at in positions]
     config = TrainingConfig(steps=5 if quick else 60, learning_rate=0.05)
-    start = time.process_time()
+    start = clock(device)
     pairs = only_answered(backbone, pairs)
 
     def searched(of: Backbone) -> Fits:
-        return search(of, pairs, sites, rank=8, config=config, min_accuracy=None, right_only=False, quiet=True)
+        return search(
+            of, pairs, sites, rank=8, seeds=[seed], config=config, min_accuracy=None, right_only=False, quiet=True
+        )
 
-    fits, twin = searched(backbone), searched(Backbone(reinitialised(model, 0)))
+    fits, twin = searched(backbone), searched(Backbone(reinitialised(model, seed)))
     first = of_search(backbone, pairs, fits, [twin])
-    whole = time.process_time() - start
-    start = time.process_time()
-    verdict = check(backbone, pairs, fits, twins=2 if quick else TWINS, searched=[twin], seeds=3, quiet=True)
-    seconds = time.process_time() - start
+    whole = clock(device) - start
+    start = clock(device)
+    seeds = [seed + i for i in range(3)]
+    verdict = check(
+        backbone, pairs, fits, twins=2 if quick else TWINS, searched=[twin], seeds=seeds, seed=seed, quiet=True
+    )
+    seconds = clock(device) - start
     print(f"{first}\n{verdict}", file=sys.stderr)
     return {
         "control_set_cost": figure([seconds / whole]),
@@ -333,17 +338,16 @@ def cost(quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--quick", action="store_true", help="two cases of each kind")
+    parser = options(__doc__, "Two cases of each kind, three twins.")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where each case is kept")
     parser.add_argument("--part", nargs="+", choices=("random", "planted", "cost"))
     args = parser.parse_args()
     parts = args.part or ["cost", "random", "planted"]
     torch.set_num_threads(1)
-    costs = cost(args.quick) if "cost" in parts else {}
-    random = run(RANDOM, args.quick, args.out) if "random" in parts else {}
-    planted = run(PLANTED, args.quick, args.out) if "planted" in parts else {}
+    given = (args.quick, args.device, args.seed)
+    costs = cost(*given) if "cost" in parts else {}
+    random = run(RANDOM, *given, args.out) if "random" in parts else {}
+    planted = run(PLANTED, *given, args.out) if "planted" in parts else {}
     settings = {
         "twins": TWINS,
         "pairs": SIZES,
@@ -353,7 +357,7 @@ def main() -> None:
         },
         "quick": args.quick,
     }
-    report("controls", settings, counted(random, planted) | costs, "cpu", args.json)
+    report("controls", settings, counted(random, planted) | costs, args.device, args.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How well the searches find what is there: planted variables, compiled programs, equality, and against pyvene.
 
-    python benchmarks/das_quality.py [--part planted,…] [--take-over] [--quick] [--json PATH]
+    python benchmarks/das_quality.py [--quick] [--json PATH] [--device D] [--seed N] [--part planted,…] [--take-over]
 
     planted     a variable written into a rotated subspace: the angle to it, and whether a map's highest is its site
     compiled    twelve programs compiled by torchwright into Phi-3 models: does the search name a site that holds
@@ -38,7 +38,7 @@ import isolation
 import screening
 import torch
 from compiled_programs import PROGRAMS
-from harness import figure, machine, report
+from harness import figure, machine, options, report
 from smollm2_model import smollm2
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -376,7 +376,7 @@ def isolated(args: argparse.Namespace) -> tuple[Figures, dict[str, Any]]:
     if args.take_over:
         results, of_part = taken_over("isolation")
     else:
-        of_part, results = isolation.measured(args.quick)
+        of_part, results = isolation.measured(args.quick, args.device, args.seed)
     return {name: results[own] for name, own in names.items()}, of_part
 
 
@@ -384,7 +384,7 @@ def screened(args: argparse.Namespace) -> tuple[Figures, dict[str, Any]]:
     """What a screen saves and loses."""
     if args.take_over:
         return taken_over("screening")
-    cases = screening.all_measured(args.quick)
+    cases = screening.all_measured(args.quick, args.device, args.seed)
     return screening.figures(cases), screening.settings(cases)
 
 
@@ -395,7 +395,8 @@ def in_a_language_model(args: argparse.Namespace) -> tuple[Figures, dict[str, An
         of_part = {**of_part["parts"]["agreement"], **{k: v for k, v in of_part.items() if k != "parts"}}
     else:
         asked = argparse.Namespace(quick=args.quick, seed=args.seed, layers="all", workers=0, json=None)
-        results, of_part = das_smollm2.agreement(asked, *smollm2())
+        model, tokenizer = smollm2()
+        results, of_part = das_smollm2.agreement(asked, model.to(args.device), tokenizer)
     names = {"smollm2_agreement_iia": "smollm2_agreement_iia", "smollm2_twin_iia": "twin: DAS 1, iia"}
     return {name: results[own] for name, own in names.items()}, of_part
 
@@ -429,7 +430,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], tuple[Figures, dict[str, Any]]]]
 
 
 def merged(
-    path: str | None, measured: Mapping[str, tuple[Figures, dict[str, Any]]]
+    path: str | Path | None, measured: Mapping[str, tuple[Figures, dict[str, Any]]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(settings, results): what stands in the file, with the parts that were measured now in the place of the old."""
     settings, results = {}, {}
@@ -445,11 +446,7 @@ def merged(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
-    parser.add_argument("--quick", action="store_true", help="few seeds and steps: does it run?")
+    parser = options(__doc__, "Few seeds and steps.", "the first of the seeds")
     parser.add_argument(
         "--take-over", action="store_true", help="of isolation and screen: the figures in benchmarks/results"
     )

@@ -1,6 +1,6 @@
 """Variables in a real language model: SmolLM2-135M, with baselines and controls beside DAS.
 
-    python benchmarks/das_smollm2.py [--part agreement,verdict,names,cities] [--quick] [--json PATH]
+    python benchmarks/das_smollm2.py [--quick] [--json PATH] [--device D] [--seed N] [--part agreement,verdict,…]
 
     agreement   the number of the subject, at 30 layers × 3 positions, rank 1: DAS, difference of means, full vector,
                 random subspaces, and DAS in a randomly initialised twin. Nouns are held out.
@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import figure, machine, report
+from harness import figure, machine, options, report
 from smollm2_model import smollm2
 
 from subspace_lab.analysis.checking import check
@@ -243,16 +243,12 @@ def picture(args: argparse.Namespace, name: str) -> Path | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--device", default="cpu")
+    parser = options(__doc__, "Few pairs, layers and steps.", "of the pairs, the searches and the twins")
     parser.add_argument("--model", help="a folder or a name on the Hub instead of the package's copy")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", metavar="FOLDER", help="of `verdict`: keeps each search, so that it can go on")
     parser.add_argument("--layers", default="all", help="of `agreement`: all, or some as 0,14,28")
     parser.add_argument("--workers", type=int, default=0, help="processes that share the sites of `agreement`")
     parser.add_argument("--threads", type=int, help="of the processor; torch's choice by default")
-    parser.add_argument("--quick", action="store_true", help="few pairs, layers and steps: does it run?")
     parser.add_argument("--part", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     args = parser.parse_args()
     parts = args.part.split(",")

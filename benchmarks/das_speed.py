@@ -1,6 +1,6 @@
 """One training step of DAS at one site: ours, pyvene's, the plain two-forward loop, and the bare suffix.
 
-    python benchmarks/das_speed.py [--quick] [--device cuda] [--json PATH]
+    python benchmarks/das_speed.py [--quick] [--json PATH] [--device cuda] [--seed N]
 
 All four train the same rank-k basis on the same pairs with the same loss, cross-entropy between two answer
 tokens at the last position:
@@ -20,7 +20,7 @@ import sys
 import warnings
 
 import torch
-from harness import figure, interleaved, peak_memory, print_peak, ratio, report
+from harness import figure, interleaved, options, peak_memory, print_peak, ratio, report
 from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -42,9 +42,9 @@ SHAPES = {
 }
 
 
-def model_of(shape: str | dict[str, int], device: str) -> nn.Module:
+def model_of(shape: str | dict[str, int], device: str, seed: int = 0) -> nn.Module:
     """A random model: one of `SHAPES`, "llama7b", or GPT-2 of the given sizes."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if shape == "llama7b":
         config = LlamaConfig(attn_implementation="sdpa")  # the defaults of the class are LLaMA-7B's
         with torch.device(device):
@@ -59,9 +59,9 @@ class Case:
     """A model, pairs, and the four contenders' steps at one layer."""
 
     def __init__(self, shape: str | dict[str, int], layer: int, args: argparse.Namespace) -> None:
-        self.device, self.layer, self.rank = args.device, layer, args.rank
-        self.model = model_of(shape, args.device)
-        g = torch.Generator().manual_seed(1)
+        self.device, self.layer, self.rank, self.seed = args.device, layer, args.rank, args.seed
+        self.model = model_of(shape, args.device, args.seed)
+        g = torch.Generator().manual_seed(1 + args.seed)
         vocabulary = self.model.config.vocab_size
         self.base = torch.randint(100, vocabulary, (args.pairs, args.sequence), generator=g).to(args.device)
         self.source = torch.randint(100, vocabulary, (args.pairs, args.sequence), generator=g).to(args.device)
@@ -70,7 +70,7 @@ class Case:
         self.last = args.sequence - 1
         self.site = Site("block_output", layer, "last")
         self.width = self.model.config.hidden_size
-        self.start = LearnedSubspace(self.width, args.rank, seed=0).basis().detach()
+        self.start = LearnedSubspace(self.width, args.rank, seed=args.seed).basis().detach()
 
     def basis(self) -> LearnedSubspace:
         return LearnedSubspace(self.width, self.rank, start=self.start).to(self.device)
@@ -227,10 +227,7 @@ def differences(case: Case) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="the small model alone, few rounds")
+    parser = options(__doc__, "The small model alone, few rounds.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
@@ -263,7 +260,7 @@ def main() -> None:
         loss, gradient = differences(case)
         results[f"loss_difference{suffix}"] = figure([loss])
         results[f"gradient_difference{suffix}"] = figure([gradient])
-    forwarded = ["--device", args.device, *(["--quick"] if args.quick else [])]
+    forwarded = ["--device", args.device, "--seed", str(args.seed), *(["--quick"] if args.quick else [])]
     results["peak_memory_mb"] = figure([peak_memory(__file__, "ours", forwarded)])
     results["peak_memory_mb_plain"] = figure([peak_memory(__file__, "plain", forwarded)])
     results["peak_memory_mb_pyvene"] = figure([peak_memory(__file__, "pyvene", forwarded)])

@@ -1,6 +1,6 @@
 """Which algorithm for the distributive law do small networks follow? Both, at all layers, in ten networks.
 
-    python benchmarks/distributive_law.py --json benchmarks/results/distributive_law.json
+    python benchmarks/distributive_law.py [--quick] [--json PATH] [--device D] [--seed N] [--networks N]
 
 The answer is (c = d) ∧ ((a = b) ∨ (e = f)). And-Or-And searches for the two conjunctions, And-Or for c = d and the
 disjunction, both on the same bases and sources and with the setting that was chosen for hierarchical equality, in half
@@ -15,35 +15,28 @@ searches have .61 and .73 where random subspaces of the same rank have .59 and .
 .53, with random subspaces .49 to .50.
 """
 
-import argparse
-import platform
 import statistics
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
-from harness import summary, today
+from harness import options, summary, write
 
-from subspace_lab.core.files import write_json
 from subspace_lab.das.methods import DAS, RandomSubspace
 from subspace_lab.das.sweeps import sweep
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.tasks.distributive_law import AND_OR, AND_OR_AND, WIDTH, rivals, sample, train_network
 from subspace_lab.tasks.hierarchical_equality import LAYERS, SEARCH_TRAINING, EqualityMLP, calibrated, hidden
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--json", type=Path, help="where to write the figures")
+parser = options(__doc__, "2 networks, 60 steps a search.", "of the first network; the others follow")
 parser.add_argument("--networks", type=int, default=10)
-parser.add_argument("--seed", type=int, default=0, help="of the first network; the others follow")
-parser.add_argument("--quick", action="store_true", help="2 networks, 60 steps a search: does it run?")
-options = parser.parse_args()
+args = parser.parse_args()
 torch.set_num_threads(1)
 started = time.perf_counter()
 
 RANK, TEST, UNTRAINED = WIDTH // 2, 4096, 3
-seeds = range(options.seed, options.seed + (2 if options.quick else options.networks))
-config = replace(SEARCH_TRAINING, steps=60 if options.quick else 200)
+seeds = range(args.seed, args.seed + (2 if args.quick else args.networks))
+config = replace(SEARCH_TRAINING, steps=60 if args.quick else 200)
 figures: dict[str, list[float]] = {}
 
 
@@ -58,7 +51,7 @@ for seed in seeds:
     differ = pairs[AND_OR.name].test.answer != pairs[AND_OR_AND.name].test.answer
     add("share of pairs on which they differ", differ.double().mean().item())
     networks = {"trained": network}
-    if seed - options.seed < UNTRAINED:
+    if seed - args.seed < UNTRAINED:
         networks["untrained, calibrated"] = calibrated(
             EqualityMLP(seed, WIDTH, WIDTH), inputs=sample(20_000, 0)[0]
         )
@@ -66,7 +59,7 @@ for seed in seeds:
         by_pair = {}
         for name, of in pairs.items():
             fits = sweep(
-                Backbone(model),
+                Backbone(model.to(args.device)),
                 of,
                 [hidden(layer) for layer in range(1, LAYERS + 1)],
                 [DAS(RANK), RandomSubspace(RANK)],
@@ -96,7 +89,7 @@ for name, values in figures.items():
     print(f"{name:72} {statistics.mean(values):6.3f} {spread:6.3f}   {' '.join(f'{v:.3f}' for v in values)}")
 print(f"{time.perf_counter() - started:.0f} s")
 
-if options.json:
+if args.json:
     results = {
         name: {**summary(values), "each": [round(value, 4) for value in values]}
         for name, values in figures.items()
@@ -110,20 +103,4 @@ if options.json:
         "low, high": "the lowest and the highest of n networks",
         "pairs": "fresh at every step; combinations of the three answers equally frequent",
     }
-    machine = {
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        options.json,
-        {
-            "name": "distributive_law",
-            "date": today(),
-            "settings": settings,
-            "machine": machine,
-            "results": results,
-        },
-    )
+    write(args.json, "distributive_law", settings, results, args.device)

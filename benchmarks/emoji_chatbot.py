@@ -1,6 +1,6 @@
 """A chatbot that answers in emojis, from ten examples: the first lesson of ReFT on a real chat model.
 
-    python benchmarks/emoji_chatbot.py [--quick] [--json PATH] [--seed N] [--device D]
+    python benchmarks/emoji_chatbot.py [--quick] [--json PATH] [--device D] [--seed N] [--model FOLDER]
 
 Ten prompts with an emoji answer each are all the data. The first setting is the one of the lesson that made ReFT
 known: one layer in the middle, rank 4, the last token of the prompt. `TRIED` has this setting and others. Each is
@@ -19,18 +19,14 @@ does a doctor do?" gets flowers.
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from harness import clock, figure, machine, today
+from harness import clock, figure, options, write
 from smollm2_model import smollm2
 
-from subspace_lab.core.files import write_json
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft import ReftConfig, finetune, get_reft_model, tokenise
 
@@ -70,7 +66,7 @@ TEST = (
     "Where can I go swimming?",
     "What does a doctor do?",
 )
-SEEDS, NEW_TOKENS = (0, 1, 2), 24
+SEEDS, NEW_TOKENS = 3, 24
 
 
 @dataclass(frozen=True)
@@ -147,14 +143,10 @@ def trained(base: Any, tokenizer: Any, setting: Setting, seed: int) -> tuple[Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="PATH", type=Path)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--model", help="a folder or a name on the Hub instead of the package's copy")
-    parser.add_argument(
-        "--seed", type=int, default=SEEDS[0], help="of the choice on DEV; TEST has it and the next two"
+    parser = options(
+        __doc__, "One setting, two steps, two prompts.", "of the choice on DEV; TEST has it and the next two"
     )
-    parser.add_argument("--quick", action="store_true", help="one setting, two steps, two prompts: does it run?")
+    parser.add_argument("--model", help="a folder or a name on the Hub instead of the package's copy")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -163,7 +155,7 @@ def main() -> None:
     base = base.to(args.device)
     settings = (Setting(steps=2),) if args.quick else TRIED
     dev, test = (DEV[:2], TEST[:2]) if args.quick else (DEV, TEST)
-    seeds = [args.seed] if args.quick else [args.seed + i for i in range(len(SEEDS))]
+    seeds = [args.seed] if args.quick else [args.seed + i for i in range(SEEDS)]
 
     table = []
     for setting in settings:
@@ -202,21 +194,14 @@ def main() -> None:
             f"{name}: {found['median']:.4g} [{found['low']:.4g}, {found['high']:.4g}] of {len(test)}, n={found['n']}"
         )
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        whole: dict[str, Any] = {
-            "name": "emoji_chatbot",
-            "date": today(),
-            "machine": machine(args.device),
-            "results": results,
-        }
-        whole["settings"] = {"chosen": asdict(settings[best]), "seeds": seeds, "quick": args.quick}
-        whole["settings"] |= {"examples": EXAMPLES, "new tokens": NEW_TOKENS}
-        whole["tried on dev"] = table
-        whole["answers"] = [
+        about = {"chosen": asdict(settings[best]), "seeds": seeds, "quick": args.quick}
+        about |= {"examples": EXAMPLES, "new tokens": NEW_TOKENS}
+        answers = [
             {"prompt": prompt, "before": before[i], "after": [said[i] for said in after.values()]}
             for i, prompt in enumerate(test)
         ]
-        write_json(args.json, json.loads(json.dumps(whole)))
+        more = {"tried on dev": table, "answers": answers}
+        write(args.json, "emoji_chatbot", about, results, args.device, more)
 
 
 if __name__ == "__main__":

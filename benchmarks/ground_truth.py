@@ -1,6 +1,6 @@
 """Which method to believe when: searches of programs whose truth is known, by method, against that truth.
 
-    python benchmarks/ground_truth.py [--quick] [--json PATH] [--picture PATH]
+    python benchmarks/ground_truth.py [--quick] [--json PATH] [--device D] [--seed N] [--picture PATH]
 
 Fifty-two programs compiled by torchwright into Phi-3 models (`compiled_programs.variants`), four Llamas into which a
 variable was written in a rotated plane (`tasks/planted.py`). Of each program one variable is searched at the output
@@ -29,12 +29,10 @@ What is finished is kept beside the JSON (`*.partial.jsonl`), and the same call 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -44,7 +42,7 @@ from typing import Any
 import torch
 from compiled_programs import Program, variants
 from ground_truth_picture import draw
-from harness import figure, machine, report
+from harness import clock, figure, machine, options, report, today
 from torch import Tensor
 
 from subspace_lab.analysis.geometry import principal_angles
@@ -111,12 +109,12 @@ def name_of(program: Program) -> str:
     return f"{program.name}, {layout}, {program.fillers} fillers, width {program.width}"
 
 
-def compiled(program: Program, seed: int) -> Truth:
+def compiled(program: Program, seed: int, device: str = "cpu") -> Truth:
     """A program, its sites, and the columns of its variable as far as they differ between its values."""
     with tempfile.TemporaryDirectory() as folder:
         made = program.compiled(Path(folder) / "model")
     pairs = program.pairs(made.tokenizer, seed=seed)
-    backbone = Backbone(made.model)
+    backbone = Backbone(made.model.to(device))
     sites = program.sites(made.model.config.num_hidden_layers)
     held = {site: made.truth[program.name][site] for site in sites if made.holds(program.name, site)}
     assert not callable(pairs.train)
@@ -124,7 +122,7 @@ def compiled(program: Program, seed: int) -> Truth:
     states = collect(backbone, source, list(held))
     spans = {}
     for site, columns in held.items():
-        at = states[site].flatten(0, -2)
+        at = states[site].flatten(0, -2).cpu()
         there = holding(at, values)
         there[list(columns)] = True
         means = torch.stack([at[values == value].mean(0) for value in values.unique()])
@@ -143,12 +141,14 @@ def holding(states: Tensor, values: Tensor) -> Tensor:
     return (between > 0.01) & (within < 0.01 * between)
 
 
-def decoder(seed: int) -> Truth:
+def decoder(seed: int, device: str = "cpu") -> Truth:
     made = plants.planted_decoder(seed)
     layers = made.model.config.num_hidden_layers
     places = (made.site.positions, plants.LENGTH - 1)
     sites = [Site("block_output", layer, p) for layer in range(layers) for p in places]
-    return Truth(Backbone(made.model), made.pairs, plants.VARIABLE, sites, {made.site: made.basis.double()})
+    return Truth(
+        Backbone(made.model.to(device)), made.pairs, plants.VARIABLE, sites, {made.site: made.basis.double()}
+    )
 
 
 # --- one program --------------------------------------------------------------------------------------------
@@ -314,28 +314,26 @@ def figures(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three programs: whether it runs")
-    parser.add_argument("--json", help="where the figures go")
+    parser = options(__doc__, "Three programs.")
     parser.add_argument("--picture", help="where the picture goes")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     programs: dict[str, Any] = {name_of(program): program for program in variants()}
-    programs |= {f"planted decoder {seed}": seed for seed in range(4)}
+    programs |= {f"planted decoder {seed}": seed for seed in range(args.seed, args.seed + 4)}
     if args.quick:
         names = list(programs)
         programs = {name: programs[name] for name in (names[0], names[1], names[-1])}
-    kept = None if args.json is None else Path(args.json).with_suffix(".partial.jsonl")
+    kept = None if args.json is None else args.json.with_suffix(".partial.jsonl")
     settings = {"seed": args.seed, "config": asdict(CONFIG), "methods": [method.label for method in METHODS]}
     records = {} if kept is None else read(kept, settings)
     for name, program in programs.items():
         if name in records:
             continue
-        start = time.process_time()
-        truth = decoder(program) if isinstance(program, int) else compiled(program, args.seed)
-        records[name] = judged(truth, args.seed) | {"seconds": round(time.process_time() - start, 1)}
+        start = clock(args.device)
+        given = (args.seed, args.device)
+        truth = decoder(program, args.device) if isinstance(program, int) else compiled(program, *given)
+        records[name] = judged(truth, args.seed) | {"seconds": round(clock(args.device) - start, 1)}
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             with kept.open("a") as file:
@@ -357,21 +355,27 @@ def main() -> None:
         print(f"{family:14s}" + "".join(f"{values[name]:17.2f}" for name in names))
     results = figures(records)
     about = {**settings, "quick": args.quick, "seconds": round(sum(one["seconds"] for one in records.values()))}
-    report("ground_truth", about, results, "cpu", None)
+    report("ground_truth", about, results, args.device, None)
     if args.json:
-        write(Path(args.json), about, results, of, records)
+        write(args.json, about, results, of, records, args.device)
     if args.picture:
         draw({"table": of, "programs": records, "figures": results}, args.picture)
 
 
 def write(
-    path: Path, settings: Mapping[str, Any], results: Any, of: Any, records: Mapping[str, Mapping[str, Any]]
+    path: Path,
+    settings: Mapping[str, Any],
+    results: Any,
+    of: Any,
+    records: Mapping[str, Mapping[str, Any]],
+    device: str,
 ) -> None:
     """The file of `harness.report`, with the table, and each program on a line of its own."""
     whole = {
         "name": "ground_truth",
+        "date": today(),
         "settings": settings,
-        "machine": machine("cpu"),
+        "machine": machine(device),
         "results": results,
         "table": of,
     }

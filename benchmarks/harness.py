@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: interleaved timing, ratios, and the JSON they all write.
+"""What the benchmarks share: their options, interleaved timing, ratios, and the JSON they all write.
 
 Machines drift, so contenders take turns (A B C A B C …) and what is reported are ratios within a round: median,
 lowest and highest, and how many rounds. On a CPU seconds are those of the processor, spent by this process on one
@@ -7,8 +7,10 @@ thread, which other people's processes hardly touch. Times of one machine are no
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -20,6 +22,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from subspace_lab.core.files import write_text
+
+# With models/ and data/, for the scripts that read real ones.
+ASSETS = Path(os.environ.get("SUBSPACE_LAB_ASSETS", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def options(
+    doc: str | None, quick: str, seed: str = "added to every seed of weights, data and searches"
+) -> argparse.ArgumentParser:
+    """A parser with the four options of every benchmark; a script adds its own.
+
+    Args:
+        doc: the text of the script.
+        quick: what is left in the quick run, which asks only whether it runs: its figures say nothing.
+        seed: what the seed is of. 0 is that of the results that are kept.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"does it run? {quick}")
+    parser.add_argument("--json", metavar="PATH", type=Path, help="write the figures there")
+    parser.add_argument("--device", default="cpu", help="where the models are: cpu (default), cuda, …")
+    parser.add_argument("--seed", type=int, default=0, help=f"{seed}; 0 by default")
+    return parser
 
 
 def figure(values: list[float]) -> dict[str, float]:
@@ -118,19 +143,25 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def report(
-    name: str, settings: Mapping[str, Any], results: Mapping[str, Any], device: str, path: str | None
+    name: str, settings: Mapping[str, Any], results: Mapping[str, Any], device: str, path: str | Path | None
 ) -> None:
     """Print the figures and, where asked, write them as JSON."""
     print(f"\n{name}: " + ", ".join(f"{k}={v}" for k, v in settings.items()))
     for key, f in results.items():
         print(f"  {key:42s} {f['median']:10.4g}  [{f['low']:.4g}, {f['high']:.4g}]  n={f['n']}")
     if path is not None:
-        whole = {
-            "name": name,
-            "date": today(),
-            "settings": dict(settings),
-            "machine": machine(device),
-            "results": dict(results),
-        }
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(whole, indent=2) + "\n")
+        write(Path(path), name, settings, results, device)
+
+
+def write(
+    path: Path,
+    name: str,
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
+    device: str,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """The file of a benchmark; `more` stands behind what all of them have."""
+    whole = {"name": name, "date": today(), "settings": settings, "machine": machine(device), "results": results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({**whole, **(more or {})}, indent=2, ensure_ascii=False) + "\n")

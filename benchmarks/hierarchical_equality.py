@@ -1,6 +1,6 @@
 """Interchange intervention accuracy on hierarchical equality, by layer, in trained and untrained networks.
 
-    python benchmarks/hierarchical_equality.py --json benchmarks/results/hierarchical_equality.json
+    python benchmarks/hierarchical_equality.py [--quick] [--json PATH] [--device D] [--seed N] [--networks N]
 
 One thread, about 3 minutes with 5 networks. One setting for every search, controls included; it was chosen on
 other networks (see `SEARCH_TRAINING`). A network's random subspaces are the mean of 5. The networks trained as
@@ -9,17 +9,13 @@ An untrained network says the same whatever it sees; `calibrated` it says both a
 one that could have failed.
 """
 
-import argparse
-import platform
 import statistics
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
-from harness import summary, today
+from harness import options, summary, write
 
-from subspace_lab.core.files import write_json
 from subspace_lab.das.methods import DAS, RandomSubspace
 from subspace_lab.das.pairs import Pairs
 from subspace_lab.das.sweeps import sweep
@@ -39,18 +35,16 @@ from subspace_lab.tasks.hierarchical_equality import (
     train_network,
 )
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--json", type=Path, help="where to write the figures")
+parser = options(__doc__, "2 networks, 100 steps a search.", "of the first network; the others follow")
 parser.add_argument("--networks", type=int, default=5)
-parser.add_argument("--quick", action="store_true", help="2 networks, 100 steps a search: does it run?")
-options = parser.parse_args()
+args = parser.parse_args()
 torch.set_num_threads(1)
 started = time.perf_counter()
 
 RANK, HELD_OUT, HELD_OUT_SEED, DEV_SEED = 8, 4096, 1_000_000, 2_000_000
 METHODS = [DAS(RANK), RandomSubspace(RANK)]
-seeds = range(2 if options.quick else options.networks)
-config = replace(SEARCH_TRAINING, steps=100) if options.quick else SEARCH_TRAINING
+seeds = range(args.seed, args.seed + (2 if args.quick else args.networks))
+config = replace(SEARCH_TRAINING, steps=100) if args.quick else SEARCH_TRAINING
 hypotheses = {"both equalities": BOTH_EQUALITIES, "left equality": LEFT_EQUALITY}
 
 # The networks.
@@ -75,7 +69,7 @@ for kind, of_kind in networks.items():
         for seed, network in zip(seeds, of_kind, strict=True):
             began = time.process_time()
             fits = sweep(
-                Backbone(network),
+                Backbone(network.to(args.device)),
                 Pairs(fresh(config.batch_size, seed, variables), dev, held_out),
                 [hidden(layer) for layer in range(1, LAYERS + 1)],
                 METHODS,
@@ -97,7 +91,13 @@ for seed, network in zip(seeds, networks["trained"], strict=True):
     held_out = (counterfactuals(HELD_OUT, s) for s in (DEV_SEED, HELD_OUT_SEED))
     pairs = Pairs(fresh(config.batch_size, seed + 1000), *held_out)
     fits = sweep(
-        Backbone(network), pairs, [hidden(1)], [DAS(RANK)], seeds=[seed + 1000], config=config, quiet=True
+        Backbone(network.to(args.device)),
+        pairs,
+        [hidden(1)],
+        [DAS(RANK)],
+        seeds=[seed + 1000],
+        config=config,
+        quiet=True,
     )
     again[seed] = fits[0].iia.value
 first = figures["trained, both equalities, layer 1, IIA"]
@@ -114,7 +114,7 @@ for name, values in figures.items():
     print(f"{name:68} {statistics.mean(values):6.3f} {spread:6.3f}   {each}")
 print(f"{time.perf_counter() - started:.0f} s")
 
-if options.json:
+if args.json:
     results = {name: summary(values) for name, values in figures.items()}
     settings = {
         "rank of each variable": RANK,
@@ -127,20 +127,4 @@ if options.json:
         "low, high": "the lowest and the highest of n",
         "pairs": "fresh at every step",
     }
-    machine = {
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        options.json,
-        {
-            "name": "hierarchical_equality",
-            "date": today(),
-            "settings": settings,
-            "machine": machine,
-            "results": results,
-        },
-    )
+    write(args.json, "hierarchical_equality", settings, results, args.device)

@@ -1,6 +1,6 @@
 """The four hypotheses of price tagging in the decoder that ships with the package, ranked.
 
-    python benchmarks/hypotheses.py --json benchmarks/results/hypotheses.json
+    python benchmarks/hypotheses.py [--quick] [--json PATH] [--device D] [--seed N]
 
 The decoder was trained on text that says yes where lower ≤ amount ≤ upper, and half of whose prompts ask for one of the
 two comparisons alone (benchmarks/train_shipped_model.py): the hypotheses of the boundaries are right, that of the
@@ -13,19 +13,16 @@ on the pairs where the four do not agree. The two that are right cannot be told 
 The right ones are found at layer 1, last token. The intervals are those of new amounts and templates.
 """
 
-import argparse
-import platform
 import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from harness import today
+from harness import options, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import subspace_lab
-from subspace_lab.core.files import write_json
 from subspace_lab.core.sites import Site
 from subspace_lab.das.hypotheses import rival_pairs
 from subspace_lab.das.methods import DAS, RandomSubspace
@@ -36,24 +33,21 @@ from subspace_lab.model.backbone import Backbone
 from subspace_lab.tasks.hierarchical_equality import counterfactuals
 from subspace_lab.tasks.price_tagging import HYPOTHESES, PRICE_TAGGING
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--json", type=Path, help="where to write the figures")
-parser.add_argument("--seed", type=int, default=0, help="of the draw of pairs; those of the searches follow")
-parser.add_argument("--quick", action="store_true", help="two sites, one rank, few steps: does it run?")
-options = parser.parse_args()
+args = options(__doc__, "Two sites, one rank, few steps.", "of the pairs and of the searches").parse_args()
 torch.set_num_threads(1)
 started = time.perf_counter()
 
 folder = Path(subspace_lab.__file__).parent / "assets" / "tiny_decoder"
-lab, tokenizer = Backbone(AutoModelForCausalLM.from_pretrained(folder)), AutoTokenizer.from_pretrained(folder)
-layers = [1] if options.quick else list(range(lab.anatomy.depth("")))
+lab = Backbone(AutoModelForCausalLM.from_pretrained(folder).to(args.device))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+layers = [1] if args.quick else list(range(lab.anatomy.depth("")))
 positions = ["amount", "last"]
-ranks = [4] if options.quick else [1, 2, 4]
-config = TrainingConfig(steps=20 if options.quick else 80, batch_size=64, learning_rate=0.03)
-numbers = {"train": 128, "dev": 64, "test": 128} if options.quick else {"train": 800, "dev": 300, "test": 600}
-seeds = [options.seed]
+ranks = [4] if args.quick else [1, 2, 4]
+config = TrainingConfig(steps=20 if args.quick else 80, batch_size=64, learning_rate=0.03)
+numbers = {"train": 128, "dev": 64, "test": 128} if args.quick else {"train": 800, "dev": 300, "test": 600}
+seeds = [args.seed]
 
-rivals = rival_pairs(PRICE_TAGGING, HYPOTHESES, tokenizer, seed=options.seed, **numbers)
+rivals = rival_pairs(PRICE_TAGGING, HYPOTHESES, tokenizer, seed=args.seed, **numbers)
 fits = {
     name: sweep(
         lab,
@@ -78,7 +72,7 @@ for i in range(7):
 print(f"counterfactuals of hierarchical equality: {statistics.median(speeds):,.0f} a second")
 print(f"{time.perf_counter() - started:.0f} s")
 
-if options.json:
+if args.json:
     order = [one.name for one in ranking.standings]
     boundaries = {"left boundary", "both boundaries"}
     results = {
@@ -117,14 +111,4 @@ if options.json:
         "search": asdict(config),
         "low, high": "the 95 % interval over test pairs, by amounts and templates; of the speed lowest and highest",
     }
-    machine = {
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        options.json,
-        {"name": "hypotheses", "date": today(), "settings": settings, "machine": machine, "results": results},
-    )
+    write(args.json, "hypotheses", settings, results, args.device)

@@ -1,6 +1,6 @@
 """Cause and isolation: is the country of an entity exchanged without its food, on entities that the search never saw?
 
-    python benchmarks/isolation.py [--quick] [--json PATH]
+    python benchmarks/isolation.py [--quick] [--json PATH] [--device D] [--seed N]
 
 The shipped decoder knows the country and the food of 72 made-up entities. The source asks for the country. A pair of
 the kind "cause" asks for the country too: once the variable is exchanged, the answer has to be the source's. A pair of
@@ -14,14 +14,13 @@ here: it is reported for what it says of pairs of the kind "cause", where it sho
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 from typing import Any
 
 import torch
 from datasets import Dataset
-from harness import figure, report
+from harness import figure, options, report
 
 from subspace_lab.cli.loading import Source, load_causal, load_tokenizer
 from subspace_lab.core.sites import Site
@@ -102,16 +101,12 @@ def results(fits: Fits) -> dict[str, Any]:
     return found
 
 
-def measured(quick: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(settings, results) of the search.
-
-    Args:
-        quick: one place and seed, fewer pairs and steps.
-    """
+def measured(quick: bool, device: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(settings, results) of the search; with `quick` one place and seed, fewer pairs and steps."""
     source = Source(None, trust_remote_code=False)
-    tokenizer, model = load_tokenizer(source), load_causal(source, "cpu", "auto")
+    tokenizer, model = load_tokenizer(source), load_causal(source, device, "auto")
     sizes = {"train": 100, "dev": 60, "test": 60} if quick else {"train": 800, "dev": 240, "test": 480}
-    data = Pairs(**{split: pairs(tokenizer, n, split, seed=0) for split, n in sizes.items()}, task="isolation")
+    data = Pairs(**{split: pairs(tokenizer, n, split, seed) for split, n in sizes.items()}, task="isolation")
     config = TrainingConfig(steps=5 if quick else 150, learning_rate=0.05)
     sites = SITES[1:2] if quick else SITES
     fits = sweep(
@@ -119,7 +114,7 @@ def measured(quick: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
         data,
         sites,
         list(METHODS.values()),
-        seeds=1 if quick else 3,
+        seeds=[seed + i for i in range(1 if quick else 3)],
         config=config,
         metrics=SCORES,
     )
@@ -137,13 +132,10 @@ def measured(quick: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--quick", action="store_true", help="fewer pairs, steps and seeds")
-    args = parser.parse_args()
+    args = options(__doc__, "One place and seed, fewer pairs and steps.").parse_args()
     torch.set_num_threads(1)
-    settings, found = measured(args.quick)
-    report("isolation", settings, found, "cpu", args.json)
+    settings, found = measured(args.quick, args.device, args.seed)
+    report("isolation", settings, found, args.device, args.json)
 
 
 if __name__ == "__main__":

@@ -281,11 +281,11 @@ def few_steps(name: str, assets: Path, device: str) -> Callable[[], Any]:
 
 
 def measure(
-    assets: Path, device: str, kept: Kept, names: Sequence[str], **small: Any
+    assets: Path, device: str, kept: Kept, names: Sequence[str], seed: int, **small: Any
 ) -> dict[str, list[dict[str, Any]]]:
     """All runs: {method or control: one a seed}. `small` (steps, sentences, held_out) shrinks them for a look."""
     sizes = {"steps": STEPS, "sentences": SENTENCES, "held_out": None, **small}
-    seeds = SEEDS[:1] if small else SEEDS
+    seeds = [seed + i for i in (SEEDS[:1] if small else SEEDS)]
     found: dict[str, list[dict[str, Any]]] = {}
 
     def runs(name: str, rates: Sequence[float], seeds: Sequence[int], control: str | None = None) -> Any:

@@ -321,11 +321,12 @@ def classified(recipe: Recipe, model: nn.Module, words: Any, folder: str, device
     return figures
 
 
-def measure(assets: Path, device: str, kept: Kept, names: Iterable[str] = tuple(RECIPES)) -> dict[str, Row]:
+def measure(assets: Path, device: str, kept: Kept, names: Iterable[str], seed: int) -> dict[str, Row]:
     """Every recipe on its stand-ins."""
     found = {}
     for name in names:
         recipe = RECIPES[name].small(assets)
+        recipe = replace(recipe, seed=recipe.seed + seed)
         found[name] = kept.once({"part": "recipes", "name": name, **asdict(recipe)}, partial(run, recipe, device))
         print(f"  {name}: {found[name]}", flush=True)
     return found

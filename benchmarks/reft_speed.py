@@ -1,6 +1,6 @@
 """Training steps and generation with LoReFT: ours, pyreft's, and the frozen model with nothing in it.
 
-    python benchmarks/reft_speed.py [--quick] [--device cuda] [--part merged] [--json PATH]
+    python benchmarks/reft_speed.py [--quick] [--json PATH] [--device cuda] [--seed N] [--part merged]
 
     width4096        two Llama-7B layers, edits on all layers at f3+l3, rank 8: one training step
     width1024        eight layers of width 1024, likewise
@@ -21,7 +21,7 @@ import sys
 import warnings
 
 import torch
-from harness import figure, interleaved, peak_memory, print_peak, ratio, report
+from harness import figure, interleaved, options, peak_memory, print_peak, ratio, report
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,8 +41,8 @@ SHAPES = {
 }
 
 
-def model_of(shape: str, device: str) -> LlamaForCausalLM:
-    torch.manual_seed(0)
+def model_of(shape: str, device: str, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
     width, units, heads, layers = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -70,12 +70,13 @@ class Case:
         answer: int,
         positions: str,
         layers: str | list[int],
+        seed: int = 0,
     ) -> None:
-        self.device, self.prompt, self.positions = device, prompt, positions
-        self.model = model_of(shape, device)
+        self.device, self.prompt, self.positions, self.seed = device, prompt, positions, seed
+        self.model = model_of(shape, device, seed)
         depth = self.model.config.num_hidden_layers
         self.layers = list(range(depth)) if layers == "all" else layers
-        g = torch.Generator().manual_seed(1)
+        g = torch.Generator().manual_seed(1 + seed)
         self.ids = torch.randint(10, VOCABULARY, (batch, prompt + answer), generator=g).to(device)
         self.labels = self.ids.clone()
         self.labels[:, :prompt] = -100
@@ -91,7 +92,7 @@ class Case:
         return step
 
     def reft(self):
-        config = ReftConfig(rank=RANK, layers=tuple(self.layers), positions=self.positions)
+        config = ReftConfig(rank=RANK, layers=tuple(self.layers), positions=self.positions, seed=self.seed)
         return get_reft_model(self.model, config)
 
     def ours(self):
@@ -164,8 +165,8 @@ class Case:
         return step
 
 
-def generation(shape: str, device: str, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
-    case = Case(shape, device, 2, 32, 1, "f3+l3", "all")
+def generation(shape: str, device: str, seed: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+    case = Case(shape, device, 2, 32, 1, "f3+l3", "all", seed)
     model = case.reft()
     for edit in model.edits().values():
         with torch.no_grad():
@@ -192,13 +193,13 @@ def generation(shape: str, device: str, tokens: int, rounds: int) -> dict[str, d
     }
 
 
-def merged_generation(shape: str, device: str, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+def merged_generation(shape: str, device: str, seed: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
     """A model with an adapter in its weights against the same model that nothing has ever wrapped."""
-    case = Case(shape, device, 2, 32, 1, "all", "all")
+    case = Case(shape, device, 2, 32, 1, "all", "all", seed)
     config = ReftConfig(
-        rank=RANK, positions="all", every_token=True, bias=False, component="mlp_output", start="paper"
+        rank=RANK, positions="all", every_token=True, bias=False, component="mlp_output", start="paper", seed=seed
     )
-    merged = get_reft_model(model_of(shape, device), config).merge_and_unload()
+    merged = get_reft_model(model_of(shape, device, seed), config).merge_and_unload()
     prompt = case.ids[:, :32]
     common = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     common |= {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
@@ -210,10 +211,7 @@ def merged_generation(shape: str, device: str, tokens: int, rounds: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a tiny model in place of every one")
+    parser = options(__doc__, "A tiny model in place of every one.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--part", choices=("all", "merged"), default="all")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -225,19 +223,19 @@ def main() -> None:
     def shape(name: str) -> str:
         return "small" if args.quick else "llama7b" if card else name
 
-    # name: shape, rows, prompt, answer, positions, layers
+    # name: shape, device, rows, prompt, answer, positions, layers, seed
     middle = [SHAPES[shape("width1024")][3] // 2]
     cases = {
-        "width4096": (shape("width4096"), args.device, 2, 16, 8, "f3+l3", "all"),
-        "width1024": (shape("width1024"), args.device, 4, 64, 16, "f3+l3", "all"),
-        "last_position": (shape("width1024"), args.device, 4, 64, 16, "last", middle),
+        "width4096": (shape("width4096"), args.device, 2, 16, 8, "f3+l3", "all", args.seed),
+        "width1024": (shape("width1024"), args.device, 4, 64, 16, "f3+l3", "all", args.seed),
+        "last_position": (shape("width1024"), args.device, 4, 64, 16, "last", middle, args.seed),
     }
     if args.peak_of:
         step = getattr(Case(*cases["width1024"]), args.peak_of)()
         print_peak(args.device, lambda: (step(), step()))
         return
     long = (8 if args.quick else 64, 2 if args.quick else args.rounds)
-    results = merged_generation(shape("width1024"), args.device, *long)
+    results = merged_generation(shape("width1024"), args.device, args.seed, *long)
     for name, given in (cases if args.part == "all" else {}).items():
         print(name, file=sys.stderr)
         case = Case(*given)
@@ -249,8 +247,8 @@ def main() -> None:
         results[f"seconds_ours_{name}"] = figure(times["ours"])
         del case, steps
     if args.part == "all":
-        results |= generation(shape("width1024"), args.device, *long)
-    forwarded = ["--device", args.device, *(["--quick"] if args.quick else [])]
+        results |= generation(shape("width1024"), args.device, args.seed, *long)
+    forwarded = ["--device", args.device, "--seed", str(args.seed), *(["--quick"] if args.quick else [])]
     for contender in ("ours", "pyreft") if args.part == "all" else ():
         suffix = "" if contender == "ours" else f"_{contender}"
         results[f"peak_memory_mb{suffix}"] = figure([peak_memory(__file__, contender, forwarded)])

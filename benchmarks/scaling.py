@@ -1,6 +1,6 @@
 """How the cost of a sweep of DAS grows: with layers, positions, pairs, width, rank and seeds; in time and in memory.
 
-    python benchmarks/scaling.py [--quick] [--device cuda] [--json PATH] [--plot PATH]
+    python benchmarks/scaling.py [--quick] [--json PATH] [--device cuda] [--seed N] [--plot PATH]
 
 One size is changed at a time; the others stay at those of `BASE`. A sweep is timed from nothing to the last trained
 basis, as in `sweep_speed.py`. The limit is what cannot be avoided if each basis makes its own steps: the blocks above
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from das_speed import Case
-from harness import clock, figure, peak_memory, print_peak, report, wait
+from harness import clock, figure, options, peak_memory, print_peak, report, wait
 from sweep_speed import ours
 
 from subspace_lab.engine.training import TrainingConfig
@@ -42,10 +42,10 @@ class Size:
     rank: int = 8
     seeds: int = 1
 
-    def case(self, device: str) -> Case:
+    def case(self, device: str, seed: int) -> Case:
         sizes = {"n_layer": self.layers, "n_embd": self.width, "n_head": self.width // 64, "vocab_size": 2000}
         given = {"device": device, "rank": self.rank, "pairs": self.pairs, "batch": BATCH, "sequence": SEQUENCE}
-        return Case({**sizes, "n_positions": SEQUENCE}, 0, argparse.Namespace(**given))
+        return Case({**sizes, "n_positions": SEQUENCE}, 0, argparse.Namespace(**given, seed=seed))
 
     def config(self, steps: int | None = None) -> TrainingConfig:
         every = EPOCHS * -(-self.pairs // BATCH)
@@ -88,15 +88,15 @@ def timed(run: Any, device: str) -> float:
     return clock(device) - start
 
 
-def point(axis: str, value: int, device: str, rounds: int) -> dict[str, Any]:
+def point(axis: str, value: int, device: str, seed: int, rounds: int) -> dict[str, Any]:
     """Time, limit and memory of one sweep. Sweep and limit take turns."""
     size = replace(BASE, **{axis: value})
-    case = size.case(device)
+    case = size.case(device, seed)
     taken, limits = [], []
     for _ in range(rounds):
         taken.append(timed(lambda: size.sweep(case), device))
         limits.append(size.limit(case))
-    forwarded = ["--device", device, "--axis", axis, "--value", str(value)]
+    forwarded = ["--device", device, "--seed", str(seed), "--axis", axis, "--value", str(value)]
     return {
         axis: value,
         "seconds": taken,
@@ -142,11 +142,8 @@ def draw(points: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="PATH")
+    parser = options(__doc__, "Two and four layers, one round.")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="write the picture there")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="two and four layers, one round")
     parser.add_argument("--rounds", type=int, default=3)
     for hidden, kind in (("--peak-of", str), ("--axis", str), ("--value", int)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
@@ -155,7 +152,7 @@ def main() -> None:
         torch.set_num_threads(1)
     if args.peak_of:  # what is kept decides, not how many steps start from it
         size = replace(BASE, **{args.axis: args.value})
-        case = size.case(args.device)
+        case = size.case(args.device, args.seed)
         print_peak(args.device, lambda: size.sweep(case, steps=1))
         return
     axes = {"layers": AXES["layers"][:2]} if args.quick else AXES
@@ -163,7 +160,7 @@ def main() -> None:
     for axis, values in axes.items():
         points[axis] = []
         for value in values:
-            points[axis].append(point(axis, value, args.device, 1 if args.quick else args.rounds))
+            points[axis].append(point(axis, value, args.device, args.seed, 1 if args.quick else args.rounds))
             print(points[axis][-1], file=sys.stderr, flush=True)
     results = {}
     for axis, found in points.items():

@@ -1,6 +1,6 @@
 """What a screen saves and what it loses, on sweeps that are also run in full.
 
-    python benchmarks/screening.py [--case NAME] [--quick] [--json PATH]
+    python benchmarks/screening.py [--quick] [--json PATH] [--device D] [--seed N] [--case NAME]
 
 A case is one variable of one model, searched at all layers and positions by `default_methods` of ranks 1 and 8. It is
 swept in full and with `Screen()`; which goes first alternates from case to case. Time is of the processor, of the
@@ -17,11 +17,9 @@ few sites has nothing to screen: two always stay.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -30,7 +28,7 @@ from typing import Any
 
 import torch
 from compiled_programs import PROGRAMS
-from harness import figure, report
+from harness import clock, figure, options, report
 
 from subspace_lab.core.sites import Site
 from subspace_lab.das.fits import Fits
@@ -59,22 +57,22 @@ class Case:
     Attributes:
         name: for people.
         chosen_on: whether the default was chosen on it, so that it says nothing about the default.
-        make: what is searched.
+        make: what is searched, on a device.
     """
 
     name: str
     chosen_on: bool
-    make: Callable[[], Made]
+    make: Callable[[str], Made]
 
 
 def decoder(task: str, variable: str, seed: int, chosen_on: bool = False) -> Case:
     """A task of the decoder that comes along, at all its named positions."""
 
-    def make() -> Made:
+    def make(device: str) -> Made:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = str(files("subspace_lab") / "assets" / "tiny_decoder")
-        backbone = Backbone(AutoModelForCausalLM.from_pretrained(folder).eval())
+        backbone = Backbone(AutoModelForCausalLM.from_pretrained(folder).eval().to(device))
         asked = load_task(task)
         pairs = asked.pairs(AutoTokenizer.from_pretrained(folder), seed=seed, variables=[variable], **SIZES)
         positions = list(asked.prompt(asked.sample(random.Random(0), "train")).spans)
@@ -88,46 +86,48 @@ def decoder(task: str, variable: str, seed: int, chosen_on: bool = False) -> Cas
 def planted(seed: int, chosen_on: bool = False) -> Case:
     """A variable that was written into a rotated subspace at one site."""
 
-    def make() -> Made:
+    def make(device: str) -> Made:
         made = plants.planted_decoder(seed, **SIZES)
-        backbone = Backbone(made.model)
+        backbone = Backbone(made.model.to(device))
         return backbone, made.pairs, _outputs(backbone.depth, [str(i) for i in range(plants.LENGTH)])
 
     return Case(f"planted decoder, seed {seed}", chosen_on, make)
 
 
-def compiled(name: str, chosen_on: bool = False) -> Case:
+def compiled(name: str, seed: int, chosen_on: bool = False) -> Case:
     """A program that torchwright compiled."""
 
-    def make() -> Made:
+    def make(device: str) -> Made:
         program = next(one for one in PROGRAMS if one.name == name)
         with tempfile.TemporaryDirectory() as folder:
             made = program.compiled(Path(folder) / "model")
-        backbone = Backbone(made.model)
+        backbone = Backbone(made.model.to(device))
         length = len(program.text(program.x[0], program.y[0], program.z[0]))
         sites = _outputs(backbone.depth, [str(i) for i in range(length)])
-        return backbone, program.pairs(made.tokenizer, **SIZES), sites
+        return backbone, program.pairs(made.tokenizer, seed=seed, **SIZES), sites
 
-    return Case(f"compiled program: {name}", chosen_on, make)
+    return Case(f"compiled program: {name}" + f", seed {seed}" * (seed > 0), chosen_on, make)
 
 
 def _outputs(layers: int, positions: list[str]) -> list[Site]:
     return [Site("block_output", layer, at) for layer in range(layers) for at in positions]
 
 
-CASES = [
-    planted(0, chosen_on=True),
-    planted(1, chosen_on=True),
-    decoder("price_tagging", "above_lower", 0, chosen_on=True),
-    compiled("equal", chosen_on=True),
-    planted(2),
-    planted(3),
-    decoder("price_tagging", "below_upper", 2),
-    decoder("entity_attribute", "country", 1),
-    decoder("entity_attribute", "food", 2),
-    compiled("carry"),
-    compiled("modular sum"),
-]
+def cases_of(seed: int) -> list[Case]:
+    """All cases; `seed` is added to the seeds of their models and pairs."""
+    return [
+        planted(seed, chosen_on=True),
+        planted(seed + 1, chosen_on=True),
+        decoder("price_tagging", "above_lower", seed, chosen_on=True),
+        compiled("equal", seed, chosen_on=True),
+        planted(seed + 2),
+        planted(seed + 3),
+        decoder("price_tagging", "below_upper", seed + 2),
+        decoder("entity_attribute", "country", seed + 1),
+        decoder("entity_attribute", "food", seed + 2),
+        compiled("carry", seed),
+        compiled("modular sum", seed),
+    ]
 
 
 def best_dev(fits: Fits) -> dict[str, float]:
@@ -138,16 +138,19 @@ def best_dev(fits: Fits) -> dict[str, float]:
     return scores
 
 
-def measured(case: Case, screen: Screen, config: TrainingConfig, *, screened_first: bool) -> dict[str, Any]:
+def measured(
+    case: Case, screen: Screen, config: TrainingConfig, *, screened_first: bool, device: str, seed: int
+) -> dict[str, Any]:
     """How long both sweeps took, and whether the best site was lost."""
-    backbone, pairs, sites = case.make()
+    backbone, pairs, sites = case.make(device)
 
     def swept(one: Screen | None, some: list[Site], config: TrainingConfig = config) -> tuple[Fits, float]:
-        start = time.process_time()
+        start = clock(device)
         fits = sweep(
-            backbone, pairs, some, default_methods(RANKS), config=config, min_accuracy=None, quiet=True, screen=one
-        )
-        return fits, time.process_time() - start
+            backbone, pairs, some, default_methods(RANKS), seeds=[seed], config=config, min_accuracy=None,
+            quiet=True, screen=one,
+        )  # fmt: skip
+        return fits, clock(device) - start
 
     swept(None, sites[:1], replace(config, steps=2))  # what a model's first run costs is neither's
     took = {}
@@ -178,18 +181,20 @@ def figures(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
-def all_measured(quick: bool = False, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def all_measured(quick: bool, device: str, seed: int, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """{case: what `measured` says of it}.
 
     Args:
         quick: two cases and few steps, which says only whether it runs.
+        device: where the models are.
+        seed: added to those of the cases, and that of the sweeps.
         names: of the cases, all by default.
     """
     config = replace(CONFIG, steps=20) if quick else CONFIG
-    cases = [case for case in CASES if names is None or case.name in names]
+    cases = [case for case in cases_of(seed) if names is None or case.name in names]
     found = {}
     for i, case in enumerate(cases[:: max(1, len(cases) - 1)] if quick else cases):
-        found[case.name] = measured(case, Screen(), config, screened_first=i % 2 == 1)
+        found[case.name] = measured(case, Screen(), config, screened_first=i % 2 == 1, device=device, seed=seed)
         print(f"  {case.name}: {found[case.name]}", file=sys.stderr, flush=True)
     return found
 
@@ -207,18 +212,16 @@ def settings(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "Two cases, few steps.")
     parser.add_argument("--case", action="append", help="one of the cases by its name; may be given again")
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--quick", action="store_true", help="two cases, few steps: does it run?")
     args = parser.parse_args()
-    names = [case.name for case in CASES]
+    names = [case.name for case in cases_of(args.seed)]
     if unknown := [name for name in args.case or [] if name not in names]:
         parser.error(f"--case: unknown {unknown}; possible are {names}")
     torch.set_num_threads(1)
-    cases = all_measured(args.quick, args.case)
+    cases = all_measured(args.quick, args.device, args.seed, args.case)
     found = figures(cases) if any(not one["chosen_on"] for one in cases.values()) else {}
-    report("screening", {**settings(cases), "quick": args.quick}, found, "cpu", args.json)
+    report("screening", {**settings(cases), "quick": args.quick}, found, args.device, args.json)
 
 
 if __name__ == "__main__":

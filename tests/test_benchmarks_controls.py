@@ -47,11 +47,11 @@ def test_there_are_as_many_cases_as_are_told(controls: ModuleType) -> None:
 
 def test_a_case_that_is_kept_is_not_run_again(controls: ModuleType, tmp_path: Path, monkeypatch) -> None:
     runs = []
-    monkeypatch.setattr(controls, "verdict_of", lambda search: runs.append(search) or told_whole())
+    monkeypatch.setattr(controls, "verdict_of", lambda search, *_: runs.append(search) or told_whole())
     kinds = {"some kind": (lambda seed: seed, 2)}
-    first = controls.run(kinds, False, tmp_path)
+    first = controls.run(kinds, False, "cpu", 0, tmp_path)
     assert runs == [0, 1] and [one["conclusion"] for one in first["some kind"]] == ["not found"] * 2
-    assert controls.run(kinds, False, tmp_path) == first and len(runs) == 2
+    assert controls.run(kinds, False, "cpu", 0, tmp_path) == first and len(runs) == 2
     assert json.loads((tmp_path / "some_kind_1.json").read_text())["p"] == 1.0
 
 

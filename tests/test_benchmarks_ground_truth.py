@@ -116,7 +116,9 @@ def test_a_run_goes_on_where_it_was_killed(ground_truth: Any, tmp_path: Path) ->
 
 def test_the_file_is_json_with_a_program_a_line(ground_truth: Any, tmp_path: Path) -> None:
     records = {"a": record(True, 0.6, 1.0, False)}
-    ground_truth.write(tmp_path / "x.json", {"seed": 0}, {"sites_found": {"median": 1}}, {"DAS": {}}, records)
+    ground_truth.write(
+        tmp_path / "x.json", {"seed": 0}, {"sites_found": {"median": 1}}, {"DAS": {}}, records, "cpu"
+    )
     told = json.loads((tmp_path / "x.json").read_text())
     assert told["results"] == {"sites_found": {"median": 1}} and told["name"] == "ground_truth"
     assert told["programs"]["a"]["methods"]["DAS"]["best"]["share"] == 0.6
