@@ -90,6 +90,7 @@ def test_adapters_that_do_not_merge_are_refused_in_one_line(tmp_path):
     refused("is not a whole adapter", tmp_path / "empty", "--out", out)
     for i, (options, message) in enumerate(
         [
+            ({"positions": "f3+l3", "every_token": False, "layers": (1,)}, "mlp_output[1]@f3+l3 cannot be merged"),
             ({"positions": "f3+l3", "every_token": False}, "acts at the positions 'f3+l3'"),
             ({"every_token": False}, "edits only the prompt"),
             ({"component": "block_output"}, "residual stream is the sum"),

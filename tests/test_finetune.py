@@ -146,7 +146,7 @@ def test_numbers_that_make_no_sense_are_refused():
         ({"patience": 0, "held_out": answers()}, "patience=0"),
         ({"patience": 2}, "patience=2 needs held-out examples"),
         ({"evaluate_every": 2}, "evaluate_every=2 needs held-out examples"),
-        ({"held_out": []}, "No examples"),
+        ({"held_out": []}, "No held-out examples"),
         ({"held_out": [{"prompt": "a"}]}, "held-out examples have .*no input_ids"),
     ):
         with pytest.raises(ValueError, match=message):

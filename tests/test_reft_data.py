@@ -96,8 +96,11 @@ def test_a_template_that_writes_a_conversation_otherwise_than_its_beginning_is_r
             r"Example 1 has no text in \['answer'\]",
         ),
         ([{"question": "say", "answer": "hi"}], r"\['prompt'\]; it has the columns \['answer', 'question'\]"),
-        ([{"prompt": "say hi now", "answer": "hi"}], "0 of the answer"),
-        ([{"prompt": "   ", "answer": "hi"}], "0 prompt tokens"),
+        (
+            [{"prompt": "say hi now", "answer": "hi"}],
+            "'say hi now' …\\): its prompt has 3 tokens, which leave no room",
+        ),
+        ([{"prompt": "   ", "answer": "hi"}], "0 tokens of the prompt"),
     ],
 )
 def test_rows_that_teach_nothing_are_refused(rows, message):

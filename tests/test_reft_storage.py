@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -150,6 +151,23 @@ def test_an_adapter_saved_over_another_one_replaces_it(saved):
     assert torch.equal(logits(again, given), logits(other, given))
 
 
+def test_an_adapter_is_not_saved_where_it_would_hide_or_replace_something_else(saved, tmp_path):
+    """transformers takes a folder with an adapter_config.json for an adapter, even if a model is in it."""
+    _, model = saved
+    model.base_model.save_pretrained(tmp_path / "model")
+    with pytest.raises(FileExistsError, match="holds a model"):
+        model.save_pretrained(tmp_path / "model")
+    type(model.base_model).from_pretrained(tmp_path / "model")
+    lora = peft.get_peft_model(build("llama"), peft.LoraConfig(r=1, target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    kept = (tmp_path / "lora" / WEIGHTS).read_bytes()
+    with pytest.raises(FileExistsError, match="holds a LORA adapter"):
+        model.save_pretrained(tmp_path / "lora")
+    assert (tmp_path / "lora" / WEIGHTS).read_bytes() == kept
+    (tmp_path / "lora" / CONFIG).write_text("broken")
+    model.save_pretrained(tmp_path / "lora")
+
+
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
@@ -224,6 +242,13 @@ def test_folders_that_are_no_adapter_are_refused(saved, tmp_path):
     refused(ValueError, "is not JSON")
     (folder / CONFIG).write_text("[]")
     refused(ValueError, "type None")
+    for broken in (b"\xff\xfe\x00", b"[" * 100_000):
+        (folder / CONFIG).write_bytes(broken)
+        refused(ValueError, f"{CONFIG} is not JSON")
+    for name, wrong in itertools.product(("base", "alignment"), (3, None, [])):
+        (folder / CONFIG).write_text(text)
+        edited(folder, **{name: wrong})
+        refused(ValueError, f"'{name}' is ")
     (folder / CONFIG).write_text(text)
     edited(folder, base_model_name_or_path="renamed/model")
     ReftModel.from_pretrained(base, folder)

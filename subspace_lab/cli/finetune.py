@@ -138,6 +138,7 @@ def finetune(
         from subspace_lab.core.files import taken_folder
         from subspace_lab.model.identity import versions
         from subspace_lab.reft.config import ReftConfig
+        from subspace_lab.reft.data import expect_known_tokens
         from subspace_lab.reft.datafiles import read_examples
         from subspace_lab.reft.jobs import pad_token
         from subspace_lab.reft.model import get_reft_model
@@ -171,7 +172,7 @@ def finetune(
         job = _job(rows, split, tokenizer, longest_text(source, tokenizer), generating)
         job.check_positions(config)
         network, saved = _network(source, device, dtype, rows, seed, pad_token(tokenizer))
-        _check_vocabulary(job, network)
+        expect_known_tokens((row["input_ids"] for row in (*job.training, *job.held_out)), network)
         config = replace(config, layers=_layers(layers, network, component), modules_to_save=saved)
         if suggest:
             with threads(network):
@@ -335,17 +336,6 @@ def _network(
     if text_config.pad_token_id is None:
         text_config.pad_token_id = pad
     return network, heads(network, fresh)
-
-
-def _check_vocabulary(job: TrainingJob, network: Any) -> None:
-    """ValueError if the tokenizer gives ids for which the model has no embedding."""
-    highest = max(max(row["input_ids"]) for row in [*job.training, *job.held_out])
-    known = network.get_input_embeddings().weight.shape[0]
-    if highest >= known:
-        raise ValueError(
-            f"The tokenizer gives the token {highest} for these rows, but the model has {known} tokens: they do not "
-            "belong together."
-        )
 
 
 def _layers(text: str, network: Any, component: str) -> str | list[int]:

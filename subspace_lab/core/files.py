@@ -90,7 +90,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file. ValueError, with the name of the file, if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and lists nested without end
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 

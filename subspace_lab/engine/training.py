@@ -124,6 +124,8 @@ def train_together(
     """
     if len(modules) != len(configs) or len({c.steps for c in configs}) != 1:
         raise ValueError(f"{len(modules)} modules, {len(configs)} configurations: one each, of equal steps.")
+    if not torch.is_grad_enabled():
+        raise ValueError("Gradients are switched off here (torch.no_grad or inference_mode): train outside of it.")
     groups = [[p for p in m.parameters() if p.requires_grad] for m in modules]
     if not all(groups):
         raise ValueError("Nothing to train: an intervention has no parameter that requires a gradient.")

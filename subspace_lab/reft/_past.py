@@ -15,7 +15,7 @@ from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.edits import Edits
 from subspace_lab.reft._prompts import lengths_from_labels
-from subspace_lab.reft.data import pad
+from subspace_lab.reft.data import expect_known_tokens, pad
 
 
 class Answers(ABC):
@@ -42,6 +42,7 @@ class Answers(ABC):
         _refuse_without_gradients(backbone)
         if not examples:
             raise ValueError("No examples to learn from.")
+        _refuse_misfits(backbone.model, examples)
         data = pad(examples, getattr(getattr(backbone.model, "config", None), "pad_token_id", None))
         labels = data.pop("labels")
         lengths = data.pop("prompt_lengths", None)
@@ -162,6 +163,19 @@ class AnswersTrained(Answers):
 
     def describe(self) -> str:
         return "plain run: parameters of the base model are trained too"
+
+
+def _refuse_misfits(model: Any, examples: list[Mapping[str, Any]]) -> None:
+    """ValueError for examples with tokens that the model does not know, or longer than it can read."""
+    expect_known_tokens((row["input_ids"] for row in examples), model)
+    expect_known_tokens(((t for t in row["labels"] if t != -100) for row in examples), model)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(row["input_ids"]) for row in examples)
+    if most is not None and longest > most:
+        raise ValueError(
+            f"An example has {longest} tokens; the model reads {most}: tokenise(rows, tokenizer, max_length={most}) "
+            "cuts answers, or leave it out."
+        )
 
 
 def _refuse_without_gradients(backbone: Backbone) -> None:

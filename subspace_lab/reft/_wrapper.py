@@ -143,18 +143,36 @@ class Wrapper(nn.Module):
         Raises:
             TypeError: an argument that the base model does not have, or that it would accept and ignore.
         """
-        base, parameters = type(innermost(self.base_model)), self.takes()
+        parameters = self.takes()
         places = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         if len(inputs) > len(places):
             raise TypeError(f"{len(inputs)} positional inputs for a model that takes {places}.")
         twice = [n for n in places[: len(inputs)] if n in named]
-        further = _further_names(base, parameters)
-        unknown = [] if further is None else [n for n in named if n not in parameters and n not in further]
+        unknown = self._unknown(named)
         if twice or unknown:
             what = f"{twice} given twice" if twice else f"no {unknown} is known"
             raise TypeError(f"{what}: {self._get_name()} takes {[n for n in parameters if n != 'kwargs']}.")
         given = {**dict(zip(places, inputs, strict=False)), **named}
         return {name: value for name, value in given.items() if value is not None}
+
+    def _unknown(self, names: Iterable[str]) -> list[str]:
+        """Those of the names that are no argument of the base model."""
+        parameters = self.takes()
+        further = _further_names(type(innermost(self.base_model)), parameters)
+        return [] if further is None else [n for n in names if n not in parameters and n not in further]
+
+    def expect_columns(self, examples: Sequence[Mapping[str, Any]]) -> None:
+        """ValueError for examples of answers if the base model does not write answers, or does not take a column."""
+        if not self.is_causal():
+            raise ValueError(
+                f"{self._get_name()} is no causal language model, and writes no answers after prompts: train it with "
+                "transformers.Trainer."
+            )
+        unknown = self._unknown(name for name in examples[0] if name not in OWN)
+        if unknown:
+            raise ValueError(
+                f"The examples have the columns {unknown}, which {self._get_name()} does not take: remove them."
+            )
 
     @property
     def accepts_loss_kwargs(self) -> bool:

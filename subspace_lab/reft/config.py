@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from subspace_lab.core import interventions as iv
-from subspace_lab.core.arguments import whole_number
+from subspace_lab.core.arguments import instance, whole_number
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.parts import PartedSubspace, spans
 from subspace_lab.core.positions import normalise, select
@@ -84,17 +85,19 @@ class ReftConfig:
         _set(self, "method", known[self.method.lower()])
         _set(self, "positions", normalise(self.positions))
         _set(self, "modules_to_save", _names(self.modules_to_save))
+        for name in ("base_model_name_or_path", "revision"):
+            instance(getattr(self, name), (str, type(None)), name)
         if not isinstance(self.layers, str) or self.layers != "all":
             _set(self, "layers", _layers(self.layers))
         _set(self, "rank", whole_number(self.rank, "rank"))
         _set(self, "seed", whole_number(self.seed, "seed"))
         if self.rank < 1:
             raise ValueError(f"rank={self.rank}; possible is 1 or more.")
-        if isinstance(self.dropout, str | None) or not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, Real) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}; possible is 0 ≤ p < 1.")
         if str(self.component).rpartition(".")[2] not in COMPONENTS:
             raise ValueError(f"component={self.component!r}; possible are {', '.join(COMPONENTS)}.")
-        if self.activation not in ACTIVATIONS or (self.activation != "linear" and self.method not in MAPPED):
+        if self.activation not in list(ACTIVATIONS) or (self.activation != "linear" and self.method not in MAPPED):
             raise ValueError(
                 f"activation={self.activation!r} of {self.method}; possible are {sorted(ACTIVATIONS)}, "
                 f"other than linear with {', '.join(MAPPED)}."
@@ -130,7 +133,11 @@ class ReftConfig:
         self.groups()  # raises if the positions cannot be split
 
     def _check_parts(self) -> None:
-        pairs = self.parts.items() if isinstance(self.parts, Mapping) else self.parts
+        pairs = list(self.parts.items()) if isinstance(self.parts, Mapping) else self.parts
+        if not isinstance(pairs, Sequence) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+            raise TypeError(
+                f"parts={self.parts!r}; needed are {{name: number of basis vectors}} or pairs of these."
+            )
         _set(self, "parts", tuple((str(name), _size(size, name)) for name, size in pairs))
         if not self.parts:
             return
@@ -259,4 +266,7 @@ def _size(size: Any, part: Any) -> int:
 
 
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+    given = (names,) if isinstance(names, str) else names
+    if not isinstance(given, Sequence) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"modules_to_save={names!r}; needed are names of submodules.")
+    return tuple(given)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from subspace_lab.model.passes import setting
 
+PER_TOKEN = ("input_ids", "attention_mask", "labels", "token_type_ids", "position_ids")
+
 
 def tokenise(
     examples: Iterable[Mapping[str, Any]],
@@ -75,11 +77,17 @@ def _tokenised(
             whole = before + tokenizer(example[answer], add_special_tokens=False)["input_ids"]
         if end and tokenizer.eos_token_id is not None and whole[-1] != tokenizer.eos_token_id:
             whole = [*whole, tokenizer.eos_token_id]
-    whole = whole if max_length is None else whole[:max_length]
     if not before or len(whole) <= len(before):
         raise ValueError(
-            f"Example {i}: {len(before)} prompt tokens and {len(whole) - len(before)} of the answer (max_length="
-            f"{max_length}); both need at least one."
+            f"Example {i} has {len(before)} tokens of the prompt and {len(whole) - len(before)} of the answer; both "
+            "need at least one."
+        )
+    whole = whole if max_length is None else whole[:max_length]
+    if len(whole) <= len(before):
+        start = str(example.get(prompt, ""))[:40]
+        raise ValueError(
+            f"Example {i}{f' ({start!r} …)' if start else ''}: its prompt has {len(before)} tokens, which leave no "
+            f"room for an answer (max_length={max_length}): shorten the prompt, or leave it out."
         )
     return {
         "input_ids": list(whole),
@@ -88,10 +96,56 @@ def _tokenised(
     }
 
 
+def tokenised(examples: Iterable[Mapping[str, Any]], what: str = "examples") -> list[dict[str, Any]]:
+    """Examples as lists of numbers, also if they are tensors or arrays.
+
+    Raises:
+        TypeError: anything else than several examples.
+        ValueError: no examples; an example without token ids or labels, with other columns than the first one, or with
+            a label too many or too few.
+    """
+    hint = "make them with tokenise(rows, tokenizer)."
+    if isinstance(examples, Mapping | str) or not isinstance(examples, Iterable):
+        raise TypeError(f"The {what} are of type {type(examples).__name__}; needed is a list of examples: {hint}")
+    listed = [_as_lists(one, what) for one in examples]
+    if not listed:
+        raise ValueError(f"No {what} to learn from." if what == "examples" else f"No {what}.")
+    for i, one in enumerate(listed):
+        missing = [name for name in ("input_ids", "labels") if name not in one]
+        if missing:
+            raise ValueError(f"The {what} have {sorted(one)} and no {missing[0]}: {hint}")
+        if one.keys() != listed[0].keys():
+            raise ValueError(f"The {what} have {sorted(listed[0])}, but example {i} has {sorted(one)}.")
+        sizes = {n: len(one[n]) for n in PER_TOKEN if isinstance(one.get(n), list)}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"Example {i} of the {what} has {sizes}: each token needs one of each.")
+    return listed
+
+
+def _as_lists(example: Any, what: str = "examples") -> dict[str, Any]:
+    if not isinstance(example, Mapping):
+        raise TypeError(
+            f"One of the {what} is of type {type(example).__name__}; needed is {{'input_ids': …, 'labels': …}}."
+        )
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in example.items()}
+
+
+def expect_known_tokens(tokens: Iterable[Iterable[int]], model: Any) -> None:
+    """ValueError for a token for which the model has no embedding."""
+    known = model.get_input_embeddings().weight.shape[0]
+    unknown = next((t for row in tokens for t in row if not (isinstance(t, int) and 0 <= t < known)), None)
+    if unknown is not None:
+        raise ValueError(
+            f"These rows have the token {unknown!r}, but the model has {known} tokens: the tokenizer and the model do "
+            "not belong together."
+        )
+
+
 def pad(examples: Sequence[Mapping[str, Any]], pad_token_id: int | None) -> dict[str, Tensor]:
     """Examples of different lengths as one batch, padded on the right: ids with the pad token, labels with −100."""
     if not examples:
         raise ValueError("No examples to learn from.")
+    examples = [_as_lists(one) for one in examples]
     longest = max(len(one["input_ids"]) for one in examples)
     if "attention_mask" not in examples[0]:
         examples = [{**one, "attention_mask": [1] * len(one["input_ids"])} for one in examples]

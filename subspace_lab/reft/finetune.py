@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from subspace_lab.engine.training import TrainingConfig, in_mode, progress_bar, 
 from subspace_lab.model.arguments import expect_integer
 from subspace_lab.model.edits import Edits
 from subspace_lab.reft._past import Answers, AnswersPast, AnswersTrained
+from subspace_lab.reft.data import tokenised
 from subspace_lab.reft.model import ReftModel
 
 OnStep = Callable[[int, float], bool | None]
@@ -82,20 +83,22 @@ def finetune(
         The loss at each step, with the held-out losses.
 
     Raises:
-        TypeError: a model that is not a `ReftModel`.
-        ValueError: examples that are not tokenised or have no prompt or no answer; an adapter with `modules_to_save`
+        TypeError: a model that is not a `ReftModel`; examples or a configuration of another type.
+        ValueError: examples that are not tokenised, have no prompt or no answer, or do not fit the model; a model that
+            does not write answers (train a classifier with Trainer); an adapter with `modules_to_save`
             (train it with Trainer); `patience` or `evaluate_every` without held-out examples; numbers below 1.
         FloatingPointError: a loss that is not finite.
         FinetuneInterrupted: Ctrl-C. Then, and after any other error, the adapter has the parameters of the last step,
             or with `patience` those of the lowest held-out loss so far.
     """
+    instance(config, (TrainingConfig, type(None)), "config", "TrainingConfig(…)")
     config = config or TrainingConfig()
     instance(model, ReftModel, "model", "get_reft_model(model, config) makes one")
     _expect_numbers(epochs, patience, evaluate_every, accumulate, held_out is not None)
     examples, others = tokenised(examples), None if held_out is None else tokenised(held_out, "held-out examples")
     edits = model.edits()
     if not edits:
-        raise ValueError("No active adapter: nothing would be trained.")
+        raise ValueError("No adapter is active and not merged: nothing would be trained.")
     if any(model.adapter(name).config.modules_to_save for name in model.active_adapters):
         raise ValueError("This loop trains only edits; train modules_to_save with transformers.Trainer.")
     own = model.trained_base_parameters()
@@ -136,19 +139,9 @@ def finetune(
     return history
 
 
-def tokenised(examples: Iterable[Mapping[str, Any]], what: str = "examples") -> list[Mapping[str, Any]]:
-    """The examples as a list; ValueError unless they are token ids with labels."""
-    listed = list(examples)
-    missing = [name for name in ("input_ids", "labels") if listed and name not in listed[0]]
-    if missing:
-        raise ValueError(
-            f"The {what} have {sorted(listed[0])} and no {missing[0]}: make them with tokenise(examples, tokenizer)."
-        )
-    return listed
-
-
-def answers_of(model: ReftModel, examples: Iterable[Mapping[str, Any]], memory: int | str | None) -> Answers:
+def answers_of(model: ReftModel, examples: Sequence[Mapping[str, Any]], memory: int | str | None) -> Answers:
     """The examples under the model with its edits: with a frozen past, if no parameter of the base model is trained."""
+    model.expect_columns(examples)
     edits, whole = model.edits(), model.edits_every_token()
     if not model.trained_base_parameters():
         return AnswersPast(model.backbone, examples, edits, every_token=whole, memory=memory)

@@ -68,14 +68,15 @@ def _edits(
 
 def refuse_config(config: ReftConfig) -> None:
     """ValueError for an adapter that cannot be merged into any model, as far as its configuration shows."""
-    for group in config.groups():
-        refuse_edit(Site(config.component, 0, group), config.intervention(max(config.rank, 1), 0).eval())
     if config.component.endswith(("block_input", "block_output")):
         raise ValueError(
             f"An adapter at {config.component} cannot be merged into weights: the residual stream is the sum of the "
             "outputs of several modules. Edits can be merged at mlp_output, attention_output, value_output, "
             "head_output and mlp_activation; use this adapter with `generate`."
         )
+    layer = 0 if isinstance(config.layers, str) else config.layers[0]
+    for group in config.groups():
+        refuse_edit(Site(config.component, layer, group), config.intervention(max(config.rank, 1), 0).eval())
 
 
 def _refuse_prompts(name: str, adapter: Adapter, site: Site, point: HookPoint, model: nn.Module) -> None:

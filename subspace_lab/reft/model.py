@@ -30,6 +30,7 @@ from subspace_lab.reft._past import AnswersPast
 from subspace_lab.reft._running import Running
 from subspace_lab.reft._wrapper import Wrapper
 from subspace_lab.reft.config import ReftConfig
+from subspace_lab.reft.data import tokenised
 from subspace_lab.reft.merging import merge_adapters
 from subspace_lab.reft.storage import as_tensor, from_tensor, read_adapter, write_adapter
 
@@ -323,14 +324,17 @@ class ReftModel(Running):
         Raises:
             ValueError: no active adapter, or one with `modules_to_save`, which change what comes before the edit.
         """
+        instance(examples, Dataset, "examples", "tokenise(rows, tokenizer) makes one")
         edits = self.edits()
         if not edits or self.hooks():
             raise ValueError(
                 "keep_past needs active adapters without modules_to_save, which would change the states that it stores."
             )
+        listed = tokenised(examples)
+        self.expect_columns(listed)
         self.base_model.eval()
         whole = self.edits_every_token()
-        self._past = AnswersPast(self.backbone, list(examples), edits, every_token=whole, memory=memory)
+        self._past = AnswersPast(self.backbone, listed, edits, every_token=whole, memory=memory)
         return examples.add_column("row", list(range(len(examples))))
 
     def forget_past(self) -> None:

@@ -71,6 +71,7 @@ def write_adapter(
         model: the class of the base model, for the card.
         tags: further tags, for the card.
     """
+    refuse_others(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _finish(folder)
     state = {k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}
@@ -87,6 +88,26 @@ def write_adapter(
         "parameters": sum(p.numel() for p in adapter.edits.parameters()),
     }
     write_text(folder / "README.md", CARD.format(**card))
+
+
+def refuse_others(folder: Path) -> None:
+    """FileExistsError for a folder that holds a model, or an adapter of another library.
+
+    transformers takes a folder with an adapter_config.json for an adapter, and could no longer load the model in it.
+    """
+    if not folder.is_dir():
+        return
+    if (folder / "config.json").exists():
+        raise FileExistsError(
+            f"{folder} holds a model, which could not be loaded any more with an {CONFIG} beside it: name another "
+            "folder."
+        )
+    try:
+        kind = read_json(folder / CONFIG).get("peft_type") if (folder / CONFIG).exists() else "REFT"
+    except (ValueError, AttributeError):
+        return  # a broken file of ours may be written anew
+    if kind != "REFT":
+        raise FileExistsError(f"{folder} holds a {kind} adapter, which would be overwritten: name another folder.")
 
 
 def described(adapter: Adapter, base: dict[str, Any]) -> dict[str, Any]:
@@ -218,6 +239,9 @@ def _config(raw: Any, path: Path | str) -> ReftConfig:
             f"{path} is of type {found.get('peft_type')!r}, format {found.get('format')!r}; this version "
             f"reads 'REFT', {FORMAT}."
         )
+    for name in ("base", "alignment"):
+        if not isinstance(raw.get(name, {}), dict):
+            raise ValueError(f"{path}: {name!r} is {raw[name]!r}; needed is an object of facts.")
     known = {k: v for k, v in raw.items() if k not in ("peft_type", "format", "subspace_lab", "base", "alignment")}
     try:
         return ReftConfig.from_dict(known)

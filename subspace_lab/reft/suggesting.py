@@ -22,8 +22,9 @@ from subspace_lab.reft._adapters import adapter_sites
 from subspace_lab.reft._past import AnswersPast
 from subspace_lab.reft._wrapper import Wrapper
 from subspace_lab.reft.config import MAPPED, ReftConfig
+from subspace_lab.reft.data import tokenised
 from subspace_lab.reft.datafiles import split_rows
-from subspace_lab.reft.finetune import steps_of, tokenised
+from subspace_lab.reft.finetune import steps_of
 from subspace_lab.reft.merging import refuse_adapter
 from subspace_lab.reft.model import get_reft_model
 from subspace_lab.reft.suggestions import Suggestion, Trial
@@ -88,6 +89,8 @@ def suggest(
         raise TypeError("This model has ReFT adapters already: suggest needs the base model, `model.unload()`.")
     instance(model, nn.Module, "model", "the base model itself")
     instance(config, (ReftConfig, type(None)), "config", "ReftConfig(…)")
+    instance(training, (TrainingConfig, type(None)), "training", "TrainingConfig(…)")
+    instance(learning_rates, (list, tuple), "learning_rates", "a list of rates")
     if config is not None and settings is not None:
         raise ValueError("config is where the usual settings start, settings replace them: give one of the two.")
     listed = tokenised(rows)
@@ -110,6 +113,8 @@ def suggest(
             bar.update(task, description=f"suggest: setting {i + 1} of {len(tried)}")
             setting = _Setting(model, one, *parts, memory)
             untrained = untrained or setting.untrained(training.batch_size)
+            if not bool(untrained[0].isfinite().all()):
+                raise FloatingPointError("The loss of the model itself is not finite on the held-out rows.")
             runs.append(min((setting.run(rate, lambda: bar.advance(task)) for rate in rates), key=_level))
             del setting  # its past, before the next one is computed
     assert untrained is not None
@@ -169,6 +174,7 @@ class _Setting:
     ) -> None:
         began = time.perf_counter()
         self._reft = get_reft_model(model, config)
+        self._reft.expect_columns(training)
         self._start = self._reft.edits()
         backbone, whole = self._reft.backbone, self._reft.edits_every_token()
         self._answers = AnswersPast(backbone, training, self._start, every_token=whole, memory=memory)
