@@ -115,8 +115,10 @@ def test_lengths_around_calls_are_those_of_the_argument():
         for said in (lengths, lengths.tolist(), lambda ids: lengths, lambda ids: lengths.tolist()):
             with model.prompt_lengths(said):
                 assert torch.equal(model(**batch).logits, expected)
+            assert torch.equal(model(**batch, prompt_lengths=said).logits, expected)
         with model.prompt_lengths(2):
             assert torch.equal(model(**batch).logits, fixed)
+            assert torch.equal(model(**batch, prompt_lengths=2).logits, fixed)
             assert torch.equal(model(**batch, labels=labels).logits, fixed), "labels do not win"
             assert torch.equal(model(**batch, prompt_lengths=lengths).logits, expected), "the argument wins"
             with model.prompt_lengths(lengths):
@@ -128,13 +130,15 @@ def test_lengths_around_calls_are_those_of_the_argument():
             embedded = {**batch, "inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
             del embedded["input_ids"]
             torch.testing.assert_close(model(**embedded).logits, whole)
+            with model.prompt_lengths(1):
+                assert torch.equal(model(**batch, prompt_lengths="all").logits, whole), "the argument wins"
         assert not torch.allclose(whole, expected)
 
 
 def test_lengths_that_do_not_fit_are_refused():
     model, batch = decoder("l2"), collate(list(answers(4)))
     for said, error, sentence in (
-        ([3, 3], ValueError, "given for 2 examples, and a call inside has 4"),
+        ([3, 3], ValueError, "given for 2 examples, and the call has 4"),
         (lambda ids: [1], ValueError, "given for 1 examples"),
         ("none", ValueError, "the only possible text is 'all'"),
         (2.5, TypeError, "lengths"),
@@ -142,6 +146,8 @@ def test_lengths_that_do_not_fit_are_refused():
     ):
         with pytest.raises(error, match=sentence), model.prompt_lengths(said):
             model(**batch)
+        with pytest.raises(error, match=sentence):
+            model(**batch, prompt_lengths=said)
     try:
         with model.prompt_lengths(3):
             raise KeyError("inside")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subspace_lab.core.arguments import instance
 from subspace_lab.core.positions import names, select
 from subspace_lab.reft.data import beginnings, prompt_lengths_of, refuse_packed
 
@@ -90,8 +91,17 @@ def warn_of_whole_examples(positions: Iterable[str]) -> None:
         )
 
 
+def expect_lengths(lengths: Lengths | str) -> Lengths | str:
+    """Prompt lengths that a user gave. TypeError or ValueError unless they are numbers, a function or "all"."""
+    if not callable(lengths):
+        instance(lengths, (Tensor, Sequence, int), "prompt_lengths", "numbers, a function or 'all'")
+    if isinstance(lengths, str) and lengths != "all":
+        raise ValueError(f"prompt_lengths={lengths!r}; the only possible text is 'all'.")
+    return lengths
+
+
 def lengths_inside(given_lengths: Lengths | str, given: Mapping[str, Any]) -> Tensor:
-    """The prompt lengths that were given around a call, for the examples of the call.
+    """The prompt lengths that were given around a call or in it, for the examples of the call.
 
     Raises:
         ValueError: not one length for each example.
@@ -109,7 +119,7 @@ def lengths_inside(given_lengths: Lengths | str, given: Mapping[str, Any]) -> Te
     lengths = lengths.expand(rows) if lengths.ndim == 0 else lengths
     if lengths.numel() != real.numel():
         raise ValueError(
-            f"prompt_lengths were given for {lengths.numel()} examples, and a call inside has {real.numel()}."
+            f"prompt_lengths were given for {lengths.numel()} examples, and the call has {real.numel()}."
         )
     return lengths.flatten()
 

@@ -22,6 +22,7 @@ from subspace_lab.model.intervene import forward, generate
 from subspace_lab.reft._adapters import Adapter
 from subspace_lab.reft._prompts import (
     Lengths,
+    expect_lengths,
     lengths_from_labels,
     lengths_inside,
     refuse_packed_call,
@@ -103,7 +104,7 @@ class Running(Wrapper):
     def forward(
         self,
         *inputs: Any,
-        prompt_lengths: Tensor | None = None,
+        prompt_lengths: Lengths | str | None = None,
         adapter_names: Sequence[str] | None = None,
         row: Tensor | None = None,
         **named: Any,
@@ -116,13 +117,13 @@ class Running(Wrapper):
         Args:
             inputs, named: the arguments of the base model; unknown arguments are refused. The key-value cache may be
                 called `cache` or, by its older name, `past_key_values`.
-            prompt_lengths: (batch,) the number of prompt tokens, if there are no labels; see the method
-                `prompt_lengths` for calls that other libraries make.
+            prompt_lengths: (batch,) the number of prompt tokens, if there are no labels, or anything else that the
+                method `prompt_lengths` takes, such as "all"; use that method for calls that other libraries make.
             adapter_names: for each example the adapter that edits it, active or not; "__base__" for none.
             row: (batch,) the numbers of examples that `keep_past` prepared; nothing else is needed then.
 
         Raises:
-            TypeError: an argument that the base model does not have.
+            TypeError: an argument that the base model does not have; prompt lengths of another type.
             ValueError: labels or lengths from which the end of the prompt is not clear; several answers in one example
                 whose prompts would be edited at different positions; a name without an adapter; adapters that edit
                 every token together with adapters that edit only the prompt.
@@ -138,7 +139,7 @@ class Running(Wrapper):
     def _run(
         self,
         given: dict[str, Any],
-        lengths: Tensor | None,
+        lengths: Lengths | str | None,
         call: nn.Module | None,
         hooks: Sequence[Hook],
         groups: RowEdits | None = None,
@@ -147,11 +148,11 @@ class Running(Wrapper):
         edits = self.edits() if groups is None else {}
         sites = [*edits, *(site for _, some in groups or () for site in some)]
         whole = self.edits_every_token(names)
-        lengths = None if whole else self._lengths(given, lengths, [site.positions for site in sites])
+        ends = None if whole else self._lengths(given, lengths, [site.positions for site in sites])
         self.check_checkpointing(sites, hooks)
         if call is not None:
             given = {k: v for k, v in given.items() if k not in ("labels", "shift_labels")}
-        batch = Batch(given, lengths)
+        batch = Batch(given, ends)
         output = forward(self.backbone, batch, edits, train_base=True, also=hooks, groups=groups or (), call=call)
         if given.get("fused_lm_head") and not hasattr(output, "log_probs"):
             raise TypeError(
@@ -159,9 +160,13 @@ class Running(Wrapper):
             )
         return output
 
-    def _lengths(self, given: dict[str, Any], lengths: Tensor | None, positions: Sequence[str]) -> Tensor | None:
-        if lengths is not None:
+    def _lengths(
+        self, given: dict[str, Any], lengths: Lengths | str | None, positions: Sequence[str]
+    ) -> Tensor | None:
+        if isinstance(lengths, Tensor) and lengths.ndim:
             return lengths.flatten()
+        if lengths is not None:
+            return lengths_inside(expect_lengths(lengths), given)
         if self._outer_lengths is not None and {"input_ids", "inputs_embeds"} & set(given):
             return lengths_inside(self._outer_lengths, given)
         if not self.is_causal():
@@ -213,11 +218,7 @@ class Running(Wrapper):
             TypeError: anything else.
             ValueError: in a call with another number of examples.
         """
-        if not callable(lengths):
-            instance(lengths, (Tensor, Sequence, int), "lengths", "numbers, a function or 'all'")
-        if isinstance(lengths, str) and lengths != "all":
-            raise ValueError(f"lengths={lengths!r}; the only possible text is 'all'.")
-        before, self._outer_lengths = self._outer_lengths, lengths
+        before, self._outer_lengths = self._outer_lengths, expect_lengths(lengths)
         try:
             yield
         finally:
