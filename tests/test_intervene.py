@@ -777,12 +777,30 @@ def test_overlap_is_judged_row_by_row(counted):
     forward(door, Batch(inputs("llama", 3, 5), columns=columns), {Site(B, 1, "a"): free, Site(B, 1, "b"): free})
 
 
-def test_positions_of_a_stream_without_any_are_refused(counted):
-    with pytest.raises(ValueError, match="positions need tokens"):
+def test_positions_of_a_stream_without_any_are_refused():
+    with pytest.raises(ValueError, match="no position axis"):
         forward(backbone("mlp"), inputs("mlp"), {Site("first.output", positions="last"): free})
     with pytest.raises(ValueError, match="no position axis"):
-        door = Backbone(build("bert").bert.encoder.layer[0].output)
-        collect(door, torch.randn(2, WIDTH), [Site("dense.output", positions="last")])
+        collect(Backbone(nn.Sequential(nn.Linear(3, 2))), torch.randn(2, 3), [Site("0.output", positions="last")])
+
+
+@torch.no_grad()
+def test_a_plain_modules_stream_has_positions_by_path():
+    """As by layer: the second axis of what a module gives, whatever tokens are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 2)).double()
+    door, steps, others = Backbone(model), *torch.randn(2, 4, 5, 3, dtype=torch.float64)
+    states = model[:2](steps)
+    for positions, own in (("last", [4]), ("1", [1]), ("f1+l2", [0, 3, 4])):
+        site = Site("1.output", positions=positions)
+        found = collect(door, steps, [site])
+        assert torch.equal(found[site], states[:, own])
+        expected = model[:2](others)
+        expected[:, own] = states[:, own]
+        written = forward(door, others, {site: full_vector(WIDTH)}, sources=found)
+        torch.testing.assert_close(written, model[2](expected))
+    with pytest.raises(IndexError, match="5"):
+        collect(door, steps, [Site("1.output", positions="7")])
 
 
 class Pooled(nn.Module):

@@ -133,18 +133,21 @@ def resolve(backbone: Backbone, batch: Batch, site: Site) -> ResolvedSite:
     hook_point = backbone.hook_point(site)
     real = batch.real_tokens(hook_point.stack)
     if real is None:
-        if site.positions != "all" and site.layer is not None and hook_point.stack != "decoder":
+        if site.positions != "all" and hook_point.stack != "decoder":
             return _of_patches(backbone, batch, site, hook_point)
         if site.positions != "all":
             raise ValueError(
-                f"{site}: positions need tokens; this batch has {sorted(batch.inputs)} and no position axis."
+                f"{site}: positions need tokens; this batch has {sorted(batch.inputs)} and none of the decoder."
             )
         return ResolvedSite(site, hook_point, len(batch))
     return _among(real, batch, site, hook_point)
 
 
 def _of_patches(backbone: Backbone, batch: Batch, site: Site, hook_point: HookPoint) -> ResolvedSite:
-    """Positions of a stream without text tokens. All rows have the same number; a run of one row finds it."""
+    """Positions of a stream without text tokens, such as those of image patches, or the steps of a plain module.
+
+    All rows have the same number; a run of one row finds it.
+    """
     length = backbone.stream_length(hook_point, model_inputs(backbone.model, batch.rows(slice(0, 1))))
     columns = {"cls": torch.zeros(len(batch), dtype=torch.long)} if backbone.has_class_token() else {}
     real = torch.ones(len(batch), length, dtype=torch.bool)
