@@ -4,7 +4,8 @@
 
 The package (Apache-2.0, 93 MB) carries the weights as a GGUF file, which takes half a minute to read. A copy that
 `from_pretrained` opens in two seconds is made once, in the user's cache folder. Where the model is at hand as a
-folder or a name on the Hub ("HuggingFaceTB/SmolLM2-135M-Instruct"), give that instead.
+folder or a name on the Hub ("HuggingFaceTB/SmolLM2-135M-Instruct"), give that instead. `python smollm2_model.py` prints
+the folder of the copy.
 """
 
 from __future__ import annotations
@@ -79,3 +80,7 @@ def _convert(package: Path, folder: Path) -> None:
     model.tie_weights()
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    print(_converted())
