@@ -12,10 +12,12 @@ import pytest
 import torch
 from test_readme import ROOT, SHIPPED, answers, blocks, shorten_training, yours
 from test_suggest import loss_of
+from tiny_sweeps import swept, tiny
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from subspace_lab.cli import app
+from subspace_lab.das.methods import DAS, RandomSubspace
 from subspace_lab.reft import ReftConfig, finetune, get_reft_model
 
 PAGE = "docs/training.md"
@@ -89,8 +91,22 @@ def test_a_base_that_gives_no_gradients_is_refused():
     layer.support_avx512bf16_for_cpu = True
     with pytest.raises(ValueError, match="support_avx512bf16_for_cpu"):
         finetune(get_reft_model(base, ReftConfig(layers=(1,))), rows, quiet=True)
+    model, batch = (
+        get_reft_model(base, ReftConfig(layers=(1,))),
+        {k: torch.tensor([v]) for k, v in rows[0].items()},
+    )
+    model.eval()(**batch)
+    with pytest.raises(ValueError, match="support_avx512bf16_for_cpu"):  # as Trainer calls it
+        model.train()(**batch)
     layer.support_avx512bf16_for_cpu = False
     assert finetune(get_reft_model(base, ReftConfig(layers=(1,))), rows, quiet=True)
+
+
+def test_a_search_refuses_it_too(monkeypatch):
+    monkeypatch.setattr(tiny().model.transformer.h[2].mlp, "support_avx512bf16_for_cpu", True, raising=False)
+    assert swept(RandomSubspace(2))
+    with pytest.raises(ValueError, match="support_avx512bf16_for_cpu"):
+        swept(DAS(2))
 
 
 def test_commands_run(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from subspace_lab.das.pairs import Counterfactuals, Pairs
 from subspace_lab.das.prepared_pairs import Assignment, Draw, PreparedPairs, fit, from_pool, from_stream
 from subspace_lab.das.screens import Screen, Screened
 from subspace_lab.engine.cohorts import MOST_ROWS
-from subspace_lab.engine.training import TrainingConfig
+from subspace_lab.engine.training import TrainingConfig, expect_gradients
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.sources import Unmatched, all_rows, missing_entries
 
@@ -259,6 +259,7 @@ class Places:
         return failed
 
     def _train_together(self, cells: list[_Cell], on_step: Callable[[], Any]) -> None:
+        expect_gradients(self.backbone)
         configs = [replace(self.config, seed=cell.seed) for cell in cells]
         draws: list[Draw]
         if self.train is None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from subspace_lab.model.arguments import expect_integer, expect_number
+from subspace_lab.model.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,22 @@ def _summed(
             for old, new in zip(summed, gradients, strict=True)
         ]
     return total, summed
+
+
+def expect_gradients(backbone: Backbone) -> None:
+    """ValueError for a model with 4-bit layers of bitsandbytes that lose the gradient on this CPU.
+
+    At their first run in eval mode such layers pack their weights for an operation that gives no gradients to its
+    input, without an error.
+    """
+    if backbone.device.type != "cpu":
+        return
+    for path, module in backbone.anatomy.modules.items():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            raise ValueError(
+                f"bitsandbytes runs {path} on this CPU in a form that gives no gradients. Before the first run, set "
+                "`support_avx512bf16_for_cpu = False` on each such module, or load the model on a GPU."
+            )
 
 
 @contextmanager

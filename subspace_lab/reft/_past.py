@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subspace_lab.engine.frozen_past import FrozenPast
 from subspace_lab.engine.readouts import Readout
+from subspace_lab.engine.training import expect_gradients
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.edits import Edits
@@ -39,7 +40,7 @@ class Answers(ABC):
         every_token: bool = False,
     ) -> None:
         examples = list(examples)
-        _refuse_without_gradients(backbone)
+        expect_gradients(backbone)
         if not examples:
             raise ValueError("No examples to learn from.")
         _refuse_misfits(backbone.model, examples)
@@ -176,19 +177,3 @@ def _refuse_misfits(model: Any, examples: list[Mapping[str, Any]]) -> None:
             f"An example has {longest} tokens; the model reads {most}: tokenise(rows, tokenizer, max_length={most}) "
             "cuts answers, or leave it out."
         )
-
-
-def _refuse_without_gradients(backbone: Backbone) -> None:
-    """ValueError for 4-bit layers of bitsandbytes that lose the gradient on this CPU.
-
-    At their first run in eval mode such layers pack their weights for an operation that gives no gradients to its
-    input, without an error.
-    """
-    if backbone.device.type != "cpu":
-        return
-    for path, module in backbone.anatomy.modules.items():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            raise ValueError(
-                f"bitsandbytes runs {path} on this CPU in a form that gives no gradients. Before the first run, set "
-                "`support_avx512bf16_for_cpu = False` on each such module, or load the model on a GPU."
-            )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from subspace_lab.core.arguments import instance
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
+from subspace_lab.engine.training import expect_gradients
 from subspace_lab.model.backbone import Hook
 from subspace_lab.model.batches import SENSES, Batch
 from subspace_lab.model.intervene import forward, generate
@@ -150,6 +151,8 @@ class Running(Wrapper):
         whole = self.edits_every_token(names)
         ends = None if whole else self._lengths(given, lengths, [site.positions for site in sites])
         self.check_checkpointing(sites, hooks)
+        if self.training and torch.is_grad_enabled():
+            expect_gradients(self.backbone)
         if call is not None:
             given = {k: v for k, v in given.items() if k not in ("labels", "shift_labels")}
         batch = Batch(given, ends)
