@@ -158,7 +158,7 @@ def test_every_public_name_has_one_entry() -> None:
     for module, names in public.items():
         for name in names:
             entry = (site.home(module, name), name)
-            assert entry in ENTRIES, f"{module}.{name} has no entry in the reference"
+            assert entry in ENTRIES and "._" not in entry[0], f"{module}.{name} has no entry in the reference"
             assert getattr(import_module(entry[0]), name) is getattr(import_module(module), name)
     pages = [
         place for room in site.ROOMS for place in [site.page_of(room)] * sum(map(len, site.own(room).values()))
