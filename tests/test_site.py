@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs" / "site"
 
 
 def script(name: str) -> Any:
-    specification = importlib.util.spec_from_file_location(f"site_{name}", ROOT / "docs" / "site" / f"{name}.py")
+    specification = importlib.util.spec_from_file_location(f"site_{name}", FOLDER / f"{name}.py")
     assert specification and specification.loader
     module = importlib.util.module_from_spec(specification)
     sys.modules[specification.name] = module
@@ -25,7 +26,11 @@ def script(name: str) -> Any:
     return module
 
 
-site = script("build")
+sys.path.insert(0, str(FOLDER))  # the scripts import each other
+import site_pages  # noqa: E402
+import site_reference  # noqa: E402
+
+build = script("build")
 PLACES = {
     "README.md": "index.md",
     "docs/serving.md": "serving.md",
@@ -53,19 +58,19 @@ PLACES = {
 )  # fmt: skip
 def test_links_fit_their_new_place(page: str, there: str, here: str | None) -> None:
     copied: list[str] = []
-    assert site.relinked(there, page, PLACES, copied.append) == (there if here is None else here)
+    assert site_pages.relinked(there, page, PLACES, copied.append) == (there if here is None else here)
     assert copied == (["benchmarks/harness.py"] if "harness.py" in there else [])
 
 
 def test_what_lies_beside_a_page_is_left_as_it_is() -> None:
     text = "![x](01_1.png) [n](01.ipynb)"
-    assert site.relinked(text, "tutorials/01.ipynb", PLACES, print, beside=["01_1.png", "01.ipynb"]) == text
+    assert site_pages.relinked(text, "tutorials/01.ipynb", PLACES, print, beside=["01_1.png", "01.ipynb"]) == text
 
 
 @pytest.mark.parametrize("target", ["docs/none.md", "../outside.md", "results"])
 def test_a_link_that_leads_nowhere_is_refused(target: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"README\.md links to"):
-        site.relinked(f"[a]({target})", "README.md", PLACES, print)
+        site_pages.relinked(f"[a]({target})", "README.md", PLACES, print)
 
 
 # --- tutorials ----------------------------------------------------------------------------------------------
@@ -83,8 +88,8 @@ def test_a_notebook_becomes_a_page_with_its_outputs(tmp_path: Path) -> None:
     ]
     path = tmp_path / "08_new.ipynb"
     path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
-    text, pictures = site.tutorial(path)
-    assert pictures == {"08_new_1.png": b"hi"} and site.title_of(text) == "A title"
+    text, pictures = site_pages.tutorial(path)
+    assert pictures == {"08_new_1.png": b"hi"} and site_pages.title_of(text) == "A title"
     order = ["# A title", "[08_new.ipynb](08_new.ipynb)", "Words.", "```python\nprint(1)\n2\n```"]
     order += ["one\ntwo\n```", "(08_new_1.png)", "<b>bold</b>"]
     found = [text.index(one) for one in order]
@@ -96,7 +101,7 @@ def test_an_output_that_no_page_can_show_is_refused(tmp_path: Path) -> None:
     cells = [{"cell_type": "code", "source": ["1"], "outputs": outputs}]
     (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
     with pytest.raises(ValueError, match="application/x"):
-        site.tutorial(tmp_path / "a.ipynb")
+        site_pages.tutorial(tmp_path / "a.ipynb")
 
 
 # --- the whole ----------------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ def test_an_output_that_no_page_can_show_is_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     pages = tmp_path_factory.mktemp("pages")
-    return pages, site.stage(pages)
+    return pages, build.stage(pages)
 
 
 def places_of(menu: Any) -> Iterator[str]:
@@ -149,28 +154,35 @@ def rooms_with_names() -> dict[str, list[str]]:
     return found
 
 
-ENTRIES = {(module, name) for room in site.ROOMS for module, names in site.own(room).items() for name in names}
+ENTRIES = {
+    (module, name)
+    for room in site_reference.ROOMS
+    for module, names in site_reference.own(room).items()
+    for name in names
+}
 
 
 def test_every_public_name_has_one_entry() -> None:
     public = rooms_with_names()
-    assert {module.partition(".")[2] for module in public} - {""} <= set(site.ROOMS)
+    assert {module.partition(".")[2] for module in public} - {""} <= set(site_reference.ROOMS)
     for module, names in public.items():
         for name in names:
-            entry = (site.home(module, name), name)
+            entry = (site_reference.home(module, name), name)
             assert entry in ENTRIES and "._" not in entry[0], f"{module}.{name} has no entry in the reference"
             assert getattr(import_module(entry[0]), name) is getattr(import_module(module), name)
     pages = [
-        place for room in site.ROOMS for place in [site.page_of(room)] * sum(map(len, site.own(room).values()))
+        place
+        for room in site_reference.ROOMS
+        for place in [site_reference.page_of(room)] * sum(map(len, site_reference.own(room).values()))
     ]
     assert len(pages) == len(ENTRIES), "a name has entries on two pages"
 
 
 def test_every_entry_is_on_its_page(staged: tuple[Path, list[Any]]) -> None:
     pages, _ = staged
-    for room in site.ROOMS:
-        text = (pages / site.page_of(room)).read_text(encoding="utf-8")
-        for module, names in site.own(room).items():
+    for room in site_reference.ROOMS:
+        text = (pages / site_reference.page_of(room)).read_text(encoding="utf-8")
+        for module, names in site_reference.own(room).items():
             assert f"::: {module}" in text
             for name in names:
                 assert re.search(rf'"{name}"|`{name}`|\.{name}$', text, re.MULTILINE), (room, name)
@@ -179,15 +191,15 @@ def test_every_entry_is_on_its_page(staged: tuple[Path, list[Any]]) -> None:
 
 
 def test_what_pages_and_tutorials_import_has_an_entry() -> None:
-    found = site.imported()
+    found = site_reference.imported()
     assert ("subspace_lab.das.sweeps", "sweep") in found and len(found) > 30
     assert ("subspace_lab.model.merging", "merge") in found  # by docs/serving.md, from a module without `__all__`
     assert set(found) <= ENTRIES
 
 
 def test_what_is_left_out_of_the_reference_is_there() -> None:
-    parts = [f"subspace_lab.{room}.{part}" for room, names in site.ROOMS.items() for part in names]
-    assert {name for part in parts for name in site.defined(part)} >= site.INTERNAL
+    parts = [f"subspace_lab.{room}.{part}" for room, names in site_reference.ROOMS.items() for part in names]
+    assert {name for part in parts for name in site_reference.defined(part)} >= site_reference.INTERNAL
 
 
 def test_docstrings_are_prepared() -> None:
@@ -198,3 +210,22 @@ def test_docstrings_are_prepared() -> None:
         "What.\n\n```pycon\n>>> a\nb\n```\n\nArgs:\n    a: one\n        more.\n"
         "    b: one\n        more.\n    c: two.\n\nRaises:\n    A, B: three.\n"
     )
+
+
+# --- command line -------------------------------------------------------------------------------------------
+
+
+def test_every_command_and_option_is_on_the_page_of_the_terminal() -> None:
+    from subspace_lab.cli import app
+
+    text = site_reference.commands()
+    sections = dict(
+        zip(*[iter(re.split(r"^## subspace-lab (\w+)$", text, flags=re.MULTILINE)[1:])] * 2, strict=True)
+    )
+    assert set(sections) == {command.name for command in app.registered_commands}
+    assert "| `--twins` | `19` | How many randomly" in sections["check"]
+    assert "| `--out` | required | " in sections["merge"] and "| `ADAPTER` | required | " in sections["merge"]
+    assert "| `--bias`, `--no-bias` | `--bias` | " in sections["finetune"]
+    assert "| `--seed` | `0` | " in sections["finetune"] and "| `--suggest` |  | " in sections["finetune"]
+    for section in sections.values():
+        assert section.count("\n| `") >= 2
