@@ -35,7 +35,7 @@ def step_of(case: str, quick: bool, device: str, seed: int) -> Callable[[], obje
     if case == "das_step":
         from das_speed import Case
 
-        args = Namespace(device=device, seed=seed, rank=64, batch=16, sequence=64, pairs=64)
+        args = Namespace(device=device, seed=seed, rank=64, batch=16, sequence=64, pairs=16 if quick else 64)
         found = Case("width256" if quick else "gpt2", 6, args)
         return found.step_of(*found.ours())
     if case == "sweep":
@@ -148,7 +148,7 @@ def main() -> None:
         return
     from harness import figure, options, report
 
-    parser = options(__doc__, "Small models, 5 rounds.")
+    parser = options(__doc__, "Small models, 3 rounds.")
     parser.add_argument(
         "--other", type=Path, default=HERE, help="the root of the other checkout; this one by default"
     )
@@ -158,7 +158,7 @@ def main() -> None:
     if not (args.other / "subspace_lab").is_dir():
         parser.error("--other names the root of another checkout, with a folder subspace_lab in it")
     given = ["quick" if args.quick else "whole", args.device, str(args.seed)]
-    rounds = 5 if args.quick else args.rounds
+    rounds = 3 if args.quick else args.rounds
     results = {}
     for case in args.cases.split(","):
         workers = [Worker(checkout.resolve(), case, given) for checkout in (HERE, args.other)]

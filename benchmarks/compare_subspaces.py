@@ -115,8 +115,10 @@ def retrained(seed: int, args: Namespace) -> Any:
     """The shipped decoder trained anew from another seed, once, in the user's cache folder."""
     from transformers import AutoModelForCausalLM
 
-    if args.quick:  # a training takes 20 minutes
-        return shipped(args.device)[1]
+    if args.quick:  # a training takes 20 minutes: the shipped one again, with weights that are a little larger
+        model = shipped(args.device)[1]
+        model.get_input_embeddings().weight.data.mul_(1.001)
+        return model
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = cache / "subspace_lab" / f"tiny_decoder_seed_{seed}"
     if not (folder / "training.json").is_file():  # written last

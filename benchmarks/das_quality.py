@@ -13,9 +13,10 @@
     smollm2     `das_smollm2.py`, agreement: DAS of rank 1 at the site below the last layer that dev chooses
 
 Sites and learning rates are chosen on dev pairs; what is reported is of test pairs. With --json, the figures of the
-parts that ran replace those in the file, and the others stay. One thread; --quick asks only whether it runs.
-The last three parts are scripts of their own: with --take-over their figures are those of benchmarks/results, measured
-by these scripts, and the file says so; without, they are measured here.
+parts that ran replace those in the file, and the others stay. One thread.
+The last three parts are scripts of their own, and have quick runs of their own: --quick alone leaves them out. With
+--take-over their figures are those of benchmarks/results, measured by these scripts, and the file says so; without,
+they are measured here.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def say(text: str) -> None:
 
 def planted(args: argparse.Namespace) -> tuple[Figures, dict[str, Any]]:
     """The angle between what is found and what was planted, and the argmax of whole maps."""
-    searched = TrainingConfig(steps=300, learning_rate=0.05, batch_size=256)
-    mapped = TrainingConfig(steps=60, learning_rate=0.05, batch_size=32)
+    searched = TrainingConfig(steps=50 if args.quick else 300, learning_rate=0.05, batch_size=256)
+    mapped = TrainingConfig(steps=20 if args.quick else 60, learning_rate=0.05, batch_size=32)
     angles, seconds, found, highest, elsewhere = [], [], [], [], []
     for seed in args.seed + torch.arange(2 if args.quick else 10):
         made, start = plants.planted_regression(int(seed)), time.process_time()
@@ -142,7 +143,7 @@ def planted(args: argparse.Namespace) -> tuple[Figures, dict[str, Any]]:
 
 def compiled(args: argparse.Namespace) -> tuple[Figures, dict[str, Any]]:
     """Whether dev's choice holds the variable by the schematic, and what is reached where nothing holds it."""
-    config = TrainingConfig(steps=100, learning_rate=0.05, batch_size=32)
+    config = TrainingConfig(steps=20 if args.quick else 100, learning_rate=0.05, batch_size=32)
     methods = [DAS([1, 4])]
     right, at_site, above, seconds = [], [], [], []
     for program in PROGRAMS[:2] if args.quick else PROGRAMS:
@@ -446,13 +447,13 @@ def merged(
 
 
 def main() -> None:
-    parser = options(__doc__, "Few seeds and steps.", "the first of the seeds")
+    parser = options(__doc__, "Four parts, with few seeds and steps.", "the first of the seeds")
     parser.add_argument(
         "--take-over", action="store_true", help="of isolation and screen: the figures in benchmarks/results"
     )
-    parser.add_argument("--part", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--part", help=f"some of {','.join(PARTS)}; all by default, with --quick the first four")
     args = parser.parse_args()
-    parts = args.part.split(",")
+    parts = args.part.split(",") if args.part else list(PARTS)[: 4 if args.quick else None]
     if unknown := [name for name in parts if name not in PARTS]:
         parser.error(f"--part: unknown {unknown}; possible are {list(PARTS)}, with commas between them")
     if args.device == "cpu":

@@ -28,15 +28,15 @@ from subspace_lab.model.backbone import Backbone
 from subspace_lab.tasks.distributive_law import AND_OR, AND_OR_AND, WIDTH, rivals, sample, train_network
 from subspace_lab.tasks.hierarchical_equality import LAYERS, SEARCH_TRAINING, EqualityMLP, calibrated, hidden
 
-parser = options(__doc__, "2 networks, 60 steps a search.", "of the first network; the others follow")
+parser = options(__doc__, "One network, 40 steps a search.", "of the first network; the others follow")
 parser.add_argument("--networks", type=int, default=10)
 args = parser.parse_args()
 torch.set_num_threads(1)
 started = time.perf_counter()
 
 RANK, TEST, UNTRAINED = WIDTH // 2, 4096, 3
-seeds = range(args.seed, args.seed + (2 if args.quick else args.networks))
-config = replace(SEARCH_TRAINING, steps=60 if args.quick else 200)
+seeds = range(args.seed, args.seed + (1 if args.quick else args.networks))
+config = replace(SEARCH_TRAINING, steps=40 if args.quick else 200)
 figures: dict[str, list[float]] = {}
 
 

@@ -237,7 +237,7 @@ def scored(truth: Truth, alignment: Alignment, split: str) -> Estimate:
 def told(
     truth: Truth, found: Alignment, label: str, dev: Estimate, test: Estimate, floor: float, twin: float | None
 ) -> dict[str, Any]:
-    site, basis = found.site(), found.subspace().basis().double()
+    site, basis = found.site(), found.subspace().basis().double().cpu()
     one: dict[str, Any] = {
         "method": label,
         "site": str(site),

@@ -35,7 +35,9 @@ from subspace_lab.tasks.hierarchical_equality import (
     train_network,
 )
 
-parser = options(__doc__, "2 networks, 100 steps a search.", "of the first network; the others follow")
+parser = options(
+    __doc__, "One network of each kind, 50 steps a search.", "of the first network; the others follow"
+)
 parser.add_argument("--networks", type=int, default=5)
 args = parser.parse_args()
 torch.set_num_threads(1)
@@ -43,8 +45,8 @@ started = time.perf_counter()
 
 RANK, HELD_OUT, HELD_OUT_SEED, DEV_SEED = 8, 4096, 1_000_000, 2_000_000
 METHODS = [DAS(RANK), RandomSubspace(RANK)]
-seeds = range(args.seed, args.seed + (2 if args.quick else args.networks))
-config = replace(SEARCH_TRAINING, steps=100) if args.quick else SEARCH_TRAINING
+seeds = range(args.seed, args.seed + (1 if args.quick else args.networks))
+config = replace(SEARCH_TRAINING, steps=50) if args.quick else SEARCH_TRAINING
 hypotheses = {"both equalities": BOTH_EQUALITIES, "left equality": LEFT_EQUALITY}
 
 # The networks.

@@ -195,7 +195,9 @@ def written(column: str, row: Row) -> str:
 
 def parser() -> argparse.ArgumentParser:
     it = options(
-        __doc__, "A few steps of everything that is installed.", "added to all seeds, those of recipes too"
+        __doc__,
+        "A few steps of two methods and LoRA in each part; --methods names others.",
+        "added to all seeds, those of recipes too",
     )
     it.add_argument("--part", choices=("minilm", "stories", "smollm2", "recipes", "all"), default="all")
     it.add_argument("--assets", type=Path, default=ASSETS, help="the folder with models/ and data/")
@@ -268,7 +270,12 @@ def main() -> None:
     known = dict.fromkeys(name for of in parts.values() for name in of)
     if unknown := [name for name in args.methods or () if name not in known]:
         raise SystemExit(f"--methods: unknown {unknown}; possible are {list(known)}")
-    chosen = {part: [name for name in of if name in (args.methods or of)] for part, of in parts.items()}
+    few = {
+        part: [*[name for name in of if "LoReFT" in name and "pyreft" not in name][:2], "LoRA"]
+        for part, of in parts.items()
+    }
+    asked = {part: args.methods or (few[part] if args.quick else of) for part, of in parts.items()}
+    chosen = {part: [name for name in of if name in asked[part]] for part, of in parts.items()}
     if not args.kept:
         chosen = {part: possible(part, names, args.quick) for part, names in chosen.items()}
     kept = Kept(None if args.json is None else args.json.with_suffix(".partial.jsonl"), args.device, args.kept)

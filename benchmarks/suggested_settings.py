@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -32,6 +32,7 @@ from harness import ASSETS, clock, options, write
 
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft import ReftConfig, suggest, tokenise
+from subspace_lab.reft.suggesting import RATES
 
 SEEDS, STEPS, BATCH, ROWS = 3, 15, 8, 80
 T95 = {2: 12.706, 3: 4.303, 4: 3.182}  # of Student's t, by the number of tasks
@@ -62,7 +63,9 @@ TASKS: Mapping[str, tuple[Callable[[Path, str], Any], Callable[[Path], Rows]]] =
 }
 
 
-def measured(task: str, seed: int, assets: Path, device: str, steps: int, rows: int) -> dict[str, Any]:
+def measured(
+    task: str, seed: int, assets: Path, device: str, steps: int, rows: int, rates: Sequence[float]
+) -> dict[str, Any]:
     """The settings with their share of the gain, for one task and seed."""
     load, rows_of = TASKS[task]
     start = clock(device)
@@ -71,6 +74,7 @@ def measured(task: str, seed: int, assets: Path, device: str, steps: int, rows: 
         rows_of(assets)[:rows],
         replace(ReftConfig(), seed=seed),
         training=TrainingConfig(steps=steps, batch_size=BATCH, seed=seed),
+        learning_rates=rates,
         quiet=True,
     )
     lowest = found.trials[0].loss.value
@@ -127,20 +131,23 @@ def role(setting: str) -> str:
 
 
 def main() -> None:
-    parser = options(__doc__, "One seed, four steps, 40 rows.", "the first of the three seeds")
+    parser = options(
+        __doc__, "One seed, one step at one rate, few rows, names and stories.", "the first of the three seeds"
+    )
     parser.add_argument("--assets", type=Path, default=ASSETS, help="the folder with models/ and data/")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="all by default")
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if given.device == "cpu":
         torch.set_num_threads(1)
     seeds = [given.seed + i for i in range(1 if given.quick else SEEDS)]
-    steps, rows = (4, 40) if given.quick else (STEPS, ROWS)
+    steps, rows, rates = (1, 16, RATES[:1]) if given.quick else (STEPS, ROWS, RATES)
+    tasks = given.tasks or (["names", "stories"] if given.quick else list(TASKS))
     runs = []
-    for task in given.tasks:
+    for task in tasks:
         for seed in seeds:
-            runs.append(measured(task, seed, given.assets, given.device, steps, rows))
+            runs.append(measured(task, seed, given.assets, given.device, steps, rows, rates))
             shown = [(one["setting"], round(one["share"], 2), one["tied"]) for one in runs[-1]["settings"]]
             print(task, seed, f"{runs[-1]['seconds']:.0f} s", *shown, sep="\n  ", flush=True)
     table = over_tasks(runs)
@@ -148,7 +155,7 @@ def main() -> None:
         tasks = "  ".join(f"{task} {share:.2f}" for task, share in row["share by task"].items())
         print(f"{row['share']:.2f}  tied {row['tied with the best']}/{row['runs']}  {row['setting']}: {tasks}")
     if given.json is not None:
-        settings = {"steps": steps, "batch": BATCH, "rows": rows, "seeds": seeds, "tasks": given.tasks}
+        settings = {"steps": steps, "batch": BATCH, "rows": rows, "seeds": seeds, "tasks": tasks}
         more = {"table": table, "runs": runs}
         write(given.json, "suggested_settings", settings, {}, given.device, more)
 

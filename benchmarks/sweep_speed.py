@@ -65,7 +65,7 @@ def ours(
 
 
 def main() -> None:
-    parser = options(__doc__, "A width of 256, few pairs, two layers.")
+    parser = options(__doc__, "A width of 256, few short pairs, two layers.")
     parser.add_argument("--pairs", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rank", type=int, default=64)
@@ -77,7 +77,7 @@ def main() -> None:
     if args.device == "cpu":
         torch.set_num_threads(1)
     if args.quick:
-        args.pairs, args.epochs, args.rounds = 32, 1, 1
+        args.pairs, args.epochs, args.rounds, args.sequence = 32, 1, 1, 16
     shape = "width256" if args.quick else "llama7b" if args.device.startswith("cuda") else "gpt2"
     case = Case(shape, 0, args)
     depth = case.model.config.num_hidden_layers
@@ -93,7 +93,7 @@ def main() -> None:
     wait(args.device)
     whole = clock(args.device) - start
     # With as many blocks above them, in the mean, as all the layers that are swept.
-    measured = sorted({0, (depth - 1) // 2, depth // 2, depth - 1})
+    measured = layers if args.quick else sorted({0, (depth - 1) // 2, depth // 2, depth - 1})
     contenders, loss_gaps, gradient_gaps = {}, [], []
     for layer in measured:
         case.layer, case.site = layer, Site("block_output", layer, "last")
