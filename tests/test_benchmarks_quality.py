@@ -255,6 +255,23 @@ def test_pyreft_edits_where_ours_does():
     assert (states[0] - plain)[real].norm() > 0.1 * plain[real].norm()
 
 
+def test_a_quick_run_leaves_out_what_is_not_installed_and_any_other_ends(monkeypatch, capsys):
+    import reft_quality
+
+    missing = ["pyreft", "bitsandbytes"]
+    monkeypatch.setattr(reft_quality, "find_spec", lambda name: None if name in missing else name)
+    names = ["LoReFT", "LoReFT, pyreft", "LoRA", "LoRA, base in nf4"]
+    assert reft_quality.possible("stories", names, True) == ["LoReFT", "LoRA"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "left out of stories, LoReFT, pyreft: pip install --no-deps pyreft==0.1.0"
+    assert lines[1] == "left out of stories, LoRA, base in nf4: pip install --no-deps bitsandbytes"
+    with pytest.raises(SystemExit, match="Not installed for stories, LoReFT, pyreft: pip install"):
+        reft_quality.possible("stories", names, False)
+    assert reft_quality.possible("minilm", ["LoRA"], False) == ["LoRA"]
+    missing.append(reft_quality.minilm.PACKAGE)
+    assert reft_quality.possible("minilm", ["LoRA"], True) == []
+
+
 def test_batches_of_a_seed_are_the_same_and_epochs_whole():
     from quality_runs import batches_by_length
 
