@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
+import typer
 
+import subspace_lab as lab
 from subspace_lab.analysis.verdicts import CONCLUSIONS
+from subspace_lab.cli import app
+from subspace_lab.das import load_pairs
+from subspace_lab.engine import FrozenPast
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = "docs/errors.md"
@@ -104,3 +110,23 @@ def test_what_the_package_does_not_say_is_noticed() -> None:
     assert not occurs("ValueError", "No token tells … whatever")
     assert not occurs("TypeError", "A memory budget of")
     assert not occurs("ValueError", "budget of")
+
+
+def spans() -> list[str]:
+    """The code spans of the page."""
+    prose = re.sub(r"^```.*?^```", "", (ROOT / PAGE).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", prose)
+
+
+def test_the_arguments_and_options_in_the_advice_exist() -> None:
+    functions = (lab.Batch, lab.Pairs.split, lab.ReftConfig, lab.Site, lab.check, lab.finetune, lab.forward)
+    functions += (lab.from_texts, lab.sweep, FrozenPast, load_pairs)
+    known = {name for function in functions for name in inspect.signature(function).parameters}
+    of_transformers = {"device", "device_map"}
+    used = {name for span in spans() for name in re.findall(r"(\w+)=(?!=)", span)}
+    assert len(used) > 12 and used <= known | of_transformers, used - known
+
+    options = {option for command in typer.main.get_command(app).commands.values() for p in command.params
+               for option in p.opts}  # fmt: skip
+    asked = {option for span in spans() for option in re.findall(r"--[\w-]+", span)}
+    assert len(asked) >= 4 and asked <= options, asked - options
