@@ -223,10 +223,15 @@ def adapter_sites(config: ReftConfig, backbone: Backbone) -> list[Site]:
     chosen = [layer % depth for layer in layers]
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"layers={config.layers} name one of the model's {depth} layers twice.")
-    sites = [Site(config.component, layer, group) for layer in chosen for group in config.groups()]
-    width = backbone.width(sites[0])
-    if config.rank > width:
-        raise ValueError(f"rank={config.rank} at {sites[0]}, which has width {width}.")
+    heads = [of for _, of in config.heads] or [None] * len(chosen)  # type: ignore[misc]
+    sites = [
+        Site(config.component, layer, group, of)
+        for layer, of in zip(chosen, heads, strict=True)
+        for group in config.groups()
+    ]
+    narrow = min(sites, key=backbone.width)
+    if config.rank > backbone.width(narrow):
+        raise ValueError(f"rank={config.rank} at {narrow}, which has width {backbone.width(narrow)}.")
     return sites
 
 

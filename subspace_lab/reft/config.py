@@ -16,7 +16,7 @@ from subspace_lab.core.arguments import instance, whole_number
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.parts import PartedSubspace, spans
 from subspace_lab.core.positions import normalise, select
-from subspace_lab.core.sites import COMPONENTS
+from subspace_lab.core.sites import COMPONENTS, Site
 from subspace_lab.core.subspaces import FixedSubspace, LearnedSubspace, Part, Subspace, random_subspace
 from subspace_lab.core.values import ACTIVATIONS, ByPart
 
@@ -46,6 +46,8 @@ class ReftConfig:
         tied: which positions of a layer share one intervention: "all"; "group", one for the prefix and one for the
             suffix (the paper's code calls this untied); "position", one for each position (as in the paper's text).
         component: where in the block, "block_output" in the paper.
+        heads: {layer: its heads} or pairs, to edit single heads of a component that has heads, such as "head_output".
+            The layers are then those of the heads.
         basis: "learned"; or "fixed": the subspace does not change during training, and only what is written into it
             is learned.
         parts: {name: number of basis vectors} or pairs, to split one basis into subspaces that can be trained and
@@ -77,6 +79,7 @@ class ReftConfig:
     seed: int = 0
     every_token: bool = False
     bias: bool = True
+    heads: Mapping[int, Sequence[int]] | Sequence[Sequence[Any]] = ()
 
     def __post_init__(self) -> None:
         known = {m.lower(): m for m in METHODS}
@@ -97,6 +100,7 @@ class ReftConfig:
             raise ValueError(f"dropout={self.dropout!r}; possible is 0 ≤ p < 1.")
         if str(self.component).rpartition(".")[2] not in COMPONENTS:
             raise ValueError(f"component={self.component!r}; possible are {', '.join(COMPONENTS)}.")
+        self._check_heads()
         if self.activation not in list(ACTIVATIONS) or (self.activation != "linear" and self.method not in MAPPED):
             raise ValueError(
                 f"activation={self.activation!r} of {self.method}; possible are {sorted(ACTIVATIONS)}, "
@@ -132,12 +136,19 @@ class ReftConfig:
             raise ValueError(f"positions={self.positions!r} contain no position of any prompt.")
         self.groups()  # raises if the positions cannot be split
 
+    def _check_heads(self) -> None:
+        pairs = _pairs(self.heads, "heads", "layer: its heads")
+        sites = [Site(self.component, layer, self.positions, of) for layer, of in pairs]  # raises for wrong heads
+        _set(self, "heads", tuple((site.layer, site.heads) for site in sites))
+        if not sites:
+            return
+        chosen = _layers([site.layer for site in sites])
+        if self.layers not in ("all", chosen):
+            raise ValueError(f"layers={self.layers}, but heads={self.heads} have others: leave out layers.")
+        _set(self, "layers", chosen)
+
     def _check_parts(self) -> None:
-        pairs = list(self.parts.items()) if isinstance(self.parts, Mapping) else self.parts
-        if not isinstance(pairs, Sequence) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-            raise TypeError(
-                f"parts={self.parts!r}; needed are {{name: number of basis vectors}} or pairs of these."
-            )
+        pairs = _pairs(self.parts, "parts", "name: number of basis vectors")
         _set(self, "parts", tuple((str(name), _size(size, name)) for name, size in pairs))
         if not self.parts:
             return
@@ -259,6 +270,13 @@ def _layers(layers: Any) -> tuple[int, ...]:
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"layers={layers!r}; possible are 'all' or distinct integers.")
     return chosen
+
+
+def _pairs(given: Any, name: str, what: str) -> Sequence[tuple[Any, Any]]:
+    pairs = list(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, Sequence) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        raise TypeError(f"{name}={given!r}; needed are {{{what}}} or pairs of these.")
+    return [(one, other) for one, other in pairs]
 
 
 def _size(size: Any, part: Any) -> int:

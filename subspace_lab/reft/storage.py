@@ -36,7 +36,7 @@ EXTRA = "_extra_state"  # PyTorch's name
 FORMAT = 1
 # Fields that earlier versions did not have, and the values that these versions used. With these values the fields are
 # left out of the digest, so that it equals that of the earlier versions.
-LATER = {"every_token": False, "bias": True}
+LATER = {"every_token": False, "bias": True, "heads": ()}
 
 CARD = """---
 base_model: {base}
