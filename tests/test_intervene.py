@@ -5,6 +5,7 @@ The oracle is `families.hooked`: plain torch hooks at places written down by han
 
 import contextlib
 import copy
+import itertools
 
 import families
 import pytest
@@ -801,6 +802,20 @@ def test_a_plain_modules_stream_has_positions_by_path():
         torch.testing.assert_close(written, model[2](expected))
     with pytest.raises(IndexError, match="5"):
         collect(door, steps, [Site("1.output", positions="7")])
+
+
+@torch.no_grad()
+def test_modules_that_end_together_are_read_from_the_inside():
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 5), nn.Tanh())), nn.Linear(5, 2)
+    )
+    door, given = Backbone(model.double()), torch.randn(6, 3, dtype=torch.float64)
+    inner, middle, outer = (Site(f"{path}.output") for path in ("0.1.1", "0.1", "0"))
+    for sites in itertools.permutations((inner, middle, outer)):
+        found = collect(door, given, sites)
+        assert all(torch.equal(found[site], model[0](given)) for site in sites)
+    shift = {site: (lambda h, by=by: h + by) for site, by in ((outer, 1.0), (inner, 2.0), (middle, 4.0))}
+    torch.testing.assert_close(forward(door, given, shift), model[1](model[0](given) + 7))
 
 
 class Pooled(nn.Module):

@@ -143,8 +143,8 @@ class Anatomy:
         if site.heads is not None:
             columns, width = self._heads(site, component, stack, path, columns, width)
         order = (self.position[block], COMPONENTS.index(component))
-        if component == "block_output":  # after every site that is named by a path inside of the block
-            order = (self._end(block), len(COMPONENTS) + 1)
+        if component == "block_output":
+            order = self._after(block)
         return HookPoint(path, side, None if columns is None else tuple(columns), width, order, stack)
 
     def head_count(self, site: Site) -> int:
@@ -212,16 +212,17 @@ class Anatomy:
         if path not in self.modules:
             near = sorted(p for p in self.modules if p and p.count(".") <= path.count("."))[:12]
             raise ValueError(f"{site}: the model has no submodule {path!r}; it has {near} and more.")
-        # A module's output comes after everything registered inside of it.
-        order = (self.position[path], -1) if side == "input" else (self._end(path), len(COMPONENTS))
+        order = (self.position[path], -1) if side == "input" else self._after(path)
         sizes = _sizes(self.modules[path])
         width = None if sizes is None else sizes[side == "output"]
         stack = next((s for s in self.stacks if s and f".{s}." in f".{path}."), "")
         return HookPoint(path, side, None, width, order, stack)
 
-    def _end(self, path: str) -> int:
-        """The index of the last module that is registered inside of a module."""
-        return max(i for p, i in self.position.items() if not path or p == path or p.startswith(f"{path}."))
+    def _after(self, path: str) -> tuple[int, ...]:
+        """The order of a module's output: after everything registered inside of it, and of two that end together, the
+        inner one is first."""
+        inside = [i for p, i in self.position.items() if not path or p == path or p.startswith(f"{path}.")]
+        return (max(inside), len(COMPONENTS), -self.position[path])
 
     def _part(
         self, block: str, component: str, site: Site
