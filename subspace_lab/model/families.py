@@ -142,7 +142,7 @@ class Anatomy:
             raise ValueError(f"{site}: the configuration of this stack is not known here; name whole projections.")
         if site.heads is not None:
             columns, width = self._heads(site, component, stack, path, columns, width)
-        order = (self.position[block], COMPONENTS.index(component))
+        order: tuple[int, ...] = (self.position[block], COMPONENTS.index(component))
         if component == "block_output":
             order = self._after(block)
         return HookPoint(path, side, None if columns is None else tuple(columns), width, order, stack)
