@@ -9,6 +9,8 @@ import itertools
 import json
 import platform
 import re
+import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -424,6 +426,18 @@ class TestStored:
         }
         assert not any(cell.metadata for cell in notebook.cells)
         assert path.stat().st_size < KILOBYTES * 1000
+
+    def test_the_extra_installs_what_it_imports(self, path):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        extra = project["optional-dependencies"]["tutorials"]
+        there = {re.split(r"[^\w-]", line)[0] for line in [*project["dependencies"], *extra]}
+        assert "ipykernel" in there  # which brings IPython
+        trees = [ast.parse(cell.source) for cell in code_cells(load(path))]
+        nodes = [node for tree in trees for node in ast.walk(tree)]
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+        roots = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+        assert roots - {"subspace_lab", "IPython"} <= there
 
     def test_its_cells_are_short_named_and_explained(self, path):
         cells = load(path).cells
