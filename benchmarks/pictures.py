@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
+DEFAULT = "LoReFT rank 4, all layers, f3+l3"
 KEYWORD = "results"  # of the text in a PNG file
 EDIT, WEIGHTS, PROMPT, CONTROL = "C0", "C1", "C2", "0.6"
 
@@ -235,6 +236,26 @@ def quality(figure: Figure) -> None:
     figure.legend(handles=handles, frameon=False, ncols=len(kinds), loc="outside upper center")
 
 
+def suggested(figure: Figure) -> None:
+    axes = figure.subplots()
+    table = loaded("suggested_settings")["table"]
+    tasks = list(table[0]["share by task"])
+    for i, row in enumerate(table):
+        for k, task in enumerate(tasks):
+            axes.plot(row["share by task"][task], i, "os^"[k], color=f"C{k}", label=None if i else task, ms=5)
+        axes.plot(row["share"], i, "|", color="0.2", ms=14, mew=2, label=None if i else "mean")
+    axes.set_yticks(range(len(table)), [row["setting"] for row in table])
+    axes.get_yticklabels()[[row["setting"] for row in table].index(DEFAULT)].set_fontweight("bold")
+    axes.set_ylim(len(table) - 0.5, -0.5)
+    axes.set_xlabel(
+        "share of the gain (1: the lowest held-out loss of all settings); the default is bold", loc="right"
+    )
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(frameon=False, fontsize=9, ncols=len(tasks) + 1, loc="outside upper right")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+
 def colour_of(method: str) -> str:
     if method.startswith("control") or method == "head only":
         return CONTROL
@@ -253,6 +274,7 @@ PICTURES: dict[str, tuple[tuple[str, ...], tuple[float, float], Callable[[Figure
     "screening": (("screening",), (8, 3.6), screening),
     "controls": (("controls",), (8, 3.4), controls),
     "reft_quality": (("reft_quality",), (11, 9.5), quality),
+    "suggested_settings": (("suggested_settings",), (8, 3.6), suggested),
 }
 
 

@@ -70,6 +70,7 @@ FIRST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("minilm, LoReFT, all tokens, test", "minilm, LoRA, test", "stories, name, LoReFT, test"),
         ("reft_quality.png", "memorisation.png"),
     ),
+    "suggested_settings": ((), ("suggested_settings.png",)),
     "emoji_chatbot": (("emoji_before, in emojis", "emoji_after, in emojis", "emoji_after, different"), ()),
     "robustness": ((), ()),
 }
