@@ -110,6 +110,7 @@ def test_adapters_that_do_not_merge_are_refused_in_one_line(tmp_path):
 def test_nothing_is_written_over(tmp_path):
     folder, base = adapter(tmp_path / "adapter"), tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(SHIPPED).save_pretrained(base)
+    refused("the tokenizer of this folder could not be loaded", folder, "--out", tmp_path / "no", "--model", base)
     AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(base)
     before = {path: path.read_bytes() for path in [*base.iterdir(), *folder.iterdir()]}
     refused("the adapter's own folder", folder, "--out", folder)

@@ -1,4 +1,4 @@
-"""What `finetune`, `suggest` and `keep_past` accept as rows, and what they say about others."""
+"""What `finetune`, `suggest`, `keep_past` and `generate` accept, and what they say about other input."""
 
 from __future__ import annotations
 
@@ -124,6 +124,10 @@ for name, call in {
     "suggest": lambda: suggest(fresh("llama"), 3),
     "training": lambda: suggest(fresh("llama"), [ROW], training={"steps": 2}),
     "rates": lambda: suggest(fresh("llama"), [ROW], learning_rates=1e-3),
+    "written from text": lambda: decoder().generate("hello"),
+    "written from rows": lambda: decoder().generate(input_ids=[[5, 6, 7]]),
+    "written from nothing": lambda: decoder().generate(max_new_tokens=2),
+    "lengths": lambda: decoder()(torch.tensor([[5, 6, 7]]), prompt_lengths=torch.tensor([1.5])),
     "parts": lambda: ReftConfig(parts=3),
     "parts of text": lambda: ReftConfig(parts="ab"),
     "modules": lambda: ReftConfig(modules_to_save=3),
@@ -149,6 +153,10 @@ SAID = {
     "suggest": "TypeError: The examples are of type int",
     "training": "TypeError: training is of type dict",
     "rates": "TypeError: learning_rates is of type float",
+    "written from text": "TypeError: input_ids is of type str",
+    "written from rows": "TypeError: input_ids is of type list",
+    "written from nothing": "ValueError: generate needs a prompt",
+    "lengths": "ValueError: Prompt lengths [1.5] for rows of [3] real tokens: each must be a whole number",
     "parts": "TypeError: parts=3",
     "parts of text": "TypeError: parts='ab'",
     "modules": "TypeError: modules_to_save=3",

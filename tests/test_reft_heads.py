@@ -9,7 +9,7 @@ from test_reft_trainer import answers
 
 from subspace_lab.core.sites import Site
 from subspace_lab.engine.training import TrainingConfig
-from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model
+from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model, suggest
 
 HEADS = {2: [1], 0: [3, 0]}
 WIDTH = 8  # of a head of the tests' Llama: 32 in 4 heads
@@ -48,6 +48,7 @@ def test_heads_are_saved_and_merged(tmp_path):
     model = trained()
     model.save_pretrained(tmp_path)
     again = ReftModel.from_pretrained(fresh("llama"), tmp_path)
+    assert "heads {2: (1,), 0: (3, 0)}" in (tmp_path / "README.md").read_text()
     assert again.adapter("default").config == model.adapter("default").config
     found = logits(model)
     assert torch.equal(logits(again), found)
@@ -73,6 +74,14 @@ def test_heads_are_saved_and_merged(tmp_path):
 def test_other_heads_are_refused(options, error, text):
     with pytest.raises(error, match=text):
         get_reft_model(fresh("llama"), ReftConfig(**{**OPTIONS, **options}))
+
+
+def test_a_suggestion_tells_them_apart():
+    settings = [ReftConfig(**OPTIONS, heads={1: [head]}) for head in (0, 3)]
+    config = TrainingConfig(steps=1, batch_size=4)
+    found = suggest(fresh("llama"), answers(8), settings=settings, training=config, quiet=True)
+    assert {"layer 1 heads 0" in str(t) for t in found.trials} == {True, False}
+    assert {"layer 1 heads 3" in str(t) for t in found.trials} == {True, False}
 
 
 def test_the_same_layers_may_be_named():

@@ -208,6 +208,7 @@ def test_nothing_to_train_is_said() -> None:
         ({"warmup": 1.0}, "warmup=1.0"),
         ({"warmup": -0.1}, "warmup=-0.1"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"weight_decay": math.inf}, "weight_decay=inf"),
         ({"max_gradient_norm": 0.0}, "max_gradient_norm=0.0"),
         ({"max_gradient_norm": -1.0}, "max_gradient_norm=-1.0"),
     ],

@@ -71,7 +71,7 @@ def load_tokenizer(source: Source) -> Any:
     """The tokenizer of a model."""
     from transformers import AutoTokenizer
 
-    with _loading(source):
+    with _loading(source, "the tokenizer of this folder"):
         return AutoTokenizer.from_pretrained(**source.arguments())
 
 
@@ -212,7 +212,7 @@ def _others(n: int) -> str:
 
 
 @contextmanager
-def _loading(source: Source) -> Iterator[None]:
+def _loading(source: Source, part: str = "the content of this folder") -> Iterator[None]:
     """Any exception inside the block becomes a ValueError with one sentence; transformers prints nothing."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from transformers.utils import logging
@@ -233,7 +233,7 @@ def _loading(source: Source) -> Iterator[None]:
             ) from None
         why = _reason(error)
         if source.local:
-            what = "this file" if source.gguf else "the content of this folder"
+            what = "this file" if source.gguf else part
             raise ValueError(f"--model {source.where}: {what} could not be loaded. {why}") from None
         offline = " (offline: HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else ""
         raise ValueError(
@@ -266,5 +266,7 @@ def _check_place(source: Source) -> None:
 def _reason(error: Exception) -> str:
     """The first line with text of an exception; with its type, if the text alone may not be clear."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if line.endswith(":"):  # what follows is a list
+        line = " ".join(str(error).split())
     clear = isinstance(error, OSError | ValueError | RuntimeError) and line
     return line if clear else f"{type(error).__name__}{f': {line}' if line else '.'}"

@@ -84,12 +84,11 @@ def prompt_columns(
     lengths = real.sum(1)
     if prompt_lengths is not None:
         prompt_lengths = prompt_lengths.to(lengths.device)
-        if prompt_lengths.shape != lengths.shape or bool(
-            ((prompt_lengths > lengths) | (prompt_lengths < 0)).any()
-        ):
+        odd = prompt_lengths.is_floating_point() or prompt_lengths.shape != lengths.shape
+        if odd or bool(((prompt_lengths > lengths) | (prompt_lengths < 0)).any()):
             raise ValueError(
                 f"Prompt lengths {prompt_lengths.tolist()[:8]} for rows of {lengths.tolist()[:8]} real tokens: "
-                "each must be 0 or more and at most the row's own number of tokens."
+                "each must be a whole number from 0 to the row's own number of tokens."
             )
         lengths = prompt_lengths
     return order, lengths

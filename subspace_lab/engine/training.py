@@ -51,7 +51,11 @@ class TrainingConfig:
             expect_number(name, getattr(self, name))
         if self.max_gradient_norm is not None:
             expect_number("max_gradient_norm", self.max_gradient_norm)
-        if not 0 < self.learning_rate < math.inf or not 0 <= self.warmup < 1 or not self.weight_decay >= 0:
+        if (
+            not 0 < self.learning_rate < math.inf
+            or not 0 <= self.warmup < 1
+            or not 0 <= self.weight_decay < math.inf
+        ):
             raise ValueError(
                 f"learning_rate={self.learning_rate}, warmup={self.warmup}, weight_decay={self.weight_decay}: "
                 "needed are > 0, 0 ≤ warmup < 1 and ≥ 0."

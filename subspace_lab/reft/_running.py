@@ -261,6 +261,10 @@ class Running(Wrapper):
             if given.get(main) is not None:
                 raise ValueError(f"inputs and {main} are the same argument; give one.")
             given[main] = inputs
+        for name, value in given.items():
+            instance(value, (Tensor, type(None)), name, "tokenizer(prompt, return_tensors='pt')['input_ids']")
+        if all(value is None for value in given.values()):
+            raise ValueError("generate needs a prompt: generate(**tokenizer(prompt, return_tensors='pt')).")
         if given["attention_mask"] is None and given["input_ids"] is not None:
             given["attention_mask"] = padding_mask(given["input_ids"], self.base_model, generation)
         batch = Batch({name: value for name, value in given.items() if value is not None})

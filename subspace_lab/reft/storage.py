@@ -49,7 +49,7 @@ tags:
 
 A representation-finetuning adapter for `{base}`, made with subspace_lab {version}.
 
-- method: {method}, rank {rank}, layers {layers}, positions `{positions}` (tied: {tied}), at `{component}`
+- method: {method}, rank {rank}, layers {layers}{heads}, positions `{positions}` (tied: {tied}), at `{component}`
 - parameters of its interventions: {parameters:,}
 
 ```python
@@ -81,6 +81,7 @@ def write_adapter(
     os.replace(folder / NEXT, folder / CONFIG)
     card = {
         **{k: facts[k] for k in ("method", "rank", "layers", "positions", "tied", "component")},
+        "heads": f", heads {dict(facts['heads'])}" if facts["heads"] else "",
         "base": facts["base_model_name_or_path"] or "unknown",
         "version": package_version(),
         "model": model,

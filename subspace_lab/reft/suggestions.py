@@ -49,6 +49,8 @@ class Trial:
     def __str__(self) -> str:
         config = self.config
         layers = "all layers" if config.layers == "all" else f"layer {', '.join(map(str, config.layers))}"
+        if config.heads:
+            layers = ", ".join(f"layer {i} heads {','.join(map(str, of))}" for i, of in config.heads)  # type: ignore[misc]
         place = layers if config.component == "block_output" else f"{config.component} of {layers}"
         rank = "" if config.method == "RED" else f" rank {config.rank}"
         return f"{config.method}{rank}, {place}, {'every token' if config.every_token else config.positions}"
