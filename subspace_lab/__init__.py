@@ -7,8 +7,9 @@ subspace_lab` is fast and does not import nnsight (which patches torch). There a
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from subspace_lab.core._doors import door
 
 if TYPE_CHECKING:
     from subspace_lab.analysis.checking import check
@@ -92,8 +93,6 @@ _ROOMS = {
     ),
     "analysis.twins": ("reinitialised",),
 }
-_HOME = {name: room for room, names in _ROOMS.items() for name in names}
-
 __all__ = [
     "DAS",
     "PCA",
@@ -136,14 +135,4 @@ __all__ = [
     "tokenise",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'subspace_lab' has no attribute {name!r}")
-    value = getattr(import_module(f"subspace_lab.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = door(__name__, _ROOMS)

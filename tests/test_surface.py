@@ -6,6 +6,8 @@ import ast
 import importlib
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,34 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding=
 def test_every_name_of_the_surface_is_there(name: str) -> None:
     assert getattr(subspace_lab, name).__name__ == name
     assert name in dir(subspace_lab)
+
+
+ROOMS = (
+    "core",
+    "model",
+    "engine",
+    "das",
+    "das.methods",
+    "das.loaders",
+    "reft",
+    "tasks",
+    "analysis",
+    "analysis.plots",
+)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_lists_its_names(room: str) -> None:
+    module = importlib.import_module(f"subspace_lab.{room}")
+    assert len(module.__all__) == len(set(module.__all__)) > 0
+    for name in module.__all__:
+        assert hasattr(module, name) and name in dir(module)
+
+
+def test_the_first_rooms_import_nothing_by_themselves() -> None:
+    code = "import sys, subspace_lab.core, subspace_lab.model; print({'torch', 'nnsight'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
