@@ -9,17 +9,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import beartype
 import hypothesis
 import numpy as np
 import pytest
 import torch
-from beartype import BeartypeConf, BeartypeHintOverrides, beartype
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,12 +32,11 @@ THREADS = 1
 
 # The hook takes the checker by name, hence a module for it. Numbers count as what they are used for: an int
 # where a float is asked for and numpy's scalars for Python's are no errors.
-_checker = ModuleType("subspace_lab_shape_checker")
-_checker.check = beartype(  # type: ignore[attr-defined]
-    conf=BeartypeConf(
-        hint_overrides=BeartypeHintOverrides(
-            {int: int | np.integer, float: float | int | np.floating | np.integer}
-        )
+_overrides: Any = beartype.BeartypeHintOverrides
+_checker: Any = ModuleType("subspace_lab_shape_checker")
+_checker.check = beartype.beartype(
+    conf=beartype.BeartypeConf(
+        hint_overrides=_overrides({int: int | np.integer, float: float | int | np.floating | np.integer})
     )
 )
 sys.modules[_checker.__name__] = _checker

@@ -5,10 +5,11 @@ down once more, so that the package's idea of a model is compared with another o
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import transformers
@@ -36,7 +37,7 @@ ENCODERS = ("bert", "roberta", "modernbert")
 TRANSFORMERS = (*DECODERS, *ENCODERS, "t5")
 NAMES = (*TRANSFORMERS, "mlp")
 
-_COMMON = dict(
+_COMMON: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
     hidden_size=WIDTH,
     intermediate_size=UNITS,
@@ -47,10 +48,10 @@ _COMMON = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
-_GROUPED = dict(_COMMON, num_key_value_heads=2)
-_WIDE_HEADS = dict(_GROUPED, head_dim=16)  # 4 heads of 16 in a stream of 32
-_LOCAL = dict(sliding_window=WINDOW)
-_LAYER_TYPES = dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+_GROUPED: dict[str, Any] = dict(_COMMON, num_key_value_heads=2)
+_WIDE_HEADS: dict[str, Any] = dict(_GROUPED, head_dim=16)  # 4 heads of 16 in a stream of 32
+_LOCAL: dict[str, Any] = dict(sliding_window=WINDOW)
+_LAYER_TYPES: dict[str, Any] = dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 
 
 def _config(name: str) -> transformers.PretrainedConfig:
@@ -96,7 +97,7 @@ def _config(name: str) -> transformers.PretrainedConfig:
         case "modernbert":
             return transformers.ModernBertConfig(**_COMMON, cls_token_id=1, sep_token_id=2, local_attention=WINDOW)
         case "t5":
-            return transformers.T5Config(
+            sizes: dict[str, Any] = dict(
                 vocab_size=VOCABULARY,
                 d_model=WIDTH,
                 d_kv=WIDTH // HEADS,
@@ -107,15 +108,16 @@ def _config(name: str) -> transformers.PretrainedConfig:
                 pad_token_id=0,
                 eos_token_id=2,
             )
+            return transformers.T5Config(**sizes)
     raise ValueError(f"No family {name!r}; possible are {NAMES}.")
 
 
-def fresh(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def fresh(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A new model in eval mode, always the same weights, of which no bias is 0 and no gain is 1."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
         if name == "mlp":
-            model: nn.Module = nn.Sequential(
+            model: Any = nn.Sequential(
                 OrderedDict(
                     first=nn.Linear(12, WIDTH),
                     bend=nn.Tanh(),
@@ -142,7 +144,7 @@ def fresh(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 @cache
-def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The same model for every test of the session: leave it as you found it, or take a `fresh` one."""
     return fresh(name, dtype)
 
@@ -157,7 +159,7 @@ def inputs(
     padding: str = "right",
     decoder_lengths: tuple[int, ...] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor] | Tensor:
+) -> Any:
     """Random tokens with their attention mask; for "mlp" one random tensor.
 
     Args:
@@ -223,7 +225,9 @@ def _interleaved(which: int) -> tuple[int, ...]:
     return tuple(torch.arange(3 * WIDTH).view(HEADS, 3, WIDTH // HEADS)[:, which].flatten().tolist())
 
 
-def _parts(block: str, q: str | Spot, k: str | Spot, v: str | Spot, attention: str, mlp: str) -> dict[str, Spot]:
+def _parts(block: str, qkv: Sequence[str | Spot], attention: str, mlp: str) -> dict[str, Spot]:
+    q, k, v = qkv
+
     def output(where: str | Spot) -> Spot:
         if isinstance(where, str):
             return Spot(f"{block}.{where}", "output")
@@ -253,36 +257,36 @@ def spots(name: str, layer: int) -> dict[str, Spot]:
     match name:
         case "mlp":
             return {
-                path: Spot(*path.split("."))
+                path: Spot(path.split(".")[0], path.split(".")[1])
                 for path in ("first.output", "bend.output", "second.input", "second.output", "head.input")
             }
         case "gpt2":
             fused = _fused("attn.c_attn", *thirds)
-            return _parts(f"transformer.h.{layer}", *fused, "attn.c_proj", "mlp.c_proj")
+            return _parts(f"transformer.h.{layer}", fused, "attn.c_proj", "mlp.c_proj")
         case "neox":
             fused = _fused("attention.query_key_value", *map(_interleaved, range(3)))
             block = f"gpt_neox.layers.{layer}"
-            return _parts(block, *fused, "attention.dense", "mlp.dense_4h_to_h")
+            return _parts(block, fused, "attention.dense", "mlp.dense_4h_to_h")
         case "phi":
-            return _parts(f"model.layers.{layer}", *apart, "self_attn.dense", "mlp.fc2")
+            return _parts(f"model.layers.{layer}", apart, "self_attn.dense", "mlp.fc2")
         case "phi3":  # 4 query heads, 2 heads of keys and of values
             fused = _fused("self_attn.qkv_proj", _columns(0, 32), _columns(32, 48), _columns(48, 64))
-            return _parts(f"model.layers.{layer}", *fused, "self_attn.o_proj", "mlp.down_proj")
+            return _parts(f"model.layers.{layer}", fused, "self_attn.o_proj", "mlp.down_proj")
         case "bert" | "roberta":
             separate = [f"attention.self.{part}" for part in ("query", "key", "value")]
             block = f"{name}.encoder.layer.{layer}"
-            return _parts(block, *separate, "attention.output.dense", "output.dense")
+            return _parts(block, separate, "attention.output.dense", "output.dense")
         case "modernbert":
-            return _parts(f"model.layers.{layer}", *_fused("attn.Wqkv", *thirds), "attn.Wo", "mlp.Wo")
+            return _parts(f"model.layers.{layer}", _fused("attn.Wqkv", *thirds), "attn.Wo", "mlp.Wo")
         case "t5":
             separate = [f"layer.0.SelfAttention.{part}" for part in "qkv"]
-            found = {}
+            found: dict[str, Spot] = {}
             for stack, feed in (("encoder", 1), ("decoder", 2)):
                 mlp = f"layer.{feed}.DenseReluDense.wo"
-                parts = _parts(f"{stack}.block.{layer}", *separate, "layer.0.SelfAttention.o", mlp)
+                parts = _parts(f"{stack}.block.{layer}", separate, "layer.0.SelfAttention.o", mlp)
                 found |= {f"{stack}.{component}": spot for component, spot in parts.items()}
             return found
-    return _parts(f"model.layers.{layer}", *apart, "self_attn.o_proj", "mlp.down_proj")
+    return _parts(f"model.layers.{layer}", apart, "self_attn.o_proj", "mlp.down_proj")
 
 
 def heads(name: str, component: str) -> tuple[int, int]:
@@ -315,8 +319,8 @@ def hooked(model: nn.Module, acts: Mapping[Spot, Act]) -> Iterator[None]:
             handle.remove()
 
 
-def _before(act: Act) -> Callable:
-    def hook(module, args, kwargs):
+def _before(act: Act) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not args:
             new = act(kwargs["hidden_states"])
             return None if new is None else (args, {**kwargs, "hidden_states": new})
@@ -326,8 +330,8 @@ def _before(act: Act) -> Callable:
     return hook
 
 
-def _after(act: Act) -> Callable:
-    def hook(module, args, output):
+def _after(act: Act) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
         new = act(output[0] if isinstance(output, tuple) else output)
         return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
 
@@ -379,7 +383,7 @@ def standing(spec: str, lengths: tuple[int, ...], length: int, padding: str = "r
     return chosen
 
 
-def by_hand(edit: nn.Module) -> Callable[[Tensor], Tensor]:
+def by_hand(edit: Any) -> Callable[[Tensor], Tensor]:
     """LoReFT's formula, h + Rᵀ((W − R) h + b) in the precision that the package promises."""
     rows, p = edit.subspace.basis(), edit.value
 
@@ -419,7 +423,7 @@ def differ(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def state(model: nn.Module) -> dict:
+def state(model: nn.Module) -> dict[str, Any]:
     """Everything of a model that a guest could disturb."""
     hooks = [
         {kind: list(getattr(m, kind).items()) for kind in vars(m) if kind.endswith("_hooks")}

@@ -4,24 +4,29 @@ import importlib.util
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from subspace_lab.core.sites import Site
-from subspace_lab.reft import ReftConfig, from_adapters, from_pyreft, get_reft_model, to_pyreft
+from subspace_lab.reft import ReftConfig, ReftModel, from_adapters, from_pyreft, get_reft_model, to_pyreft
 
 HERE = Path(__file__).resolve().parent / "fixtures"
 spec = importlib.util.spec_from_file_location("make_foreign", HERE / "make_foreign.py")
+assert spec is not None
 make_foreign = importlib.util.module_from_spec(spec)
+assert spec.loader is not None
 spec.loader.exec_module(make_foreign)
 CLASSIFIER = transformers.LlamaForSequenceClassification
 
 
-def base_model(name="LoReFT"):
+def base_model(name: str = "LoReFT") -> Any:
     return make_foreign.base_model(CLASSIFIER if name == "head" else transformers.LlamaForCausalLM)
 
 
@@ -50,7 +55,8 @@ ADAPTERS = {
 }
 
 
-def read(library, name, base=None):
+def read(library: str, name: str, base: Any = None) -> ReftModel:
+    options: Any
     positions, _, options = (PYREFT if library == "pyreft" else ADAPTERS)[name]
     base = base_model(name) if base is None else base
     if library == "pyreft":
@@ -58,7 +64,7 @@ def read(library, name, base=None):
     return from_adapters(base, HERE / f"adapters_{name}", **options)
 
 
-def logits(model, ids):
+def logits(model: ReftModel, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
@@ -67,7 +73,7 @@ EVERY = [("pyreft", name) for name in PYREFT] + [("adapters", name) for name in 
 
 
 @pytest.mark.parametrize(("library", "name"), EVERY)
-def test_what_is_read_is_the_same_function(library, name):
+def test_what_is_read_is_the_same_function(library: str, name: str) -> None:
     positions, method, _ = (PYREFT if library == "pyreft" else ADAPTERS)[name]
     model = read(library, name)
     config = model.adapter("default").config
@@ -100,7 +106,7 @@ WITH_LOGITS = [(lib, n) for lib, n in EVERY if (HERE / f"{lib}_{n}" / "logits.sa
 
 
 @pytest.mark.parametrize(("library", "name"), WITH_LOGITS)
-def test_a_model_with_what_is_read_gives_the_same_logits(library, name):
+def test_a_model_with_what_is_read_gives_the_same_logits(library: str, name: str) -> None:
     base = base_model(name)
     expected = load_file(HERE / f"{library}_{name}" / "logits.safetensors")
     before = logits(base, expected["ids"])
@@ -114,8 +120,7 @@ def test_a_model_with_what_is_read_gives_the_same_logits(library, name):
         assert torch.equal(logits(model, expected["ids"]), before)
 
 
-def test_what_is_read_can_be_saved_and_trained(tmp_path):
-    from subspace_lab.reft import ReftModel
+def test_what_is_read_can_be_saved_and_trained(tmp_path: Path) -> None:
 
     model = from_pyreft(base_model(), HERE / "pyreft_LoReFT", "f2+l1", is_trainable=True)
     assert model.get_nb_trainable_parameters()[0] == 2 * (2 * 2 * 16 + 2)
@@ -128,7 +133,7 @@ def test_what_is_read_can_be_saved_and_trained(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["LoReFT", "LoReFT_untied", "NoReFT", "ConsReFT", "LobiReFT", "DiReFT", "head"])
-def test_pyrefts_layout_is_written_as_pyreft_writes_it(name, tmp_path):
+def test_pyrefts_layout_is_written_as_pyreft_writes_it(name: str, tmp_path: Path) -> None:
     base = base_model(name)
     model = read("pyreft", name, base)
     to_pyreft(model, tmp_path)
@@ -142,6 +147,7 @@ def test_pyrefts_layout_is_written_as_pyreft_writes_it(name, tmp_path):
         here, there = (torch.load(f / path.name, weights_only=True) for f in (tmp_path, original))
         unused = {"proj_layer.bias"}  # of pyreft's NodireftIntervention
         assert {k: v.shape for k, v in here.items()} == {k: v.shape for k, v in there.items() if k not in unused}
+    options: Any
     positions, _, options = PYREFT[name]
     again = from_pyreft(base_model(name), tmp_path, positions, **options)
     for site, edit in again.edits().items():
@@ -151,8 +157,9 @@ def test_pyrefts_layout_is_written_as_pyreft_writes_it(name, tmp_path):
     assert set(again.adapter("default").saved) == set(model.adapter("default").saved)
 
 
-def test_what_pyreft_has_no_form_for_is_not_written(tmp_path):
+def test_what_pyreft_has_no_form_for_is_not_written(tmp_path: Path) -> None:
     base = base_model()
+    options: Any
     for options, message in (
         ({"method": "RED"}, "cannot hold RED"),
         ({"tied": "position", "positions": "f2+l2"}, "tied='position'"),
@@ -175,7 +182,7 @@ def test_what_pyreft_has_no_form_for_is_not_written(tmp_path):
 
 
 @pytest.fixture
-def copied(tmp_path):
+def copied(tmp_path: Path) -> Callable[..., Path]:
     """A function that copies a folder of the fixtures."""
     return lambda name: Path(shutil.copytree(HERE / name, tmp_path / name))
 
@@ -183,14 +190,16 @@ def copied(tmp_path):
 class Malice:
     """What would run code when unpickled."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
         return (open, (str(self.path), "w"))
 
 
-def test_files_that_hold_more_than_tensors_are_refused_and_run_nothing(copied, tmp_path):
+def test_files_that_hold_more_than_tensors_are_refused_and_run_nothing(
+    copied: Callable[..., Path], tmp_path: Path
+) -> None:
     trap = tmp_path / "ran"
     for library, name, file in (
         ("pyreft", "ConsReFT", "intkey_layer_1_comp_block_output_unit_pos_nunit_1#0.bin"),
@@ -200,8 +209,11 @@ def test_files_that_hold_more_than_tensors_are_refused_and_run_nothing(copied, t
         folder = copied(f"{library}_{name}")
         positions = PYREFT[name][0] if library == "pyreft" else None
 
-        def reading(library=library, name=name, folder=folder, positions=positions):
+        def reading(
+            library: str = library, name: str = name, folder: Path = folder, positions: str | None = positions
+        ) -> ReftModel:
             if library == "pyreft":
+                assert positions is not None
                 return from_pyreft(base_model(name), folder, positions)
             return from_adapters(base_model(name), folder, method="NoReFT")
 
@@ -215,10 +227,12 @@ def test_files_that_hold_more_than_tensors_are_refused_and_run_nothing(copied, t
     assert not trap.exists()
 
 
-def test_folders_of_pyreft_that_cannot_be_read(copied, tmp_path):
+def test_folders_of_pyreft_that_cannot_be_read(copied: Callable[..., Path], tmp_path: Path) -> None:
     base = base_model()
 
-    def refused(folder, message, error=ValueError, positions="last", **options):
+    def refused(
+        folder: Path, message: str, error: type[Exception] = ValueError, positions: str = "last", **options: Any
+    ) -> None:
         with pytest.raises(error, match=message):
             from_pyreft(base, folder, positions, **options)
         assert all(p.requires_grad for p in base.parameters())
@@ -251,10 +265,10 @@ def test_folders_of_pyreft_that_cannot_be_read(copied, tmp_path):
         from_pyreft(base, HERE / "pyreft_head", "last")
 
 
-def test_folders_of_adapters_that_cannot_be_read(copied, tmp_path):
+def test_folders_of_adapters_that_cannot_be_read(copied: Callable[..., Path], tmp_path: Path) -> None:
     base = base_model()
 
-    def refused(folder, message, error=ValueError, **options):
+    def refused(folder: Path, message: str, error: type[Exception] = ValueError, **options: Any) -> None:
         with pytest.raises(error, match=message):
             from_adapters(base, folder, **options)
 
@@ -265,7 +279,7 @@ def test_folders_of_adapters_that_cannot_be_read(copied, tmp_path):
     folder = copied("adapters_LoReFT")
     facts = json.loads((folder / "adapter_config.json").read_text())
 
-    def changed(**config):
+    def changed(**config: Any) -> None:
         (folder / "adapter_config.json").write_text(json.dumps({**facts, "config": {**facts["config"], **config}}))
 
     changed(architecture="lora")
@@ -284,7 +298,7 @@ def test_folders_of_adapters_that_cannot_be_read(copied, tmp_path):
     refused(folder, r"Interventions at \(layer, group\) \[\(0, 0\), \(1, 0\), \(1, 1\)\]")
 
 
-def test_an_adapter_of_a_library_goes_on_as_one_of_ours():
+def test_an_adapter_of_a_library_goes_on_as_one_of_ours() -> None:
     """Its basis goes to analysis, and it takes a second adapter beside it."""
     model = read("pyreft", "ConsReFT")
     rows = model.subspace(Site("block_output", 1, "last")).basis()

@@ -85,7 +85,7 @@ def test_it_is_a_value() -> None:
     facts["scores"]["iia"] = 1.0
     assert torch.equal(alignment.subspace().basis(), before) and not list(alignment.subspace().parameters())
     assert alignment.facts == {"scores": {"iia": 0.5}, "sizes": [1, 2]}
-    edit = alignment.edits()[LOW].double()
+    edit: Any = alignment.edits()[LOW].double()
     edit.subspace.vectors.zero_()
     assert (
         torch.equal(alignment.subspace().basis(), before) and alignment.subspace().basis().dtype == torch.float32
@@ -119,7 +119,7 @@ def test_edits_of_several_variables_swap_each_from_its_own_source() -> None:
     rest = torch.eye(WIDTH, dtype=torch.float64) - gender.T @ gender - tense.T @ tense
     torch.testing.assert_close(edited @ rest, h.double() @ rest, atol=1e-6, rtol=0)
     # The order of the variables does not matter, and one left out stays the base's.
-    swapped = Alignment(dict(reversed(alignment.variables.items()))).edits()[LOW]
+    swapped = Alignment(dict(reversed(list(alignment.variables.items())))).edits()[LOW]
     found = swapped(h, {"tense": other})
     torch.testing.assert_close(found @ gender.float().T, h @ gender.float().T, atol=1e-5, rtol=0)
     torch.testing.assert_close(found @ tense.float().T, other @ tense.float().T, atol=1e-5, rtol=0)
@@ -154,7 +154,10 @@ def test_it_runs_in_a_model_and_reads_what_collect_gives() -> None:
     torch.testing.assert_close(read["b"], base[LOW] @ whole[1:].T)
     by_hand = base[Site("block_output", 2)][..., [3, 1]]  # NaN where a row has no such position
     torch.testing.assert_close(read["c"], by_hand, rtol=0, atol=0, equal_nan=True)
-    sources = {LOW: {"a": other[LOW], "b": base[LOW]}, Site("block_output", 2): other[Site("block_output", 2)]}
+    sources: dict[Site, Any] = {
+        LOW: {"a": other[LOW], "b": base[LOW]},
+        Site("block_output", 2): other[Site("block_output", 2)],
+    }
     with torch.no_grad():
         plain = lab.model(**batch).logits
         edited = forward(lab, batch, alignment.edits(), sources=sources).logits

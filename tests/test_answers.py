@@ -142,12 +142,14 @@ def test_a_table_of_answers_gives_them_back() -> None:
 
 
 def test_an_answer_that_begins_another_is_refused() -> None:
-    given = {"base": ["x", "x"], "source": ["x", "x"], "base_answer": ["New", "Paris"]}
+    given: dict[str, Any] = {"base": ["x", "x"], "source": ["x", "x"], "base_answer": ["New", "Paris"]}
     with pytest.raises(ValueError, match="No token tells 'New' from 'New York'"):
         from_texts(byte_level(), **given, answer=["New York", "Paris"])
     made = from_texts(
         byte_level(), **{**given, "base_answer": ["New Jersey", "Paris"]}, answer=["New York", "Paris"]
     )
+    assert made.tokens is not None
+    assert made.scored is not None
     assert made.tokens.ndim == 2 and made.scored.ndim == 2
     with pytest.raises(ValueError, match="several reads"):
         _ = made.readout
@@ -160,6 +162,7 @@ def test_prompts_may_end_in_several_ways() -> None:
     assert sorted(made.answers) == [" no", " yes", "no", "yes"]
     told = [made.answers[i] for i in (*made.answer, *made.base_answer)]
     assert told == ["yes", " no", "no", " yes"]
+    assert made.tokens is not None
     tokens = byte_level().convert_ids_to_tokens(made.tokens[made.answer].tolist())
     assert tokens == ["yes", "Ġno"]
 
@@ -171,6 +174,8 @@ def test_splits_with_other_answers_are_joined_by_all_their_tokens() -> None:
         return from_texts(byte_level(), base=["x"], source=["x"], answer=[answer], base_answer=["Paris"])
 
     joined = Pairs(made("New York"), made("New Jersey"), made("Oslo"))
+    assert joined.test.tokens is not None
+    assert isinstance(joined.train, Counterfactuals)
     assert joined.test.answers == joined.train.answers and len(set(as_spelled(joined.test.tokens))) == 4
     told = [split.answers[int(split.answer)] for split in (joined.train, joined.dev, joined.test)]
     assert told == ["New York", "New Jersey", "Oslo"]
@@ -214,6 +219,7 @@ def test_a_task_leaves_out_the_names_that_its_tokenizer_does_not_know() -> None:
     made = task.pairs(tokenizer, train=20, dev=8, test=30)
     assert list(made.dropped.values()) == [3] and "Paul, Lucy, Mark" in next(iter(made.dropped))
     for split in (made.train, made.dev, made.test):
+        assert isinstance(split, Counterfactuals)
         assert len(split.answers) == 45
         for batch in (split.base, *split.sources.values()):
             assert not (ids_of(batch) == tokenizer.unk_token_id)[batch.inputs["attention_mask"].bool()].any()
@@ -245,6 +251,7 @@ def test_a_message_holds_the_prompt_and_its_spans() -> None:
     row = ids_of(made.base)[0]
     assert talking.decode(row) == "[user] x yes or\n[assistant]\n"
     assert talking.decode(row[made.base.columns["word"][0]]) == " yes"
+    assert made.tokens is not None
     assert talking.convert_ids_to_tokens(made.tokens.tolist()) == ["yes", "no"]  # no space behind a new line
 
 
@@ -256,7 +263,7 @@ SPELLED = [(7, 8), (7, 9, 10), (11,), (12, 13), (7, 9, 14)]
 def spelled_pairs(whole: bool) -> Counterfactuals:
     data = counterfactuals(3).rows(torch.arange(12))
     names = tuple("abcde")
-    number = {"base_answer": data.base_answer % 5, "answer": data.answer % 5}
+    number: dict[str, Any] = {"base_answer": data.base_answer % 5, "answer": data.answer % 5}
     return replace(data, **number, answers=names, tokens=as_tensor(SPELLED), whole=whole)
 
 
@@ -323,6 +330,7 @@ def test_of_the_vocabulary_every_token_of_an_answer_is_the_highest() -> None:
 
 def test_single_tokens_scored_whole_differ_as_their_logits_do() -> None:
     data = counterfactuals(3)
+    assert data.tokens is not None
     columns = torch.stack([data.tokens, torch.full_like(data.tokens, -1)], 1)
     engine = SpelledAnswers(replace(data, tokens=columns, whole=True), lambda b, r: PlainEngine(tiny(), b, r))
     plain = answer_engine(data, lambda b, r: PlainEngine(tiny(), b, r))

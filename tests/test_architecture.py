@@ -350,4 +350,5 @@ def test_shape_checks_are_on() -> None:
     """The import hook of conftest.py reaches the package, or every shape in a signature is decoration."""
     rooms = sorted(path.parent.name for path in (ROOT / PACKAGE).glob("*/__init__.py"))
     room = __import__(f"{PACKAGE}.{rooms[0]}", fromlist=["*"])
+    assert room.__spec__ is not None
     assert type(room.__spec__.loader).__module__.startswith("jaxtyping"), room.__spec__

@@ -19,11 +19,12 @@ CASES = {case.name: case for case in cases()}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_odd_input(name, tmp_path):
+def test_odd_input(name: str, tmp_path: Path) -> None:
     case, out = CASES[name], tmp_path / "made" / "for it"
     result = CliRunner().invoke(app, [*case.make(tmp_path), "--out", str(out)], input="y\n" * 9)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     if case.refused is None:
+        assert case.right is not None
         assert result.exit_code == 0 and case.right(out), (result.stdout, result.stderr)
         return
     lines = [line for line in result.stderr.splitlines() if "━" not in line]
@@ -33,6 +34,6 @@ def test_odd_input(name, tmp_path):
     assert "\x1b" not in lines[0] and not out.parent.exists() and not list(tmp_path.rglob("ran"))
 
 
-def test_there_are_enough_of_each_kind():
+def test_there_are_enough_of_each_kind() -> None:
     lines = [case.kind for case in CASES.values()]
     assert len(lines) >= 120 and min(lines.count(line) for line in (1, 2, 19)) >= 5

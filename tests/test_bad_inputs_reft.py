@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ sys.path.remove(BENCHMARKS)
 
 
 @pytest.mark.parametrize("case", bad_inputs.CASES, ids=lambda case: case.name)
-def test_it_comes_to_what_stands_beside_it(case, tmp_path):
+def test_it_comes_to_what_stands_beside_it(case: Any, tmp_path: Path) -> None:
     if case.kind == "6b":
         utils = pytest.importorskip("trl.trainer.utils")
         if not hasattr(utils, "add_fused_lm_head"):
@@ -27,7 +28,7 @@ def test_it_comes_to_what_stands_beside_it(case, tmp_path):
         case.run(tmp_path)
 
 
-def test_the_list_is_long_enough_and_its_names_differ():
+def test_the_list_is_long_enough_and_its_names_differ() -> None:
     names = [case.name for case in bad_inputs.CASES]
     assert len(names) >= 60 and len(set(names)) == len(names)
     for line in ("6b", "7", "8", "9", "10", "11", "12"):

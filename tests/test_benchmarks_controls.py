@@ -45,8 +45,10 @@ def test_there_are_as_many_cases_as_are_told(controls: ModuleType) -> None:
     assert sum(number for _, number in controls.PLANTED.values()) == 104
 
 
-def test_a_case_that_is_kept_is_not_run_again(controls: ModuleType, tmp_path: Path, monkeypatch) -> None:
-    runs = []
+def test_a_case_that_is_kept_is_not_run_again(
+    controls: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: Any = []
     monkeypatch.setattr(controls, "verdict_of", lambda search, *_: runs.append(search) or told_whole())
     kinds = {"some kind": (lambda seed: seed, 2)}
     first = controls.run(kinds, False, "cpu", 0, tmp_path)

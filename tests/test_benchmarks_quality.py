@@ -2,28 +2,31 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 BENCHMARKS = str(Path(__file__).resolve().parents[1] / "benchmarks")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def benchmarks():
+def benchmarks() -> Iterator[None]:
     sys.path.insert(0, BENCHMARKS)
     yield
     sys.path.remove(BENCHMARKS)
 
 
-def encoder(width=384):
+def encoder(width: int = 384) -> Any:
     """The shape of the encoder in the benchmark, with random weights and few words."""
     torch.manual_seed(0)
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": 4 * width,
         "num_hidden_layers": 6,
@@ -32,7 +35,7 @@ def encoder(width=384):
     return BertModel(BertConfig(vocab_size=50, **shape), add_pooling_layer=False).eval()
 
 
-def inputs():
+def inputs() -> dict[Any, Any]:
     ids = torch.tensor([[1, 5, 6, 7, 8, 9, 2], [1, 5, 2, 0, 0, 0, 0]])
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
@@ -65,7 +68,7 @@ CHANGES = ("prefix", "prompt", "pyreft", "P-tuning", "nf4")  # from the start
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # peft's call of its prefix
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_what_each_method_trains(name):
+def test_what_each_method_trains(name: str) -> None:
     from quality_minilm import METHODS
 
     if "pyreft" in name:
@@ -86,11 +89,11 @@ def test_what_each_method_trains(name):
         assert not any(p.grad is not None and not p.requires_grad for p in model.parameters())
 
 
-def test_half_of_the_parameters_of_lora():
+def test_half_of_the_parameters_of_lora() -> None:
     assert PARAMETERS["LoReFT, all tokens"] <= PARAMETERS["LoRA"] / 2
 
 
-def test_methods_that_are_compared_at_equal_size_have_it():
+def test_methods_that_are_compared_at_equal_size_have_it() -> None:
     for name in (
         "LoReFT, mlp_output, rank 8",
         "DiReFT, mlp_output, rank 8",
@@ -101,18 +104,18 @@ def test_methods_that_are_compared_at_equal_size_have_it():
     assert PARAMETERS["LoReFT, mlp_output"] == PARAMETERS["LoReFT, all tokens"]
 
 
-def randomised(module):
+def randomised(module: nn.Module) -> Any:
     torch.manual_seed(1)
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return module
 
 
-def test_bottleneck_adapters_are_their_formulas():
+def test_bottleneck_adapters_are_their_formulas() -> None:
     """Serial h + U gelu(D h) behind a projection; parallel MLP(x) + U gelu(D x), also inside BERT's norm."""
     from quality_adapters import Parallel, Serial
 
-    def added(adapter, h):
+    def added(adapter: Any, h: Tensor) -> Tensor:
         down, up = adapter.added.down, adapter.added.up
         return torch.nn.functional.gelu(h @ down.weight.T + down.bias) @ up.weight.T + up.bias
 
@@ -128,23 +131,29 @@ def test_bottleneck_adapters_are_their_formulas():
     torch.testing.assert_close(mine(inside, h), wanted)
 
 
-def language_model():
+def language_model() -> Any:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, **shape)).eval()
 
 
-def test_only_the_chosen_heads_are_edited_and_they_are_those_of_the_largest_gradient():
+def test_only_the_chosen_heads_are_edited_and_they_are_those_of_the_largest_gradient() -> None:
     from quality_adapters import head_edits, keep_heads
 
     tuned = head_edits()(language_model(), 0)
     ids = torch.randint(3, 40, (4, 7))
     labels = ids.masked_fill(torch.arange(7) < 5, -100)
 
-    def loss_of(_):
+    def loss_of(_: int) -> Any:
         return tuned.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
 
-    edits = tuned.model.edits().values()
+    model: Any = tuned.model
+    edits = model.edits().values()
     loss_of(0).backward()
     norms = torch.stack([e.value.scale.grad.view(4, 8).square().sum(1) for e in edits])
     for p in tuned.parameters:
@@ -162,7 +171,7 @@ def test_only_the_chosen_heads_are_edited_and_they_are_those_of_the_largest_grad
     assert set(moved.flatten().nonzero()[:, 0].tolist()) == set(norms.flatten().topk(2).indices.tolist())
 
 
-def test_an_answer_is_right_if_greedy_decoding_gives_it(monkeypatch):
+def test_an_answer_is_right_if_greedy_decoding_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import quality_smollm2 as smollm2
 
     model = language_model()
@@ -181,7 +190,7 @@ def test_an_answer_is_right_if_greedy_decoding_gives_it(monkeypatch):
     assert smollm2.right(model, rows, "cpu", size=4) == wanted
 
 
-def test_sizes_of_the_methods_on_the_chat_model():
+def test_sizes_of_the_methods_on_the_chat_model() -> None:
     """Width 576, 30 layers, 9 heads of 64, 3 for keys and values, MLP 1536; free sizes within a fifth of LoRA's."""
     from quality_smollm2 import HEADS, METHODS
 
@@ -194,7 +203,7 @@ def test_sizes_of_the_methods_on_the_chat_model():
     assert set(sizes) | set(free) == set(METHODS)
 
 
-def test_which_rows_were_right_is_written_and_read():
+def test_which_rows_were_right_is_written_and_read() -> None:
     from reft_quality import compared, hits, packed
 
     runs = [{"wrong": [0, 3], "tested": 6}, {"wrong": [], "tested": 6}]
@@ -202,13 +211,13 @@ def test_which_rows_were_right_is_written_and_read():
     assert hits(row).tolist() == [[False, True, True, False, True, True], [True] * 6]
     worse = [packed({"wrong": [0, 1, 2, 3], "tested": 6}) for _ in range(2)]
     rows = [row, {"method": "LoRA", "tested": 6, "right by seed": worse}, {"method": "unknown rows"}]
-    mine, lora, unknown = compared(rows, ["LoRA"])
+    mine, lora, unknown = compared(rows, ["LoRA"])  # type: ignore[arg-type]
     assert mine["− LoRA"]["by seed"] == pytest.approx([2 / 6, 4 / 6])
     assert mine["− LoRA"]["mean"] == pytest.approx(0.5)
     assert "− LoRA" not in lora and "− LoRA" not in unknown
 
 
-def test_rows_of_a_task_are_compared_within_it():
+def test_rows_of_a_task_are_compared_within_it() -> None:
     from reft_quality import compared
 
     bits = {"tested": 4, "right by seed": ["f"]}
@@ -216,7 +225,7 @@ def test_rows_of_a_task_are_compared_within_it():
     assert "− LoRA" not in compared(rows, ["LoRA"])[0]
 
 
-def test_rows_that_a_call_did_not_measure_stay():
+def test_rows_that_a_call_did_not_measure_stay() -> None:
     from reft_quality import with_older
 
     before = {
@@ -227,7 +236,7 @@ def test_rows_that_a_call_did_not_measure_stay():
     assert found == [{"transformers": "5.0", "method": "a"}, {"method": "b", "test": 1}, {"method": "c"}]
 
 
-def test_with_kept_only_nothing_is_run(tmp_path):
+def test_with_kept_only_nothing_is_run(tmp_path: Path) -> None:
     from quality_runs import Kept, NotKept
 
     Kept(path := tmp_path / "figures.partial.jsonl", "cpu").once({"rate": 0.1}, lambda: {"score": 1})
@@ -237,13 +246,13 @@ def test_with_kept_only_nothing_is_run(tmp_path):
         only.once({"rate": 0.2}, lambda: pytest.fail("it ran"))
 
 
-def test_pyreft_edits_where_ours_does():
+def test_pyreft_edits_where_ours_does() -> None:
     pytest.importorskip("pyreft", reason="pyreft asks for versions that clash; see the extra `benchmarks`")
     from quality_minilm import METHODS
 
     theirs, ours = (METHODS[name].attach(encoder(), 3) for name in ("LoReFT, f3+l3, pyreft", "LoReFT, f3+l3"))
     with torch.no_grad():
-        pairs = zip(ours.model.edits().values(), theirs.model.inner[0].interventions.values(), strict=True)
+        pairs = zip(ours.model.edits().values(), theirs.model.inner[0].interventions.values(), strict=True)  # type: ignore[operator, index, union-attr]
         for edit, other in pairs:
             edit.subspace.raw.copy_(other.rotate_layer.weight)
             edit.value.weight.copy_(other.learned_source.weight)
@@ -255,7 +264,9 @@ def test_pyreft_edits_where_ours_does():
     assert (states[0] - plain)[real].norm() > 0.1 * plain[real].norm()
 
 
-def test_a_quick_run_leaves_out_what_is_not_installed_and_any_other_ends(monkeypatch, capsys):
+def test_a_quick_run_leaves_out_what_is_not_installed_and_any_other_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import reft_quality
 
     missing = ["pyreft", "bitsandbytes"]
@@ -268,11 +279,11 @@ def test_a_quick_run_leaves_out_what_is_not_installed_and_any_other_ends(monkeyp
     with pytest.raises(SystemExit, match="Not installed for stories, LoReFT, pyreft: pip install"):
         reft_quality.possible("stories", names, False)
     assert reft_quality.possible("minilm", ["LoRA"], False) == ["LoRA"]
-    missing.append(reft_quality.minilm.PACKAGE)
+    missing.append(reft_quality.minilm.PACKAGE)  # type: ignore[attr-defined]
     assert reft_quality.possible("minilm", ["LoRA"], True) == []
 
 
-def test_batches_of_a_seed_are_the_same_and_epochs_whole():
+def test_batches_of_a_seed_are_the_same_and_epochs_whole() -> None:
     from quality_runs import batches_by_length
 
     lengths = [3 + (7 * i) % 11 for i in range(20)]
@@ -284,13 +295,13 @@ def test_batches_of_a_seed_are_the_same_and_epochs_whole():
         assert max(spread) <= 5 < max(lengths) - min(lengths)
 
 
-def test_a_run_is_kept_only_for_the_same_settings(tmp_path):
+def test_a_run_is_kept_only_for_the_same_settings(tmp_path: Path) -> None:
     from quality_runs import Kept
 
     path = tmp_path / "figures.partial.jsonl"
     runs = []
 
-    def work():
+    def work() -> dict[Any, Any]:
         runs.append(1)
         return {"score": len(runs)}
 
@@ -302,7 +313,7 @@ def test_a_run_is_kept_only_for_the_same_settings(tmp_path):
     assert Kept(None, "cpu").once({"rate": 0.1, "seeds": (0, 1)}, work) == {"score": 3}
 
 
-def test_the_interval_of_a_paired_difference():
+def test_the_interval_of_a_paired_difference() -> None:
     from quality_runs import paired_interval
 
     generator = torch.Generator().manual_seed(0)
@@ -317,7 +328,7 @@ def test_the_interval_of_a_paired_difference():
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.2)
 
 
-def test_what_counts_as_the_right_answer():
+def test_what_counts_as_the_right_answer() -> None:
     from quality_recipes import is_right, prompted
 
     assert is_right("choice", "the correct answer is Answer2.", "answer2")
@@ -329,7 +340,7 @@ def test_what_counts_as_the_right_answer():
     assert row["gold"] == "4" and row["answer"].endswith("The final answer is: 4") and "How many?" in row["prompt"]
 
 
-def test_recipes_are_those_of_the_paper():
+def test_recipes_are_those_of_the_paper() -> None:
     """Parameters that the paper counts: layers × groups × (2 d k + k)."""
     from quality_recipes import RECIPES
 

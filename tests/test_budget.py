@@ -1,7 +1,9 @@
 """How much memory may be used: what is free on the machine, in its container, and on a card."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Files in the place of Linux' own: 100 MiB free, and a container if one is described."""
     memory, group = tmp_path / "meminfo", tmp_path / "cgroup"
     memory.write_text(f"MemTotal: 999999999 kB\nMemFree: 7 kB\nMemAvailable: {100 * 1024} kB\n")
@@ -39,7 +41,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return container
 
 
-def test_half_of_what_is_free_without_a_container(machine) -> None:
+def test_half_of_what_is_free_without_a_container(machine: Callable[..., Any]) -> None:
     assert budgets(None, CPU) == (50 * MIB, 50 * MIB)
 
 
@@ -53,30 +55,34 @@ def test_half_of_what_is_free_without_a_container(machine) -> None:
         ("max", 60 * MIB, 0, 100 * MIB),
     ],
 )
-def test_a_container_may_use_less_than_the_machine_has(machine, limit, used, files, free) -> None:
+def test_a_container_may_use_less_than_the_machine_has(
+    machine: Callable[..., Any], limit: str, used: int, files: int, free: int
+) -> None:
     machine(limit, used, files)
     assert budgets(None, CPU) == (free // 2, free // 2)
 
 
 @pytest.mark.parametrize("broken", ["memory.max", "memory.current", "memory.stat"])
-def test_a_container_that_says_half_of_it_is_none(machine, broken) -> None:
+def test_a_container_that_says_half_of_it_is_none(machine: Callable[..., Any], broken: str) -> None:
     machine(str(80 * MIB), 60 * MIB)
     (budget.CONTROL_GROUP / broken).unlink()
     assert budgets(None, CPU)[1] == 50 * MIB
 
 
-def test_a_quarter_of_everything_where_nobody_says_what_is_free(machine, monkeypatch) -> None:
+def test_a_quarter_of_everything_where_nobody_says_what_is_free(
+    machine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     budget.MEMORY.write_text("MemTotal: 5 kB\n")
     sizes = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(os, "sysconf", sizes.get)
     assert budgets(None, CPU)[1] == 1000 * 4096 // 4 // 2
 
 
-def test_a_data_set_that_a_container_cannot_hold_is_computed_again(machine) -> None:
+def test_a_data_set_that_a_container_cannot_hold_is_computed_again(machine: Callable[..., Any]) -> None:
     batch = Batch(inputs("llama", 40, 9))
     site, backbone = Site("block_output", 1, "last"), Backbone(fresh("llama"))
     readout = Readout.at(batch, "last")
-    size = FrozenPast(backbone, batch, [site], readout, chunk=4).prefix.nbytes()
+    size = FrozenPast(backbone, batch, [site], readout, chunk=4).prefix.nbytes()  # type: ignore[union-attr]
     machine(str(80 * MIB), 80 * MIB - size)
     past = FrozenPast(backbone, batch, [site], readout, chunk=4)
     assert past.prefix is None and "computed" in past.describe()
@@ -87,7 +93,7 @@ def test_a_data_set_that_a_container_cannot_hold_is_computed_again(machine) -> N
 @pytest.mark.parametrize(
     ("memory", "expected"), [(12345, 12345), ("1KiB", 1024), ("2 MB", 2_000_000), ("0.5gib", 2**29), (0, 0)]
 )
-def test_an_amount_holds_for_each(machine, memory, expected) -> None:
+def test_an_amount_holds_for_each(machine: Callable[..., Any], memory: int | str, expected: int) -> None:
     machine("1", 1)
     assert budgets(memory, CPU) == (expected, expected)
 
@@ -125,7 +131,7 @@ def test_a_card_offers_half_of_what_is_free_on_it() -> None:
 
 @needs_card
 @pytest.mark.parametrize("where", ["on cuda", "in host memory", "recomputed"])
-def test_resuming_on_a_card_is_the_plain_run(where, monkeypatch) -> None:
+def test_resuming_on_a_card_is_the_plain_run(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the card's memory, from pinned memory of the host, and computed again."""
     device = torch.device("cuda")
     backbone = Backbone(fresh("llama", torch.float64).to(device))

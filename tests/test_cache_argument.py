@@ -2,12 +2,13 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from families import build, fresh, inputs
-from torch import nn
+from torch import Tensor, nn
 
 from subspace_lab.core.interventions import loreft
 from subspace_lab.core.sites import Site
@@ -28,10 +29,17 @@ CALLERS = ("cache", "past_key_values")
 def older(name: str = "llama", dtype: torch.dtype = torch.float64) -> nn.Module:
     """A model of someone's own, whose forward has the older name alone."""
     model = fresh(name, dtype)
-    own, newer = type(model).forward, forward_name(model)
+    own, newer = type(model).forward, str(forward_name(model))
 
-    class Older(type(model)):
-        def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+    class Older(type(model)):  # type: ignore[misc]
+        def forward(
+            self,
+            input_ids: Tensor,
+            attention_mask: Tensor | None = None,
+            position_ids: Tensor | None = None,
+            past_key_values: Any = None,
+            use_cache: bool | None = None,
+        ) -> Any:
             return own(
                 self, input_ids, attention_mask, position_ids, use_cache=use_cache, **{newer: past_key_values}
             )
@@ -43,13 +51,13 @@ def older(name: str = "llama", dtype: torch.dtype = torch.float64) -> nn.Module:
 def filled(model: nn.Module, ids: torch.Tensor) -> transformers.DynamicCache:
     cache = transformers.DynamicCache()
     with torch.no_grad():
-        model(input_ids=ids, use_cache=True, **{forward_name(model): cache})
+        model(input_ids=ids, use_cache=True, **{str(forward_name(model)): cache})
     return cache
 
 
 @pytest.mark.parametrize("caller", CALLERS)
 @pytest.mark.parametrize("kind", ["installed", "older"])
-def test_a_forward_goes_on_from_a_cache(kind, caller):
+def test_a_forward_goes_on_from_a_cache(kind: str, caller: str) -> None:
     model = build("llama", torch.float64) if kind == "installed" else older()
     ids = inputs("llama", 3, LENGTH)["input_ids"]
     cache = filled(model, ids[:, :5])
@@ -63,21 +71,20 @@ def test_a_forward_goes_on_from_a_cache(kind, caller):
 
 
 @pytest.mark.parametrize("caller", CALLERS)
-def test_generation_goes_on_from_a_cache(caller):
+def test_generation_goes_on_from_a_cache(caller: str) -> None:
     model = build("llama", torch.float64)
     ids = inputs("llama", 3, LENGTH)["input_ids"]
     cache = filled(model, ids[:, :5])
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    options = {"max_new_tokens": 4, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     expected = generate(Backbone(model), given, EDITS, **options)
-    assert torch.equal(
-        generate(Backbone(model), given, EDITS, **{caller: copy.deepcopy(cache)}, **options), expected
-    )
+    again: dict[str, Any] = {caller: copy.deepcopy(cache)}
+    assert torch.equal(generate(Backbone(model), given, EDITS, **again, **options), expected)
     assert torch.equal(generate(Backbone(model), Batch({**given, caller: cache}), EDITS, **options), expected)
 
 
 @pytest.mark.parametrize("caller", CALLERS)
-def test_adapters_take_either_name(caller):
+def test_adapters_take_either_name(caller: str) -> None:
     model = get_reft_model(fresh("llama", torch.float64), ReftConfig(rank=2, positions="l2", start="paper")).eval()
     ids = inputs("llama", 3, LENGTH)["input_ids"]
     cache = filled(model.base_model, ids[:, :5])
@@ -87,13 +94,14 @@ def test_adapters_take_either_name(caller):
             input_ids=ids[:, 5:], attention_mask=torch.ones_like(ids), **{caller: copy.deepcopy(cache)}
         ).logits
     assert (found - expected).norm() <= 1e-6 * expected.norm()
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
-    tokens = model.generate(ids, **options, **{caller: cache})
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    held: dict[str, Any] = {caller: cache}
+    tokens = model.generate(ids, **options, **held)
     assert torch.equal(tokens, model.generate(ids, **options))
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_resuming_a_model_that_has_the_older_name_alone(padding):
+def test_resuming_a_model_that_has_the_older_name_alone(padding: str) -> None:
     model = older()
     assert forward_name(model) == "past_key_values"
     batch = Batch(inputs("llama", 3, LENGTH, lengths=(9, 4, 7), padding=padding))
@@ -108,7 +116,7 @@ def test_resuming_a_model_that_has_the_older_name_alone(padding):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "neox", "phi3"])
-def test_no_call_of_ours_uses_a_name_that_will_go_away(name):
+def test_no_call_of_ours_uses_a_name_that_will_go_away(name: str) -> None:
     backbone, batch = Backbone(build(name)), Batch(inputs(name, 3, LENGTH))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -118,7 +126,7 @@ def test_no_call_of_ours_uses_a_name_that_will_go_away(name):
     assert past.mode == "keys and values", past.describe()
 
 
-def test_two_caches_are_refused():
+def test_two_caches_are_refused() -> None:
     cache = transformers.DynamicCache()
     ids = torch.ones(1, 2, dtype=torch.long)
     both = {"input_ids": ids, "cache": cache, "past_key_values": cache}
@@ -134,14 +142,14 @@ def test_two_caches_are_refused():
 
 
 @pytest.mark.parametrize("caller", NAMES)
-def test_a_cache_is_no_input_of_a_data_set(caller):
+def test_a_cache_is_no_input_of_a_data_set(caller: str) -> None:
     batch = Batch({**inputs("llama", 3, LENGTH), caller: transformers.DynamicCache()})
     with pytest.raises(ValueError, match="cache among the inputs"):
         PlainEngine(Backbone(build("llama")), batch, Readout.at(batch, "last"))
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.is_gradient_checkpointing.:FutureWarning")  # peft's
-def test_a_wrapper_has_the_name_of_the_model_inside():
+def test_a_wrapper_has_the_name_of_the_model_inside() -> None:
     peft = pytest.importorskip("peft")
     model = fresh("llama")
     expected = forward_name(model)
@@ -149,9 +157,9 @@ def test_a_wrapper_has_the_name_of_the_model_inside():
     assert expected in NAMES and forward_name(adapted) == expected
 
 
-def test_what_has_no_cache_is_left_alone():
+def test_what_has_no_cache_is_left_alone() -> None:
     class Storing(nn.Module):
-        def forward(self, x, memory=None):
+        def forward(self, x: Any, memory: Any = None) -> Any:
             return x
 
     assert forward_name(Storing()) is None and forward_name(build("mlp")) is None

@@ -1,6 +1,8 @@
 """Causal models: runs, interventions and interchanges, against direct computation and their laws."""
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -36,7 +38,7 @@ def settings_of(*names: str) -> st.SearchStrategy[dict[str, int]]:
 PAIR = settings_of("x", "y")
 
 
-def test_structure():
+def test_structure() -> None:
     model = brackets()
     assert set(model.inputs) == {"lower", "upper", "amount"} and model.output == "answer"
     assert set(model.variables) == {"above", "below", "answer"} and model.variables[-1] == "answer"
@@ -45,7 +47,7 @@ def test_structure():
 
 
 @given(settings_of("lower", "upper", "amount"))
-def test_run_computes_every_variable(values):
+def test_run_computes_every_variable(values: dict[str, int]) -> None:
     lower, upper, amount = values["lower"], values["upper"], values["amount"]
     above, below = lower <= amount, amount <= upper
     expected = {**values, "above": above, "below": below, "answer": above and below}
@@ -53,35 +55,37 @@ def test_run_computes_every_variable(values):
 
 
 @given(PAIR, st.integers(-50, 50))
-def test_intervention_cuts_the_parents_and_keeps_the_rest(inputs, value):
+def test_intervention_cuts_the_parents_and_keeps_the_rest(inputs: dict[str, int], value: int) -> None:
     values = chain().run(inputs, {"b": value})
     a = 2 * inputs["x"] + 1
     assert values == {**inputs, "a": a, "b": value, "c": value * value + 5 * a - inputs["y"]}
 
 
 @given(PAIR, st.integers(-50, 50))
-def test_intervening_on_an_input_is_running_with_it(inputs, value):
+def test_intervening_on_an_input_is_running_with_it(inputs: dict[str, int], value: int) -> None:
     assert chain().run(inputs, {"y": value}) == chain().run({**inputs, "y": value})
 
 
 @given(PAIR, st.sets(st.sampled_from(["x", "y", "a", "b", "c"])))
-def test_interchange_with_itself_is_the_run(base, variables):
+def test_interchange_with_itself_is_the_run(base: dict[str, int], variables: set[str]) -> None:
     assert chain().interchange(base, {name: base for name in variables}) == chain().run(base)
 
 
 @given(PAIR, PAIR)
-def test_interchange_of_the_output_gives_the_sources_output(base, source):
+def test_interchange_of_the_output_gives_the_sources_output(base: dict[str, int], source: dict[str, int]) -> None:
     model = chain()
     assert model.interchange(base, {"c": source}) == {**model.run(base), "c": model.run(source)["c"]}
 
 
 @given(PAIR, PAIR)
-def test_interchange_of_all_inputs_is_the_sources_run(base, source):
+def test_interchange_of_all_inputs_is_the_sources_run(base: dict[str, int], source: dict[str, int]) -> None:
     assert chain().interchange(base, {"x": source, "y": source}) == chain().run(source)
 
 
 @given(PAIR, PAIR, PAIR)
-def test_each_variable_takes_the_value_of_its_own_source(base, first, second):
+def test_each_variable_takes_the_value_of_its_own_source(
+    base: dict[str, int], first: dict[str, int], second: dict[str, int]
+) -> None:
     model = chain()
     a, b = model.run(first)["a"], model.run(second)["b"]
     expected = {**base, "a": a, "b": b, "c": b * b + 5 * a - base["y"]}
@@ -93,14 +97,14 @@ def test_each_variable_takes_the_value_of_its_own_source(base, first, second):
 
 
 @given(settings_of("lower", "upper", "amount"), settings_of("lower", "upper", "amount"))
-def test_exchanging_both_causes_exchanges_the_answer(base, source):
+def test_exchanging_both_causes_exchanges_the_answer(base: dict[str, int], source: dict[str, int]) -> None:
     model = brackets()
     exchanged = model.interchange(base, {"above": source, "below": source})
     assert exchanged["answer"] == model.run(source)["answer"]
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
-def test_a_batch_runs_as_its_rows_do(kind):
+def test_a_batch_runs_as_its_rows_do(kind: Callable[..., Any]) -> None:
     columns = np.random.default_rng(0).integers(-50, 50, (2, 2, 64)).tolist()
     base, source = (dict(zip("xy", map(kind, pair), strict=True)) for pair in columns)
     batch = chain().interchange(base, {"a": source})
@@ -109,14 +113,14 @@ def test_a_batch_runs_as_its_rows_do(kind):
         assert {name: int(value[row]) for name, value in batch.items()} == chain().interchange(one, {"a": other})
 
 
-def test_callers_mappings_stay_as_they_were():
+def test_callers_mappings_stay_as_they_were() -> None:
     inputs, interventions = {"x": 1, "y": 2}, {"b": 0}
     chain().run(inputs, interventions)
     assert inputs == {"x": 1, "y": 2} and interventions == {"b": 0}
 
 
-def test_mechanism_of_a_set_variable_is_not_called():
-    def fails(x):
+def test_mechanism_of_a_set_variable_is_not_called() -> None:
+    def fails(x: Any) -> None:
         raise AssertionError("called")
 
     assert CausalModel({"a": fails, "b": lambda a: a + 1}).run({"x": 0}, {"a": 1})["b"] == 2
@@ -137,13 +141,15 @@ def test_mechanism_of_a_set_variable_is_not_called():
         ({"a": max}, None, TypeError, "'a'"),
     ],
 )
-def test_what_is_no_causal_model_is_refused(mechanisms, output, error, message):
+def test_what_is_no_causal_model_is_refused(
+    mechanisms: dict[str, Any], output: str | None, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         CausalModel(mechanisms, output)
 
 
-def test_declared_inputs_make_a_misspelt_parent_an_error():
-    mechanisms = {"above": lambda lower, amount: lower <= amount, "answer": lambda above: above}
+def test_declared_inputs_make_a_misspelt_parent_an_error() -> None:
+    mechanisms: dict[str, Any] = {"above": lambda lower, amount: lower <= amount, "answer": lambda above: above}
     declared = CausalModel(mechanisms, inputs=["amount", "lower"])
     assert declared.inputs == ("amount", "lower") and declared.run({"lower": 1, "amount": 2})["answer"]
     with pytest.raises(
@@ -156,7 +162,7 @@ def test_declared_inputs_make_a_misspelt_parent_an_error():
         CausalModel(mechanisms, inputs=["amount", "lower", "above"])
 
 
-def test_the_graph_can_be_read():
+def test_the_graph_can_be_read() -> None:
     assert brackets().parents == {
         "below": ("amount", "upper"),
         "above": ("lower", "amount"),
@@ -166,11 +172,11 @@ def test_the_graph_can_be_read():
     assert page == "<pre>inputs: a\nb &lt;- a\nc &lt;- b  (output)</pre>"
 
 
-def test_output_may_be_named():
+def test_output_may_be_named() -> None:
     assert CausalModel({"a": lambda x: x, "b": lambda x: x}, output="a").output == "a"
 
 
-def test_wrong_inputs_and_variables_are_refused():
+def test_wrong_inputs_and_variables_are_refused() -> None:
     model = chain()
     with pytest.raises(ValueError, match=r"missing \['y'\].*not an input \['z'\]"):
         model.run({"x": 1, "z": 2})
@@ -184,9 +190,9 @@ def test_wrong_inputs_and_variables_are_refused():
         model.interchange({"x": 1, "y": 2}, {"a": {"x": 1}})
 
 
-def test_a_run_calls_each_mechanism_once_and_looks_at_no_signature(monkeypatch):
+def test_a_run_calls_each_mechanism_once_and_looks_at_no_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run costs: one call for each variable that is not set, one run for each source, and no more."""
-    calls = []
+    calls: Any = []
     model = CausalModel(
         {
             "above": lambda lower, amount: calls.append("above") or lower <= amount,

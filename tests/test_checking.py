@@ -63,7 +63,9 @@ def partial(shipped: tuple[Backbone, Pairs, Fits]) -> dict[str, list[nn.Module]]
     }
 
 
-def test_what_the_shipped_decoder_holds_is_supported(shipped, partial, tmp_path):
+def test_what_the_shipped_decoder_holds_is_supported(
+    shipped: tuple[Backbone, Pairs, Fits], partial: dict[str, list[nn.Module]], tmp_path: Path
+) -> None:
     backbone, pairs, fits = shipped
     verdict = check(backbone, pairs, fits, twins=2, partial=partial, out=tmp_path / "check", quiet=True)
     assert verdict.supported and verdict.preliminary, verdict
@@ -88,15 +90,17 @@ def test_what_the_shipped_decoder_holds_is_supported(shipped, partial, tmp_path)
     }
 
 
-def test_a_check_goes_on_where_it_was_killed(shipped, tmp_path, monkeypatch):
+def test_a_check_goes_on_where_it_was_killed(
+    shipped: tuple[Backbone, Pairs, Fits], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone, pairs, fits = shipped
     options: dict[str, Any] = {"twins": 1, "out": tmp_path / "check", "quiet": True}
     with monkeypatch.context() as patched:
         patched.setattr(checking, "judge", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             check(backbone, pairs, fits, **options)
-    runs = []
-    at = checking.sweep
+    runs: Any = []
+    at = sweep
     monkeypatch.setattr(checking, "sweep", lambda *a, **k: runs.append(k["out"].name) or at(*a, **k))
     monkeypatch.setattr(
         "subspace_lab.das._places.Places.at", lambda *_: pytest.fail("a place that was finished is searched again")
@@ -105,14 +109,14 @@ def test_a_check_goes_on_where_it_was_killed(shipped, tmp_path, monkeypatch):
     assert runs == ["twin_1", "control_1"] and verdict.supported
 
 
-def test_other_seeds_search_the_model_again_too(shipped, tmp_path):
+def test_other_seeds_search_the_model_again_too(shipped: tuple[Backbone, Pairs, Fits], tmp_path: Path) -> None:
     backbone, pairs, fits = shipped
     verdict = check(backbone, pairs, fits, twins=1, seeds=[3, 4], controls=[], out=tmp_path, quiet=True)
     assert len(verdict.check("seeds").null) == 2 and Fits.load(tmp_path / "model").methods == ["DAS 8"]
     assert [fit.seed for fit in Fits.load(tmp_path / "twin_1")] == [3, 4]
 
 
-def test_a_search_with_twins_gives_a_verdict_by_itself(shipped):
+def test_a_search_with_twins_gives_a_verdict_by_itself(shipped: tuple[Backbone, Pairs, Fits]) -> None:
     backbone, pairs, fits = shipped
     cell = fits.where(site="block_output[1]@last", method="DAS")
     twin = replace(cell, fits=tuple(replace(fit, scores={**fit.scores, "test": {"iia": replace(fit.iia, value=0.5)}})
@@ -134,7 +138,7 @@ def answered(backbone: Backbone, pairs: Pairs, fits: Fits) -> Pairs:
     return found
 
 
-def test_the_complement_is_that_of_the_metric(shipped):
+def test_the_complement_is_that_of_the_metric(shipped: tuple[Backbone, Pairs, Fits]) -> None:
     backbone, pairs, fits = shipped
     chosen, counted = fits.best("iia"), answered(backbone, pairs, fits)
     again = sweep(
@@ -151,10 +155,11 @@ def test_the_complement_is_that_of_the_metric(shipped):
     assert complement_of(backbone, counted, full) == (None, "a full vector has no complement")
 
 
-def test_the_floor_of_the_training_pairs(shipped):
+def test_the_floor_of_the_training_pairs(shipped: tuple[Backbone, Pairs, Fits]) -> None:
     backbone, pairs, _ = shipped
     train = pairs.train
     with torch.no_grad():
+        assert isinstance(train, Counterfactuals)
         ids, mask = (train.base.inputs[name] for name in ("input_ids", "attention_mask"))
         logits = backbone.model(input_ids=ids, attention_mask=mask).logits[
             torch.arange(len(train)), mask.sum(1) - 1
@@ -168,7 +173,7 @@ def test_the_floor_of_the_training_pairs(shipped):
     assert training_floor(backbone, replace(pairs, train=lambda step: train)) is None
 
 
-def test_control_labels_are_not_supported(shipped):
+def test_control_labels_are_not_supported(shipped: tuple[Backbone, Pairs, Fits]) -> None:
     backbone, pairs, fits = shipped
     given = control_labels(answered(backbone, pairs, fits), 5)
     found = sweep(backbone, given, [Site("block_output", 1, "last")], [DAS(8), RandomSubspace(8)],
@@ -177,7 +182,7 @@ def test_control_labels_are_not_supported(shipped):
     assert verdict.conclusion in ("memorised", "not found"), verdict
 
 
-def test_stories_hold_the_gender(assets: Path):
+def test_stories_hold_the_gender(assets: Path) -> None:
     from subspace_lab.tasks.story_gender import STORY_GENDER
 
     folder = assets / "models" / "stories260K"
@@ -211,8 +216,8 @@ def network(width: int, seed: int = 0) -> nn.Module:
 
 
 def equality(train: int, dev: int = 200, test: int = 400) -> Pairs:
-    sizes = {"train": train, "dev": dev, "test": test}
-    return Pairs(**{name: counterfactuals(n, i, LEFT_EQUALITY) for i, (name, n) in enumerate(sizes.items())})
+    sizes: dict[str, Any] = {"train": train, "dev": dev, "test": test}
+    return Pairs(**{name: counterfactuals(n, i, LEFT_EQUALITY) for i, (name, n) in enumerate(sizes.items())})  # type: ignore[arg-type]
 
 
 def readable(train: int, dev: int = 200, test: int = 400) -> Pairs:
@@ -231,7 +236,7 @@ def readable(train: int, dev: int = 200, test: int = 400) -> Pairs:
 HIDDEN = Site("0.output")
 
 
-def test_a_fixed_pool_on_a_wide_random_network_is_memorised():
+def test_a_fixed_pool_on_a_wide_random_network_is_memorised() -> None:
     backbone, pairs = Backbone(network(512)), equality(200)
     config = TrainingConfig(steps=100, learning_rate=0.05)
     fits = sweep(backbone, pairs, [HIDDEN], [DAS(16)], config=config, **QUIET)
@@ -239,7 +244,7 @@ def test_a_fixed_pool_on_a_wide_random_network_is_memorised():
     assert verdict.conclusion == "memorised" and "memorised its training pairs" in verdict.reason, verdict
 
 
-def test_a_nonlinear_map_of_a_random_network_is_expressive():
+def test_a_nonlinear_map_of_a_random_network_is_expressive() -> None:
     backbone, pairs = Backbone(network(64)), readable(1000)
     config = TrainingConfig(steps=100, batch_size=64)
     fits = sweep(backbone, pairs, [HIDDEN], [RevNet(8)], config=config, **QUIET)
@@ -249,7 +254,7 @@ def test_a_nonlinear_map_of_a_random_network_is_expressive():
     assert verdict.check("illusion").because.startswith("not done: ")
 
 
-def test_ten_pairs_are_underpowered_even_where_the_variable_is():
+def test_ten_pairs_are_underpowered_even_where_the_variable_is() -> None:
     planted = planted_decoder(0, train=10, dev=10, test=10)
     backbone = Backbone(planted.model)
     fits = sweep(backbone, planted.pairs, [planted.site], [DAS(2)], config=TrainingConfig(steps=40, learning_rate=0.05),
@@ -258,7 +263,7 @@ def test_ten_pairs_are_underpowered_even_where_the_variable_is():
     assert verdict.conclusion == "underpowered" and "10 test pairs" in verdict.reason
 
 
-def test_where_nothing_is_seen_a_planted_variable_tells_whether_something_could_have_been():
+def test_where_nothing_is_seen_a_planted_variable_tells_whether_something_could_have_been() -> None:
     """At a place where the model has nothing, with pairs enough, and with steps too few to find anything."""
     planted = planted_decoder(0, train=128, dev=64, test=128)
     backbone = Backbone(planted.model)
@@ -275,7 +280,7 @@ def test_where_nothing_is_seen_a_planted_variable_tells_whether_something_could_
 # --- what is served, and what is refused before anything runs -----------------------------------------------
 
 
-def test_several_variables_and_sites_and_metrics_are_served():
+def test_several_variables_and_sites_and_metrics_are_served() -> None:
     two = tiny_pairs(("a", "b"))
     places = [
         {"a": Site("block_output", 0, "2"), "b": Site("block_output", 1, "last")},
@@ -289,18 +294,18 @@ def test_several_variables_and_sites_and_metrics_are_served():
         assert ("not done" in told) is not complement
 
 
-def test_methods_without_training_are_checked_too():
+def test_methods_without_training_are_checked_too() -> None:
     fits = swept([DifferenceOfMeans(), PCA(3)], seeds=2)
     verdict = check(tiny(), tiny_pairs(), fits, twins=[reinitialised(tiny().model, 3)], quiet=True)
     assert verdict.preliminary and len(at_cell(fits, fits.best())) == 1
 
 
-def test_what_does_not_belong_together_is_refused(monkeypatch):
+def test_what_does_not_belong_together_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fits = swept([DAS(2)])
     monkeypatch.setattr(checking, "sweep", lambda *_, **__: pytest.fail("something ran"))
 
     def refused(match: str, error: type[Exception] = ValueError, **changes: Any) -> None:
-        given = {"backbone": tiny(), "pairs": tiny_pairs(), "fits": fits, "quiet": True, **changes}
+        given: dict[str, Any] = {"backbone": tiny(), "pairs": tiny_pairs(), "fits": fits, "quiet": True, **changes}
         with pytest.raises(error, match=match):
             check(**given)
 
@@ -321,7 +326,7 @@ def test_what_does_not_belong_together_is_refused(monkeypatch):
     refused("twins", TypeError, twins=True)
 
 
-def test_a_twin_counts_once():
+def test_a_twin_counts_once() -> None:
     fits = swept(DAS(2), [Site("block_output", 1, "last")])
     twin = reinitialised(tiny().model, 3)
     for twins, said in (([twin, twin], "Twin 2 has the weights of twin 1"), ([tiny().model], "the model itself")):
@@ -329,7 +334,7 @@ def test_a_twin_counts_once():
             check(tiny(), tiny_pairs(), fits, twins=twins, controls=[], parts=False, quiet=True)
 
 
-def test_a_random_model_is_not_its_own_twin():
+def test_a_random_model_is_not_its_own_twin() -> None:
     """`tiny` was drawn from the seed 0, which is that of its first twin too."""
     with torch.random.fork_rng(devices=[]):
         assert model_facts(reinitialised(tiny().model, 0))["weights"] == model_facts(tiny().model)["weights"]
@@ -337,7 +342,7 @@ def test_a_random_model_is_not_its_own_twin():
     assert len({*found, model_facts(tiny().model)["weights"]}) == 4
 
 
-def test_a_verdict_does_not_depend_on_where_the_callers_generator_stands():
+def test_a_verdict_does_not_depend_on_where_the_callers_generator_stands() -> None:
     fits = swept([DAS(2)])
     torch.manual_seed(1)
     one = check(tiny(), tiny_pairs(), fits, twins=1, quiet=True)

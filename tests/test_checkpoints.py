@@ -65,7 +65,7 @@ def by_part() -> Intervention:
     sizes = {"one": 3, "two": 2, "three": 1}
     basis = PartedSubspace(WIDTH, sizes, seed=4, moving=["one", "three"])
     values = {name: Affine(WIDTH, size, seed=size) for name, size in sizes.items()}
-    edit = Intervention(basis, ByPart(values, sizes, in_use=["three", "one"]))
+    edit: Any = Intervention(basis, ByPart(values, sizes, in_use=["three", "one"]))
     edit.subspace.raw["two"].requires_grad_(False)  # its vectors are taken as they are, so they must not move
     return edit
 
@@ -236,6 +236,7 @@ def test_what_is_shared_stays_shared_and_is_stored_once(tmp_path: Path) -> None:
     save_edits(tmp_path / "edits", edits)
     back = load_edits(tmp_path / "edits")
     assert list(back) == sites
+    a: Any
     tied_back, again, a, b, on_whole, alone = back.values()
     assert tied_back is again and tied_back is not alone
     assert a.subspace.whole is b.subspace.whole is on_whole.subspace
@@ -246,7 +247,7 @@ def test_what_is_shared_stays_shared_and_is_stored_once(tmp_path: Path) -> None:
     )
     # Training one moves the other.
     with torch.no_grad():
-        a.subspace.whole.raw.add_(rows(WIDTH, 4))
+        a.subspace.whole.raw.add_(rows(WIDTH, 4))  # type: ignore[operator]
     assert torch.equal(b.subspace.basis(), on_whole.subspace.basis()[2:])
 
 
@@ -299,7 +300,7 @@ class Misdescribed(Scaled):
 
 
 def test_a_kind_of_ones_own_needs_only_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Doubling(LearnedSubspace(WIDTH, 2, seed=0), Scaled(2, 3.0), write=False)
+    own: Any = Doubling(LearnedSubspace(WIDTH, 2, seed=0), Scaled(2, 3.0), write=False)
     with torch.no_grad():
         own.value.shift.add_(1)
     save_edits(tmp_path / "edits", {SITE: own})
@@ -338,7 +339,7 @@ def test_what_could_not_be_rebuilt_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="Misdescribed cannot be saved, since its description"):
         save_edits(tmp_path / "edits", {SITE: holding(Misdescribed(2))})
     strange = holding(Scaled(2))
-    strange.value = nn.Identity()
+    strange.value = nn.Identity()  # type: ignore[assignment]
     with pytest.raises(TypeError, match="Identity cannot be saved: it is no subspace, value or intervention"):
         save_edits(tmp_path / "edits", {SITE: strange})
     one, other = interchange(LearnedSubspace(WIDTH, 2, seed=0)), interchange(LearnedSubspace(WIDTH, 2, seed=1))

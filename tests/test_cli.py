@@ -9,11 +9,12 @@ import sys
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from subspace_lab.analysis.geometry import overlap
 from subspace_lab.analysis.twins import reinitialised
@@ -31,7 +32,7 @@ SHIPPED = Path(str(files("subspace_lab"))) / "assets" / "tiny_decoder"
 DAS_ALONE = ["--method", "DAS"]
 
 
-def search(*options: str | Path):
+def search(*options: str | Path) -> Result:
     return CliRunner().invoke(app, ["search", *map(str, options)])
 
 
@@ -41,14 +42,14 @@ def offline(**extra: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result, Any]:
     folder = tmp_path_factory.mktemp("cli") / "nested" / "search"
     result = search(*TINY, "--positions", "amount,last", "--seed", "3", "--out", folder)
     assert result.exit_code == 0, (result.stderr, result.exception)
     return folder, result, json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
-def test_all_files_are_written_and_nothing_else(done):
+def test_all_files_are_written_and_nothing_else(done: tuple[Path, Result, Any]) -> None:
     folder, _, _ = done
     assert {path.name for path in folder.iterdir()} == FILES
     for who in ("model", "twin"):
@@ -61,7 +62,7 @@ def test_all_files_are_written_and_nothing_else(done):
         assert (folder / name).read_bytes().startswith(b"\x89PNG") and (folder / name).stat().st_size > 10_000
 
 
-def test_results_have_the_documented_keys(done):
+def test_results_have_the_documented_keys(done: tuple[Path, Result, Any]) -> None:
     _, _, results = done
     assert set(results) == {"settings", "model", "twin", "comparison", "verdict"}
     settings = results["settings"]
@@ -97,7 +98,7 @@ def test_results_have_the_documented_keys(done):
     assert results["model"]["facts"]["data"] == results["twin"]["facts"]["data"] == drawn
 
 
-def test_fits_reload_and_are_those_compared(done):
+def test_fits_reload_and_are_those_compared(done: tuple[Path, Result, Any]) -> None:
     folder, _, results = done
     fits, compared = Fits.load(folder / "model"), results["comparison"]
     assert fits.records() == results["model"]["fits"] and Fits.load(folder / "twin").places == fits.places
@@ -109,7 +110,7 @@ def test_fits_reload_and_are_those_compared(done):
     assert chance["mean"] == pytest.approx(first.rank / 64) and chance["low"] < chance["mean"] < chance["high"]
 
 
-def test_output_is_the_table_and_progress_goes_aside(done):
+def test_output_is_the_table_and_progress_goes_aside(done: tuple[Path, Result, Any]) -> None:
     folder, result, _ = done
     told, fits = " ".join(result.stdout.split()), Fits.load(folder / "model")
     best = fits.best()
@@ -122,7 +123,7 @@ def test_output_is_the_table_and_progress_goes_aside(done):
     assert "━" not in result.stdout
 
 
-def test_a_result_is_a_function_of_its_settings(done, tmp_path):
+def test_a_result_is_a_function_of_its_settings(done: tuple[Path, Result, Any], tmp_path: Path) -> None:
     _, _, results = done
     again = search(*TINY, "--positions", "amount,last", "--seed", "3", "--out", tmp_path / "again")
     assert again.exit_code == 0
@@ -131,10 +132,12 @@ def test_a_result_is_a_function_of_its_settings(done, tmp_path):
     assert repeated == results
 
 
-def test_a_small_model_takes_one_thread_and_gives_the_others_back(tmp_path, monkeypatch):
+def test_a_small_model_takes_one_thread_and_gives_the_others_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     torch.set_num_threads(2)
-    seen = set()
+    seen: Any = set()
     module = import_module("subspace_lab.das.search")  # `subspace_lab.das.search` itself is the function
     search_sites = module.search
     monkeypatch.setattr(
@@ -144,7 +147,7 @@ def test_a_small_model_takes_one_thread_and_gives_the_others_back(tmp_path, monk
     assert seen == {1} and torch.get_num_threads() == 2
 
 
-def test_without_a_twin_in_half_precision(tmp_path):
+def test_without_a_twin_in_half_precision(tmp_path: Path) -> None:
     result = search(*TINY, "--positions", "amount", "--no-twin", "--dtype", "bfloat16", "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
     told = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
@@ -156,7 +159,7 @@ def test_without_a_twin_in_half_precision(tmp_path):
     assert "twin" not in result.stdout.partition("Written to")[0]
 
 
-def test_a_search_that_finds_nothing_says_so(tmp_path):
+def test_a_search_that_finds_nothing_says_so(tmp_path: Path) -> None:
     """At the amount the model has not compared anything yet; at the last token of layer 1 it has."""
     options = ["--layers", "1", "--steps", "20", "--pairs", "100", "--test-pairs", "100", "--no-twin", *DAS_ALONE]
     nothing = search(*options, "--positions", "amount", "--out", tmp_path / "amount")
@@ -164,7 +167,7 @@ def test_a_search_that_finds_nothing_says_so(tmp_path):
     assert "show no effect" in nothing.stdout and "show no effect" not in something.stdout
 
 
-def test_several_methods_ranks_and_seeds(tmp_path):
+def test_several_methods_ranks_and_seeds(tmp_path: Path) -> None:
     """All with all, each once; pairs and twin belong to the first seed."""
     options = ["--method", "das, RandomSubspace", "--rank", "2,4", "--seed", "5,0,1", "--positions", "amount,last"]
     result = search(*TINY, *options, "--out", tmp_path)
@@ -192,7 +195,7 @@ def test_several_methods_ranks_and_seeds(tmp_path):
         torch.testing.assert_close(fit.subspace().basis(), same.subspace().basis(), rtol=0, atol=1e-3)
 
 
-def test_every_method_is_searched_by_its_name(tmp_path):
+def test_every_method_is_searched_by_its_name(tmp_path: Path) -> None:
     names = "BoundlessDAS,MDAS,Mask,LDA,Probe,KMeans,RevNet"
     result = search(*TINY, "--method", names, "--rank", "2", "--no-twin", "--out", tmp_path)
     assert result.exit_code == 0, (result.stderr, result.exception)
@@ -203,7 +206,7 @@ def test_every_method_is_searched_by_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["PCA", "DifferenceOfMeans", "FullVector,RandomSubspace"])
-def test_methods_without_training_are_searched_alone(method, tmp_path):
+def test_methods_without_training_are_searched_alone(method: str, tmp_path: Path) -> None:
     result = search(*TINY, "--method", method, "--rank", "2", "--no-twin", "--out", tmp_path)
     assert result.exit_code == 0, (result.stderr, result.exception)
     fits = Fits.load(tmp_path / "model")
@@ -211,7 +214,7 @@ def test_methods_without_training_are_searched_alone(method, tmp_path):
 
 
 @pytest.mark.parametrize("layers", ["0,2-3", "3,1-2", "all"])
-def test_layers_are_lists_and_ranges(layers, tmp_path):
+def test_layers_are_lists_and_ranges(layers: str, tmp_path: Path) -> None:
     options = ["--layers", layers, *TINY[2:], "--positions", "last", "--no-twin", *DAS_ALONE]
     result = search(*options, "--out", tmp_path)
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["model"]["fits"]
@@ -219,7 +222,7 @@ def test_layers_are_lists_and_ranges(layers, tmp_path):
     assert result.exit_code == 0 and [one["site"] for one in found] == [f"block_output[{n}]@last" for n in numbers]
 
 
-def test_heads_are_searched_each_alone(tmp_path):
+def test_heads_are_searched_each_alone(tmp_path: Path) -> None:
     options = ["--component", "head_output", "--layers", "1-2", "--heads", "3,0-1", "--positions", "last", *PAIRS]
     paths = ["--method", "FullVector,PathPatching", "--receiver", "mlp_output[3]@last", "--no-twin"]
     result = search(*options, *paths, "--out", tmp_path)
@@ -235,7 +238,7 @@ def test_heads_are_searched_each_alone(tmp_path):
     assert (tmp_path / "iia.png").stat().st_size > 10_000
 
 
-def test_all_heads(tmp_path):
+def test_all_heads(tmp_path: Path) -> None:
     options = ["--component", "query_output", "--heads", "all", "--positions", "last", "--method", "FullVector"]
     result = search(*TINY, *options, "--no-twin", "--out", tmp_path)
     assert result.exit_code == 0, (result.stderr, result.exception)
@@ -315,7 +318,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_answered_in_one_line(name, tmp_path):
+def test_bad_input_is_answered_in_one_line(name: str, tmp_path: Path) -> None:
     options, parts = BAD[name]
     out = tmp_path / "made" / "for it"
     result = search(*TINY, *options, "--out", out)
@@ -325,7 +328,7 @@ def test_bad_input_is_answered_in_one_line(name, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_without_a_model(tmp_path):
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     result = search(*TINY, "--model", model, "--out", out)
@@ -336,7 +339,7 @@ def test_a_folder_without_a_model(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-def test_results_are_never_mixed(tmp_path):
+def test_results_are_never_mixed(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for out in (tmp_path, tmp_path / "notes.txt"):
         result = search(*TINY, "--model", "/not/even/looked/at", "--out", out)
@@ -344,30 +347,39 @@ def test_results_are_never_mixed(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_folder_that_was_there_stays(tmp_path):
+def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
     out = tmp_path / "empty"
     out.mkdir()
     assert search(*TINY, "--rank", "0", "--out", out).exit_code == 2
     assert out.is_dir()
 
 
-def test_a_model_that_fails_its_task_is_refused_unless_allowed(tmp_path):
+def test_a_model_that_fails_its_task_is_refused_unless_allowed(tmp_path: Path) -> None:
     model = tmp_path / "untrained"
-    reinitialised(AutoModelForCausalLM.from_pretrained(SHIPPED), 0).save_pretrained(model)
+    reinitialised(AutoModelForCausalLM.from_pretrained(SHIPPED), 0).save_pretrained(model)  # type: ignore[operator]
     AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(model)
-    options = [*TINY, "--positions", "last", "--no-twin", "--model", model, "--out", tmp_path / "out"]
+    options: list[str | Path] = [
+        *TINY,
+        "--positions",
+        "last",
+        "--no-twin",
+        "--model",
+        model,
+        "--out",
+        tmp_path / "out",
+    ]
     result = search(*options)
     assert result.exit_code == 2 and "--allow-failing-model" in result.stderr and "40 bases" in result.stderr
     assert not (tmp_path / "out").exists()
     assert search(*options, "--allow-failing-model").exit_code == 0
 
 
-def test_an_option_that_does_not_exist_is_no_option(tmp_path):
+def test_an_option_that_does_not_exist_is_no_option(tmp_path: Path) -> None:
     result = search("--rnak", "3", "--out", tmp_path)
     assert result.exit_code == 2 and "--rnak" in result.stderr and not any(tmp_path.iterdir())
 
 
-def test_help_needs_neither_torch_nor_a_model():
+def test_help_needs_neither_torch_nor_a_model() -> None:
     program = (
         "import sys; from subspace_lab.cli import main; sys.argv = ['subspace-lab', *sys.argv[1:]]\n"
         "try: main()\n"
@@ -382,7 +394,7 @@ def test_help_needs_neither_torch_nor_a_model():
         assert done.stderr.split() == [], done.stderr
 
 
-def test_the_shipped_model_is_searched_without_a_network(tmp_path):
+def test_the_shipped_model_is_searched_without_a_network(tmp_path: Path) -> None:
     """`python -m subspace_lab`, in a process that may open no connection and was not told that it is offline."""
     program = (
         "import runpy, socket, sys\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_cli import FILES, PAIRS, search
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from subspace_lab.analysis import checking
 from subspace_lab.analysis.verdicts import Verdict
@@ -19,7 +19,7 @@ OPTIONS = ["--layers", "1", "--positions", "amount,last", "--steps", "20", "--pa
            "--test-pairs", "100"]  # fmt: skip
 
 
-def check(*options: str | Path):
+def check(*options: str | Path) -> Result:
     return CliRunner().invoke(app, ["check", *map(str, options)])
 
 
@@ -28,7 +28,7 @@ def last_paragraph(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     folder = tmp_path_factory.mktemp("searched") / "out"
     result = search(*OPTIONS, "--seed", "3", "--out", folder)
     assert result.exit_code == 0, (result.stderr, result.exception)
@@ -36,11 +36,11 @@ def done(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(done, tmp_path):
+def folder(done: tuple[Path, Result], tmp_path: Path) -> Path:
     return Path(shutil.copytree(done[0], tmp_path / "out"))
 
 
-def test_the_last_paragraph_of_a_search_is_its_verdict(done):
+def test_the_last_paragraph_of_a_search_is_its_verdict(done: tuple[Path, Result]) -> None:
     folder, result = done
     told = json.loads((folder / "results.json").read_text(encoding="utf-8"))["verdict"]
     verdict = Verdict.from_dict(told)
@@ -52,7 +52,7 @@ def test_the_last_paragraph_of_a_search_is_its_verdict(done):
     assert verdict.p == 0.5 and verdict.grid_p in (0.5, 1.0) and verdict.check("complement")
 
 
-def test_without_a_twin_there_is_no_verdict(tmp_path):
+def test_without_a_twin_there_is_no_verdict(tmp_path: Path) -> None:
     result = search(*OPTIONS[:-6], *PAIRS, "--no-twin", "--out", tmp_path)
     assert result.exit_code == 0 and last_paragraph(result.stdout).startswith(
         "No verdict. Without twins no verdict"
@@ -60,7 +60,7 @@ def test_without_a_twin_there_is_no_verdict(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["verdict"] is None
 
 
-def test_a_folder_gets_its_verdict_and_can_be_checked_further(folder):
+def test_a_folder_gets_its_verdict_and_can_be_checked_further(folder: Path) -> None:
     result = check(folder, "--twins", "1", "--seeds", "1")
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert {path.name for path in folder.iterdir()} == FILES | {"check", "verdict.json", "verdict.png"}
@@ -84,7 +84,7 @@ def test_a_folder_gets_its_verdict_and_can_be_checked_further(folder):
     assert resumed.exit_code == 0 and "finished" in resumed.stderr, resumed.stderr
 
 
-def test_an_interrupted_check_says_how_it_goes_on(folder, monkeypatch):
+def test_an_interrupted_check_says_how_it_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(checking, "judge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         result = check(folder, "--twins", "1")
@@ -93,7 +93,7 @@ def test_an_interrupted_check_says_how_it_goes_on(folder, monkeypatch):
     assert check(folder, "--twins", "1", "--resume").exit_code == 0
 
 
-def test_folders_that_cannot_be_checked_are_refused_in_a_line(folder, tmp_path):
+def test_folders_that_cannot_be_checked_are_refused_in_a_line(folder: Path, tmp_path: Path) -> None:
     def refused(match: str, *options: str | Path) -> None:
         result = check(*options)
         assert result.exit_code == 2, (result.stdout, result.exception)

@@ -33,7 +33,12 @@ def refused(*options: str | Path) -> str:
 
 
 def searched(
-    folder: Path, weights: str = "aa", seeds=(0, 1), twins: int = 0, test: float = 0.9, **facts: Any
+    folder: Path,
+    weights: str = "aa",
+    seeds: tuple[int, ...] = (0, 1),
+    twins: int = 0,
+    test: float = 0.9,
+    **facts: Any,
 ) -> Path:
     """A folder such as a search leaves."""
 
@@ -65,6 +70,7 @@ def test_layers_of_one_search_beside_seeds_chance_and_twin(tmp_path: Path) -> No
     trained = Fits.load(folder / "model").where(method="DAS")
     expected = compare(trained, across="layer", within="seed")
     found = told(tmp_path / "out")
+    assert expected.across is not None
     assert found["across"]["mean"] == pytest.approx(expected.across.mean) and found["labels"] == list(
         expected.labels
     )
@@ -124,6 +130,7 @@ def test_one_seed_has_no_yardstick_and_says_so(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_refused_in_a_line(tmp_path: Path) -> None:
     folder, out = searched(tmp_path / "a"), ("--out", tmp_path / "out")
     (tmp_path / "empty").mkdir()
+    options: Any
     for options, message in [
         ([tmp_path / "none"], "is no folder; give one that subspace-lab search wrote"),
         ([tmp_path / "empty"], "There is no fits.json"),

@@ -8,6 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from test_cli import FILES, TINY, offline, search
@@ -16,21 +19,23 @@ from test_cli_finetune import FILES as ADAPTER_FILES
 from test_cli_finetune import TINY as TINY_ADAPTER
 
 from subspace_lab.analysis import search_report
+from subspace_lab.analysis.plots.heatmaps import iia_heatmap
 from subspace_lab.core import files
 from subspace_lab.core._locks import LOCK
-from subspace_lab.das import _places, sweeps
-from subspace_lab.das.fits import Fits
+from subspace_lab.das import Fit, _places, sweeps
+from subspace_lab.das.fits import Failure, Fits
 from subspace_lab.reft import ReftModel, jobs
+from subspace_lab.reft.finetune import History, finetune
 
 SITES = ["--positions", "amount,last", "--method", "DAS"]
 
 
 @pytest.fixture
-def rows(tmp_path):
+def rows(tmp_path: Path) -> Path:
     return written(tmp_path / "rows.jsonl", ANSWERS)
 
 
-def interrupt(kind=signal.SIGINT):
+def interrupt(kind: signal.Signals = signal.SIGINT) -> Any:
     os.kill(os.getpid(), kind)
     time.sleep(0.01)  # the handler runs between two instructions of this thread
 
@@ -39,13 +44,13 @@ def interrupt(kind=signal.SIGINT):
 
 
 @pytest.mark.parametrize("command", ["search", "finetune"])
-def test_of_two_runs_into_one_folder_one_is_refused(command, rows, tmp_path):
+def test_of_two_runs_into_one_folder_one_is_refused(command: str, rows: Path, tmp_path: Path) -> None:
     options = (
         ["search", *TINY, *SITES] if command == "search" else ["finetune", "--data", str(rows), *TINY_ADAPTER]
     )
     out = tmp_path / "out"
     run = [sys.executable, "-m", "subspace_lab", *options, "--out", str(out)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     started = [subprocess.Popen(run, env=offline(HF_HUB_OFFLINE="1"), **pipes) for _ in range(2)]
     told = [one.communicate(timeout=300)[1] for one in started]
     codes = [one.returncode for one in started]
@@ -55,7 +60,7 @@ def test_of_two_runs_into_one_folder_one_is_refused(command, rows, tmp_path):
     assert {path.name for path in out.iterdir()} == (FILES if command == "search" else ADAPTER_FILES)
 
 
-def test_a_run_beside_another_is_told_which(tmp_path):
+def test_a_run_beside_another_is_told_which(tmp_path: Path) -> None:
     with files.taken_folder(tmp_path / "out"):
         result = search(*TINY, "--out", tmp_path / "out")
         assert result.exit_code == 2 and f"by process {os.getpid()} on " in result.stderr
@@ -65,11 +70,11 @@ def test_a_run_beside_another_is_told_which(tmp_path):
 # --- a full disk --------------------------------------------------------------------------------------------
 
 
-def fill(monkeypatch, *names):
+def fill(monkeypatch: pytest.MonkeyPatch, *names: Any) -> None:
     """A disk on which files of these names find no room."""
     whole = files.whole_file
 
-    def full(path):
+    def full(path: Path) -> Any:
         if os.path.basename(path) in names:
             raise OSError(28, "No space left on device", str(path))
         return whole(path)
@@ -79,7 +84,9 @@ def fill(monkeypatch, *names):
 
 
 @pytest.mark.parametrize("name", ["subspaces.safetensors", "fits.json", "iia.png", "results.json"])
-def test_a_search_on_a_full_disk_tells_its_table_and_saves_the_rest(name, tmp_path, monkeypatch):
+def test_a_search_on_a_full_disk_tells_its_table_and_saves_the_rest(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(monkeypatch, name)
     result = search(*TINY, *SITES, "--no-twin", "--out", tmp_path / "out")
     lost = "model" if name in ("subspaces.safetensors", "fits.json") else name
@@ -93,7 +100,9 @@ def test_a_search_on_a_full_disk_tells_its_table_and_saves_the_rest(name, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "README.md", "loss.png"])
-def test_a_finetuning_on_a_full_disk_tells_its_table_and_saves_the_rest(name, rows, tmp_path, monkeypatch):
+def test_a_finetuning_on_a_full_disk_tells_its_table_and_saves_the_rest(
+    name: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(monkeypatch, name)
     result = finetuned("--data", rows, *TINY_ADAPTER, "--out", tmp_path / "out")
     lost = {"loss.png"} if name == "loss.png" else ADAPTER_FILES - {"loss.png", "results.json"}
@@ -103,28 +112,30 @@ def test_a_finetuning_on_a_full_disk_tells_its_table_and_saves_the_rest(name, ro
     assert ("Read again" in result.stdout) == (name == "loss.png")
 
 
-def test_an_error_in_a_picture_does_not_cost_the_numbers(tmp_path, monkeypatch):
+def test_an_error_in_a_picture_does_not_cost_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subspace_lab.analysis.search_report.iia_heatmap", lambda *_: 1 / 0)
     result = search(*TINY, *SITES, "--no-twin", "--out", tmp_path / "out")
     assert result.exit_code != 0 and (tmp_path / "out" / "results.json").exists()
 
 
 @pytest.mark.parametrize("command", ["search", "finetune"])
-def test_a_folder_that_cannot_be_written_is_noticed_before_any_work(command, rows, tmp_path, monkeypatch):
-    def refuse(*_):
+def test_a_folder_that_cannot_be_written_is_noticed_before_any_work(
+    command: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
         raise OSError(30, "Read-only file system")
 
     (tmp_path / "out").mkdir()
     monkeypatch.setattr("subspace_lab.core._locks.os.open", refuse)
     run = search if command == "search" else finetuned
     result = run(
-        "--model", "/not/even/looked/at", *([] if run is search else ["--data", rows]), "--out", tmp_path / "out"
+        "--model", "/not/even/looked/at", *(() if run is search else ("--data", rows)), "--out", tmp_path / "out"
     )
     assert result.exit_code == 2 and "cannot be written to: Read-only file system" in result.stderr
 
 
 @pytest.fixture(autouse=True)
-def interrupts_arrive():
+def interrupts_arrive() -> Iterator[None]:
     """Where the tests run in the background a shell may have Ctrl-C ignored; here it is what it is at a terminal."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -135,10 +146,12 @@ def interrupts_arrive():
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_search_saves_the_sites_that_are_finished(kind, tmp_path, monkeypatch):
+def test_an_interrupted_search_saves_the_sites_that_are_finished(
+    kind: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     at, calls = _places.Places.at, []
 
-    def stopping(self, assignment, on_step):
+    def stopping(self: Any, assignment: Any, on_step: Any) -> tuple[list[Fit], list[Failure]]:
         calls.append(1)
         if len(calls) == 3:
             interrupt(kind)
@@ -162,16 +175,18 @@ def test_an_interrupted_search_saves_the_sites_that_are_finished(kind, tmp_path,
         assert same.subspace().basis().equal(fit.subspace().basis())
 
 
-def test_a_search_interrupted_before_its_first_site_saves_nothing(tmp_path, monkeypatch):
+def test_a_search_interrupted_before_its_first_site_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_places.Places, "at", lambda *_: interrupt())
     result = search(*TINY, *SITES, "--out", tmp_path / "out")
     assert result.exit_code == 130 and "nothing was saved" in result.stderr and not any(tmp_path.iterdir())
 
 
-def test_a_twin_that_was_interrupted_costs_only_itself(tmp_path, monkeypatch):
+def test_a_twin_that_was_interrupted_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at, calls = _places.Places.at, []
 
-    def stopping(self, assignment, on_step):
+    def stopping(self: Any, assignment: Any, on_step: Any) -> tuple[list[Fit], list[Failure]]:
         calls.append(1)
         if len(calls) == 4:
             interrupt()
@@ -187,14 +202,16 @@ def test_a_twin_that_was_interrupted_costs_only_itself(tmp_path, monkeypatch):
     assert len(Fits.load(tmp_path / "out" / "twin").places) == 1
 
 
-def test_in_the_library_an_interrupt_stays_one_and_has_the_fits(tmp_path):
+def test_in_the_library_an_interrupt_stays_one_and_has_the_fits(tmp_path: Path) -> None:
     error = sweeps.SweepInterrupted(Fits((), {}), 3)
     assert isinstance(error, KeyboardInterrupt) and error.fits.places == [] and "0 of 3 sites" in str(error)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_while_a_search_is_saved_waits(kind, tmp_path, monkeypatch):
-    draw = search_report.iia_heatmap
+def test_an_interrupt_while_a_search_is_saved_waits(
+    kind: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = iia_heatmap
     monkeypatch.setattr(search_report, "iia_heatmap", lambda *args: interrupt(kind) or draw(*args))
     result = search(*TINY, *SITES, "--no-twin", "--out", tmp_path / "out")
     assert result.exit_code == 130 and "Written to" in result.stdout, (result.stderr, result.exception)
@@ -203,7 +220,9 @@ def test_an_interrupt_while_a_search_is_saved_waits(kind, tmp_path, monkeypatch)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_an_interrupt_while_an_adapter_is_saved_waits(rows, tmp_path, monkeypatch):
+def test_an_interrupt_while_an_adapter_is_saved_waits(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save = ReftModel.save_pretrained
     monkeypatch.setattr(ReftModel, "save_pretrained", lambda self, folder: save(self, folder) or interrupt())
     result = finetuned("--data", rows, *TINY_ADAPTER, "--out", tmp_path / "out")
@@ -211,7 +230,9 @@ def test_an_interrupt_while_an_adapter_is_saved_waits(rows, tmp_path, monkeypatc
     assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES - {"loss.png", "results.json"}
 
 
-def test_an_interrupt_while_results_are_saved_waits(rows, tmp_path, monkeypatch):
+def test_an_interrupt_while_results_are_saved_waits(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from subspace_lab.analysis import finetune_report
 
     draw = finetune_report.loss_curve
@@ -221,11 +242,13 @@ def test_an_interrupt_while_results_are_saved_waits(rows, tmp_path, monkeypatch)
     assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES and results_of(tmp_path / "out")
 
 
-def test_sigterm_ends_a_training_as_ctrl_c_does(rows, tmp_path, monkeypatch):
-    train = jobs.finetune
+def test_sigterm_ends_a_training_as_ctrl_c_does(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = finetune
 
-    def stopped(model, rows, config, *, on_step, **options):
-        def step(i, loss):
+    def stopped(model: Any, rows: Any, config: Any, *, on_step: Any, **options: Any) -> History:
+        def step(i: int, loss: float) -> None:
             on_step(i, loss)
             if i == 1:
                 interrupt(signal.SIGTERM)
@@ -241,7 +264,7 @@ def test_sigterm_ends_a_training_as_ctrl_c_does(rows, tmp_path, monkeypatch):
 # --- what acts on a terminal --------------------------------------------------------------------------------
 
 
-def test_prompts_do_not_act_on_the_terminal(tmp_path):
+def test_prompts_do_not_act_on_the_terminal(tmp_path: Path) -> None:
     data = [{"prompt": "a fair price \x1b[2J\x9b1m", "answer": f" is\x1b]52;c;eA==\x07 {n}"} for n in range(4)]
     rows = written(tmp_path / "rows.jsonl", data)
     result = finetuned("--data", rows, *TINY_ADAPTER, "--out", tmp_path / "o\x1b[31mut")

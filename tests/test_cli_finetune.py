@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from safetensors.torch import load_file
 from test_cli import SHIPPED
 from test_reft_data import WORDS, make_tokenizer
 from test_reft_stories import NAMES, OPENINGS
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from subspace_lab.cli import app
-from subspace_lab.engine import training
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model, jobs, tokenise
 from subspace_lab.reft.classification_job import ClassificationJob
@@ -34,11 +35,11 @@ ANSWERS = [  # in words that the shipped model has
 STYLE = [{"prompt": o.format(n), "answer": f" {n} was happy. The end."} for n in NAMES for o in OPENINGS]
 
 
-def finetuned(*options: str | Path):
+def finetuned(*options: object) -> Result:
     return CliRunner().invoke(app, ["finetune", *map(str, options)])
 
 
-def written(path: Path, rows: list[dict]) -> Path:
+def written(path: Path, rows: Any) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -51,14 +52,14 @@ def numbers(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def equal(one, other):
+def equal(one: dict[str, Any], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 @pytest.fixture
-def keeping(monkeypatch):
+def keeping(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The models that the command trained, as they were when it was done with them."""
-    kept = []
+    kept: Any = []
     for job in (jobs.GenerationJob, ClassificationJob):
         measure = job.measure
         monkeypatch.setattr(
@@ -71,12 +72,12 @@ def keeping(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def stories(assets):
+def stories(assets: Path) -> Path:
     return assets / "models" / "stories260K"
 
 
 @pytest.fixture(scope="module")
-def done(stories, tmp_path_factory):
+def done(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Result, dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("finetune")
     data = written(folder / "rows.jsonl", STYLE)
     out = folder / "nested" / "adapter"
@@ -100,14 +101,14 @@ def done(stories, tmp_path_factory):
     return data, out, result, results_of(out)
 
 
-def test_all_files_are_written_and_nothing_else(done):
+def test_all_files_are_written_and_nothing_else(done: tuple[Path, Path, Result, dict[Any, Any]]) -> None:
     _, out, result, _ = done
     assert {path.name for path in out.iterdir()} == FILES
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG") and (out / "loss.png").stat().st_size > 10_000
     assert all(name in result.stdout for name in FILES - {"README.md"})
 
 
-def test_results_tell_the_run(done, stories):
+def test_results_tell_the_run(done: tuple[Path, Path, Result, dict[Any, Any]], stories: Path) -> None:
     _, out, result, results = done
     assert set(results) == {"settings", "parameters", "rows", "losses", "held_out", "classes", "samples"}
     steps = 15 * -(-(len(STYLE) - 8) // 6)
@@ -123,7 +124,7 @@ def test_results_tell_the_run(done, stories):
     assert "━" not in result.stdout and f"{steps}/" in result.stderr
 
 
-def test_it_learns_what_is_held_out(done):
+def test_it_learns_what_is_held_out(done: tuple[Path, Path, Result, dict[Any, Any]]) -> None:
     _, _, _, results = done
     loss = results["held_out"]["loss"]
     assert loss["after"] < 0.1 * loss["before"]
@@ -132,7 +133,9 @@ def test_it_learns_what_is_held_out(done):
     assert not any("was happy. The" in sample["before"] for sample in results["samples"])
 
 
-def test_samples_are_what_base_model_and_reloaded_adapter_generate(done, stories):
+def test_samples_are_what_base_model_and_reloaded_adapter_generate(
+    done: tuple[Path, Path, Result, dict[Any, Any]], stories: Path
+) -> None:
     _, out, _, results = done
     base = AutoModelForCausalLM.from_pretrained(stories).eval()
     tokenizer = AutoTokenizer.from_pretrained(stories)
@@ -143,13 +146,17 @@ def test_samples_are_what_base_model_and_reloaded_adapter_generate(done, stories
     assert [sample["after"] for sample in results["samples"]] == edited != plain
 
 
-def continued(model, tokenizer, prompt):
+def continued(
+    model: ReftModel, tokenizer: transformers.TokenizersBackend | transformers.SentencePieceBackend, prompt: Any
+) -> str | list[str]:
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     return tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_held_out_losses_are_means_over_all_answer_tokens(done, stories):
+def test_held_out_losses_are_means_over_all_answer_tokens(
+    done: tuple[Path, Path, Result, dict[Any, Any]], stories: Path
+) -> None:
     """By hand: one row at a time, the log-probability of each token of its answer."""
     data, out, _, results = done
     tokenizer = AutoTokenizer.from_pretrained(stories)
@@ -171,11 +178,11 @@ def test_held_out_losses_are_means_over_all_answer_tokens(done, stories):
 
 
 @pytest.fixture
-def rows(tmp_path):
+def rows(tmp_path: Path) -> Path:
     return written(tmp_path / "rows.jsonl", ANSWERS)
 
 
-def test_what_is_written_is_what_was_trained(rows, tmp_path, keeping):
+def test_what_is_written_is_what_was_trained(rows: Path, tmp_path: Path, keeping: list[Any]) -> None:
     """Bit for bit, and it is what the library trains on the same rows."""
     out = tmp_path / "out"
     assert finetuned("--data", rows, *TINY, "--layers", "1-2", "--seed", "5", "--out", out).exit_code == 0
@@ -194,7 +201,7 @@ def test_what_is_written_is_what_was_trained(rows, tmp_path, keeping):
     assert losses == results_of(out)["losses"]
 
 
-def test_a_result_is_a_function_of_its_settings(rows, tmp_path):
+def test_a_result_is_a_function_of_its_settings(rows: Path, tmp_path: Path) -> None:
     found = {}
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         assert finetuned("--data", rows, *TINY, "--seed", seed, "--out", tmp_path / name).exit_code == 0
@@ -204,7 +211,7 @@ def test_a_result_is_a_function_of_its_settings(rows, tmp_path):
     assert found["one"][1] == found["again"][1]
 
 
-def test_a_model_in_half_precision(rows, tmp_path, keeping):
+def test_a_model_in_half_precision(rows: Path, tmp_path: Path, keeping: list[Any]) -> None:
     """The model computes in it; the edits stay in float32, and bits come back."""
     out = tmp_path / "out"
     assert finetuned("--data", rows, *TINY, "--dtype", "bfloat16", "--out", out).exit_code == 0
@@ -218,11 +225,13 @@ def test_a_model_in_half_precision(rows, tmp_path, keeping):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_held_out_loss_that_is_no_number_is_said(when, rows, tmp_path, monkeypatch):
+def test_a_held_out_loss_that_is_no_number_is_said(
+    when: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was trained is there all the same."""
     measure, calls = jobs.over, []
 
-    def broken(model, *args):
+    def broken(model: Any, *args: Any) -> tuple[float | None, list[Tensor]]:
         calls.append(1)
         if len(calls) == (1 if when == "before" else 2):
             torch.nn.init.constant_(model.base_model.lm_head.weight, torch.nan)
@@ -237,7 +246,7 @@ def test_a_held_out_loss_that_is_no_number_is_said(when, rows, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("method", ["NoReFT", "direft", "ConsReFT", "LobiReFT", "RED"])
-def test_other_methods(method, rows, tmp_path):
+def test_other_methods(method: str, rows: Path, tmp_path: Path) -> None:
     result = finetuned("--data", rows, *TINY, "--method", method, "--positions", "last", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     told = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
@@ -252,7 +261,7 @@ def test_other_methods(method, rows, tmp_path):
     assert results["held_out"]["loss"]["before"] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
-def test_no_row_held_out(rows, tmp_path):
+def test_no_row_held_out(rows: Path, tmp_path: Path) -> None:
     result = finetuned("--data", rows, *TINY, "--held-out", "0", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     results = results_of(tmp_path / "out")
@@ -262,7 +271,7 @@ def test_no_row_held_out(rows, tmp_path):
     assert results["samples"][0]["prompt"] == ANSWERS[0]["prompt"] and "No held-out loss" in result.stdout
 
 
-def test_conversations_and_short_prompts_and_a_tokenizer_without_pad_token(tmp_path):
+def test_conversations_and_short_prompts_and_a_tokenizer_without_pad_token(tmp_path: Path) -> None:
     """One word is a prompt, shorter than f3+l3; what batches are filled up with does not matter."""
     trained = {}
     for pad in ("<pad>", None):
@@ -283,10 +292,15 @@ def test_conversations_and_short_prompts_and_a_tokenizer_without_pad_token(tmp_p
     assert not equal(trained["talk", None], trained["plain", None])
 
 
-def local_model(folder: Path, kind, pad="<pad>", **options) -> Path:
+def local_model(
+    folder: Path,
+    kind: type[Any],
+    pad: str | None = "<pad>",
+    **options: Any,
+) -> Path:
     """A tiny random model with a tokenizer of words, in a folder."""
     torch.manual_seed(7)
-    common = dict(
+    common: dict[str, Any] = dict(
         vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=24, **options,
     )  # fmt: skip
@@ -297,7 +311,7 @@ def local_model(folder: Path, kind, pad="<pad>", **options) -> Path:
     return folder
 
 
-def test_long_rows_lose_their_end_and_that_is_said(tmp_path):
+def test_long_rows_lose_their_end_and_that_is_said(tmp_path: Path) -> None:
     model = local_model(tmp_path / "model", transformers.LlamaForCausalLM)
     data = written(tmp_path / "rows.jsonl", [{"prompt": "say hi", "answer": " now" * n} for n in (3, 40, 2, 50)])
     result = finetuned("--model", model, "--data", data, *TINY, "--held-out", "1", "--out", tmp_path / "out")
@@ -305,17 +319,17 @@ def test_long_rows_lose_their_end_and_that_is_said(tmp_path):
     assert results_of(tmp_path / "out")["rows"]["shortened"] == 2 and "2 rows were longer" in result.stdout
 
 
-def test_an_interrupt_saves_what_was_trained(rows, tmp_path, monkeypatch):
+def test_an_interrupt_saves_what_was_trained(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = torch.optim.AdamW.step
-    made = []
+    made: list[int] = []
 
-    def interrupted(self, *args, **kwargs):
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(1)
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.torch.optim.AdamW, "step", interrupted)
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
     out = tmp_path / "out"
     result = finetuned("--data", rows, *TINY, "--out", out)
     assert result.exit_code == 0 and "2 of 3 steps" in result.stderr and "2 of 3 steps" in result.stdout
@@ -328,7 +342,7 @@ def test_an_interrupt_saves_what_was_trained(rows, tmp_path, monkeypatch):
     assert nothing.exit_code != 0 and not (tmp_path / "nothing").exists()
 
 
-def test_an_early_end_keeps_the_best_and_says_so(rows, tmp_path):
+def test_an_early_end_keeps_the_best_and_says_so(rows: Path, tmp_path: Path) -> None:
     """It is the library's, with the held-out rows; gradients in parts give the same step."""
     options = ["--steps", "60", "--samples", "0", "--batch-size", "4", "--learning-rate", "0.5", "--seed", "5"]
     options += ["--patience", "1", "--accumulate", "2", "--layers", "1"]
@@ -348,7 +362,7 @@ def test_an_early_end_keeps_the_best_and_says_so(rows, tmp_path):
     assert results_of(tmp_path / "out")["losses"] == history and "Interrupted" not in result.stdout
 
 
-def test_suggested_settings_are_those_that_are_trained(rows, tmp_path):
+def test_suggested_settings_are_those_that_are_trained(rows: Path, tmp_path: Path) -> None:
     result = finetuned("--data", rows, *TINY, "--suggest", "--rank", "2", "--out", tmp_path / "out")
     assert result.exit_code == 0, (result.stderr, result.exception)
     settings = results_of(tmp_path / "out")["settings"]
@@ -385,11 +399,15 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("kind", [transformers.BertForMaskedLM, transformers.LlamaForCausalLM])
-def test_classes_of_texts(kind, tmp_path, keeping):
+def test_classes_of_texts(
+    kind: type[Any],
+    tmp_path: Path,
+    keeping: list[Any],
+) -> None:
     """The head is trained and saved; with it all that the checkpoint did not hold, so that bits come back."""
     model = local_model(tmp_path / "model", kind, pad="<pad>" if kind is transformers.BertForMaskedLM else None)
     data = written(tmp_path / "rows.jsonl", TEXTS)
-    options = ["--positions", "all", "--steps", "60", "--learning-rate", "0.03", "--held-out", "8"]
+    options: list[object] = ["--positions", "all", "--steps", "60", "--learning-rate", "0.03", "--held-out", "8"]
     options += ["--model", model, "--data", data, "--batch-size", "8"]
     out = tmp_path / "out"
     result = finetuned(*options, "--out", out)
@@ -417,7 +435,7 @@ def test_classes_of_texts(kind, tmp_path, keeping):
     assert equal(numbers(tmp_path / "again"), numbers(out))
 
 
-def test_classes_end_early_too(tmp_path):
+def test_classes_end_early_too(tmp_path: Path) -> None:
     """The adapter and the head are those of the epoch with the lowest held-out loss, bit for bit."""
     model = local_model(tmp_path / "model", transformers.BertForMaskedLM)
     data = written(tmp_path / "rows.jsonl", TEXTS)
@@ -426,14 +444,16 @@ def test_classes_end_early_too(tmp_path):
     result = finetuned(*options, "--patience", "2", "--out", tmp_path / "out")
     assert result.exit_code == 0, (result.stderr, result.exception)
     told = " ".join(result.stdout.split())
-    kept, made = map(int, re.search(r"that of step (\d+) of (\d+)", told).groups())
+    found = re.search(r"that of step (\d+) of (\d+)", told)
+    assert found is not None
+    kept, made = map(int, found.groups())
     results = results_of(tmp_path / "out")
     assert 0 < kept < made == len(results["losses"]) < 60
     whole = finetuned(*options, "--out", tmp_path / "whole")
     assert whole.exit_code == 0 and results_of(tmp_path / "whole")["losses"][:made] == results["losses"]
 
 
-def test_a_training_that_shows_nothing_says_so(tmp_path):
+def test_a_training_that_shows_nothing_says_so(tmp_path: Path) -> None:
     model = local_model(tmp_path / "model", transformers.BertForMaskedLM)
     data = written(tmp_path / "rows.jsonl", TEXTS)
     result = finetuned(
@@ -442,7 +462,7 @@ def test_a_training_that_shows_nothing_says_so(tmp_path):
     assert result.exit_code == 0 and "not above the constant answer" in result.stdout
 
 
-def test_positions_that_are_counted_from_the_padding_token(tmp_path):
+def test_positions_that_are_counted_from_the_padding_token(tmp_path: Path) -> None:
     """RoBERTa with 24 positions and padding token 1 takes 22 tokens; its tokenizer here states no length."""
     model = local_model(tmp_path / "model", transformers.RobertaForMaskedLM, pad_token_id=1)
     data = written(tmp_path / "rows.jsonl", [{"text": "say " * n, "label": n % 2} for n in (3, 22, 23, 60)])
@@ -452,9 +472,9 @@ def test_positions_that_are_counted_from_the_padding_token(tmp_path):
     assert results_of(tmp_path / "out")["rows"]["shortened"] == 2
 
 
-def test_long_texts_keep_their_last_special_token(tmp_path):
+def test_long_texts_keep_their_last_special_token(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
-    tokenizer.add_bos_token = tokenizer.add_eos_token = True
+    tokenizer.add_bos_token = tokenizer.add_eos_token = True  # type: ignore[misc]
     job = ClassificationJob(
         [{"text": "say " * 40, "label": 0}, {"text": "hi", "label": 1}], [], tokenizer, longest=10
     )
@@ -466,7 +486,7 @@ def test_long_texts_keep_their_last_special_token(tmp_path):
 # --- rows of a file -----------------------------------------------------------------------------------------
 
 
-def test_every_format_holds_the_same_rows(tmp_path):
+def test_every_format_holds_the_same_rows(tmp_path: Path) -> None:
     rows = [{"prompt": "2 + 5 =", "answer": "007"}, {"prompt": 'say "a, b"\nnow', "answer": "None"}]
     written(tmp_path / "rows.jsonl", rows)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -488,7 +508,9 @@ def test_every_format_holds_the_same_rows(tmp_path):
         ([True, False, True], ("False", "True"), [1, 0, 1]),
     ],
 )
-def test_labels_become_classes(labels, classes, numbers, tmp_path):
+def test_labels_become_classes(
+    labels: list[Any], classes: tuple[str, ...], numbers: list[int], tmp_path: Path
+) -> None:
     found = read_examples(written(tmp_path / "rows.jsonl", [{"text": "hi", "label": label} for label in labels]))
     assert found.classes == classes and [row["label"] for row in found.examples] == numbers
 
@@ -544,7 +566,7 @@ BAD = {
 }
 
 
-def check_refused(result, parts, folder, left):
+def check_refused(result: Result, parts: list[str], folder: Path, left: set[Any]) -> None:
     assert result.exit_code == 2, (result.exception, result.stdout)
     lines = [line for line in result.stderr.splitlines() if "━" not in line]
     assert result.stdout == "" and len(lines) == 1 and lines[0].startswith("subspace-lab: "), result.stderr
@@ -553,14 +575,14 @@ def check_refused(result, parts, folder, left):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_options_are_answered_in_one_line(name, rows, tmp_path):
+def test_bad_options_are_answered_in_one_line(name: str, rows: Path, tmp_path: Path) -> None:
     options, parts = BAD[name]
     result = finetuned("--data", rows, *TINY, *options, "--out", tmp_path / "made" / "for it")
     check_refused(result, parts, tmp_path, {"rows.jsonl"})
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files_are_answered_in_one_line(name, tmp_path):
+def test_bad_files_are_answered_in_one_line(name: str, tmp_path: Path) -> None:
     text, parts = BAD_FILES[name]
     (tmp_path / "rows.jsonl").write_text(text)
     # Nothing of the model is needed to see it, except how a conversation is written.
@@ -569,7 +591,7 @@ def test_bad_files_are_answered_in_one_line(name, tmp_path):
     check_refused(result, parts, tmp_path, {"rows.jsonl"})
 
 
-def test_a_prompt_that_fills_the_model_and_a_broken_checkpoint(tmp_path):
+def test_a_prompt_that_fills_the_model_and_a_broken_checkpoint(tmp_path: Path) -> None:
     model = local_model(tmp_path / "model", transformers.BertForMaskedLM)
     texts = written(tmp_path / "texts.jsonl", TEXTS)
     weights = load_file(model / "model.safetensors")
@@ -583,13 +605,13 @@ def test_a_prompt_that_fills_the_model_and_a_broken_checkpoint(tmp_path):
     check_refused(result, ["Example 0", "max_length=24"], tmp_path, {"model", "texts.jsonl"})
 
 
-def test_results_are_never_mixed(rows, tmp_path):
+def test_results_are_never_mixed(rows: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     result = finetuned("--data", rows, "--model", "/not/even/looked/at", "--out", tmp_path)
     check_refused(result, ["not empty"], tmp_path, {"rows.jsonl", "notes.txt"})
 
 
-def test_a_class_whose_logit_is_no_number_is_no_answer(monkeypatch):
+def test_a_class_whose_logit_is_no_number_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     from subspace_lab.reft import classification_job
 
     model = get_reft_model(AutoModelForCausalLM.from_pretrained(SHIPPED), ReftConfig(rank=1))
@@ -598,4 +620,5 @@ def test_a_class_whose_logit_is_no_number_is_no_answer(monkeypatch):
     job = ClassificationJob.__new__(ClassificationJob)
     job.held_out, job._pad = [{"input_ids": [1], "labels": 0}] * 3, 0
     measured = job.measure(model, 3)
+    assert measured.right is not None
     assert measured.right.tolist() == [False, False, True]

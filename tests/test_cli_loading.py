@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -40,7 +42,7 @@ def tiny() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def write_gguf(model: LlamaForCausalLM, path, without="nothing") -> None:
+def write_gguf(model: LlamaForCausalLM, path: Path, without: str = "nothing") -> None:
     """The model as llama.cpp writes it; the matrices of the MLPs in 8 bits, exactly what they then are."""
     config, file = model.config, gguf.GGUFWriter(str(path), "llama")
     file.add_context_length(config.max_position_embeddings)
@@ -48,9 +50,11 @@ def write_gguf(model: LlamaForCausalLM, path, without="nothing") -> None:
     file.add_block_count(config.num_hidden_layers)
     file.add_feed_forward_length(config.intermediate_size)
     file.add_head_count(config.num_attention_heads)
+    assert config.num_key_value_heads is not None
     file.add_head_count_kv(config.num_key_value_heads)
     file.add_layer_norm_rms_eps(config.rms_norm_eps)
     file.add_rope_freq_base(10000.0)
+    assert config.head_dim is not None
     file.add_rope_dimension_count(config.head_dim)
     file.add_vocab_size(config.vocab_size)
     file.add_tokenizer_model("gpt2")
@@ -84,13 +88,15 @@ def write_gguf(model: LlamaForCausalLM, path, without="nothing") -> None:
 
 
 @pytest.fixture
-def packed(tmp_path):
+def packed(tmp_path: Path) -> tuple[LlamaForCausalLM, Source]:
     model = tiny()
     write_gguf(model, tmp_path / "Tiny.GGUF")
     return model, Source(str(tmp_path / "Tiny.GGUF"))
 
 
-def test_a_gguf_file_is_a_plain_model_of_its_unpacked_weights(packed, tmp_path):
+def test_a_gguf_file_is_a_plain_model_of_its_unpacked_weights(
+    packed: tuple[LlamaForCausalLM, Source], tmp_path: Path
+) -> None:
     model, source = packed
     loaded = load_causal(source, "cpu", "auto")
     with torch.no_grad():
@@ -106,17 +112,18 @@ def test_a_gguf_file_is_a_plain_model_of_its_unpacked_weights(packed, tmp_path):
     assert longest_text(source, tokenizer) == 64
 
 
-def test_a_twin_of_a_gguf_model_is_another_model(packed):
+def test_a_twin_of_a_gguf_model_is_another_model(packed: tuple[LlamaForCausalLM, Source]) -> None:
     loaded = load_causal(packed[1], "cpu", "auto")
-    twin = reinitialised(loaded, 0)
+    twin: Any = reinitialised(loaded, 0)
     with torch.no_grad():
         assert not torch.allclose(twin(IDS).logits, loaded(IDS).logits)
     assert twin.lm_head.weight is twin.model.embed_tokens.weight
 
 
-def test_finetune_takes_a_gguf_file(packed, tmp_path):
+def test_finetune_takes_a_gguf_file(packed: tuple[LlamaForCausalLM, Source], tmp_path: Path) -> None:
     _, source = packed
     rows = written(tmp_path / "rows.jsonl", [{"prompt": a * 4, "answer": a} for a in "cdefghij"])
+    assert source.name is not None
     result = finetuned("--model", source.name, "--data", rows, *TINY_ADAPTER, "--out", tmp_path / "out")
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert ReftModel.from_pretrained(load_causal(source, "cpu", "auto"), tmp_path / "out")
@@ -127,13 +134,15 @@ def test_finetune_takes_a_gguf_file(packed, tmp_path):
     assert torch.equal(one.score.weight, other.score.weight) and results_of(tmp_path / "classes")["classes"]
 
 
-def test_a_gguf_file_that_lacks_a_layer_is_refused(tmp_path):
+def test_a_gguf_file_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
     write_gguf(tiny(), tmp_path / "m.gguf", without="layers.1.")
     with pytest.raises(ValueError, match=r"no weights of model\.layers\.1"):
         load_causal(Source(str(tmp_path / "m.gguf")), "cpu", "auto")
 
 
-def test_without_the_extra_a_gguf_file_names_it(packed, monkeypatch):
+def test_without_the_extra_a_gguf_file_names_it(
+    packed: tuple[LlamaForCausalLM, Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match=r"pip install 'subspace-lab\[gguf\]'"):
         load_causal(packed[1], "cpu", "auto")
@@ -143,7 +152,7 @@ def test_without_the_extra_a_gguf_file_names_it(packed, monkeypatch):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tied_weights_are_not_missing_and_others_are(tied, tmp_path):
+def test_tied_weights_are_not_missing_and_others_are(tied: bool, tmp_path: Path) -> None:
     model = local_model(tmp_path / "model", LlamaForCausalLM, tie_word_embeddings=tied)
     weights = load_file(model / "model.safetensors")
     weights.pop("lm_head.weight", None)
@@ -158,7 +167,7 @@ def test_tied_weights_are_not_missing_and_others_are(tied, tmp_path):
 @pytest.mark.parametrize(
     "lost", ["bert.embeddings.LayerNorm", "bert.embeddings.word", "bert.encoder.layer.1.output"]
 )
-def test_a_classifier_may_lack_its_head_and_pooler_and_nothing_else(lost, tmp_path):
+def test_a_classifier_may_lack_its_head_and_pooler_and_nothing_else(lost: str, tmp_path: Path) -> None:
     """Else what lies before the edits would be random, and be trained as if it were a head."""
     model = local_model(tmp_path / "model", transformers.BertForMaskedLM)
     network, fresh = load_classifier(Source(str(model)), "cpu", "auto", ["no", "yes"], 0)
@@ -171,7 +180,7 @@ def test_a_classifier_may_lack_its_head_and_pooler_and_nothing_else(lost, tmp_pa
         load_classifier(Source(str(model)), "cpu", "auto", ["no", "yes"], 0)
 
 
-def test_layers_for_several_tokens_ahead_are_left_out_where_the_configuration_says_so(tmp_path):
+def test_layers_for_several_tokens_ahead_are_left_out_where_the_configuration_says_so(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(SHIPPED, model)
     config = json.loads((model / "config.json").read_text())
@@ -197,7 +206,7 @@ class Model(LlamaForCausalLM): config_class = Mine
 """
 
 
-def test_code_that_comes_along_is_run_only_if_asked_for(tmp_path, monkeypatch):
+def test_code_that_comes_along_is_run_only_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on standard input"))
     model, mark = tmp_path / "model", tmp_path / "ran"
@@ -206,7 +215,7 @@ def test_code_that_comes_along_is_run_only_if_asked_for(tmp_path, monkeypatch):
     own = {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"}
     (model / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": own}))
     (model / "mine.py").write_text(CODE.format(mark=str(mark)))
-    options = [*TINY, "--positions", "last", "--method", "PCA", "--no-twin", "--model", model]
+    options: list[str | Path] = [*TINY, "--positions", "last", "--method", "PCA", "--no-twin", "--model", model]
     result = search(*options, "--out", tmp_path / "out")
     assert result.exit_code == 2 and "--trust-remote-code" in result.stderr and result.stderr.count("\n") == 1
     assert not mark.exists()
@@ -214,7 +223,7 @@ def test_code_that_comes_along_is_run_only_if_asked_for(tmp_path, monkeypatch):
     assert result.exit_code == 0 and mark.exists(), (result.stderr, result.exception)
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     model = local_model(tmp_path / "model", LlamaForCausalLM)
     for path in SHIPPED.glob("tokenizer*"):
         shutil.copy(path, model)

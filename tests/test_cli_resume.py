@@ -8,20 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 from test_cli import FILES, offline, search
 from test_sweep_folders import same
 
-from subspace_lab.das import _places
-from subspace_lab.das.fits import Fits
+from subspace_lab.das import Fit, _places
+from subspace_lab.das.fits import Failure, Fits
 
 PAIRS = ["--pairs", "40", "--dev-pairs", "20", "--test-pairs", "40"]
 OPTIONS = ["--layers", "1-2", "--steps", "5", *PAIRS, "--positions", "amount,last", "--method", "DAS,PCA"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The search that nothing disturbs."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     result = search(*OPTIONS, "--out", folder)
@@ -29,18 +31,18 @@ def whole(tmp_path_factory):
     return folder
 
 
-def results_of(folder):
+def results_of(folder: Path) -> Any:
     """What results.json says, but for where it stands."""
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     del found["settings"]["out"]
     return found
 
 
-def stop_at(monkeypatch, number):
+def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     """Ctrl-C as the place of this number begins."""
     at, calls = _places.Places.at, []
 
-    def stopping(self, assignment, on_step):
+    def stopping(self: Any, assignment: Any, on_step: Any) -> tuple[list[Fit], list[Failure]]:
         calls.append(1)
         if len(calls) == number:
             raise KeyboardInterrupt
@@ -52,8 +54,8 @@ def stop_at(monkeypatch, number):
 
 @pytest.mark.parametrize("number", [2, 5, 7])  # in the model, before the twin's first place, in the twin
 def test_an_interrupted_search_goes_on_and_leaves_what_an_undisturbed_one_leaves(
-    number, whole, tmp_path, monkeypatch
-):
+    number: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
         stop_at(patched, number)
@@ -74,7 +76,7 @@ def test_an_interrupted_search_goes_on_and_leaves_what_an_undisturbed_one_leaves
         assert same(Fits.load(out / who), Fits.load(whole / who))
 
 
-def test_a_killed_search_goes_on(whole, tmp_path):
+def test_a_killed_search_goes_on(whole: Path, tmp_path: Path) -> None:
     """By SIGKILL, twice: in the model's search, and in the twin's."""
     out = tmp_path / "out"
     run = [sys.executable, "-m", "subspace_lab", "search", *OPTIONS, "--resume", "--out", str(out)]
@@ -89,7 +91,9 @@ def test_a_killed_search_goes_on(whole, tmp_path):
     assert results_of(out) == results_of(whole) and {path.name for path in out.iterdir()} == FILES
 
 
-def test_resume_begins_where_nothing_is_and_ends_at_once_where_all_is(whole, tmp_path, monkeypatch):
+def test_resume_begins_where_nothing_is_and_ends_at_once_where_all_is(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "new"):
         result = search(*OPTIONS, "--no-twin", "--resume", "--out", folder)
@@ -116,18 +120,18 @@ def test_resume_begins_where_nothing_is_and_ends_at_once_where_all_is(whole, tmp
         (["--test-pairs", "41"], "folder of another sweep (data: the pairs are others)"),
     ],
 )
-def test_another_search_is_refused(changes, message, whole):
+def test_another_search_is_refused(changes: list[str], message: str, whole: Path) -> None:
     result = search(*OPTIONS, *changes, "--resume", "--out", whole)
     assert result.exit_code == 2 and message in result.stderr, (result.stderr, result.exception)
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     result = search(*OPTIONS, "--resume", "--out", tmp_path)
     assert result.exit_code == 2 and "'notes.txt', which no search writes" in result.stderr
 
 
-def test_twins_are_each_saved_and_more_can_follow(whole, tmp_path):
+def test_twins_are_each_saved_and_more_can_follow(whole: Path, tmp_path: Path) -> None:
     result = search(*OPTIONS, "--twins", "3", "--out", tmp_path / "out")
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES | {"twin2", "twin3"}
@@ -146,7 +150,7 @@ def test_twins_are_each_saved_and_more_can_follow(whole, tmp_path):
     assert result.exit_code == 0 and len(results_of(tmp_path / "out")["twins"]) == 4
 
 
-def test_workers_give_the_same_results_and_lines_say_how_far_they_are(whole, tmp_path):
+def test_workers_give_the_same_results_and_lines_say_how_far_they_are(whole: Path, tmp_path: Path) -> None:
     result = search(*OPTIONS, "--workers", "2", "--out", tmp_path / "out")
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert results_of(tmp_path / "out") == results_of(whole)
@@ -155,13 +159,13 @@ def test_workers_give_the_same_results_and_lines_say_how_far_they_are(whole, tmp
 
 
 @pytest.mark.parametrize(("option", "value"), [("--workers", "0"), ("--twins", "-1")])
-def test_numbers_that_make_no_sense(option, value, tmp_path):
+def test_numbers_that_make_no_sense(option: str, value: str, tmp_path: Path) -> None:
     result = search(*OPTIONS, option, value, "--out", tmp_path / "out")
     assert result.exit_code == 2 and f"{option} {value}: needed is" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_screen_spares_sites_and_says_so(tmp_path):
+def test_a_screen_spares_sites_and_says_so(tmp_path: Path) -> None:
     """Also with a twin, which is trained at other sites."""
     result = search(*OPTIONS, "--layers", "all", "--method", "DAS", "--screen", "--out", tmp_path / "out")
     assert result.exit_code == 0, (result.stderr, result.exception)

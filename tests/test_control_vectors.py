@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from families import WIDTH, fresh, inputs
+from torch import Tensor
 
 from subspace_lab.core import interventions as iv
+from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
 from subspace_lab.model.backbone import Backbone
@@ -17,19 +22,19 @@ from subspace_lab.reft.control_vectors import load_control_vector, save_control_
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'subspace-lab[gguf]'")
 
 
-def steering():
+def steering() -> dict[Any, Any]:
     generator = torch.Generator().manual_seed(2)
     vectors = {layer: torch.randn(WIDTH, generator=generator) for layer in (1, -1)}
     return {Site("block_output", n): iv.steer(*iv.steering_vector(v)) for n, v in vectors.items()}
 
 
-def added(edit):
+def added(edit: Intervention) -> Tensor:
     """The vector that an edit adds."""
     with torch.no_grad():
         return edit(torch.zeros(1, WIDTH))[0]
 
 
-def test_what_is_written_comes_back_to_the_bit(tmp_path):
+def test_what_is_written_comes_back_to_the_bit(tmp_path: Path) -> None:
     lab, edits = Backbone(fresh("llama")), steering()
     path = tmp_path / "steer.gguf"
     save_control_vector(path, edits, lab)
@@ -51,15 +56,16 @@ def test_what_is_written_comes_back_to_the_bit(tmp_path):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_that_adds_is_written_as_it_generates(tmp_path):
-    config = {"method": "LobiReFT", "rank": 2, "layers": (1, 2), "positions": "all"}
+def test_an_adapter_that_adds_is_written_as_it_generates(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"method": "LobiReFT", "rank": 2, "layers": (1, 2), "positions": "all"}
     model = get_reft_model(fresh("llama"), ReftConfig(**config, every_token=True))
     with torch.no_grad():
+        edit: Any
         for edit in model.edits().values():
             edit.value.z.add_(2.0)
     save_control_vector(tmp_path / "lobi.gguf", model)
     given = inputs("llama")
-    options = {"max_new_tokens": 5, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
     expected = model.generate(**given, **options)
     again = load_control_vector(tmp_path / "lobi.gguf")
     assert torch.equal(generate(model.backbone, given, again, every_token=True, **options), expected)
@@ -95,13 +101,13 @@ def test_an_adapter_that_adds_is_written_as_it_generates(tmp_path):
     ],
     ids=str,
 )
-def test_what_is_no_addition_is_refused(site, edit, message, tmp_path):
+def test_what_is_no_addition_is_refused(site: Site, edit: Intervention, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         save_control_vector(tmp_path / "x.gguf", {site: edit}, Backbone(fresh("llama")))
     assert not list(tmp_path.iterdir())
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_control_vector(tmp_path / "none.gguf")
     (tmp_path / "text.gguf").write_text("a control vector")

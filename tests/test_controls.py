@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from families import fresh
 from tiny_sweeps import ANSWERS, SITES, batch_of, counterfactuals, pairs, tiny
 
 from subspace_lab.analysis.controls import control_labels, shuffled_pairs
-from subspace_lab.analysis.planting import plant
+from subspace_lab.analysis.planting import Power, plant
 from subspace_lab.analysis.twins import reinitialised
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.sites import Site
@@ -28,6 +30,7 @@ CONTROLS = (control_labels, shuffled_pairs)
 
 
 def splits(found: Pairs) -> dict[str, Counterfactuals]:
+    assert isinstance(found.train, Counterfactuals)
     return {"train": found.train, "dev": found.dev, "test": found.test}
 
 
@@ -50,7 +53,7 @@ def few_sources() -> Pairs:
 
 
 @pytest.mark.parametrize("make", CONTROLS)
-def test_bases_sources_and_answers_stay_and_the_seed_decides(make):
+def test_bases_sources_and_answers_stay_and_the_seed_decides(make: Callable[..., Pairs]) -> None:
     given = few_sources()
     found, again, other = make(given, 1), make(given, 1), make(given, 2)
     assert found.fingerprint() == again.fingerprint() != other.fingerprint()
@@ -63,7 +66,7 @@ def test_bases_sources_and_answers_stay_and_the_seed_decides(make):
     assert found.task.startswith("prices: ") and given.fingerprint() == few_sources().fingerprint()
 
 
-def test_each_source_has_one_label_in_all_splits_and_each_label_is_as_frequent():
+def test_each_source_has_one_label_in_all_splits_and_each_label_is_as_frequent() -> None:
     given = few_sources()
     expected = {answer for split in splits(given).values() for answer in split.answer.tolist()}
     seen = defaultdict(set)
@@ -76,13 +79,14 @@ def test_each_source_has_one_label_in_all_splits_and_each_label_is_as_frequent()
     assert len(dealt) == min(8, len(expected))
 
 
-def test_labels_of_fresh_pairs_are_the_same_whenever_a_source_comes():
+def test_labels_of_fresh_pairs_are_the_same_whenever_a_source_comes() -> None:
     given = few_sources()
     known = counterfactuals(9)
-    stream = Pairs(lambda step: given.train if step % 2 else known, given.dev, given.test)
+    stream = Pairs(lambda step: given.train if step % 2 else known, given.dev, given.test)  # type: ignore[arg-type, return-value]
     found = control_labels(stream, 0)
     labels = {entity: answer for split in (found.dev, found.test)
               for entity, answer in zip(split.labels["entity"], split.answer.tolist(), strict=True)}  # fmt: skip
+    assert callable(found.train)
     drawn = found.train(1)
     assert [labels[one] for one in drawn.labels["entity"]] == drawn.answer.tolist()
     assert torch.equal(found.train(0).answer, found.train(2).answer)
@@ -91,22 +95,23 @@ def test_labels_of_fresh_pairs_are_the_same_whenever_a_source_comes():
     )
 
 
-def test_shuffling_keeps_how_often_each_answer_is_expected():
+def test_shuffling_keeps_how_often_each_answer_is_expected() -> None:
     given = few_sources()
     for name, split in splits(shuffled_pairs(given, 0)).items():
         assert Counter(split.answer.tolist()) == Counter(splits(given)[name].answer.tolist())
     stream = Pairs(lambda step: counterfactuals(7), given.dev, given.test)
     found = shuffled_pairs(stream, 0)
+    assert callable(found.train)
     assert not torch.equal(found.train(0).answer, found.train(1).answer)  # another order at each step
 
 
-def test_pairs_of_one_answer_have_no_labels():
+def test_pairs_of_one_answer_have_no_labels() -> None:
     one = replace(counterfactuals(0), answer=torch.zeros(60, dtype=torch.long))
     with pytest.raises(ValueError, match="expect one answer, 'a'"):
         control_labels(Pairs(one, one, one), 0)
 
 
-def test_several_variables_have_one_label_together():
+def test_several_variables_have_one_label_together() -> None:
     found = control_labels(pairs(("a", "b")), 0)
     assert found.variables == ["a", "b"] and len(set(found.test.answer.tolist())) > 2
 
@@ -114,7 +119,7 @@ def test_several_variables_have_one_label_together():
 # --- a planted variable -------------------------------------------------------------------------------------
 
 
-def iia_of(power, basis: torch.Tensor) -> float:
+def iia_of(power: Power, basis: torch.Tensor) -> float:
     """With an exchange of this subspace in the model that has the planted variable."""
     (variable,) = power.pairs.variables
     prepared = PreparedPairs.of(Backbone(power.model), power.pairs.test, [{variable: power.site}])
@@ -130,7 +135,7 @@ def without(direction: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("site", SITES, ids=str)
-def test_what_is_planted_is_exchanged_along_its_direction_and_along_no_other(site):
+def test_what_is_planted_is_exchanged_along_its_direction_and_along_no_other(site: Site) -> None:
     power = plant(reinitialised(tiny().model, 0), pairs(), site, seed=1)
     assert abs(float(power.direction.norm()) - 1) < 1e-6
     test, given = power.pairs.test, pairs().test
@@ -143,7 +148,7 @@ def test_what_is_planted_is_exchanged_along_its_direction_and_along_no_other(sit
     assert abs(iia_of(power, without(power.direction)) - stays) < 0.1
 
 
-def test_a_search_finds_what_is_planted():
+def test_a_search_finds_what_is_planted() -> None:
     power = plant(reinitialised(tiny().model, 0), pairs(), SITES[1], seed=1)
     config = TrainingConfig(steps=60, learning_rate=0.05)
     fits = sweep(
@@ -154,7 +159,7 @@ def test_a_search_finds_what_is_planted():
     assert abs(float(found @ power.direction)) > 0.3  # 1/√32 = .18 by chance
 
 
-def test_a_plain_module_can_have_a_variable_planted():
+def test_a_plain_module_can_have_a_variable_planted() -> None:
     g = torch.Generator().manual_seed(0)
 
     def split(n: int) -> Counterfactuals:
@@ -166,7 +171,7 @@ def test_a_plain_module_can_have_a_variable_planted():
     assert power.site == Site("model.first.output") and iia_of(power, power.direction[None]) >= 0.9
 
 
-def test_what_cannot_be_planted_is_said():
+def test_what_cannot_be_planted_is_said() -> None:
     model = tiny().model
 
     def refused(match: str, given: Pairs, site: Site = SITES[0]) -> None:
@@ -177,5 +182,7 @@ def test_what_cannot_be_planted_is_said():
     refused("one position of each row", pairs(), Site("block_output", 0, "l2"))
     refused("not in its input", pairs(), Site("block_input", 0, "last"))
     long = torch.stack([ANSWERS, ANSWERS.flip(0)], 1)
-    spelled = {name: replace(split, tokens=long, whole=True) for name, split in splits(pairs()).items()}
+    spelled: dict[str, Any] = {
+        name: replace(split, tokens=long, whole=True) for name, split in splits(pairs()).items()
+    }
     refused("two answers of one token each", Pairs(**spelled))

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from subspace_lab.das.causal_models import CausalModel
 from subspace_lab.das.counterfactuals import Prompt, Task, counterfactual_dataset
-from subspace_lab.das.pairs import Pairs
+from subspace_lab.das.pairs import Counterfactuals, Pairs
 
 NUMBERS = {"train": range(10), "dev": range(20, 30), "test": range(10, 20)}
 
@@ -20,7 +21,7 @@ def sample(rng: random.Random, split: str) -> dict[str, int]:
     return {"a": rng.choice(numbers), "b": rng.choice(numbers), "template": rng.randrange(2)}
 
 
-def prompt(setting) -> Prompt:
+def prompt(setting: Any) -> Prompt:
     a, b = str(setting["a"]), str(setting["b"])
     before = ("sum ", "the sum of ")[setting["template"]]
     spans = {"a": (len(before), len(before + a)), "b": (len(before + a) + 1, len(before + a + b) + 1)}
@@ -54,14 +55,14 @@ def word(total: int) -> str:
     return "odd" if total % 2 else "even"
 
 
-def test_one_variable_gives_the_answers_of_the_causal_model():
+def test_one_variable_gives_the_answers_of_the_causal_model() -> None:
     for row in counterfactual_dataset(PARITY, 200, split="train", seed=0):
         (a, b), (other, _) = numbers_of(row["base"]), numbers_of(row["sources"]["a_odd"])
         assert row["base_answer"] == word(a + b) and row["answer"] == word(other + b)
         assert row["changes"] == (row["answer"] != row["base_answer"])
 
 
-def test_spans_point_at_the_words_and_templates_are_shared():
+def test_spans_point_at_the_words_and_templates_are_shared() -> None:
     for row in counterfactual_dataset(PARITY, 50, split="train", seed=0):
         source = row["sources"]["a_odd"]
         assert source.startswith("the") == row["base"].startswith("the")
@@ -70,7 +71,7 @@ def test_spans_point_at_the_words_and_templates_are_shared():
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 100, 101])
-def test_rows_are_balanced(n):
+def test_rows_are_balanced(n: int) -> None:
     rows = counterfactual_dataset(PARITY, n, split="test", seed=3)
     assert len(rows) == n
     counts = Counter(zip(rows["changes"], rows["answer"], strict=True))
@@ -80,18 +81,18 @@ def test_rows_are_balanced(n):
         assert abs(counts[changes, "odd"] - counts[changes, "even"]) <= 1
 
 
-def test_splits_are_those_of_the_task():
+def test_splits_are_those_of_the_task() -> None:
     for split, numbers in NUMBERS.items():
         for row in counterfactual_dataset(PARITY, 50, split=split, seed=0):
             assert {*numbers_of(row["base"]), *numbers_of(row["sources"]["a_odd"])} <= set(numbers)
 
 
-def test_the_seed_decides():
+def test_the_seed_decides() -> None:
     first, again, other = (counterfactual_dataset(PARITY, 30, split="train", seed=seed) for seed in (5, 5, 6))
     assert first.to_list() == again.to_list() and first.to_list() != other.to_list()
 
 
-def test_source_values_are_those_of_the_causal_model_in_each_source():
+def test_source_values_are_those_of_the_causal_model_in_each_source() -> None:
     rows = counterfactual_dataset(PARITY, 100, split="train", seed=0, variables=("a_odd", "b_odd"))
     for row in rows:
         for name, which in (("a_odd", 0), ("b_odd", 1)):
@@ -100,9 +101,9 @@ def test_source_values_are_those_of_the_causal_model_in_each_source():
     assert int(one["a"]) in NUMBERS["test"]  # an input of the causal model is a variable too
 
 
-def test_several_variables_exchange_every_subset_with_sources_of_their_own():
+def test_several_variables_exchange_every_subset_with_sources_of_their_own() -> None:
     rows = counterfactual_dataset(PARITY, 600, split="train", seed=0, variables=("a_odd", "b_odd"))
-    alone = Counter()
+    alone: Counter[Any] = Counter()
     for row in rows:
         base, first, second = row["base"], row["sources"]["a_odd"], row["sources"]["b_odd"]
         assert row["base_answer"] == word(sum(numbers_of(base)))
@@ -116,10 +117,10 @@ def test_several_variables_exchange_every_subset_with_sources_of_their_own():
     assert alone[True, True] < 15
 
 
-def test_pairs_can_be_filtered_by_the_values_of_the_causal_model():
+def test_pairs_can_be_filtered_by_the_values_of_the_causal_model() -> None:
     seen = []
 
-    def differ(base, sources, after):
+    def differ(base: Any, sources: Any, after: Any) -> Any:
         seen.append((base, sources, after))
         return base["b_odd"] != sources["a_odd"]["a_odd"]
 
@@ -132,13 +133,16 @@ def test_pairs_can_be_filtered_by_the_values_of_the_causal_model():
         assert after == PARITY.causal_model.interchange(
             {"a": base["a"], "b": base["b"]}, {"a_odd": {name: sources["a_odd"][name] for name in "ab"}}
         )
-    both = {"variables": ("a_odd", "b_odd"), "keep": lambda base, sources, after: len(sources) == 2}
+    both: dict[str, Any] = {
+        "variables": ("a_odd", "b_odd"),
+        "keep": lambda base, sources, after: len(sources) == 2,
+    }
     rows = counterfactual_dataset(PARITY, 200, split="train", seed=0, **both)
     alone = [row for row in rows if row["base"] in row["sources"].values()]
     assert len(alone) < 10  # unfiltered 133; a drawn source is the base itself once in two hundred
 
 
-def test_a_filter_that_leaves_no_pair_is_an_error_with_its_counts():
+def test_a_filter_that_leaves_no_pair_is_an_error_with_its_counts() -> None:
     with pytest.raises(ValueError, match=r"'parity': `keep` took 0 of 1000 pairs of the dev split in a row"):
         counterfactual_dataset(PARITY, 4, split="dev", seed=0, keep=lambda *_: False)
     with pytest.raises(ValueError, match=r"'a_odd' never changed the answer"):
@@ -147,7 +151,7 @@ def test_a_filter_that_leaves_no_pair_is_an_error_with_its_counts():
         )
 
 
-def test_labels_are_those_of_the_base():
+def test_labels_are_those_of_the_base() -> None:
     kinds = replace(
         PARITY, entity="a", kind=lambda base, exchanged, changes: f"{base['a'] % 2} {exchanged} {changes}"
     )
@@ -161,7 +165,7 @@ def test_labels_are_those_of_the_base():
     assert pairs.test.labels == {name: tuple(rows[name]) for name in ("entity", "template", "kind")}
 
 
-def test_a_variable_that_never_or_always_changes_the_answer_is_refused():
+def test_a_variable_that_never_or_always_changes_the_answer_is_refused() -> None:
     ignored = CausalModel({"a_odd": lambda a: a % 2, "odd": lambda b: b % 2}, output="odd")
     with pytest.raises(ValueError, match=r"'parity': 'a_odd' never changed the answer"):
         counterfactual_dataset(replace(PARITY, causal_model=ignored), 4, split="train", seed=0)
@@ -181,7 +185,7 @@ def test_a_variable_that_never_or_always_changes_the_answer_is_refused():
         ({"variables": ["a_odd", "a_odd"]}, "each once"),
     ],
 )
-def test_what_is_asked_wrongly_is_refused(change, message):
+def test_what_is_asked_wrongly_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         counterfactual_dataset(**{"task": PARITY, "n": 4, "split": "train", "seed": 0, **change})
 
@@ -196,10 +200,11 @@ def word_level() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
-def test_a_tasks_pairs_come_in_three_splits_that_share_no_number():
+def test_a_tasks_pairs_come_in_three_splits_that_share_no_number() -> None:
     tokenizer = word_level()
     pairs = PARITY.pairs(tokenizer, train=40, dev=10, test=21, seed=4)
     assert isinstance(pairs, Pairs) and pairs.task == "parity" and pairs.variables == ["a_odd"]
+    assert isinstance(pairs.train, Counterfactuals)
     assert [len(split) for split in (pairs.train, pairs.dev, pairs.test)] == [40, 10, 21]
     for name in ("train", "dev", "test"):
         split, rows = getattr(pairs, name), counterfactual_dataset(PARITY, 40, split=name, seed=4)
@@ -215,9 +220,10 @@ def test_a_tasks_pairs_come_in_three_splits_that_share_no_number():
     assert pairs.fingerprint() != PARITY.pairs(tokenizer, train=40, dev=10, test=21, seed=5).fingerprint()
 
 
-def test_a_tasks_pairs_of_several_variables():
+def test_a_tasks_pairs_of_several_variables() -> None:
     pairs = PARITY.pairs(word_level(), train=30, dev=10, test=10, variables=["b_odd", "a_odd"])
     assert pairs.variables == ["b_odd", "a_odd"]
+    assert isinstance(pairs.train, Counterfactuals)
     assert {name: v.unique().tolist() for name, v in pairs.train.values.items()} == {
         "b_odd": [0, 1],
         "a_odd": [0, 1],

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from test_plots import caption, check_file
 from tiny_sweeps import SITES, made_fit, made_fits, score
@@ -58,7 +57,7 @@ def effects(layers: int = 3) -> list[EditEffect]:
     ]
 
 
-def curves(axis: Axes) -> dict[str, list[tuple[float, float]]]:
+def curves(axis: Any) -> dict[str, list[tuple[float, float]]]:
     return {
         str(line.get_label()): [(float(x), round(float(y), 4)) for x, y in line.get_xydata()]
         for line in axis.lines
@@ -67,7 +66,7 @@ def curves(axis: Axes) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_by_rank_shows_means_over_seeds_training_and_the_random_band(tmp_path: Path) -> None:
-    figure = iia_by_rank(by_rank(), tmp_path / "rank.png")
+    figure: Any = iia_by_rank(by_rank(), tmp_path / "rank.png")
     check_file(tmp_path / "rank.png")
     (axis,) = figure.axes
     found = curves(axis)
@@ -85,7 +84,7 @@ def test_by_rank_shows_means_over_seeds_training_and_the_random_band(tmp_path: P
 
 
 def test_by_pairs_shows_held_out_and_training_pairs(tmp_path: Path) -> None:
-    figure = iia_by_pairs(by_pairs(), tmp_path / "pairs.png")
+    figure: Any = iia_by_pairs(by_pairs(), tmp_path / "pairs.png")
     check_file(tmp_path / "pairs.png")
     (axis,) = figure.axes
     assert curves(axis)["DAS 2"] == [(20, 0.5), (200, 0.8)] and axis.get_xlabel() == "training pairs"
@@ -94,7 +93,7 @@ def test_by_pairs_shows_held_out_and_training_pairs(tmp_path: Path) -> None:
 
 
 def test_methods_stand_below_each_other_with_controls_apart(tmp_path: Path) -> None:
-    figure = methods_beside(by_rank().where(rank=4), tmp_path / "methods.png")
+    figure: Any = methods_beside(by_rank().where(rank=4), tmp_path / "methods.png")
     check_file(tmp_path / "methods.png")
     (axis,) = figure.axes
     names = [t.get_text() for t in axis.get_yticklabels()]
@@ -109,7 +108,7 @@ def test_training_curves_are_the_losses(tmp_path: Path) -> None:
     given = made_fits(
         [fit(DAS(2), 2, s, 0.5, losses=losses) for s in (0, 1)] + [fit(PCA(2), 2, 0, 0.5, losses=())]
     )
-    figure = training_curves(given, tmp_path / "training.png")
+    figure: Any = training_curves(given, tmp_path / "training.png")
     check_file(tmp_path / "training.png")
     (axis,) = figure.axes
     assert len(axis.lines) == 2 and curves(axis)["DAS 2 (×2)"] == [
@@ -118,7 +117,7 @@ def test_training_curves_are_the_losses(tmp_path: Path) -> None:
 
 
 def test_edits_by_layer_show_what_each_does_and_what_is_lost(tmp_path: Path) -> None:
-    figure = edits_by_layer(effects(), tmp_path / "edits.png")
+    figure: Any = edits_by_layer(effects(), tmp_path / "edits.png")
     check_file(tmp_path / "edits.png")
     (axis,) = figure.axes
     alone, lost = ([round(float(y), 3) for _, y in c.get_offsets()] for c in axis.collections[1::2])
@@ -136,7 +135,7 @@ def test_edits_by_layer_show_what_each_does_and_what_is_lost(tmp_path: Path) -> 
     ids=lambda one: getattr(one, "__name__", ""),
 )  # fmt: skip
 def test_an_axis_of_ones_own_is_drawn_on(draw: Callable[..., Figure], given: Any) -> None:
-    figure = Figure()
+    figure: Any = Figure()
     first, second = figure.subplots(1, 2)
     assert draw(given, ax=second) is figure
     assert second.get_title(loc="left") and second.has_data() and not first.has_data()

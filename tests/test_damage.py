@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_sweeps import WIDTH, tiny
@@ -17,16 +19,16 @@ SITE = Site("block_output", 1, "last")
 LENGTHS = torch.tensor([7, 5, 7, 3])
 IDS = torch.randint(1, 50, (4, 7), generator=torch.Generator().manual_seed(0))
 MASK = (torch.arange(7) < LENGTHS[:, None]).long()
-TEXTS = {"input_ids": IDS, "attention_mask": MASK}
+TEXTS: dict[str, Any] = {"input_ids": IDS, "attention_mask": MASK}
 
 
 def by_hand(basis: Tensor) -> Tensor:
     model = tiny().model
-    block = model.transformer.h[1]  # type: ignore[index, union-attr]
+    block: Any = model.transformer.h[1]  # type: ignore[index, union-attr]
     seen: list[Tensor] = []
 
     def stream(output: object) -> Tensor:
-        return output if isinstance(output, Tensor) else output[0]  # type: ignore[index, no-any-return]
+        return output if isinstance(output, Tensor) else output[0]  # type: ignore[index]
 
     handle = block.register_forward_hook(lambda _, __, output: seen.append(stream(output).clone()))
     with torch.no_grad():

@@ -165,6 +165,7 @@ def test_several_variables_have_a_source_each(tmp_path: Path, tokenizer: Any) ->
     made = load_pairs(written(tmp_path, "csv", rows), tokenizer, balance=False)
     assert made.variables == ["lower", "upper"] and made.test.source_answers == {}
     for split in (made.train, made.dev, made.test):
+        assert isinstance(split, Counterfactuals)
         for i, exchanged in enumerate(split.exchanged):
             ids = split.base.inputs["input_ids"][i]
             n = int(tokenizer.decode(ids).split()[2])
@@ -178,6 +179,7 @@ def test_a_column_says_the_splits(tokenizer: Any) -> None:
     names = ["train", "Validation", "test"]
     rows = [{**row, "split": names[i % 3]} for i, row in enumerate(ROWS)]
     made = load_pairs(rows, tokenizer, balance=False)
+    assert isinstance(made.train, Counterfactuals)
     parts = [told(tokenizer, split) for split in (made.train, made.dev, made.test)]
     assert [len(part) for part in parts] == [20, 20, 20]
     for k, part in enumerate(parts):
@@ -192,14 +194,18 @@ def test_a_column_says_the_splits(tokenizer: Any) -> None:
 
 def test_an_entity_is_in_one_split(tokenizer: Any) -> None:
     made = load_pairs(ROWS, tokenizer, by="entity", balance=False)
+    assert isinstance(made.train, Counterfactuals)
     found = [set(split.labels["entity"]) for split in (made.train, made.dev, made.test)]
     assert all(found) and not found[0] & found[1] and not found[0] & found[2] and not found[1] & found[2]
+    assert isinstance(made.train, Counterfactuals)
     assert made.dropped == {} and sum(map(len, (made.train, made.dev, made.test))) == 60
     both = load_pairs(ROWS, tokenizer, by=("entity", "template"), balance=False)
     for name in ("entity", "template"):
+        assert isinstance(both.train, Counterfactuals)
         found = [set(split.labels[name]) for split in (both.train, both.dev, both.test)]
         assert not found[0] & found[1] and not found[0] & found[2] and not found[1] & found[2]
     (lost,) = both.dropped.values()
+    assert isinstance(both.train, Counterfactuals)
     assert lost == 60 - sum(map(len, (both.train, both.dev, both.test))) > 0
 
 
@@ -233,11 +239,14 @@ def renamed(old: str, new: str) -> list[dict[str, Any]]:
         (changed(base=["price"]), r"Row 3 of the data has \['price'\] \(list\) in 'base'"),
         (changed(base=b"price"), r"Row 3 of the data has b'price' \(bytes\) in 'base'"),
         (changed(answer=True), r"Row 3 of the data has True \(bool\) in 'answer'"),
-        (changed(**{"span.unit": "euros"}), "Row 3 of the data: The position 'unit' is the text 'euros', which is not"),
-        (changed(**{"span.unit": [3, 99]}), "Row 3 of the data: The position 'unit' is at characters 3 to 99"),
-        (changed(**{"span.unit": [3, 3]}), "characters 3 to 3"),
-        (changed(**{"span.amount.base": ""}), "Row 3 of the data has no 'span.amount.base'"),
-        (changed(**{"span.amount.source": ""}), "does not say where the span 'amount' is in the source"),
+        (
+            changed(3, **{"span.unit": "euros"}),
+            "Row 3 of the data: The position 'unit' is the text 'euros', which is not",
+        ),
+        (changed(3, **{"span.unit": [3, 99]}), "Row 3 of the data: The position 'unit' is at characters 3 to 99"),
+        (changed(3, **{"span.unit": [3, 3]}), "characters 3 to 3"),
+        (changed(3, **{"span.amount.base": ""}), "Row 3 of the data has no 'span.amount.base'"),
+        (changed(3, **{"span.amount.source": ""}), "does not say where the span 'amount' is in the source"),
         (changed(split="train"), "differ in a split"),
         (changed(id="1-1"), "Row 3 of the data has the id '1-1', which Row 0 of the data has too"),
         (changed(answer="Zebra"), "'Zebra' cannot be written with this tokenizer"),

@@ -113,7 +113,7 @@ def test_what_is_scored_is_the_exchange_of_the_features_that_are_given_back(fits
         found = fit.subspace()
         assert isinstance(found, Dictionary) and 1 <= found.rank < 3 * WIDTH and len(set(fit.losses)) > 1
         edited = found.swap(base, source)
-        logits = logits_by_hook(ids_of(data.base), {fit.site: lambda _, states=edited: states})
+        logits = logits_by_hook(ids_of(data.base), {fit.site: lambda _, states=edited: states})  # type: ignore[misc]
         assert fit.iia == proportion(logits.argmax(-1) == data.answer)
     fits.save(tmp_path / "fits")
     h = torch.randn(5, WIDTH)

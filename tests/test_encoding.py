@@ -108,6 +108,7 @@ def test_rows_are_the_tokenizers_own_and_padded_on_the_right(kind: str, side: st
     assert (tokenizer.padding_side, tokenizer.pad_token_id, len(tokenizer)) == before
     # Answers are numbers of the list given, in its order, whatever order the rows have.
     assert (made.base_answer.tolist(), made.answer.tolist(), made.answers) == ([1, 0], [0, 1], (he, she))
+    assert made.tokens is not None
     assert made.tokens.tolist() == tokenizer.convert_tokens_to_ids([he, she])
 
 
@@ -210,7 +211,10 @@ def test_pairs_are_cut_row_by_row() -> None:
 
 def test_answers_are_read_after_the_last_real_token() -> None:
     made = encode(pairs("She", "He"), word_level(), ["She", "He"])
+    assert made.readout.index is not None
     assert made.readout.index.tolist() == [[6], [10]]
+    assert made.readout.tokens is not None
+    assert made.tokens is not None
     assert made.readout.tokens.tolist() == made.tokens.tolist()
 
 

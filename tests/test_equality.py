@@ -119,8 +119,9 @@ def test_one_generator_goes_on_and_one_seed_repeats() -> None:
 def test_subsets_are_exchanged_as_a_plain_loop_has_it() -> None:
     n = 3000
     pairs = counterfactuals(n, 5)
+    assert pairs.base.positional is not None
     base = pairs.base.positional.tolist()
-    left, right = (pairs.sources[name].positional.tolist() for name in BOTH_EQUALITIES)
+    left, right = (pairs.sources[name].positional.tolist() for name in BOTH_EQUALITIES)  # type: ignore[union-attr]
     subsets: dict[tuple[bool, bool], list[bool]] = {}
     for i in range(n):
         own, of_left, of_right = truth(base[i]), truth(left[i]), truth(right[i])
@@ -139,6 +140,8 @@ def test_subsets_are_exchanged_as_a_plain_loop_has_it() -> None:
 def test_left_equality_takes_a_source_in_every_row() -> None:
     pairs = counterfactuals(2000, 6, LEFT_EQUALITY)
     assert set(pairs.sources) == {"left_equal"}
+    assert pairs.base.positional is not None
+    assert pairs.sources["left_equal"].positional is not None
     base, left = pairs.base.positional.tolist(), pairs.sources["left_equal"].positional.tolist()
     assert all(a != b for a, b in zip(base, left, strict=True))
     expected = [truth(s)[0] == truth(b)[1] for b, s in zip(base, left, strict=True)]
@@ -154,10 +157,10 @@ def test_other_variables_are_refused(variables: tuple[str, ...]) -> None:
 
 def test_each_step_has_its_own_pairs() -> None:
     stream = fresh(64, seed=0)
-    assert torch.equal(stream(3).base.positional, stream(3).base.positional)
+    assert torch.equal(stream(3).base.positional, stream(3).base.positional)  # type: ignore[arg-type]
     batches = [stream(step) for step in range(4)] + [fresh(64, seed=1)(0)]
     batches += [counterfactuals(64, seed) for seed in range(4)]
-    rows = [tuple(row) for pairs in batches for row in pairs.base.positional.tolist()]
+    rows = [tuple(row) for pairs in batches for row in pairs.base.positional.tolist()]  # type: ignore[union-attr]
     assert len(set(rows)) == len(rows) == 9 * 64
 
 
@@ -169,7 +172,7 @@ def test_sites_are_the_states_after_each_relu() -> None:
     inputs = sample(10, 0)[0]
     backbone = Backbone(network)
     states = collect(backbone, inputs, [hidden(layer) for layer in range(1, LAYERS + 1)])
-    h = inputs
+    h: Any = inputs
     linear = list(network.layers.children())
     for layer in range(1, LAYERS + 1):
         h = torch.relu(h @ linear[layer - 1].weight.T + linear[layer - 1].bias)
@@ -180,6 +183,9 @@ def test_sites_are_the_states_after_each_relu() -> None:
 
 def test_a_network_is_its_seed_and_leaves_the_global_generator() -> None:
     before = torch.get_rng_state()
+    other: Any
+    same: Any
+    one: Any
     one, same, other = EqualityMLP(1), EqualityMLP(1), EqualityMLP(2)
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(one.layers[0].weight, same.layers[0].weight)

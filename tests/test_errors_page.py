@@ -7,6 +7,7 @@ import inspect
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -119,14 +120,23 @@ def spans() -> list[str]:
 
 
 def test_the_arguments_and_options_in_the_advice_exist() -> None:
-    functions = (lab.Batch, lab.Pairs.split, lab.ReftConfig, lab.Site, lab.check, lab.finetune, lab.forward)
+    functions: tuple[Any, ...] = (
+        lab.Batch,
+        lab.Pairs.split,
+        lab.ReftConfig,
+        lab.Site,
+        lab.check,
+        lab.finetune,
+        lab.forward,
+    )
     functions += (lab.from_texts, lab.sweep, FrozenPast, load_pairs)
     known = {name for function in functions for name in inspect.signature(function).parameters}
     of_transformers = {"device", "device_map"}
     used = {name for span in spans() for name in re.findall(r"(\w+)=(?!=)", span)}
     assert len(used) > 12 and used <= known | of_transformers, used - known
 
-    options = {option for command in typer.main.get_command(app).commands.values() for p in command.params
+    group: Any = typer.main.get_command(app)
+    options = {option for command in group.commands.values() for p in command.params
                for option in p.opts}  # fmt: skip
     asked = {option for span in spans() for option in re.findall(r"--[\w-]+", span)}
     assert len(asked) >= 4 and asked <= options, asked - options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import comb
 from statistics import NormalDist
 
@@ -113,7 +114,7 @@ def test_shapes_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("of_nothing", [proportion, bootstrap_mean])
-def test_nothing_has_no_score(of_nothing) -> None:
+def test_nothing_has_no_score(of_nothing: Callable[..., Estimate]) -> None:
     with pytest.raises(ValueError, match="0 cases is not defined"):
         of_nothing(torch.empty(0))
 

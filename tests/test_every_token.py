@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from families import by_hand, differ, editing, fresh, hooked, inputs, rounding, 
 from test_reft_trainer import collate
 
 from subspace_lab.core.checkpoints import load_edits, save_edits
-from subspace_lab.core.interventions import direft, loreft, noreft, red
+from subspace_lab.core.interventions import Intervention, direft, loreft, noreft, red
 from subspace_lab.core.sites import Site
 from subspace_lab.core.values import Affine, Diagonal
 from subspace_lab.engine.training import TrainingConfig
@@ -21,8 +24,17 @@ LENGTHS, PROMPTS = (11, 5, 9), (6, 3, 8)
 COMPONENTS = ("mlp_output", "head_output", "block_output")
 
 
-def adapted(name="gpt2", component="mlp_output", dtype=torch.float64, **options):
-    given = {"rank": 3, "layers": (0, 2), "positions": "all", "every_token": True, "start": "paper", **options}
+def adapted(
+    name: str = "gpt2", component: str = "mlp_output", dtype: torch.dtype = torch.float64, **options: Any
+) -> ReftModel:
+    given: dict[str, Any] = {
+        "rank": 3,
+        "layers": (0, 2),
+        "positions": "all",
+        "every_token": True,
+        "start": "paper",
+        **options,
+    }
     model = get_reft_model(fresh(name, dtype), ReftConfig(component=component, **given))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -31,7 +43,7 @@ def adapted(name="gpt2", component="mlp_output", dtype=torch.float64, **options)
     return model
 
 
-def answered(name="gpt2"):
+def answered(name: str = "gpt2") -> dict[Any, Any]:
     """A batch padded on the right with labels behind each prompt."""
     given = inputs(name, lengths=LENGTHS)
     labels = given["input_ids"].clone()
@@ -41,7 +53,7 @@ def answered(name="gpt2"):
     return {**given, "labels": labels}
 
 
-def examples():
+def examples() -> list[dict[Any, Any]]:
     given = answered()
     rows = []
     for i, n in enumerate(LENGTHS):
@@ -51,11 +63,11 @@ def examples():
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_labels_do_not_end_what_is_edited(name, component):
+def test_labels_do_not_end_what_is_edited(name: str, component: str) -> None:
     """Against hooks written by hand on every token."""
     model, given = adapted(name, component), answered(name)
     out = model(**given)
-    where = {spots(name, site.layer)[component]: edit for site, edit in model.edits().items()}
+    where = {spots(name, site.layer or 0)[component]: edit for site, edit in model.edits().items()}
     acts = {spot: editing(by_hand(edit), None, spot) for spot, edit in where.items()}
     with torch.no_grad(), hooked(model.base_model, acts):
         expected = model.base_model(**given)
@@ -70,7 +82,7 @@ def test_labels_do_not_end_what_is_edited(name, component):
         assert differ(prompts(**given).logits[real], expected.logits[real]) > 0.02, "answers would not matter"
 
 
-def test_no_labels_and_no_lengths_are_needed(recwarn):
+def test_no_labels_and_no_lengths_are_needed(recwarn: pytest.WarningsRecorder) -> None:
     model, given = adapted("llama"), answered("llama")
     labels = given.pop("labels")
     model.train()
@@ -82,7 +94,7 @@ def test_no_labels_and_no_lengths_are_needed(recwarn):
     assert not [w for w in recwarn if "prompt" in str(w.message)]
 
 
-def test_conversations_of_several_answers_are_trained_on():
+def test_conversations_of_several_answers_are_trained_on() -> None:
     model, given = adapted(), answered()
     given["labels"][0, 8] = -100  # two answers, which the prompt's edits alone could not have
     with torch.no_grad():
@@ -95,7 +107,7 @@ def test_conversations_of_several_answers_are_trained_on():
 
 
 @pytest.mark.parametrize("layers", [(0, 2), (2,)])
-def test_loss_and_gradient_over_the_frozen_past_are_those_of_the_plain_run(layers):
+def test_loss_and_gradient_over_the_frozen_past_are_those_of_the_plain_run(layers: tuple[int, ...]) -> None:
     model = adapted(dtype=torch.float32, layers=layers)
     batch = collate(examples())
     expected = model(**batch)
@@ -112,8 +124,8 @@ def test_loss_and_gradient_over_the_frozen_past_are_those_of_the_plain_run(layer
             torch.testing.assert_close(p.grad, gradients[name], rtol=1e-3, atol=1e-6)
 
 
-def test_the_loop_trains_what_is_then_generated_with():
-    where = {"layers": (1,), "component": "mlp_output", "positions": "all", "every_token": True}
+def test_the_loop_trains_what_is_then_generated_with() -> None:
+    where: dict[str, Any] = {"layers": (1,), "component": "mlp_output", "positions": "all", "every_token": True}
     model = get_reft_model(fresh("llama"), ReftConfig(rank=4, bias=False, **where))
     config = TrainingConfig(steps=60, batch_size=3, learning_rate=2e-2, seed=0)
     losses = finetune(model, examples(), config, quiet=True)
@@ -123,7 +135,7 @@ def test_the_loop_trains_what_is_then_generated_with():
         assert abs(float(model(**batch).loss) - losses[-1]) < 0.5 * (losses[0] - losses[-1])
 
 
-def _dataset(rows):
+def _dataset(rows: list[dict[Any, Any]]) -> Any:
     from datasets import Dataset
 
     return Dataset.from_list(rows)
@@ -133,7 +145,7 @@ def _dataset(rows):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
-def test_generation_edits_what_training_edits(name):
+def test_generation_edits_what_training_edits(name: str) -> None:
     model = adapted(name)
     given = inputs(name, lengths=(11, 11, 11))
     found = model.generate(
@@ -158,11 +170,11 @@ def test_generation_edits_what_training_edits(name):
 # --- together with others -----------------------------------------------------------------------------------
 
 
-def test_adapters_of_both_kinds_do_not_run_in_one_call():
+def test_adapters_of_both_kinds_do_not_run_in_one_call() -> None:
     model, given = adapted(layers=(0,)), answered()
     model.add_adapter("prompt", ReftConfig(rank=2, layers=(1,), positions="last"))
     model.set_adapter(["default", "prompt"])
-    ids = {k: given[k] for k in ("input_ids", "attention_mask")}
+    ids: dict[str, Any] = {k: given[k] for k in ("input_ids", "attention_mask")}
     for call in (
         lambda: model(**given),
         lambda: model.generate(**ids, max_new_tokens=2),
@@ -192,24 +204,24 @@ def test_adapters_of_both_kinds_do_not_run_in_one_call():
     ],
     ids=str,
 )
-def test_contradictions_are_refused(options, message):
+def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ReftConfig(**options)
 
 
-def test_adapters_saved_before_there_were_these_settings_are_still_read():
+def test_adapters_saved_before_there_were_these_settings_are_still_read() -> None:
     """The digest of a configuration without them is the one that earlier versions wrote with the numbers."""
     config = ReftConfig("DiReFT", rank=3, layers=[1, -1], positions="all", seed=5)
     assert digest(config) == "d663b6d0951f55a4cf0ba114dc33d61150c24ec1026817f8252218ef1f5a5b3f"
     written = config.as_dict()
     del written["every_token"], written["bias"]
     assert ReftConfig.from_dict(written) == config
-    others = [{}, {"every_token": True}, {"bias": False}]
+    others: Any = [{}, {"every_token": True}, {"bias": False}]
     assert len({digest(ReftConfig("DiReFT", positions="all", **one)) for one in others}) == 3
 
 
 @pytest.mark.parametrize("method", ["LoReFT", "NoReFT", "DiReFT", "RED"])
-def test_an_adapter_without_b_comes_back_to_the_bit(method, tmp_path):
+def test_an_adapter_without_b_comes_back_to_the_bit(method: str, tmp_path: Path) -> None:
     model = adapted(method=method, bias=False, start="identity" if method == "RED" else "paper")
     model.save_pretrained(tmp_path)
     again = ReftModel.from_pretrained(fresh("gpt2", torch.float64), tmp_path)
@@ -224,7 +236,7 @@ def test_an_adapter_without_b_comes_back_to_the_bit(method, tmp_path):
 
 
 @pytest.mark.parametrize("make", [loreft, noreft, direft])
-def test_without_b_is_with_a_b_of_zeros(make, tmp_path):
+def test_without_b_is_with_a_b_of_zeros(make: Callable[..., Intervention], tmp_path: Path) -> None:
     with_b, without = make(16, 3, seed=1, start="paper"), make(16, 3, seed=1, start="paper", bias=False)
     h = torch.randn(4, 16, dtype=torch.float64)
     assert torch.equal(with_b(h), without(h))
@@ -240,8 +252,8 @@ def test_without_b_is_with_a_b_of_zeros(make, tmp_path):
     torch.testing.assert_close(bent(h), make(16, 3, seed=1, start="paper", activation="tanh")(h))
 
 
-def test_red_without_b_scales(tmp_path):
-    edit = red(16, bias=False)
+def test_red_without_b_scales(tmp_path: Path) -> None:
+    edit: Any = red(16, bias=False)
     with torch.no_grad():
         edit.value.scale.copy_(torch.arange(16.0))
     h = torch.randn(4, 16)
@@ -251,7 +263,7 @@ def test_red_without_b_scales(tmp_path):
     assert "bias" not in Diagonal(4).description() and "bias" not in Affine(4, 2).description()
 
 
-def test_pyrefts_layout_has_a_b_of_zeros(tmp_path):
+def test_pyrefts_layout_has_a_b_of_zeros(tmp_path: Path) -> None:
     from subspace_lab.reft import from_pyreft, to_pyreft
 
     model = adapted(component="block_output", bias=False, every_token=False, dtype=torch.float32)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -14,25 +16,25 @@ from test_suggest import loss_of
 
 from subspace_lab.engine import notices
 from subspace_lab.engine.training import TrainingConfig
-from subspace_lab.reft import FinetuneInterrupted, ReftConfig, finetune, get_reft_model
+from subspace_lab.reft import FinetuneInterrupted, ReftConfig, ReftModel, finetune, get_reft_model
 
 CONFIG = TrainingConfig(steps=12, batch_size=8, learning_rate=2e-2, seed=5)
 
 
-def exact(**options):
+def exact(**options: Any) -> ReftModel:
     return get_reft_model(
         fresh("llama", torch.float64), ReftConfig(**{"rank": 2, "positions": "f1+l1", "start": "paper", **options})
     ).double()
 
 
-def test_epochs_are_steps():
+def test_epochs_are_steps() -> None:
     by_epochs, by_steps = decoder(), decoder()
     history = finetune(by_epochs, answers(20), CONFIG, epochs=2, quiet=True)
     assert history == finetune(by_steps, answers(20), replace(CONFIG, steps=6), quiet=True)
     assert len(history) == history.kept == 6 and equal(numbers(by_epochs), numbers(by_steps))
 
 
-def test_held_out_losses_are_those_of_the_model():
+def test_held_out_losses_are_those_of_the_model() -> None:
     model, held = decoder(dropout=0.2), answers(7, seed=1)
     start = loss_of(model, held)
     history = finetune(model, answers(), CONFIG, held_out=held, evaluate_every=5, quiet=True)
@@ -44,7 +46,7 @@ def test_held_out_losses_are_those_of_the_model():
     ]  # fmt: skip
 
 
-def test_evaluating_changes_nothing():
+def test_evaluating_changes_nothing() -> None:
     plain, watched = decoder(start="paper"), decoder(start="paper")
     losses = finetune(plain, answers(), CONFIG, quiet=True)
     assert losses == finetune(
@@ -53,7 +55,7 @@ def test_evaluating_changes_nothing():
     assert equal(numbers(plain), numbers(watched))
 
 
-def test_an_early_end_gives_the_best_back():
+def test_an_early_end_gives_the_best_back() -> None:
     """Rows whose answers contradict those of the training get worse; what is kept is what training to there gives."""
     rows, held = (
         answers(),
@@ -72,7 +74,7 @@ def test_an_early_end_gives_the_best_back():
     assert loss_of(model, held) == pytest.approx(found[best], rel=1e-5)
 
 
-def test_a_best_in_the_middle_is_given_back_after_the_whole_training():
+def test_a_best_in_the_middle_is_given_back_after_the_whole_training() -> None:
     rows = answers()
     config = replace(CONFIG, schedule="constant", warmup=0.0, learning_rate=0.5, steps=20, batch_size=2)
     model = decoder(start="paper")
@@ -87,12 +89,12 @@ def test_a_best_in_the_middle_is_given_back_after_the_whole_training():
     assert not equal(numbers(last), numbers(model))
 
 
-def test_ctrl_c_with_patience_keeps_the_lowest_held_out_loss_so_far():
+def test_ctrl_c_with_patience_keeps_the_lowest_held_out_loss_so_far() -> None:
     """Held-out rows that contradict the training get worse, so that what is kept is not the last."""
     rows = answers()
     held = answers(6, seed=1).map(lambda row: {"labels": [x if x < 0 else 40 for x in row["labels"]]})
     config = replace(CONFIG, schedule="constant", warmup=0.0, steps=20)
-    given = {"held_out": held, "evaluate_every": 1, "quiet": True}
+    given: dict[str, Any] = {"held_out": held, "evaluate_every": 1, "quiet": True}
 
     def stop(step: int, _: float) -> None:
         if step == 6:
@@ -112,7 +114,7 @@ def test_ctrl_c_with_patience_keeps_the_lowest_held_out_loss_so_far():
     assert equal(numbers(model), numbers(straight)) and not equal(numbers(last), numbers(model))
 
 
-def test_gradients_in_parts_are_those_of_the_whole():
+def test_gradients_in_parts_are_those_of_the_whole() -> None:
     """Answers have different lengths, so that a mean of means would be another loss."""
     found, losses = [], []
     for accumulate in (1, 2, 3, 100):
@@ -124,9 +126,10 @@ def test_gradients_in_parts_are_those_of_the_whole():
     assert apart(found[0], numbers(exact())) > 1e-3
 
 
-def test_a_step_holds_one_part_at_a_time(monkeypatch):
+def test_a_step_holds_one_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from subspace_lab.reft._past import AnswersPast
 
+    sizes: Any
     sizes, loss = [], AnswersPast.loss
     monkeypatch.setattr(
         AnswersPast, "loss", lambda self, rows, *a: sizes.append(len(rows)) or loss(self, rows, *a)
@@ -135,11 +138,11 @@ def test_a_step_holds_one_part_at_a_time(monkeypatch):
     assert sizes == [2] * 8
 
 
-def test_on_step_ends_the_training():
+def test_on_step_ends_the_training() -> None:
     assert len(finetune(decoder(), answers(), CONFIG, on_step=lambda step, _: step == 4, quiet=True)) == 5
 
 
-def test_numbers_that_make_no_sense_are_refused():
+def test_numbers_that_make_no_sense_are_refused() -> None:
     for options, message in (
         ({"epochs": 0}, "epochs=0"),
         ({"accumulate": 0}, "accumulate=0"),
@@ -153,7 +156,7 @@ def test_numbers_that_make_no_sense_are_refused():
             finetune(decoder(), answers(), CONFIG, quiet=True, **options)
 
 
-def with_lora():
+def with_lora() -> ReftModel:
     """ReFT on a model with a LoRA, whose parameters are switched on again after wrapping."""
     torch.manual_seed(0)
     inner = peft.get_peft_model(fresh("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
@@ -164,7 +167,9 @@ def with_lora():
     return model
 
 
-def test_a_lora_beside_the_edits_is_trained_by_the_same_call_and_named(capsys, monkeypatch, tmp_path):
+def test_a_lora_beside_the_edits_is_trained_by_the_same_call_and_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(notices, "_printed", set())
     model = with_lora()
     before = copy.deepcopy(model.base_model.state_dict())
@@ -184,7 +189,7 @@ def test_a_lora_beside_the_edits_is_trained_by_the_same_call_and_named(capsys, m
     assert "not saved with it" in capsys.readouterr().err
 
 
-def test_the_best_of_edits_and_lora_is_given_back():
+def test_the_best_of_edits_and_lora_is_given_back() -> None:
     rows, held, model, straight = answers(), answers(4, seed=1), with_lora(), with_lora()
     config = replace(CONFIG, schedule="constant", warmup=0.0, learning_rate=0.5, steps=12, batch_size=2, seed=6)
     history = finetune(model, rows, config, held_out=held, evaluate_every=1, patience=100, quiet=True)

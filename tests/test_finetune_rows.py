@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,15 +22,15 @@ from subspace_lab.reft import ReftConfig, finetune, get_reft_model, suggest
 CONFIG = TrainingConfig(steps=2, batch_size=4, learning_rate=2e-2)
 
 
-def as_tensors(row):
+def as_tensors(row: dict[str, Any]) -> dict[Any, Any]:
     return {name: torch.tensor(value) for name, value in row.items()}
 
 
-def as_arrays(row):
+def as_arrays(row: dict[str, Any]) -> dict[Any, Any]:
     return {name: np.array(value) for name, value in row.items()}
 
 
-def others(rows):
+def others(rows: list[Any]) -> dict[Any, Any]:
     return {
         "tensors": [as_tensors(row) for row in rows],
         "arrays": [as_arrays(row) for row in rows],
@@ -39,7 +41,7 @@ def others(rows):
 
 
 @pytest.mark.parametrize("form", ["tensors", "arrays", "torch", "numpy", "generator"])
-def test_rows_in_every_form_train_the_same(form):
+def test_rows_in_every_form_train_the_same(form: str) -> None:
     rows = list(answers(6))
     assert len({len(row["input_ids"]) for row in rows}) > 1
     one, other = decoder(), decoder()
@@ -48,7 +50,7 @@ def test_rows_in_every_form_train_the_same(form):
     assert equal(numbers(one), numbers(other))
 
 
-def test_equal_rows_of_tensors_are_on_one_side_of_a_suggestion():
+def test_equal_rows_of_tensors_are_on_one_side_of_a_suggestion() -> None:
     rows = [as_tensors(row) for row in [*answers(3)] * 3]
     found = suggest(fresh("llama"), rows, settings=[ReftConfig(rank=1)], training=CONFIG, quiet=True)
     ids = [
@@ -73,7 +75,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("rows, kind, text", WRONG.values(), ids=WRONG)
-def test_other_rows_are_refused_with_the_reason(rows, kind, text):
+def test_other_rows_are_refused_with_the_reason(rows: Any, kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
         finetune(decoder(), rows, CONFIG, quiet=True)
     with pytest.raises(kind, match=text.replace("examples", "held-out examples")):
@@ -81,7 +83,7 @@ def test_other_rows_are_refused_with_the_reason(rows, kind, text):
 
 
 @pytest.mark.parametrize("change, text", [({"id": 3}, "columns"), ({"labels": [7]}, "one of each")])
-def test_suggest_and_keep_past_refuse_them_too(change, text):
+def test_suggest_and_keep_past_refuse_them_too(change: dict[str, Any], text: str) -> None:
     rows = [{**row, **change} for row in answers(6)]
     with pytest.raises(ValueError, match=text):
         suggest(fresh("llama"), rows, training=CONFIG, quiet=True)
@@ -89,7 +91,7 @@ def test_suggest_and_keep_past_refuse_them_too(change, text):
         decoder().keep_past(Dataset.from_list(rows))
 
 
-def test_rows_longer_than_the_model_reads_are_refused():
+def test_rows_longer_than_the_model_reads_are_refused() -> None:
     model = fresh("gpt2")
     most = model.config.max_position_embeddings
     row = {"input_ids": [5] * (most + 1), "labels": [-100] * most + [5]}
@@ -97,13 +99,13 @@ def test_rows_longer_than_the_model_reads_are_refused():
         finetune(get_reft_model(model, ReftConfig(rank=1)), [row], CONFIG, quiet=True)
 
 
-def test_a_model_that_writes_no_answers_is_refused():
+def test_a_model_that_writes_no_answers_is_refused() -> None:
     with pytest.raises(ValueError, match="no causal language model"):
         finetune(get_reft_model(fresh("bert"), ReftConfig(rank=1)), [ROW], CONFIG, quiet=True)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_training_without_gradients_is_refused(context):
+def test_training_without_gradients_is_refused(context: Callable[..., Any]) -> None:
     model = decoder()
     with context(), pytest.raises(ValueError, match="Gradients are switched off"):
         finetune(model, answers(4), CONFIG, quiet=True)
@@ -168,7 +170,7 @@ SAID = {
 }
 
 
-def test_other_types_are_refused_with_a_sentence():
+def test_other_types_are_refused_with_a_sentence() -> None:
     here = Path(__file__).resolve().parent
     environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}
     done = subprocess.run(
@@ -180,7 +182,7 @@ def test_other_types_are_refused_with_a_sentence():
     assert not {name: said[name] for name in SAID if not said[name].startswith(SAID[name])}
 
 
-def test_a_model_whose_own_loss_is_not_finite_is_named():
+def test_a_model_whose_own_loss_is_not_finite_is_named() -> None:
     model = fresh("llama")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan

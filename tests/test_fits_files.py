@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,8 +63,14 @@ def network() -> nn.Module:
 def swept(methods: Sequence[Method], **changes: object) -> Fits:
     pairs = Pairs(pairs_of(40, 0), pairs_of(30, 1), pairs_of(50, 2), task="made up")
     sites = [Site(f"{i}.output") for i in (0, 1, 2, 3)]
-    options = {"seeds": 3, "config": TrainingConfig(steps=3), "min_accuracy": None, "quiet": True, **changes}
-    return sweep(Backbone(network()), pairs, sites, methods, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {
+        "seeds": 3,
+        "config": TrainingConfig(steps=3),
+        "min_accuracy": None,
+        "quiet": True,
+        **changes,
+    }
+    return sweep(Backbone(network()), pairs, sites, methods, **options)
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +121,9 @@ def test_a_method_whose_class_is_not_there_can_be_read_but_not_run(tmp_path: Pat
 def test_several_variables_and_failures_come_back(tmp_path: Path) -> None:
     data = pairs_of(40, 0)
     two = {"v": data.sources["v"], "w": pairs_of(40, 5).sources["v"]}
-    pairs = Pairs(*(replace(data, sources=two) for _ in range(3)))
-    sites = [Site("1.output"), {"v": Site("1.output"), "w": Site("3.output")}]
+    train, dev, test = (replace(data, sources=two) for _ in range(3))
+    pairs = Pairs(train, dev, test)
+    sites: list[Any] = [Site("1.output"), {"v": Site("1.output"), "w": Site("3.output")}]
     flat = replace(pairs.train, values={"v": torch.zeros(40, dtype=torch.long)})  # type: ignore[type-var]
     given = sweep(
         Backbone(network()), replace(pairs, train=flat), sites, [DAS(2), DifferenceOfMeans()],

@@ -18,7 +18,7 @@ def tokenizer() -> Any:
 
 
 def make(tokenizer: Any, **changes: Any) -> Counterfactuals:
-    given = {
+    given: dict[str, Any] = {
         "base": ["price : 45 dollars . answer :", "price : 9 dollars ."],
         "source": ["price : 7 dollars . answer :", "price : 80 dollars ."],
         "answer": ["no", "yes"],
@@ -115,6 +115,7 @@ def test_answers_are_tokens_of_one_kind() -> None:
     assert answer_tokens(tokenizer, ["she", "he"]).tolist() == [she, he]
     assert answer_tokens(tokenizer, ["he"]).tolist() == [he]
     made = from_texts(tokenizer, base=["the girl"], source=["the boy"], answer=["he"], base_answer=["she"])
+    assert made.tokens is not None
     assert made.tokens.tolist() == [she, he]
     # Without a token for Rome behind a space, the space is one of its own.
     both = pieces([*WORDS, *dict.fromkeys("▁.ParisRome")])
@@ -158,7 +159,10 @@ def test_an_end_of_text_behind_a_prompt_is_no_part_of_it() -> None:
 
 
 def test_a_position_may_be_elsewhere_in_base_and_source(tokenizer: Any) -> None:
-    texts = {"base": ["price : 45 dollars", "the price : 9"], "source": ["the price : 7", "price : 80 dollars"]}
+    texts: dict[str, Any] = {
+        "base": ["price : 45 dollars", "the price : 9"],
+        "source": ["the price : 7", "price : 80 dollars"],
+    }
     by_hand = make(tokenizer, **texts, spans={"amount": {"base": ["45", "9"], "source": ["7", "80"]}})
     named = make(tokenizer, **texts, spans={"amount": {"base": ["45", "9"], "variable": ["7", "80"]}})
     for made in (by_hand, named):
@@ -175,7 +179,7 @@ def test_a_position_may_be_elsewhere_in_base_and_source(tokenizer: Any) -> None:
 
 
 def test_a_position_at_what_differs(tokenizer: Any) -> None:
-    texts = {
+    texts: dict[str, Any] = {
         "base": ["price : 45 dollars .", "the price : 9"],
         "source": ["price : 7 dollars .", "the price : 80"],
     }

@@ -5,6 +5,8 @@
 
 import copy
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import families
 import pytest
@@ -12,7 +14,9 @@ import torch
 from families import DECODERS, ENCODERS, exact, inputs, rounding, spots
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from hypothesis.strategies._internal.core import DataObject
+from hypothesis.strategies._internal.strategies import SearchStrategy
+from torch import Tensor, nn
 
 from subspace_lab.core import interventions
 from subspace_lab.core.sites import COMPONENTS, Site
@@ -54,11 +58,11 @@ def fresh(name: str) -> nn.Module:
     return families.fresh(name, exact(name))
 
 
-def loreft(*args, **options) -> nn.Module:
+def loreft(*args: Any, **options: Any) -> nn.Module:
     return interventions.loreft(*args, **options).double()
 
 
-def interchange(subspace) -> nn.Module:
+def interchange(subspace: LearnedSubspace) -> nn.Module:
     return interventions.interchange(subspace).double()
 
 
@@ -67,7 +71,7 @@ def make_batch(name: str, padding: str = "right", seed: int = 0, rows: int = 6) 
         return Batch.of(inputs(name, rows, seed=seed).double())
     lengths = None if padding == "none" else LENGTHS[:rows]
     side = "right" if padding == "none" else padding
-    more = {"decoder_lengths": (4, 5, 6, 3, 6, 5)} if name == "t5" else {}
+    more: Any = {"decoder_lengths": (4, 5, 6, 3, 6, 5)} if name == "t5" else {}
     made = inputs(name, rows, LENGTH, seed, lengths=lengths, padding=side, **more)
     return Batch(made, columns={"subject": torch.tensor(SUBJECT[:rows])})
 
@@ -96,7 +100,7 @@ def single_sites(name: str, shift: int) -> list[Site]:
     return made
 
 
-def make_edits(states, sites, seed: int = 0) -> dict:
+def make_edits(states: dict[Site, Tensor], sites: Any, seed: int = 0) -> dict:
     """LoReFT as its paper starts it and interchange by turns, for sites with such states."""
     made = {}
     for number, site in enumerate(sites):
@@ -108,11 +112,16 @@ def make_edits(states, sites, seed: int = 0) -> dict:
     return made
 
 
-def states_for(states, edits, rows) -> dict:
+def states_for(states: dict[Site, Tensor], edits: dict[Site, nn.Module], rows: Tensor) -> dict:
     return {s: states[s][rows] for s, edit in edits.items() if edit.needs_source}
 
 
-def measured(run, rows, edits, sources=None) -> list[torch.Tensor]:
+def measured(
+    run: PlainEngine | FrozenPast,
+    rows: Tensor,
+    edits: dict[Site, Any],
+    sources: dict[Any, Any] | None = None,
+) -> list[torch.Tensor]:
     """Logits of the real reads, and the gradient of every parameter of the edits."""
     parameters = [p for edit in edits.values() for p in edit.parameters()]
     logits = run.logits(rows, edits, sources)
@@ -127,7 +136,7 @@ def measured(run, rows, edits, sources=None) -> list[torch.Tensor]:
     return [logits.detach(), *gradients]
 
 
-def gap(found, expected) -> float:
+def gap(found: list[Tensor], expected: list[Tensor]) -> float:
     """The largest relative difference, each tensor by its own norm."""
     assert len(found) == len(expected)
     gaps = []
@@ -138,7 +147,14 @@ def gap(found, expected) -> float:
     return max(gaps)
 
 
-def compare(past, plain, rows, edits, states=None, tolerance=None) -> None:
+def compare(
+    past: FrozenPast,
+    plain: PlainEngine,
+    rows: Tensor,
+    edits: dict[Site, nn.Module],
+    states: dict[Site, Tensor] | None = None,
+    tolerance: float | None = None,
+) -> None:
     """Equal numbers, and numbers that the edits matter for."""
     sources = states_for(states or {}, edits, rows)
     expected = measured(plain, rows, edits, sources)
@@ -179,7 +195,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "padding"), CASES)
-def test_equals_the_plain_run(name, padding):
+def test_equals_the_plain_run(name: str, padding: str) -> None:
     shift = ("none", "right", "left").index(padding)
     backbone, batch = Backbone(build(name)), make_batch(name, padding)
     readout = make_readout(name, batch)
@@ -195,7 +211,7 @@ def test_equals_the_plain_run(name, padding):
         compare(past, plain, ROWS[number % len(ROWS)], edits, states)
 
 
-def test_equals_the_plain_run_of_a_plain_module():
+def test_equals_the_plain_run_of_a_plain_module() -> None:
     backbone, batch = Backbone(build("mlp")), make_batch("mlp")
     sites = single_sites("mlp", 0)
     past, plain = FrozenPast(backbone, batch, sites, Readout()), PlainEngine(backbone, batch, Readout())
@@ -208,7 +224,7 @@ def test_equals_the_plain_run_of_a_plain_module():
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("positions", ["l3", "all", "subject", "first", "f1+l2", "2:5"])
-def test_equal_wherever_logits_are_read(positions, padding):
+def test_equal_wherever_logits_are_read(positions: str, padding: str) -> None:
     backbone, batch = Backbone(build("gemma2")), make_batch("gemma2", padding)
     readout = Readout.at(batch, positions)
     sites = [Site("block_output", 1, "last"), Site("attention_output", 0, "first"), Site("value_output", 1, "1:3")]
@@ -224,7 +240,7 @@ def test_equal_wherever_logits_are_read(positions, padding):
 
 @pytest.mark.parametrize("positions", ["first", "f2", "last", "all"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "bert", "t5"])
-def test_equal_without_any_edit(name, positions):
+def test_equal_without_any_edit(name: str, positions: str) -> None:
     """The model as it is, by which every search begins."""
     backbone, batch = Backbone(build(name)), make_batch(name)
     readout = make_readout(name, batch)
@@ -237,7 +253,7 @@ def test_equal_without_any_edit(name, positions):
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_ragged_positions_fit_the_sources_of_any_rows(name):
+def test_ragged_positions_fit_the_sources_of_any_rows(name: str) -> None:
     """Short rows alone have fewer positions than the data set: their sources are cut from the whole one's."""
     backbone, batch = Backbone(build(name)), make_batch(name)
     site = Site("block_output", 1, "all")
@@ -248,7 +264,7 @@ def test_ragged_positions_fit_the_sources_of_any_rows(name):
     compare(past, plain, torch.tensor([4, 2]), edits, states)
 
 
-def test_columns_with_absent_positions():
+def test_columns_with_absent_positions() -> None:
     backbone = Backbone(build("llama"))
     spans = torch.tensor([[3, 5], [8, -1], [-1, -1], [7, 11], [0, 1], [2, -1]])
     batch = Batch(make_batch("llama").inputs, columns={"span": spans})
@@ -262,7 +278,7 @@ def test_columns_with_absent_positions():
         compare(past, plain, torch.tensor([1, 5]), make_edits(states, [site], seed), states)
 
 
-def lengths_and_sides():
+def lengths_and_sides() -> SearchStrategy[tuple[Any, Any]]:
     """Prompts of 1 to LENGTH tokens, one of them of LENGTH: slices that no row has are an error."""
     ragged = st.lists(st.integers(1, LENGTH), max_size=4).map(lambda lengths: [*lengths, LENGTH])
     return st.tuples(ragged.flatmap(st.permutations), st.sampled_from(["right", "left"]))
@@ -280,11 +296,13 @@ ANY_SITE = st.builds(
 @settings(max_examples=20, deadline=None, phases=[Phase.reuse, Phase.generate, Phase.shrink])
 @given(
     shape=lengths_and_sides(),
-    sites=st.lists(ANY_SITE, min_size=1, max_size=3, unique_by=lambda s: (s.component, s.layer % 3)),
+    sites=st.lists(ANY_SITE, min_size=1, max_size=3, unique_by=lambda s: (s.component, (s.layer or 0) % 3)),
     reads=st.sampled_from(["last", "last", "l2", "all", "first"]),
     data=st.data(),
 )
-def test_any_rows_sites_and_reads(name, shape, sites, reads, data):
+def test_any_rows_sites_and_reads(
+    name: str, shape: tuple[Any, ...], sites: list[Site], reads: str, data: DataObject
+) -> None:
     lengths, side = shape
     count = len(lengths)
     backbone = Backbone(build(name))
@@ -313,6 +331,7 @@ def answered(name: str, padding: str) -> tuple[Batch, torch.Tensor]:
     batch = make_batch(name, padding)
     answers = torch.tensor([1, 3, 2, 4, 2, 1])
     real = batch.real_tokens()
+    assert real is not None
     number, lengths = real.long().cumsum(1) - 1, real.sum(1)
     labels = batch.inputs["input_ids"].masked_fill(~(real & (number >= (lengths - answers)[:, None])), -100)
     return Batch(batch.inputs, prompt_lengths=lengths - answers), labels
@@ -320,7 +339,7 @@ def answered(name: str, padding: str) -> tuple[Batch, torch.Tensor]:
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "qwen3"])
-def test_losses_on_answers_equal_the_model_s_own(name, padding):
+def test_losses_on_answers_equal_the_model_s_own(name: str, padding: str) -> None:
     backbone = Backbone(build(name))
     batch, labels = answered(name, padding)
     readout, targets = Readout.before_labels(labels)
@@ -340,7 +359,7 @@ def test_losses_on_answers_equal_the_model_s_own(name, padding):
         assert gap(found, expected) < rounding(torch.float32)
 
 
-def test_training_steps_are_the_plain_run_s():
+def test_training_steps_are_the_plain_run_s() -> None:
     """Twenty steps of Adam end at the same edit."""
     backbone = Backbone(build("llama"))
     batch, labels = answered("llama", "right")
@@ -348,7 +367,7 @@ def test_training_steps_are_the_plain_run_s():
     site = Site("block_output", 1, "f1+l1")
     ends = []
     for run in (FrozenPast(backbone, batch, [site], readout), PlainEngine(backbone, batch, readout)):
-        edit = loreft(32, 2, seed=0)
+        edit: Any = loreft(32, 2, seed=0)
         optimizer = torch.optim.Adam(edit.parameters(), lr=0.02)
         losses = []
         for step in range(20):
@@ -365,7 +384,7 @@ def test_training_steps_are_the_plain_run_s():
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_logits_read_at_padding_are_the_model_s(padding):
+def test_logits_read_at_padding_are_the_model_s(padding: str) -> None:
     """Labels of whole rows ask, on left-padded ones, for the logits at the padding before the first token."""
     backbone, batch = Backbone(build("llama")), make_batch("llama", padding)
     where = -1 if padding == "right" else 0
@@ -378,7 +397,7 @@ def test_logits_read_at_padding_are_the_model_s(padding):
         assert gap(measured(past, rows, edits)[:1], measured(plain, rows, edits)[:1]) < rounding(torch.float64)
 
 
-def test_masks_with_holes():
+def test_masks_with_holes() -> None:
     """Positions of such rows depend on what stands beside them in a batch: nothing is frozen."""
     backbone, batch = Backbone(build("llama")), make_batch("llama")
     mask = batch.inputs["attention_mask"].clone()
@@ -392,7 +411,7 @@ def test_masks_with_holes():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_positions_that_the_user_gave(name):
+def test_positions_that_the_user_gave(name: str) -> None:
     backbone, batch = Backbone(build(name)), make_batch(name)
     shifted = torch.arange(LENGTH).expand(6, -1) * 2 + torch.arange(6)[:, None]
     site = Site("block_output", 0, "subject")
@@ -403,7 +422,7 @@ def test_positions_that_the_user_gave(name):
     compare(past, plain, ROWS[0], {site: loreft(32, 3, seed=0, start="paper")})
 
 
-def test_packed_rows_keep_to_themselves():
+def test_packed_rows_keep_to_themselves() -> None:
     """Two texts in one row, told apart by positions alone: their mask is not a causal one."""
     backbone = Backbone(build("llama"))
     ids = make_batch("llama", "none").inputs["input_ids"]
@@ -417,8 +436,8 @@ def test_packed_rows_keep_to_themselves():
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_embeddings_instead_of_tokens(padding):
-    model = build("llama")
+def test_embeddings_instead_of_tokens(padding: str) -> None:
+    model: Any = build("llama")
     backbone, batch = Backbone(model), make_batch("llama", padding)
     embedded = model.get_input_embeddings()(batch.inputs["input_ids"]).detach()
     batch = Batch({"inputs_embeds": embedded, "attention_mask": batch.inputs["attention_mask"]})
@@ -430,7 +449,7 @@ def test_embeddings_instead_of_tokens(padding):
 
 
 @pytest.mark.parametrize("more", [{"logits_to_keep": 1}, {"use_cache": False}], ids=str)
-def test_options_that_a_readout_makes_needless(more):
+def test_options_that_a_readout_makes_needless(more: dict[str, Any]) -> None:
     backbone, plain_batch = Backbone(build("llama")), make_batch("llama")
     batch = Batch({**plain_batch.inputs, **more}, columns=plain_batch.columns)
     readout = Readout.at(batch, "l2", TOKENS)
@@ -444,7 +463,7 @@ def test_options_that_a_readout_makes_needless(more):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "modernbert"])
-def test_half_precision_within_the_plain_run_s_noise(name):
+def test_half_precision_within_the_plain_run_s_noise(name: str) -> None:
     model = build(name, torch.bfloat16)
     exact = copy.deepcopy(model).float()
     backbone, batch = Backbone(model), make_batch(name)
@@ -456,6 +475,7 @@ def test_half_precision_within_the_plain_run_s_noise(name):
     ]
     past, plain = FrozenPast(backbone, batch, sites, readout), PlainEngine(backbone, batch, readout)
     assert past.mode == MODES[name], past.describe()
+    assert past.prefix is not None
     assert {t.dtype for t in past.prefix.tensors()} == {torch.bfloat16}
     reference = PlainEngine(Backbone(exact), batch, readout)
     for site, rows in itertools.product(sites, ROWS[:2]):
@@ -471,7 +491,7 @@ def test_half_precision_within_the_plain_run_s_noise(name):
 # --- what is computed -----------------------------------------------------------------------------------------
 
 
-def test_what_runs():
+def test_what_runs() -> None:
     """One pass for all sites; then no block below the boundary, and only the tokens from the first edit on."""
     model = fresh("llama")
     counter = Counter(model, "llama")
@@ -496,7 +516,7 @@ def test_what_runs():
     assert counter.take() == [(1, 2, 3), (2, 2, 3)]
 
 
-def test_tokens_after_the_last_read_do_not_run():
+def test_tokens_after_the_last_read_do_not_run() -> None:
     model = fresh("gpt2")
     counter = Counter(model, "gpt2")
     batch = make_batch("gpt2", "none")
@@ -506,7 +526,7 @@ def test_tokens_after_the_last_read_do_not_run():
     assert counter.take() == [(1, 3, 3), (2, 3, 3)]
 
 
-def test_encoders_skip_blocks():
+def test_encoders_skip_blocks() -> None:
     model = fresh("bert")
     counter = Counter(model, "bert")
     batch = make_batch("bert")
@@ -526,11 +546,11 @@ class Counting(nn.Module):
         self.inner = nn.Linear(4, 4)
         self.inner.register_forward_hook(lambda m, args, out: ran.append(name))
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return self.inner(x).tanh()
 
 
-def test_chains_of_modules_skip_what_lies_before():
+def test_chains_of_modules_skip_what_lies_before() -> None:
     ran: list[str] = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -543,6 +563,7 @@ def test_chains_of_modules_skip_what_lies_before():
         Site("chain.0.input"): [*"abcd"],
     }
     past, plain = FrozenPast(backbone, batch, sites, Readout()), PlainEngine(backbone, batch, Readout())
+    assert past.prefix is not None
     assert past.mode == "layers" and sorted(past.prefix.states) == [1, 3]
     for site, expected in sites.items():
         compare(past, plain, torch.tensor([3, 1, 1]), {site: loreft(4, 2, seed=0, start="paper")})
@@ -551,7 +572,7 @@ def test_chains_of_modules_skip_what_lies_before():
         assert ran == expected
 
 
-def test_sites_by_path_in_a_transformer_skip_the_blocks_below():
+def test_sites_by_path_in_a_transformer_skip_the_blocks_below() -> None:
     model = fresh("llama")
     counter = Counter(model, "llama")
     backbone, batch = Backbone(model), make_batch("llama")
@@ -567,7 +588,7 @@ def test_sites_by_path_in_a_transformer_skip_the_blocks_below():
         assert [layer for layer, *_ in counter.take()] == layers
 
 
-def test_a_path_outside_every_chain_is_run_plainly():
+def test_a_path_outside_every_chain_is_run_plainly() -> None:
     backbone, batch = Backbone(build("llama")), make_batch("llama")
     readout = Readout.at(batch, "last", TOKENS)
     site = Site("model.norm.output", positions="last")
@@ -576,10 +597,11 @@ def test_a_path_outside_every_chain_is_run_plainly():
     compare(past, PlainEngine(backbone, batch, readout), ROWS[0], {site: loreft(32, 2, seed=0, start="paper")})
 
 
-def test_only_what_is_needed_is_kept():
+def test_only_what_is_needed_is_kept() -> None:
     """States of the boundary from the first edited token on; keys and values of the earlier ones, above it."""
     batch = make_batch("llama", "none")
     past = FrozenPast(Backbone(build("llama")), batch, [Site("block_output", 0, "-3")], Readout.at(batch, "last"))
+    assert past.prefix is not None
     assert {b: t.shape for b, t in past.prefix.states.items()} == {1: (6, 3, 32)}
     (group,) = past.prefix.groups
     assert group.labels == [(layer, side) for layer in (1, 2) for side in ("keys", "values")]
@@ -592,14 +614,15 @@ def test_only_what_is_needed_is_kept():
 SITES = [Site("block_output", 1, "last"), Site("attention_output", 0, "2:5")]
 
 
-def kept_by(memory, chunk=2, name="llama"):
+def kept_by(memory: int | str | None, chunk: int = 2, name: str = "llama") -> FrozenPast:
     batch = make_batch(name)
     return FrozenPast(Backbone(build(name)), batch, SITES, Readout.at(batch, "last"), memory=memory, chunk=chunk)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_what_does_not_fit_is_recomputed(name):
+def test_what_does_not_fit_is_recomputed(name: str) -> None:
     whole = kept_by(None, name=name)
+    assert whole.prefix is not None
     size = whole.prefix.nbytes()
     assert "on cpu" in whole.describe() and f"{size / 2**20:.1f} MiB" in whole.describe()
     past = kept_by(size // 3 + 1, name=name)
@@ -609,8 +632,8 @@ def test_what_does_not_fit_is_recomputed(name):
         compare(past, plain, rows, {site: loreft(32, 3, seed=1, start="paper")})
 
 
-def test_a_budget_below_one_batch_is_refused():
-    size = kept_by(None).prefix.nbytes()
+def test_a_budget_below_one_batch_is_refused() -> None:
+    size = kept_by(None).prefix.nbytes()  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"cannot hold one batch of 2 rows.*smaller chunk"):
         kept_by(size // 3 - 1)
     assert kept_by(size // 3 - 1, chunk=1).mode == "keys and values"
@@ -618,31 +641,33 @@ def test_a_budget_below_one_batch_is_refused():
         kept_by(0)
 
 
-def test_the_host_takes_what_the_device_cannot(monkeypatch):
+def test_the_host_takes_what_the_device_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen_past, "budgets", lambda memory, device: (10, 10**9))
     past = kept_by(None)
+    assert past.prefix is not None
     assert "in host memory" in past.describe() and past.prefix.nbytes() > 10
     edits = {SITES[0]: loreft(32, 3, seed=1), SITES[1]: loreft(32, 3, seed=2, start="paper")}
     compare(past, PlainEngine(past.backbone, past.batch, past.readout), ROWS[0], edits)
 
 
 @pytest.mark.parametrize("text", ["8GiB", "500MB", "0.5 gib", "1000000", "2000 KB", "3G"])
-def test_budgets_as_text(text):
+def test_budgets_as_text(text: str) -> None:
     assert kept_by(text).prefix is not None
 
 
 @pytest.mark.parametrize("text", ["", "much", "8 GiBs", "-1GiB", "GiB", "1e9"])
-def test_budgets_that_are_none(text):
+def test_budgets_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="memory="):
         kept_by(text)
 
 
-def test_a_fallback_keeps_to_the_budget():
+def test_a_fallback_keeps_to_the_budget() -> None:
     """A model that refuses cached keys may still not keep more than was allowed."""
     model = both_ways(fresh("llama"))
     batch = make_batch("llama", "none")
     sites = [Site("block_output", 0, "last"), Site("block_output", 0, "-3")]
     made = FrozenPast(Backbone(model), batch, sites, Readout.at(batch, "last"), chunk=2)
+    assert made.prefix is not None
     assert made.mode == "layers" and made.prefix.nbytes() == 8 * 6 * LENGTH * 32
     tight = FrozenPast(Backbone(model), batch, sites, Readout.at(batch, "last"), chunk=2, memory=14_000)
     assert tight.mode == "layers" and "recomputed" in tight.describe()
@@ -651,120 +676,120 @@ def test_a_fallback_keeps_to_the_budget():
 # --- what has changed -----------------------------------------------------------------------------------------
 
 
-def weight_added(model, batch):
+def weight_added(model: Any, batch: Any) -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.add_(0.1)
 
 
-def one_weight_set(model, batch):
+def one_weight_set(model: Any, batch: Any) -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[1, 2] = 3.0
 
 
-def optimizer_step(model, batch):
+def optimizer_step(model: Any, batch: Any) -> None:
     weight = model.model.layers[1].self_attn.q_proj.weight
     weight.grad = torch.ones_like(weight)
     torch.optim.SGD([weight], lr=0.1).step()
     weight.grad = None
 
 
-def state_loaded(model, batch):
+def state_loaded(model: Any, batch: Any) -> None:
     model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()})
 
 
-def state_assigned(model, batch):
+def state_assigned(model: Any, batch: Any) -> None:
     model.load_state_dict({k: v * 1.5 for k, v in model.state_dict().items()}, assign=True)
 
 
-def data_added(model, batch):
+def data_added(model: Any, batch: Any) -> None:
     model.model.layers[0].mlp.up_proj.weight.data.add_(0.1)
 
 
-def data_replaced(model, batch):
+def data_replaced(model: Any, batch: Any) -> None:
     weight = model.model.layers[0].mlp.up_proj.weight
     weight.data = weight.data * 2
 
 
-def parameter_replaced(model, batch):
+def parameter_replaced(model: Any, batch: Any) -> None:
     model.model.norm.weight = nn.Parameter(model.model.norm.weight.detach() * 2)
 
 
-def module_replaced(model, batch):
+def module_replaced(model: Any, batch: Any) -> None:
     model.model.layers[0].mlp.down_proj = nn.Linear(48, 32, bias=False)
 
 
-def trained(model, batch):
+def trained(model: Any, batch: Any) -> None:
     model.train()
 
 
-def part_trained(model, batch):
+def part_trained(model: Any, batch: Any) -> None:
     model.model.layers[2].train()
 
 
-def cast(model, batch):
+def cast(model: Any, batch: Any) -> None:
     model.to(torch.bfloat16)
 
 
-def cast_and_back(model, batch):
+def cast_and_back(model: Any, batch: Any) -> None:
     model.to(torch.bfloat16).to(torch.float64)
 
 
-def tokens_edited(model, batch):
+def tokens_edited(model: Any, batch: Any) -> None:
     batch.inputs["input_ids"][0, 1] = 7
 
 
-def mask_edited(model, batch):
+def mask_edited(model: Any, batch: Any) -> None:
     batch.inputs["attention_mask"][0, -1] = 0
 
 
-def column_edited(model, batch):
+def column_edited(model: Any, batch: Any) -> None:
     batch.columns["subject"][0] += 1
 
 
-def tokens_edited_beside_torch(model, batch):
+def tokens_edited_beside_torch(model: Any, batch: Any) -> None:
     batch.inputs["input_ids"].numpy()[0, 1] = 7
 
 
-def tokens_replaced(model, batch):
+def tokens_replaced(model: Any, batch: Any) -> None:
     batch.inputs["input_ids"] = batch.inputs["input_ids"].clone()
 
 
-def hook_added(model, batch):
+def hook_added(model: Any, batch: Any) -> None:
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: 2 * out)
 
 
-def hook_added_before(model, batch):
+def hook_added_before(model: Any, batch: Any) -> None:
     model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (2 * args[0],))
 
 
-def forward_replaced(model, batch):
+def forward_replaced(model: Any, batch: Any) -> None:
     model.model.layers[0].mlp.forward = lambda x: 2 * x
 
 
-def class_replaced(model, batch):
-    class Other(type(model.model.layers[0].mlp)):
+def class_replaced(model: Any, batch: Any) -> None:
+    class Other(type(model.model.layers[0].mlp)):  # type: ignore[misc]
         pass
 
     model.model.layers[0].mlp.__class__ = Other
 
 
-def scale_of_attention_set(model, batch):
+def scale_of_attention_set(model: Any, batch: Any) -> None:
     model.model.layers[0].self_attn.scaling *= 2
 
 
-def scale_of_rotation_set(model, batch):
+def scale_of_rotation_set(model: Any, batch: Any) -> None:
     model.model.rotary_emb.attention_scaling = 1.5
 
 
-def epsilon_set(model, batch):
+def epsilon_set(model: Any, batch: Any) -> None:
     model.model.layers[0].input_layernorm.variance_epsilon = 0.1
 
 
-def activation_replaced(model, batch):
+def activation_replaced(model: Any, batch: Any) -> None:
     model.model.layers[0].mlp.act_fn = nn.Tanh()
 
 
-def configuration_set(model, batch):
+def configuration_set(model: Any, batch: Any) -> None:
     model.config.initializer_range = 0.5
 
 
@@ -801,7 +826,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("memory", [None, 60_000])
-def test_a_change_after_the_pass_is_told(change, memory):
+def test_a_change_after_the_pass_is_told(change: Callable[..., Any], memory: int | None) -> None:
     model, batch = fresh("llama"), make_batch("llama")
     past = FrozenPast(Backbone(model), batch, SITES, Readout.at(batch, "last"), memory=memory, chunk=2)
     assert (past.prefix is None) == (memory is not None)
@@ -813,7 +838,8 @@ def test_a_change_after_the_pass_is_told(change, memory):
         past.logits(torch.arange(2), edits)
 
 
-def test_a_method_of_a_class_replaced_after_the_pass(monkeypatch):
+def test_a_method_of_a_class_replaced_after_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any
     model, batch = fresh("llama"), make_batch("llama")
     past = FrozenPast(Backbone(model), batch, SITES, Readout.at(batch, "last"))
     monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", lambda self, x: x)
@@ -821,7 +847,8 @@ def test_a_method_of_a_class_replaced_after_the_pass(monkeypatch):
         past.logits(torch.arange(2), {})
 
 
-def test_what_changes_no_state_is_no_change():
+def test_what_changes_no_state_is_no_change() -> None:
+    model: Any
     model, batch = fresh("llama"), make_batch("llama")
     past = FrozenPast(Backbone(model), batch, SITES, Readout.at(batch, "last"))
     expected = past.logits(torch.arange(2), {})
@@ -846,13 +873,13 @@ class Noting(nn.Module):
         super().__init__()
         self.linear, self.calls, self.last = nn.Linear(4, 4), 0, 0
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         self.calls, self.last = self.calls + 1, len(x)
         return self.linear(x)
 
 
-def test_attributes_that_a_run_sets_are_left_alone():
-    model = nn.Sequential(nn.Linear(4, 4), Noting(), nn.Linear(4, 3)).eval()
+def test_attributes_that_a_run_sets_are_left_alone() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 4), Noting(), nn.Linear(4, 3)).eval()
     past = FrozenPast(Backbone(model), Batch.of(torch.randn(5, 4)), [Site("2.input")], Readout())
     assert past.mode == "layers"
     past.logits(torch.arange(3), {})
@@ -862,8 +889,8 @@ def test_attributes_that_a_run_sets_are_left_alone():
         past.logits(torch.arange(3), {})
 
 
-def test_buffers_count_as_weights():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
+def test_buffers_count_as_weights() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
     past = FrozenPast(Backbone(model), Batch.of(torch.randn(5, 4)), [Site("2.input")], Readout())
     assert past.mode == "layers"
     past.logits(torch.arange(3), {})
@@ -872,14 +899,14 @@ def test_buffers_count_as_weights():
         past.logits(torch.arange(3), {})
 
 
-def test_autocast_is_part_of_what_was_kept():
+def test_autocast_is_part_of_what_was_kept() -> None:
     batch = make_batch("llama")
     past = FrozenPast(Backbone(build("llama")), batch, SITES, Readout.at(batch, "last"))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="changed"):
         past.logits(torch.arange(3), {})
 
 
-def test_unknown_sites_are_refused():
+def test_unknown_sites_are_refused() -> None:
     past = kept_by(None)
     with pytest.raises(ValueError, match=r"block_output\[0\]@last.* were not named"):
         past.logits(torch.arange(2), {Site("block_output", 0, "last"): loreft(32, 2, seed=0)})
@@ -889,7 +916,7 @@ def test_unknown_sites_are_refused():
         FrozenPast(past.backbone, past.batch, [Site("block_output", 7)], past.readout)
 
 
-def test_sources_are_checked_as_in_the_plain_run():
+def test_sources_are_checked_as_in_the_plain_run() -> None:
     past = kept_by(None)
     edit = {SITES[1]: interchange(LearnedSubspace(32, 2, seed=0))}
     for sources in (None, {SITES[1]: torch.zeros(2, 2, 32)}, {SITES[1]: torch.zeros(3, 3, 32)}):
@@ -901,14 +928,14 @@ def test_sources_are_checked_as_in_the_plain_run():
 # --- models that do not keep what is assumed --------------------------------------------------------------------
 
 
-def both_ways(model: nn.Module) -> nn.Module:
+def both_ways(model: Any) -> nn.Module:
     """Causal by its class alone: without padding every token sees all the others."""
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     return model
 
 
-def refused_or_right(model, batch, sites, readout, mode):
+def refused_or_right(model: nn.Module, batch: Batch, sites: list[Site], readout: Readout, mode: str) -> FrozenPast:
     backbone = Backbone(model)
     past, plain = FrozenPast(backbone, batch, sites, readout), PlainEngine(backbone, batch, readout)
     assert past.mode == mode and past.reason, past.describe()
@@ -921,7 +948,7 @@ def refused_or_right(model, batch, sites, readout, mode):
 
 
 @pytest.mark.parametrize("positions", ["last", "-3"])
-def test_attention_both_ways_is_noticed(positions):
+def test_attention_both_ways_is_noticed(positions: str) -> None:
     """With an edit that changes nothing such a model resumes without fault: its check has to change something."""
     batch = make_batch("llama", "none")
     sites = [Site("block_output", 0, positions)]
@@ -930,8 +957,8 @@ def test_attention_both_ways_is_noticed(positions):
 
 
 @pytest.mark.parametrize("positions", ["last", "all", "first"])
-def test_a_block_that_remembers_for_a_later_one_is_noticed(positions):
-    model = fresh("llama")
+def test_a_block_that_remembers_for_a_later_one_is_noticed(positions: str) -> None:
+    model: Any = fresh("llama")
     kept = []
     model.model.layers[0].mlp.register_forward_hook(lambda m, args, out: kept.append(out))
     model.model.layers[2].mlp.register_forward_hook(lambda m, args, out: out + kept[-1])
@@ -944,29 +971,29 @@ class SelfAttention(nn.Linear):
 
 
 class TupleBlock(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.mix = SelfAttention(16, 16)
 
-    def forward(self, hidden, depth):
+    def forward(self, hidden: Any, depth: Any) -> tuple[Any, Any]:
         return hidden + self.mix(hidden).tanh() * depth, depth + 1
 
 
 class TupleModel(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(60, 16)
         self.layers = nn.ModuleList(TupleBlock() for _ in range(3))
         self.head = nn.Linear(16, 60)
 
-    def forward(self, input_ids, attention_mask=None):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
         hidden, depth = self.embed(input_ids), 1
         for layer in self.layers:
             hidden, depth = layer(hidden, depth)
         return self.head(hidden)
 
 
-def test_blocks_that_return_more_than_states_are_noticed():
+def test_blocks_that_return_more_than_states_are_noticed() -> None:
     batch = make_batch("llama", "none")
     sites = [Site("layers.0.mix.output"), Site("block_output", 1, "last")]
     readout = Readout.at(batch, "last")
@@ -977,13 +1004,20 @@ def test_blocks_that_return_more_than_states_are_noticed():
     refused_or_right(model, batch, sites, readout, "plain")
 
 
-def test_a_cache_that_is_none_is_no_error():
+def test_a_cache_that_is_none_is_no_error() -> None:
     """Whatever fails while keys are being kept ends in a lesser mode, not in an exception."""
     model = fresh("llama")
     whole = type(model).forward
 
-    class Uncached(type(model)):
-        def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+    class Uncached(type(model)):  # type: ignore[misc]
+        def forward(
+            self,
+            input_ids: Tensor,
+            attention_mask: Tensor | None = None,
+            position_ids: Tensor | None = None,
+            past_key_values: Any = None,
+            use_cache: bool | None = None,
+        ) -> Any:
             return whole(self, input_ids, attention_mask, position_ids, use_cache=False)
 
     model.__class__ = Uncached
@@ -992,13 +1026,13 @@ def test_a_cache_that_is_none_is_no_error():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
-def test_active_dropout_freezes_nothing(name):
+def test_active_dropout_freezes_nothing(name: str) -> None:
     model = fresh(name)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.3
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.3
+            module.attention_dropout = 0.3  # type: ignore[assignment]
     batch = make_batch(name)
     model.train()
     past = FrozenPast(Backbone(model), batch, SITES, Readout.at(batch, "last"))
@@ -1016,11 +1050,11 @@ def test_active_dropout_freezes_nothing(name):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
     assert FrozenPast(Backbone(model), batch, SITES, Readout.at(batch, "last")).mode == MODES[name]
 
 
-def test_statistics_of_a_batch_freeze_nothing():
+def test_statistics_of_a_batch_freeze_nothing() -> None:
     """Normalised by its batch, a state depends on the rows beside it; looking must not move the averages."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
     before = copy.deepcopy(model.state_dict())
@@ -1033,7 +1067,7 @@ def test_statistics_of_a_batch_freeze_nothing():
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "mlp"])
-def test_the_model_the_data_and_the_dice_stay_as_they_were(name):
+def test_the_model_the_data_and_the_dice_stay_as_they_were(name: str) -> None:
     model, batch = fresh(name), make_batch(name)
     parameters = list(model.parameters())
     parameters[0].requires_grad_(False)
@@ -1063,10 +1097,11 @@ def test_the_model_the_data_and_the_dice_stay_as_they_were(name):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_generation_after_training_is_the_model_s_own():
+def test_generation_after_training_is_the_model_s_own() -> None:
+    model: Any
     model, batch = fresh("llama"), make_batch("llama", "left")
     backbone = Backbone(model)
-    options = dict(max_new_tokens=5, do_sample=False)
+    options: dict[str, Any] = dict(max_new_tokens=5, do_sample=False)
     before = model.generate(**batch.inputs, **options)
     readout = Readout.at(batch, "last")
     past = FrozenPast(backbone, batch, SITES, readout)
@@ -1084,7 +1119,7 @@ def test_generation_after_training_is_the_model_s_own():
         assert torch.equal(edited[:, 0], past.logits(torch.arange(6), edits)[:, 0].argmax(-1))
 
 
-def test_inference_mode_around_the_pass_is_no_trap():
+def test_inference_mode_around_the_pass_is_no_trap() -> None:
     """Tensors kept inside inference mode could not serve training afterwards."""
     backbone, batch = Backbone(build("llama")), make_batch("llama")
     with torch.inference_mode():

@@ -1,6 +1,8 @@
 """Generation with an edited prompt: cached and uncached, batched and single, beside hooks; padding anywhere."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import families
 import pytest
@@ -24,8 +26,9 @@ from families import (
     standing,
     state,
 )
+from torch import Tensor
 
-from subspace_lab.core.interventions import interchange, loreft
+from subspace_lab.core.interventions import Intervention, interchange, loreft
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import random_subspace
 from subspace_lab.model.backbone import Backbone
@@ -39,33 +42,33 @@ BACKBONES: dict = {}
 ROUNDING = rounding(torch.float64)
 
 
-def build(name):
+def build(name: str) -> Any:
     return families.build(name, exact(name))
 
 
-def fresh(name):
+def fresh(name: str) -> Any:
     return families.fresh(name, exact(name))
 
 
-def backbone(name):
+def backbone(name: str) -> Any:
     if name not in BACKBONES:
         BACKBONES[name] = Backbone(build(name))
     return BACKBONES[name]
 
 
-def strong(width, seed=0):
-    edit = loreft(width, 4, seed=seed, start="paper")
+def strong(width: int, seed: int = 0) -> Intervention:
+    edit: Any = loreft(width, 4, seed=seed, start="paper")
     with torch.no_grad():
         edit.value.bias.add_(3.0)
     return edit
 
 
-def prompts(name, seed=0, lengths=None):
+def prompts(name: str, seed: int = 0, lengths: tuple[int, ...] | None = None) -> dict[Any, Any]:
     given = inputs(name, 3, LENGTH, seed, lengths=lengths, padding="left")
     return {key: value for key, value in given.items() if not key.startswith("decoder")}
 
 
-def several(name):
+def several(name: str) -> dict[Site, tuple[Any, Spot]]:
     """Edits of three components in three layers, as {site: (edit, spot)}."""
     places = [("block_output", 0, "f1+l1"), ("head_output", 1, "last"), ("attention_output", 2, "1:3")]
     found = {}
@@ -75,17 +78,22 @@ def several(name):
     return found
 
 
-def edits_of(name):
+def edits_of(name: str) -> dict[Any, Any]:
     return {site: edit for site, (edit, _) in several(name).items()}
 
 
-def run(name, given, edits, **options):
+def run(
+    name: str,
+    given: Any,
+    edits: dict[Site, Any],
+    **options: Any,
+) -> tuple[Any, Tensor]:
     """(tokens, logits of every step) of a generation."""
     out = generate(backbone(name), given, edits, **asked(options))
     return out.sequences, torch.stack(out.logits)
 
 
-def asked(options):
+def asked(options: dict[str, Any]) -> dict[Any, Any]:
     return {
         "max_new_tokens": NEW,
         "do_sample": False,
@@ -95,18 +103,20 @@ def asked(options):
     }
 
 
-def plain(model, given, **options):
+def plain(model: Any, given: dict[str, Any], **options: Any) -> tuple[Any, Tensor]:
     out = model.generate(**given, **asked(options))
     return out.sequences, torch.stack(out.logits)
 
 
-def prefill_hooks(edits, lengths, length=LENGTH, rows=3):
+def prefill_hooks(
+    edits: dict[Site, tuple[Any, Spot]], lengths: tuple[int, ...], length: int = LENGTH, rows: int = 3
+) -> dict[Any, Callable[..., Any]]:
     """Hooks that edit the pass over the prompt (more than one token) and let every later pass be."""
     acts = {}
     for site, (edit, spot) in edits.items():
         at = standing(site.positions, lengths, length, "left")
 
-        def act(value, edit=edit, spot=spot, at=at):
+        def act(value: Any, edit: Any = edit, spot: Spot = spot, at: list[list[int]] = at) -> Tensor | None:
             if value.shape[1] < length:
                 return None
             repeated = [columns for columns in at for _ in range(len(value) // rows)]
@@ -121,7 +131,7 @@ def prefill_hooks(edits, lengths, length=LENGTH, rows=3):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("lengths", [(LENGTH,) * 3, RAGGED], ids=["full", "left-padded"])
-def test_cached_uncached_and_hooks_agree(name, lengths):
+def test_cached_uncached_and_hooks_agree(name: str, lengths: tuple[int, ...]) -> None:
     given, model = prompts(name, lengths=lengths), build(name)
     edits = edits_of(name)
     tokens, logits = run(name, given, edits)
@@ -140,7 +150,7 @@ def test_cached_uncached_and_hooks_agree(name, lengths):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_rows_of_a_batch_are_generated_as_if_alone(name):
+def test_rows_of_a_batch_are_generated_as_if_alone(name: str) -> None:
     given, edits = prompts(name, lengths=RAGGED), edits_of(name)
     tokens, logits = run(name, given, edits)
     for row, n in enumerate(RAGGED):
@@ -152,7 +162,7 @@ def test_rows_of_a_batch_are_generated_as_if_alone(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_beams_and_samples(name):
+def test_beams_and_samples(name: str) -> None:
     given, model = prompts(name, lengths=RAGGED), build(name)
     edits, acts = edits_of(name), prefill_hooks(several(name), RAGGED)
     for options in (
@@ -176,10 +186,10 @@ def test_beams_and_samples(name):
         assert not torch.equal(results[0], results[3]), options
 
 
-def test_prompt_is_edited_once():
+def test_prompt_is_edited_once() -> None:
     given, calls = prompts("llama"), []
 
-    def counting(h):
+    def counting(h: Tensor) -> Any:
         calls.append(tuple(h.shape))
         return h
 
@@ -194,23 +204,23 @@ def test_prompt_is_edited_once():
     assert calls == [(3, LENGTH, WIDTH)] * NEW  # all of the prompt and nothing of what is added
 
 
-def test_cache_setting_is_read_where_generate_reads_it():
+def test_cache_setting_is_read_where_generate_reads_it() -> None:
     """Keyword before the given configuration before the model's own; the architecture's `use_cache` counts not."""
     model = fresh("llama")
     door, given, calls = Backbone(model), prompts("llama"), []
     edit = strong(WIDTH)
 
-    def counting(h):
+    def counting(h: Tensor) -> Any:
         calls.append(1)
         return edit(h)
 
-    def steps(**options):
+    def steps(**options: Any) -> int:
         calls.clear()
         tokens = generate(door, given, {Site("block_output", 1, "last"): counting}, **options)
         assert torch.equal(tokens, expected)
         return len(calls)
 
-    length = {"max_new_tokens": NEW, "do_sample": False}
+    length: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
     expected = generate(door, given, {Site("block_output", 1, "last"): edit}, **length)
     config = transformers.GenerationConfig(use_cache=False, pad_token_id=0, **length)
     assert steps(**length) == 1
@@ -224,7 +234,7 @@ def test_cache_setting_is_read_where_generate_reads_it():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma3"])
-def test_sources_in_generation(name):
+def test_sources_in_generation(name: str) -> None:
     """Interchange at the last prompt token: greedy, and in beams where rows are repeated."""
     base, source, model, door = prompts(name), prompts(name, 1), build(name), backbone(name)
     site, spot = Site("block_output", 1, "last"), spots(name, 1)["block_output"]
@@ -232,7 +242,7 @@ def test_sources_in_generation(name):
     basis, states = subspace.basis().double(), collect(door, source, [site])
     edits = {site: interchange(subspace)}
 
-    def act(value):
+    def act(value: Any) -> Tensor | None:
         if value.shape[1] < LENGTH:
             return None
         new = value.clone()
@@ -251,13 +261,13 @@ def test_sources_in_generation(name):
         assert differ(run(name, base, edits, sources=turned, **options)[1][0], logits[0]) > 1e-3
 
 
-def test_prompt_lengths_and_columns_in_generation():
+def test_prompt_lengths_and_columns_in_generation() -> None:
     given, model, edit = prompts("llama", lengths=RAGGED), build("llama"), strong(WIDTH)
     batch = Batch(given, torch.tensor([4, 5, 2]), {"word": torch.tensor([2, 0, 1])})
     spot = spots("llama", 1)["block_output"]
     for positions, rows in (("last", [[3], [10], [3]]), ("word", [[2], [6], [3]])):
 
-        def act(value, rows=rows):
+        def act(value: Any, rows: list[list[int]] = rows) -> Tensor | None:
             return editing(by_hand(edit), rows, spot)(value) if value.shape[1] == LENGTH else None
 
         with hooked(model, {spot: act}):
@@ -268,7 +278,7 @@ def test_prompt_lengths_and_columns_in_generation():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma3"])
-def test_every_token_when_asked_for(name):
+def test_every_token_when_asked_for(name: str) -> None:
     given, model, edit = prompts(name, lengths=RAGGED), build(name), strong(WIDTH)
     site, spot = Site("block_output", 1, "last"), spots(name, 1)["block_output"]
     with hooked(model, {spot: lambda value: torch.cat([value[:, :-1], by_hand(edit)(value[:, -1:])], 1)}):
@@ -286,7 +296,7 @@ def test_every_token_when_asked_for(name):
 # --- encoder and decoder ------------------------------------------------------------------------------------
 
 
-def t5_edits():
+def t5_edits() -> dict[Any, Any]:
     places = [("encoder.block_output", 1, "f1+l1"), ("encoder.head_output", 2, "last")]
     return {
         Site(component, layer, positions): (strong(WIDTH, i), spots("t5", layer)[component])
@@ -296,8 +306,9 @@ def t5_edits():
 
 @pytest.mark.parametrize("lengths", [(LENGTH,) * 3, RAGGED], ids=["full", "left-padded"])
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_encoder_edits_of_t5(lengths, use_cache):
+def test_encoder_edits_of_t5(lengths: tuple[int, ...], use_cache: bool) -> None:
     given, model = prompts("t5", lengths=lengths), build("t5")
+    calls: Any
     several, calls = t5_edits(), []
     edits = {site: (lambda h, edit=edit: calls.append(1) or edit(h)) for site, (edit, _) in several.items()}
     with hooked(model, prefill_hooks(several, lengths)):
@@ -309,14 +320,14 @@ def test_encoder_edits_of_t5(lengths, use_cache):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_encoder_and_decoder_edits_of_t5_together(use_cache):
+def test_encoder_and_decoder_edits_of_t5_together(use_cache: bool) -> None:
     """The decoder's prompt is its start token. Uncached, that token runs again at every step, the encoder not."""
     given, model = prompts("t5"), build("t5")
     several = t5_edits()
     site, spot, edit = Site("decoder.block_output", 1), spots("t5", 1)["decoder.block_output"], strong(WIDTH, 9)
-    starts = []
+    starts: list[Any] = []
 
-    def act(value):
+    def act(value: Any) -> Tensor | None:
         if use_cache and starts:
             return None
         starts.append(1)
@@ -333,7 +344,7 @@ def test_encoder_and_decoder_edits_of_t5_together(use_cache):
     assert all(differ(found[step], others[step]) > 1e-4 for step in range(NEW))
 
 
-def test_every_token_of_t5s_decoder():
+def test_every_token_of_t5s_decoder() -> None:
     given, model, edit = prompts("t5"), build("t5"), strong(WIDTH, 9)
     site, spot = Site("decoder.block_output", 1), spots("t5", 1)["decoder.block_output"]
     encoder = Site("encoder.block_output", 1, "last")
@@ -347,7 +358,7 @@ def test_every_token_of_t5s_decoder():
     assert differ(run("t5", given, both)[1], logits) > 1e-3
 
 
-def test_decoder_prompts_must_hold_the_start_token():
+def test_decoder_prompts_must_hold_the_start_token() -> None:
     given, edit, spot = inputs("t5", 3, LENGTH), strong(WIDTH, 9), spots("t5", 1)["decoder.block_output"]
     site, door = Site("decoder.block_output", 1, "last"), backbone("t5")
     with pytest.raises(ValueError, match="puts the start token 0 before decoder_input_ids"):
@@ -359,7 +370,7 @@ def test_decoder_prompts_must_hold_the_start_token():
     assert torch.equal(tokens, expected) and differ(logits, same) < ROUNDING
     assert differ(plain(door.model, given)[1], logits) > 1e-3
     # The token that is edited is the one that a forward pass edits.
-    seen = []
+    seen: Any = []
     generate(door, given, {site: lambda h: seen.append(h.clone()) or h}, max_new_tokens=1)
     torch.testing.assert_close(seen[0], collect(door, given, [site])[site], atol=ROUNDING, rtol=ROUNDING)
 
@@ -372,7 +383,7 @@ class Failure(Exception):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_generation_leaves_nothing_behind(name):
+def test_generation_leaves_nothing_behind(name: str) -> None:
     model = fresh(name)
     given, door = prompts(name), Backbone(model)
     stack = "encoder." if name == "t5" else ""
@@ -382,7 +393,7 @@ def test_generation_leaves_nothing_behind(name):
     generate(door, given, edits, max_new_tokens=2, do_sample=False)
     generate(door, given, edits, max_new_tokens=2, do_sample=False, use_cache=False)
 
-    def failing(h):
+    def failing(h: Tensor) -> Any:
         raise Failure
 
     for use_cache in (True, False):
@@ -397,19 +408,19 @@ def test_generation_leaves_nothing_behind(name):
     assert torch.equal(generate(door, given, {}, max_new_tokens=4, do_sample=False), tokens)
 
 
-def test_models_that_do_not_generate_are_refused():
+def test_models_that_do_not_generate_are_refused() -> None:
     for name, given in (("mlp", inputs("mlp")), ("modernbert", inputs("modernbert"))):
         with pytest.raises(TypeError, match=r"(Sequential|ModernBertForMaskedLM) has no generate"):
             generate(backbone(name), given, {}, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_sites_in_an_order_that_cannot_be_run_are_not_lost(use_cache):
+def test_sites_in_an_order_that_cannot_be_run_are_not_lost(use_cache: bool) -> None:
     """Submodules by path are visited as they are registered; where a model calls them otherwise, that is said.
 
     It is not taken for the end of the generation, as which the same exception comes.
     """
-    calls = []
+    calls: Any = []
     sites = [Site("model.layers.1.input_layernorm.output", positions="last"), Site("model.layers.1.mlp.output")]
     with pytest.raises(Exception, match=r"input_layernorm.* was requested but the model already ran past it"):
         run("llama", prompts("llama"), {s: lambda h: calls.append(1) or h for s in sites}, use_cache=use_cache)
@@ -420,7 +431,7 @@ def test_sites_in_an_order_that_cannot_be_run_are_not_lost(use_cache):
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS, "t5"])
 @torch.no_grad()
-def test_padding_on_either_side_is_the_row_alone(name):
+def test_padding_on_either_side_is_the_row_alone(name: str) -> None:
     right, left = (inputs(name, 3, LENGTH, lengths=RAGGED, padding=side) for side in ("right", "left"))
     stack = "encoder." if name == "t5" else ""
     places = [(f"{stack}block_output", 1, "f1+l1"), (f"{stack}value_output", 2, "all")]
@@ -442,7 +453,7 @@ def test_padding_on_either_side_is_the_row_alone(name):
 
 
 @torch.no_grad()
-def test_without_positions_a_left_padded_batch_would_differ():
+def test_without_positions_a_left_padded_batch_would_differ() -> None:
     """The control of the test above: a plain forward of GPT-2 with left padding. One's own positions stay."""
     left, model, door = inputs("gpt2", 3, LENGTH, lengths=RAGGED, padding="left"), build("gpt2"), backbone("gpt2")
     mended = forward(door, left, {}).logits
@@ -458,7 +469,7 @@ def test_without_positions_a_left_padded_batch_would_differ():
 
 
 @torch.no_grad()
-def test_kin_of_roberta_count_from_their_padding():
+def test_kin_of_roberta_count_from_their_padding() -> None:
     """CamemBERT has RoBERTa's way of counting under another name."""
     config = transformers.CamembertConfig(**build("roberta").config.to_diff_dict() | {"model_type": "camembert"})
     model = transformers.AutoModelForMaskedLM.from_config(config).eval()
@@ -468,5 +479,5 @@ def test_kin_of_roberta_count_from_their_padding():
     found, expected = (forward(Backbone(model), given, {}).logits for given in (left, right))
     for row, n in enumerate(RAGGED):
         assert differ(found[row, -n:], expected[row, :n]) < ROUNDING
-    counted = {**left, "position_ids": (left["attention_mask"].cumsum(-1) - 1).clamp_min(0)}
+    counted: dict[str, Any] = {**left, "position_ids": (left["attention_mask"].cumsum(-1) - 1).clamp_min(0)}
     assert differ(model(**counted).logits[1, -5:], expected[1, :5]) > 0.01  # the control: GPT-2's way of counting

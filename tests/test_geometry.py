@@ -46,7 +46,7 @@ def turned(angles: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return a @ frame, mix @ b @ frame
 
 
-def test_overlap_of_equal_orthogonal_and_nested_spans():
+def test_overlap_of_equal_orthogonal_and_nested_spans() -> None:
     a = random_subspace(12, 4, 0)
     assert overlap(a, a) == pytest.approx(1, abs=1e-12)
     assert overlap(Axes(12, [0, 1, 2]), Axes(12, [5, 7])) == 0
@@ -55,7 +55,7 @@ def test_overlap_of_equal_orthogonal_and_nested_spans():
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 10**6))
-def test_overlap_belongs_to_the_spans(k1, k2, seed):
+def test_overlap_belongs_to_the_spans(k1: int, k2: int, seed: int) -> None:
     """No matter which bases, in which order, and in which frame of the stream."""
     a, b = random_orthonormal(11, k1, seed), random_orthonormal(11, k2, seed + 1)
     expected = overlap(a, b)
@@ -67,7 +67,7 @@ def test_overlap_belongs_to_the_spans(k1, k2, seed):
     assert principal_angles(a, b).cos().square().mean() == pytest.approx(expected, abs=1e-9)
 
 
-def test_overlap_is_the_formula_with_projectors():
+def test_overlap_is_the_formula_with_projectors() -> None:
     a, b = random_subspace(9, 2, 0), random_subspace(9, 5, 1)
     projectors = [s.basis().T @ s.basis() for s in (a, b)]
     assert overlap(a, b) == pytest.approx(float(torch.trace(projectors[0] @ projectors[1])) / 2, abs=1e-6)
@@ -76,14 +76,14 @@ def test_overlap_is_the_formula_with_projectors():
 @pytest.mark.parametrize(
     "angles", [[0.0, 0.3, 1.2], [1e-9, 1e-6, 1e-3], [math.pi / 2, math.pi / 2 - 1e-8, 0.5], [0.7]]
 )
-def test_principal_angles_are_those_put_in(angles):
+def test_principal_angles_are_those_put_in(angles: list[float]) -> None:
     put_in = torch.tensor(sorted(angles), dtype=torch.float64)
     a, b = turned(put_in, 9)
     torch.testing.assert_close(principal_angles(a, b), put_in, rtol=1e-6, atol=1e-14)
     torch.testing.assert_close(principal_angles(b, a), put_in, rtol=1e-6, atol=1e-14)
 
 
-def test_principal_angles_of_different_ranks_and_learned_subspaces():
+def test_principal_angles_of_different_ranks_and_learned_subspaces() -> None:
     a, b = LearnedSubspace(20, 3, seed=0), random_subspace(20, 6, 1)
     found = principal_angles(a, b)
     expected = torch.linalg.svdvals((a.basis() @ b.basis().T).double()).clamp(max=1).acos()
@@ -94,7 +94,7 @@ def test_principal_angles_of_different_ranks_and_learned_subspaces():
 @pytest.mark.parametrize(
     ("d", "k1", "k2"), [(64, 8, 8), (64, 4, 16), (16, 10, 12), (12, 6, 6), (10, 9, 8), (5, 1, 1)]
 )
-def test_simulated_chance_has_the_moments_of_haar(d, k1, k2):
+def test_simulated_chance_has_the_moments_of_haar(d: int, k1: int, k2: int) -> None:
     small, large = sorted((k1, k2))
     traces = _haar_traces(d, large, small, 20_000, np.random.default_rng(1))
     variance = 2 * k1 * k2 * (d - k1) * (d - k2) / (d**2 * (d - 1) * (d + 2))
@@ -108,12 +108,13 @@ def test_simulated_chance_has_the_moments_of_haar(d, k1, k2):
         [overlap(random_subspace(d, k1, 2 * i), random_subspace(d, k2, 2 * i + 1)) for i in range(400)]
     )
     # Of so many subspaces the mean is known to sd/20 and the standard deviation to 4 to 5 %.
+    assert closed.sd is not None
     assert drawn.mean() == pytest.approx(closed.mean, abs=4 * closed.sd / 20)
     assert drawn.std() == pytest.approx(closed.sd, rel=0.2)
 
 
 @pytest.mark.parametrize(("d", "k1", "k2"), [(64, 8, 8), (16, 10, 12), (8, 2, 5)])
-def test_the_band_holds_95_percent_of_subspaces_drawn_anew(d, k1, k2):
+def test_the_band_holds_95_percent_of_subspaces_drawn_anew(d: int, k1: int, k2: int) -> None:
     chance = haar_overlap(d, k1, k2)
     drawn = [overlap(random_subspace(d, k1, 2 * i), random_subspace(d, k2, 2 * i + 1)) for i in range(1000)]
     inside = sum(chance.low <= value <= chance.high for value in drawn) / 1000
@@ -121,14 +122,14 @@ def test_the_band_holds_95_percent_of_subspaces_drawn_anew(d, k1, k2):
     assert chance.low < chance.mean < chance.high
 
 
-def test_chance_is_a_value_of_its_seed():
+def test_chance_is_a_value_of_its_seed() -> None:
     assert haar_overlap(32, 4, 6) == haar_overlap(32, 6, 4) == haar_overlap(32, 4, 6, seed=0)
     assert haar_overlap(32, 4, 6) != haar_overlap(32, 4, 6, seed=1)
     assert haar_overlap(32, 32, 6) == Chance(1.0, 1.0, 1.0, 2000, 0.0)
     assert haar_overlap(10**6, 16, 16).mean == pytest.approx(1.6e-5)  # no d × d matrix
 
 
-def test_what_has_no_overlap_is_refused():
+def test_what_has_no_overlap_is_refused() -> None:
     with pytest.raises(ValueError, match="width 8 and 9"):
         overlap(random_subspace(8, 2, 0), random_subspace(9, 2, 0))
     skewed = FreeDirections(8, 2, start=torch.randn(2, 8))
@@ -143,7 +144,7 @@ def test_what_has_no_overlap_is_refused():
 # --- containment and distances ----------------------------------------------------------------------------------
 
 
-def test_containment_tells_the_part_from_the_whole():
+def test_containment_tells_the_part_from_the_whole() -> None:
     part, whole = Axes(12, [1, 2]), Axes(12, [0, 1, 2, 3, 4])
     assert containment(part, whole) == 1 and containment(whole, part) == pytest.approx(2 / 5)
     a, b = random_subspace(12, 3, 0), random_subspace(12, 5, 1)
@@ -152,7 +153,7 @@ def test_containment_tells_the_part_from_the_whole():
 
 
 @pytest.mark.parametrize("angles", [[0.0, 0.3, 1.2], [1e-7, 2e-7], [math.pi / 2, math.pi / 2]])
-def test_distances_are_those_of_the_angles(angles):
+def test_distances_are_those_of_the_angles(angles: list[float]) -> None:
     a, b = turned(torch.tensor(angles, dtype=torch.float64), 9)
     assert geodesic(a, b) == pytest.approx(math.hypot(*angles), rel=1e-6)
     assert chordal(a, b) == pytest.approx(math.hypot(*(math.sin(one) for one in angles)), rel=1e-6)
@@ -160,7 +161,7 @@ def test_distances_are_those_of_the_angles(angles):
     assert chordal(a, b) == pytest.approx(float(difference.norm()) / math.sqrt(2), abs=1e-12)
 
 
-def test_distances_of_a_span_inside_another_are_0():
+def test_distances_of_a_span_inside_another_are_0() -> None:
     part, whole = Axes(12, [1, 2]), Axes(12, [0, 1, 2, 3, 4])
     assert chordal(part, whole) == geodesic(whole, part) == 0
     assert chordal(Axes(4, [0]), Axes(4, [1])) == 1 and geodesic(Axes(4, [0]), Axes(4, [1])) == pytest.approx(
@@ -169,7 +170,7 @@ def test_distances_of_a_span_inside_another_are_0():
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e-5, 1e-7])
-def test_angles_are_those_of_scipy(size):
+def test_angles_are_those_of_scipy(size: float) -> None:
     linalg = pytest.importorskip("scipy.linalg")
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)
@@ -183,7 +184,7 @@ def test_angles_are_those_of_scipy(size):
 
 
 @pytest.mark.parametrize(("d", "k1", "k2"), [(64, 4, 4), (32, 3, 9), (12, 8, 7), (10, 10, 4), (6, 5, 5)])
-def test_the_cosines_that_are_drawn_are_those_of_subspaces(d, k1, k2):
+def test_the_cosines_that_are_drawn_are_those_of_subspaces(d: int, k1: int, k2: int) -> None:
     small, large = sorted((k1, k2))
     squares = _haar_squared_cosines(d, large, small, 4000, np.random.default_rng(2))
     assert squares.shape == (4000, small) and (np.diff(squares) <= 1e-12).all()
@@ -203,7 +204,7 @@ def test_the_cosines_that_are_drawn_are_those_of_subspaces(d, k1, k2):
 
 
 @pytest.mark.parametrize(("d", "k", "expected"), [(64, 4, 0.385), (64, 16, 0.833), (768, 16, 0.264)])
-def test_the_largest_cosine_of_random_subspaces_is_far_from_0(d, k, expected):
+def test_the_largest_cosine_of_random_subspaces_is_far_from_0(d: int, k: int, expected: float) -> None:
     found = haar_largest_cosine(d, k, k)
     assert found.mean == pytest.approx(expected, abs=0.01) and found.low < found.mean < found.high
     band = haar_angles(d, k, k)
@@ -211,7 +212,7 @@ def test_the_largest_cosine_of_random_subspaces_is_far_from_0(d, k, expected):
     assert all(low < mean < high for low, mean, high in zip(band.low, band.mean, band.high, strict=True))
 
 
-def test_spans_too_large_to_miss_each_other_share_directions():
+def test_spans_too_large_to_miss_each_other_share_directions() -> None:
     band = haar_angles(10, 7, 6)
     assert band.mean[:3] == (0.0, 0.0, 0.0) and band.mean[3] > 0.01
     assert haar_largest_cosine(10, 7, 6).mean == 1 == haar_largest_cosine(4, 4, 2).low
@@ -220,7 +221,7 @@ def test_spans_too_large_to_miss_each_other_share_directions():
 # --- consensus --------------------------------------------------------------------------------------------------
 
 
-def test_the_consensus_finds_what_all_hold():
+def test_the_consensus_finds_what_all_hold() -> None:
     """Four subspaces share two directions and have one of their own each."""
     frame = rotation(40, 3)
     spans = [frame[[0, 1, 2 + i]] for i in range(4)]
@@ -229,11 +230,12 @@ def test_the_consensus_finds_what_all_hold():
     assert found.dimensions == 2
     assert overlap(found.subspace(), frame[:2]) == pytest.approx(1, abs=1e-6)
     mean = sum(span.T @ span for span in spans) / 4
+    assert isinstance(mean, Tensor)
     exact = torch.linalg.eigvalsh(mean.double()).flip(0)[:3]
     assert found.eigenvalues == pytest.approx(exact.tolist(), abs=1e-6)
 
 
-def test_strangers_have_no_consensus():
+def test_strangers_have_no_consensus() -> None:
     found = consensus([random_subspace(40, 3, i) for i in range(4)])
     assert found.dimensions <= 1 and found.null.low <= found.eigenvalues[0] <= 1.1 * found.null.high
     apart = consensus([Axes(40, [i]) for i in range(4)])
@@ -242,7 +244,7 @@ def test_strangers_have_no_consensus():
         apart.subspace()
 
 
-def test_a_consensus_needs_two_of_one_width():
+def test_a_consensus_needs_two_of_one_width() -> None:
     with pytest.raises(ValueError, match="at least two are needed"):
         consensus([random_subspace(8, 2, 0)])
     with pytest.raises(ValueError, match=r"widths \[8, 9\]"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as t
@@ -21,7 +23,7 @@ from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import collect, forward
 
-TEXT = dict(
+TEXT: dict[str, Any] = dict(
     vocab_size=60,
     hidden_size=32,
     intermediate_size=48,
@@ -48,7 +50,7 @@ def laguna() -> nn.Module:
 
 
 def gemma4() -> nn.Module:
-    config = t.Gemma4TextConfig(
+    config = t.Gemma4TextConfig(  # type: ignore[call-arg]
         **TEXT,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -71,7 +73,7 @@ BY_LAYER = {
 
 
 @pytest.mark.parametrize("name", BY_LAYER)
-def test_heads_are_those_of_the_layer(name):
+def test_heads_are_those_of_the_layer(name: str) -> None:
     if not hasattr(t, f"{name}Config"):
         pytest.skip(f"this transformers has no {name}")
     make, sizes = BY_LAYER[name]
@@ -81,7 +83,7 @@ def test_heads_are_those_of_the_layer(name):
     parts = {"head_output": "o_proj", "query_output": "q_proj", "key_output": "k_proj", "value_output": "v_proj"}
     for layer, (queries, keys, size) in enumerate(sizes):
         for component, path in parts.items():
-            seen = []
+            seen: list[Any] = []
             module = model.get_submodule(f"model.layers.{layer}.self_attn.{path}")
             handle = module.register_forward_hook(
                 lambda m, args, out, seen=seen, c=component: seen.append(args[0] if c == "head_output" else out)
@@ -101,7 +103,7 @@ def test_heads_are_those_of_the_layer(name):
 
 # --- images -------------------------------------------------------------------------------------------------
 
-IMAGE = dict(
+IMAGE: dict[str, Any] = dict(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=3,
@@ -134,13 +136,13 @@ def images(n: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))}
 
 
-def last_state(model: nn.Module, given) -> torch.Tensor:
+def last_state(model: nn.Module, given: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         return model(**given).last_hidden_state
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_images(name):
+def test_images(name: str) -> None:
     model, given = image_model(name), images()
     lab, length = Backbone(model), 4 + IMAGES[name][1]
     block = next(iter(lab.anatomy.stacks.values()))[1]
@@ -155,7 +157,7 @@ def test_images(name):
         "block_output": (block, "output"),
     }
     for component, (path, side) in spots.items():
-        seen = []
+        seen: list[Any] = []
         handle = model.get_submodule(path).register_forward_hook(
             lambda m, args, out, seen=seen, side=side: seen.append(
                 args[0] if side == "input" else out if isinstance(out, torch.Tensor) else out[0]
@@ -175,7 +177,7 @@ def test_images(name):
     source = collect(lab, images(seed=1), [site])[site]
     found = forward(lab, given, {site: swap}, sources={site: source}).last_hidden_state
 
-    def put(module, args, out):
+    def put(module: nn.Module, args: Any, out: Any) -> Any:
         h = (out if isinstance(out, torch.Tensor) else out[0]).clone()
         h[:, 2] = source[:, 0]
         return h if isinstance(out, torch.Tensor) else (h, *out[1:])
@@ -197,7 +199,7 @@ def test_images(name):
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_both_stacks_of_a_model_of_texts_and_images(name):
+def test_both_stacks_of_a_model_of_texts_and_images(name: str) -> None:
     vision = dict(IMAGE)
     text = dict(TEXT, num_attention_heads=2, max_position_embeddings=16)
     torch.manual_seed(0)
@@ -208,7 +210,7 @@ def test_both_stacks_of_a_model_of_texts_and_images(name):
     lab = Backbone(model)
     ids = torch.tensor([[5, 6, 7, 2], [8, 9, 2, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-    given = {"input_ids": ids, "attention_mask": mask, **images(2)}
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **images(2)}
     for stack in ("", "text_model.encoder.layers."):
         site = Site(f"{stack}head_output", 1, "last", heads=1)
         assert lab.width(site) == 16
@@ -219,15 +221,15 @@ def test_both_stacks_of_a_model_of_texts_and_images(name):
     assert collect(lab, given, [site])[site].shape == (2, 2, 16)
 
 
-def test_a_search_among_patches():
+def test_a_search_among_patches() -> None:
     torch.manual_seed(0)
-    model = t.ViTForImageClassification(t.ViTConfig(**IMAGE, num_labels=4)).eval()
+    model = t.ViTForImageClassification(t.ViTConfig(**IMAGE, num_labels=4)).eval()  # type: ignore[call-arg]
 
     def drawn(seed: int) -> Counterfactuals:
         g = torch.Generator().manual_seed(seed)
-        answers = (torch.randint(0, 4, (20,), generator=g) for _ in range(2))
+        answer, base_answer = (torch.randint(0, 4, (20,), generator=g) for _ in range(2))
         base, source = Batch(images(20, seed)), Batch(images(20, seed + 10))
-        return Counterfactuals(base, {"v": source}, *answers, tuple("abcd"))
+        return Counterfactuals(base, {"v": source}, answer, base_answer, tuple("abcd"))
 
     pairs = Pairs(drawn(0), drawn(1), drawn(2))
     sites = [

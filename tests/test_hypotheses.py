@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +90,7 @@ def drawn(n: int, seed: int) -> dict[str, Counterfactuals]:
 
 @cache
 def toy() -> tuple[dict[str, Pairs], dict[str, Fits]]:
-    splits = {"train": drawn(512, 0), "dev": drawn(300, 1), "test": drawn(500, 2)}
+    splits: dict[str, Any] = {"train": drawn(512, 0), "dev": drawn(300, 1), "test": drawn(500, 2)}
     rivals = {
         name: Pairs(**{split: of[name] for split, of in splits.items()}, task=name) for name in splits["test"]
     }
@@ -105,7 +107,7 @@ def ranking() -> Ranking:
     return rank_hypotheses(*toy())
 
 
-def test_the_algorithm_that_the_network_computes_stands_first():
+def test_the_algorithm_that_the_network_computes_stands_first() -> None:
     first, second = ranking().standings
     assert (first.name, second.name) == ("and first", "or first")
     assert first.iia.value > 0.98 and first.differing.value > 0.95 and first.behind is None
@@ -114,14 +116,14 @@ def test_the_algorithm_that_the_network_computes_stands_first():
     assert ranking().best is first
 
 
-def test_the_smallest_rank_within_the_margin_is_found():
+def test_the_smallest_rank_within_the_margin_is_found() -> None:
     """The network has one dimension for each variable: rank 1 is as good as 3."""
     assert ranking().best.rank == 1
     of_rank = {m.fits[0].rank: m.value for m in toy()[1]["and first"].where(method=DAS).mean(split="dev")}
     assert max(of_rank.values()) - of_rank[1] <= 0.02
 
 
-def test_shares_are_counted_over_the_pairs():
+def test_shares_are_counted_over_the_pairs() -> None:
     rivals, fits = toy()
     answers = {name: pairs.test.answer for name, pairs in rivals.items()}
     differ = answers["and first"] != answers["or first"]
@@ -142,16 +144,18 @@ def test_shares_are_counted_over_the_pairs():
         torch.stack([f.pair_scores["iia"] for f in fits[s.name] if f.method.label == s.method]).double().mean(0)
         for s in found.standings
     ]
+    assert found.standings[1].behind is not None
     assert abs(found.standings[1].behind.value - (scores[0] - scores[1])[differ].mean().item()) < 1e-12
 
 
-def test_it_is_printed_flattened_saved_and_read_again(tmp_path):
+def test_it_is_printed_flattened_saved_and_read_again(tmp_path: Path) -> None:
     found = ranking()
     text = repr(found)
     assert text.index("and first") < text.index("or first") and f"{found.best.method}, mix.output" in text
     assert f"on {found.n_differing} of them" in text and "Not above the floor: or first" in text
     assert "<td style='text-align:left'>and first</td>" in found._repr_html_()
     first, second = found.records()
+    assert found.standings[1].behind is not None
     assert (
         first["order"] == 1 and first["behind"] is None and second["behind_low"] == found.standings[1].behind.low
     )
@@ -172,14 +176,14 @@ def test_it_is_printed_flattened_saved_and_read_again(tmp_path):
         Ranking.load(tmp_path / "ranking")
 
 
-def test_close_scores_are_ordered_by_rank_and_others_by_score():
+def test_close_scores_are_ordered_by_rank_and_others_by_score() -> None:
     scores = {"a": 0.90, "b": 0.95, "c": 0.94, "d": 0.89}
     assert _ordered(scores, {"a": 1, "b": 4, "c": 2, "d": 1}, 0.02) == ["c", "b", "a", "d"]
     assert _ordered(scores, {"a": 1, "b": 4, "c": 2, "d": 1}, 0.0) == ["b", "c", "a", "d"]
     assert _ordered(scores, dict.fromkeys("abcd", 1), 0.5) == ["b", "c", "a", "d"]
 
 
-def test_the_floor_is_the_better_of_no_intervention_and_a_constant_answer():
+def test_the_floor_is_the_better_of_no_intervention_and_a_constant_answer() -> None:
     every = torch.ones(4, dtype=torch.bool)
     assert _floor(["a", "b", "a", "b"], ["a", "b", "a", "a"], every) == 0.75
     assert _floor(["a", "b", "a", "b"], ["a", "b", "b", "b"], every) == 0.75
@@ -188,7 +192,7 @@ def test_the_floor_is_the_better_of_no_intervention_and_a_constant_answer():
     assert _floor(["a", "b", "c", "d"], ["d", "d", "d", "a"], torch.tensor([1, 0, 0, 1]).bool()) == 0.5
 
 
-def test_what_cannot_be_ranked_is_refused():
+def test_what_cannot_be_ranked_is_refused() -> None:
     rivals, fits = toy()
     one, other = rivals
     with pytest.raises(ValueError, match="needed are two or more, the same in both"):
@@ -221,7 +225,7 @@ TWO = Hypothesis("both", PARITY.causal_model, ("a_odd", "b_odd"))
 SUM = Hypothesis("sum", CausalModel({"odd": lambda a, b: (a + b) % 2}), ("odd",))
 
 
-def test_all_hypotheses_see_the_same_bases_and_sources_and_answer_by_themselves():
+def test_all_hypotheses_see_the_same_bases_and_sources_and_answer_by_themselves() -> None:
     tokenizer = word_level()
     rivals = rival_pairs(PARITY, [A_ODD, TWO, SUM], tokenizer, train=60, dev=20, test=40)
     assert {name: pairs.variables for name, pairs in rivals.items()} == {
@@ -230,7 +234,7 @@ def test_all_hypotheses_see_the_same_bases_and_sources_and_answer_by_themselves(
 
     def texts(batch: Batch) -> list[str]:
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
-        return [tokenizer.decode(row[there]) for row, there in zip(ids, mask, strict=True)]
+        return [str(tokenizer.decode(row[there])) for row, there in zip(ids, mask, strict=True)]
 
     for split in ("train", "dev", "test"):
         a, both, total = (getattr(rivals[name], split) for name in ("a", "both", "sum"))
@@ -251,18 +255,18 @@ def test_all_hypotheses_see_the_same_bases_and_sources_and_answer_by_themselves(
             expected = (numbers_of(first)[0] + numbers_of(second)[1]) % 2
             assert both.answers[both.answer[i]] == ("even", "odd")[expected]
             assert int(a.base_answer[i]) == (x + y) % 2
-    combinations = torch.stack([p.train.answer for p in rivals.values()] + [a.base_answer[:0].new_zeros(60)])
+    combinations = torch.stack([p.train.answer for p in rivals.values()] + [a.base_answer[:0].new_zeros(60)])  # type: ignore[union-attr]
     assert len(set(map(tuple, combinations.T.tolist()))) == 8
 
 
-def test_pairs_are_drawn_from_the_task_and_the_seed():
+def test_pairs_are_drawn_from_the_task_and_the_seed() -> None:
     one, again, other = (
         rival_pairs(PARITY, [A_ODD, SUM], word_level(), train=10, dev=10, test=10, seed=s)["a"] for s in (0, 0, 1)
     )
     assert one.fingerprint() == again.fingerprint() != other.fingerprint()
 
 
-def test_what_is_no_set_of_rivals_is_refused():
+def test_what_is_no_set_of_rivals_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'x': variables \['sum'\] asked for; possible .*'a_odd'"):
         Hypothesis("x", PARITY.causal_model, ("sum",))
     with pytest.raises(ValueError, match=r"variables \[\] asked for"):
@@ -280,7 +284,7 @@ def test_what_is_no_set_of_rivals_is_refused():
 
 
 @pytest.mark.parametrize("n", [1, 6, 30, 37])
-def test_balanced_rows_are_each_kind_as_often_as_the_next(n):
+def test_balanced_rows_are_each_kind_as_often_as_the_next(n: int) -> None:
     kinds = torch.tensor([0] * 20 + [1] * 20 + [2] * 3)[
         torch.randperm(43, generator=torch.Generator().manual_seed(0))
     ]
@@ -293,7 +297,7 @@ def test_balanced_rows_are_each_kind_as_often_as_the_next(n):
         balanced(kinds, 44, 0)
 
 
-def test_settings_are_drawn_once_for_all_hypotheses():
+def test_settings_are_drawn_once_for_all_hypotheses() -> None:
     calls = []
 
     def sample(rng: random.Random, split: str) -> dict[str, int]:

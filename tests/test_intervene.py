@@ -6,6 +6,7 @@ The oracle is `families.hooked`: plain torch hooks at places written down by han
 import contextlib
 import copy
 import itertools
+from typing import Any
 
 import families
 import pytest
@@ -30,9 +31,10 @@ from families import (
     standing,
     state,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from subspace_lab.core.interventions import (
+    Intervention,
     consreft,
     direft,
     full_vector,
@@ -57,55 +59,63 @@ POSITIONS = ("all", "last", "1:3", "f1+l1")
 BACKBONES: dict = {}
 
 
-def build(name, dtype=None):
+def build(name: str, dtype: torch.dtype | None = None) -> Any:
     return families.build(name, dtype or exact(name))
 
 
-def fresh(name, dtype=None):
+def fresh(name: str, dtype: torch.dtype | None = None) -> Any:
     return families.fresh(name, dtype or exact(name))
 
 
-def inputs(name, *args, dtype=None, **options):
+def inputs(name: str, *args: Any, dtype: torch.dtype | None = None, **options: Any) -> Any:
     return families.inputs(name, *args, dtype=dtype or exact(name), **options)
 
 
-def backbone(name, dtype=None):
+def backbone(name: str, dtype: torch.dtype | None = None) -> Any:
     dtype = dtype or exact(name)
     if (name, dtype) not in BACKBONES:
         BACKBONES[name, dtype] = Backbone(build(name, dtype))
     return BACKBONES[name, dtype]
 
 
-def ragged(name, seed=0, dtype=None):
+def ragged(name: str, seed: int = 0, dtype: torch.dtype | None = None) -> Any:
     return inputs(name, 3, LENGTH, seed, lengths=RAGGED, decoder_lengths=DECODER_RAGGED, dtype=dtype)
 
 
-def site_of(name, component, positions="all", layer=1, heads=None):
+def site_of(
+    name: str, component: str, positions: str = "all", layer: int = 1, heads: list[int] | None = None
+) -> Site:
     if name == "mlp":
         return Site(component, positions=positions)
     return Site(component, layer, positions, heads)
 
 
-def rows_of(name, component, positions):
+def rows_of(name: str, component: str, positions: str) -> list[list[int]] | None:
     """Where the positions stand in the ragged batch, by hand; None for a stream without positions."""
     if name == "mlp":
         return None
     return standing(positions, DECODER_RAGGED if component.startswith("decoder.") else RAGGED, LENGTH)
 
 
-def width_at(name, spot, given):
+def width_at(name: str, spot: Spot, given: dict[str, Any]) -> int:
     return capture(backbone(name).model, given, spot).shape[-1]
 
 
-def strong(width, rank=4, seed=0):
+def strong(width: int, rank: int = 4, seed: int = 0) -> Intervention:
     """LoReFT from the paper's start with a bias that shows in the logits."""
-    edit = loreft(width, min(rank, width), seed=seed, start="paper")
+    edit: Any = loreft(width, min(rank, width), seed=seed, start="paper")
     with torch.no_grad():
         edit.value.bias.add_(2.0)
     return edit
 
 
-def output(name, given, edits, dtype=None, **options):
+def output(
+    name: str,
+    given: Batch | dict[str, Any],
+    edits: dict[Site, Any],
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Any:
     out = forward(backbone(name, dtype), given, edits, **options)
     return out if isinstance(out, torch.Tensor) else out.logits
 
@@ -118,7 +128,7 @@ HALF = ("gpt2", "llama", "neox", "qwen3", "gemma3", "bert", "roberta", "t5", "ml
 
 
 @pytest.mark.parametrize(("name", "component"), CASES)
-def test_collect_sees_what_a_hook_sees(name, component):
+def test_collect_sees_what_a_hook_sees(name: str, component: str) -> None:
     given, spot = ragged(name), spots(name, 1)[component]
     whole = capture(build(name), given, spot)
     for positions in POSITIONS if name != "mlp" else ("all",):
@@ -128,6 +138,7 @@ def test_collect_sees_what_a_hook_sees(name, component):
             assert torch.equal(states, whole)
             continue
         rows = rows_of(name, component, positions)
+        assert rows is not None
         assert states.shape[:2] == (3, max(map(len, rows)))
         for row, at in enumerate(rows):
             assert torch.equal(states[row, : len(at)], whole[row, at]), (positions, row)
@@ -139,7 +150,7 @@ def test_collect_sees_what_a_hook_sees(name, component):
     [(*case, exact(case[0])) for case in CASES] + [(*case, torch.bfloat16) for case in CASES if case[0] in HALF],
 )
 @torch.no_grad()
-def test_edit_gives_what_a_hook_gives(name, component, dtype):
+def test_edit_gives_what_a_hook_gives(name: str, component: str, dtype: torch.dtype) -> None:
     given, spot, model = ragged(name, dtype=dtype), spots(name, 1)[component], build(name, dtype)
     edit = strong(width_at(name, spot, ragged(name)))
     plain = call(model, given)
@@ -157,7 +168,7 @@ def test_edit_gives_what_a_hook_gives(name, component, dtype):
         assert differ(found, plain) > 1e-3, positions
 
 
-def at_rest(width):
+def at_rest(width: int) -> list[Any]:
     rank = min(4, width)
     return [
         loreft(width, rank, seed=0),
@@ -172,7 +183,7 @@ def at_rest(width):
 
 @pytest.mark.parametrize(("name", "component"), CASES)
 @torch.no_grad()
-def test_identity_edits_change_no_bit(name, component):
+def test_identity_edits_change_no_bit(name: str, component: str) -> None:
     for dtype in (exact(name), torch.bfloat16) if name in HALF else (exact(name),):
         given = ragged(name, dtype=dtype)
         plain = call(build(name, dtype), given)
@@ -184,7 +195,7 @@ def test_identity_edits_change_no_bit(name, component):
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 @torch.no_grad()
-def test_interchange_of_the_whole_stream_is_the_source_run(name):
+def test_interchange_of_the_whole_stream_is_the_source_run(name: str) -> None:
     base, source = (inputs(name, 3, LENGTH, seed) for seed in (0, 1))
     model, door = build(name), backbone(name)
     expected = call(model, source)
@@ -209,7 +220,7 @@ def test_interchange_of_the_whole_stream_is_the_source_run(name):
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 @torch.no_grad()
-def test_heads_are_slices(name):
+def test_heads_are_slices(name: str) -> None:
     given, model, door = ragged(name), build(name), backbone(name)
     for component, whole in spots(name, 1).items():
         if component.rpartition(".")[2] not in ("query_output", "key_output", "value_output", "head_output"):
@@ -223,6 +234,7 @@ def test_heads_are_slices(name):
             site = site_of(name, component, "f1+l1", heads=chosen)
             rows = rows_of(name, component, "f1+l1")
             states = collect(door, given, [site])[site]
+            assert rows is not None
             for row, at in enumerate(rows):
                 assert torch.equal(states[row, : len(at)], every[row][at][:, columns]), (component, chosen)
             edit = strong(len(columns))
@@ -235,12 +247,12 @@ def test_heads_are_slices(name):
 
 @pytest.mark.parametrize("name", [n for n in TRANSFORMERS if n != "gemma2"])  # its attention is not torch's
 @torch.no_grad()
-def test_heads_are_those_that_attention_computes_with(name, monkeypatch):
+def test_heads_are_those_that_attention_computes_with(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `head_output` and `value_output` hold, compared with what torch's attention is given and gives."""
     given, door, seen = inputs(name, 2, LENGTH), backbone(name), []
     true = nn.functional.scaled_dot_product_attention
 
-    def spying(query, key, value, *args, **kwargs):
+    def spying(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Tensor:
         result = true(query, key, value, *args, **kwargs)
         seen.append((query, key, value, result))
         return result
@@ -270,7 +282,7 @@ def test_heads_are_those_that_attention_computes_with(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_reach_the_edits_and_nothing_else(name):
+def test_gradients_reach_the_edits_and_nothing_else(name: str) -> None:
     given, model = ragged(name, dtype=torch.float64), build(name, torch.float64)
     door = backbone(name, torch.float64)
     if name == "gemma2":  # its padding is NaN in float64, with or without edits
@@ -293,7 +305,7 @@ def test_gradients_reach_the_edits_and_nothing_else(name):
     mixing = torch.randn(logits.shape, dtype=torch.float64)
     (logits * mixing).sum().backward()
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    found = {site: {n: p.grad.clone() for n, p in edit.named_parameters()} for site, (edit, _) in edits.items()}
+    found = {site: {n: p.grad.clone() for n, p in edit.named_parameters()} for site, (edit, _) in edits.items()}  # type: ignore[union-attr]
     acts = {}
     for site, (edit, spot) in edits.items():
         edit.zero_grad()
@@ -309,22 +321,25 @@ def test_gradients_reach_the_edits_and_nothing_else(name):
             parameter.requires_grad_(True)
     for site, (edit, _) in edits.items():
         for n, p in edit.named_parameters():
+            assert p.grad is not None
             assert p.grad.norm() > 0
             assert differ(found[site][n], p.grad) < 1e-9, (site, n)
 
 
-def test_base_is_trained_when_asked_for():
+def test_base_is_trained_when_asked_for() -> None:
     model = fresh("llama")
+    edit: Any
     site, edit = Site("block_output", 1, "last"), strong(WIDTH)
     model.lm_head.weight.requires_grad_(False)
     forward(Backbone(model), ragged("llama"), {site: edit}, train_base=True).logits.sum().backward()
     trained = {n: p.grad for n, p in model.named_parameters()}
     assert trained.pop("lm_head.weight") is None
     assert all(grad is not None and grad.abs().max() > 0 for grad in trained.values())
+    assert edit.value.weight.grad is not None
     assert edit.value.weight.grad.abs().max() > 0
 
 
-def test_flags_that_the_user_set_stay():
+def test_flags_that_the_user_set_stay() -> None:
     model = fresh("llama")
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 2 == 0)
@@ -341,16 +356,16 @@ class Failure(Exception):
     pass
 
 
-def failing(h):
+def failing(h: Tensor) -> Any:
     raise Failure
 
 
-def misshapen(h):
+def misshapen(h: Tensor) -> Tensor:
     return h[:, :1]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5", "mlp"])
-def test_nothing_of_the_model_changes(name):
+def test_nothing_of_the_model_changes(name: str) -> None:
     model = fresh(name)
     model.train()
     first = next(m for m in model.modules() if isinstance(m, nn.Linear))
@@ -368,6 +383,7 @@ def test_nothing_of_the_model_changes(name):
     forward(door, given, {site: strong(width)})
     states = collect(door, given, [site])
     forward(door, given, {site: full_vector(width)}, sources=states)
+    wrong: Any
     for wrong, error in ((failing, Failure), (misshapen, ValueError), (lambda h: h.float(), ValueError)):
         with pytest.raises(error):
             forward(door, given, {site: strong(width), later: wrong})
@@ -392,7 +408,7 @@ def test_nothing_of_the_model_changes(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mlp"])
-def test_the_users_hooks_stay_and_fire(name):
+def test_the_users_hooks_stay_and_fire(name: str) -> None:
     model, given, fired = fresh(name), ragged(name), []
     spot = next(iter(spots(name, 1).values()))
     module = model.get_submodule(spot.path)
@@ -413,7 +429,7 @@ def test_the_users_hooks_stay_and_fire(name):
     assert len(module._forward_hooks) == 2 and len(module._forward_pre_hooks) == 1
 
 
-def test_a_hook_of_the_user_and_an_edit_compose():
+def test_a_hook_of_the_user_and_an_edit_compose() -> None:
     """Edits happen inside the module's call: before the user's own hook on its output, after one on its input."""
     model, given, edit = fresh("llama"), ragged("llama"), strong(WIDTH)
     door, rows = Backbone(model), rows_of("llama", "block_output", "last")
@@ -435,7 +451,7 @@ def test_a_hook_of_the_user_and_an_edit_compose():
     before.remove()
 
 
-def test_inputs_and_sources_are_not_written_into():
+def test_inputs_and_sources_are_not_written_into() -> None:
     for name in ("gpt2", "t5", "mlp"):
         given = ragged(name)
         kept = copy.deepcopy(given)
@@ -454,7 +470,7 @@ def test_inputs_and_sources_are_not_written_into():
             assert list(given) == list(kept) and all(torch.equal(given[k], kept[k]) for k in kept)
 
 
-def test_collected_states_are_the_users_own():
+def test_collected_states_are_the_users_own() -> None:
     door, given, site = backbone("llama"), ragged("llama"), Site("block_output", 1)
     states = collect(door, given, [site])[site]
     again = states.clone()
@@ -463,7 +479,7 @@ def test_collected_states_are_the_users_own():
     assert torch.equal(collect(door, given, [site])[site].nan_to_num(), again.nan_to_num())
 
 
-def test_collected_states_are_not_those_that_a_model_overwrites():
+def test_collected_states_are_not_those_that_a_model_overwrites() -> None:
     """An activation in place, between two sites, writes into what the first one saw."""
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
     given, sites = torch.randn(5, 4), [Site("0.output"), Site("2.output")]
@@ -472,7 +488,7 @@ def test_collected_states_are_not_those_that_a_model_overwrites():
     assert (states[sites[0]] < 0).any()
 
 
-def test_the_run_ends_after_the_last_site():
+def test_the_run_ends_after_the_last_site() -> None:
     counted = []
     model = fresh("llama")
     for layer in range(LAYERS):
@@ -487,7 +503,7 @@ def test_the_run_ends_after_the_last_site():
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_all_components_at_once_in_any_order(name):
+def test_all_components_at_once_in_any_order(name: str) -> None:
     given, model = ragged(name), build(name)
     wanted = {
         site_of(name, c, layer=layer): s for layer in (2, 0) for c, s in reversed(spots(name, layer).items())
@@ -496,13 +512,14 @@ def test_all_components_at_once_in_any_order(name):
     assert set(found) == set(wanted)
     for site, spot in wanted.items():
         whole, rows = capture(model, given, spot), rows_of(name, site.component, "all")
+        assert rows is not None
         for row, at in enumerate(rows):
             assert torch.equal(found[site][row, : len(at)], whole[row, at]), site
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "bert", "t5"])
 @torch.no_grad()
-def test_several_edits_at_once(name):
+def test_several_edits_at_once(name: str) -> None:
     """Two layers, two components of one block, two sets of positions and two heads of one stream."""
     given, model = ragged(name), build(name)
     stack = "decoder." if name == "t5" else ""
@@ -543,20 +560,20 @@ def test_several_edits_at_once(name):
 
 
 @torch.no_grad()
-def test_several_variables_at_one_site():
+def test_several_variables_at_one_site() -> None:
     base, first, second = (inputs("llama", 3, LENGTH, seed) for seed in (0, 1, 2))
     door, model, site = backbone("llama"), build("llama"), Site("block_output", 1, "last")
     spot = spots("llama", 1)["block_output"]
     parts = LearnedSubspace(WIDTH, 8, seed=0).partition({"a": 3, "b": 5})
     sources = {"a": collect(door, first, [site])[site], "b": collect(door, second, [site])[site]}
 
-    def formula(h, row):
+    def formula(h: Tensor, row: int) -> Tensor:
         for name, part in parts.items():
             rows = part.basis().double()
             h = h + (sources[name][row, 0] @ rows.T - h @ rows.T) @ rows
         return h
 
-    def act(value):
+    def act(value: Any) -> Tensor:
         new = value.clone()
         for row in range(3):
             new[row, -1] = formula(value[row, -1], row)
@@ -574,7 +591,7 @@ def test_several_variables_at_one_site():
 
 
 @torch.no_grad()
-def test_source_may_stand_elsewhere():
+def test_source_may_stand_elsewhere() -> None:
     """Positions of the source are those it was collected at: read at "first", written at "last", by name ..."""
     base, source = ragged("gpt2"), ragged("gpt2", seed=1)
     door, model, spot = backbone("gpt2"), build("gpt2"), spots("gpt2", 1)["block_output"]
@@ -586,7 +603,7 @@ def test_source_may_stand_elsewhere():
     read = capture(model, source, spots("gpt2", 0)["block_output"])
     read_at, written_at = [[0, 10], [0, 5], [0]], [[4, 7], [0, 5], [0]]
 
-    def act(value):
+    def act(value: Any) -> Tensor:
         new = value.clone()
         for row in range(3):
             for i, j in zip(read_at[row], written_at[row], strict=True):
@@ -601,7 +618,7 @@ def test_source_may_stand_elsewhere():
 
 
 @torch.no_grad()
-def test_prompt_lengths_keep_the_answer_out():
+def test_prompt_lengths_keep_the_answer_out() -> None:
     given, model, door = ragged("llama"), build("llama"), backbone("llama")
     batch = Batch(given, prompt_lengths=torch.tensor([4, 6, 1]))
     spot, edit = spots("llama", 1)["block_output"], strong(WIDTH)
@@ -619,9 +636,10 @@ def test_prompt_lengths_keep_the_answer_out():
         assert all(torch.equal(states[r, : len(at)], whole[r, at]) for r, at in enumerate(rows))
 
 
-def test_a_batch_of_rows_is_the_rows_of_the_batch():
+def test_a_batch_of_rows_is_the_rows_of_the_batch() -> None:
     batch = Batch(ragged("llama"), torch.tensor([4, 6, 1]), {"word": torch.tensor([1, 2, 0])})
     part = batch.rows(torch.tensor([2, 0]))
+    assert part.prompt_lengths is not None
     assert len(part) == 2 and part.prompt_lengths.tolist() == [1, 4] and part.columns["word"].tolist() == [0, 1]
     assert torch.equal(part.inputs["input_ids"], batch.inputs["input_ids"][[2, 0]])
     assert torch.equal(part.to("cpu").inputs["input_ids"], part.inputs["input_ids"])
@@ -633,7 +651,7 @@ def test_a_batch_of_rows_is_the_rows_of_the_batch():
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # true of the layers below the edit
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_inside_a_block_is_refused(reentrant):
+def test_gradient_checkpointing_inside_a_block_is_refused(reentrant: bool) -> None:
     """Run again, the block does not meet the edit: no gradient, and with one kind of checkpoint no error."""
     model, given = fresh("llama"), inputs("llama", 2, 7)
     door = Backbone(model)
@@ -650,9 +668,10 @@ def test_gradient_checkpointing_inside_a_block_is_refused(reentrant):
         with pytest.raises(ValueError, match=r"checkpointing is on, and 'model.layers.1\..*' is inside a block"):
             forward(door, given, {site: strong(door.width(site))})
         collect(door, given, [site])
-    edit = strong(WIDTH)
+    edit: Any = strong(WIDTH)
     if reentrant:
         forward(door, given, {Site("block_output", 1): edit}).logits.square().sum().backward()
+        assert edit.value.weight.grad is not None
         found, _ = edit.value.weight.grad.clone(), edit.zero_grad()
         getattr(model, f"{switch}_disable")()
         forward(door, given, {Site("block_output", 1): edit}).logits.square().sum().backward()
@@ -663,7 +682,7 @@ def test_gradient_checkpointing_inside_a_block_is_refused(reentrant):
 
 
 @pytest.fixture(scope="module")
-def counted():
+def counted() -> tuple[Backbone, list[int]]:
     """A model that counts its forward passes."""
     model = fresh("llama")
     calls = []
@@ -671,11 +690,11 @@ def counted():
     return Backbone(model), calls
 
 
-def lens(width=WIDTH):
+def lens(width: int = WIDTH) -> Intervention:
     return interchange(random_subspace(width, 3, 0))
 
 
-def free(h):
+def free(h: Tensor) -> Tensor:
     return h
 
 
@@ -751,7 +770,13 @@ B, H = "block_output", "head_output"
         ({Site("third.output"): free}, {}, ValueError, r"no submodule 'third'"),
     ],
 )
-def test_refused_before_anything_runs(counted, edits, sources, error, message):
+def test_refused_before_anything_runs(
+    counted: tuple[Backbone, list[int]],
+    edits: dict[Site, Any],
+    sources: dict[Site, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
     door, calls = counted
     given = inputs("llama", 2, 5)
     calls.clear()
@@ -762,7 +787,7 @@ def test_refused_before_anything_runs(counted, edits, sources, error, message):
     assert len(calls) == 1
 
 
-def test_overlap_is_judged_row_by_row(counted):
+def test_overlap_is_judged_row_by_row(counted: tuple[Backbone, list[int]]) -> None:
     """f2 and l2 overlap in a row of three tokens alone; with prompts of 2 + 2 they do not."""
     door, calls = counted
     edits = {Site(B, 1, "f2"): free, Site(B, 1, "l2"): free}
@@ -778,7 +803,7 @@ def test_overlap_is_judged_row_by_row(counted):
     forward(door, Batch(inputs("llama", 3, 5), columns=columns), {Site(B, 1, "a"): free, Site(B, 1, "b"): free})
 
 
-def test_positions_of_a_stream_without_any_are_refused():
+def test_positions_of_a_stream_without_any_are_refused() -> None:
     with pytest.raises(ValueError, match="no position axis"):
         forward(backbone("mlp"), inputs("mlp"), {Site("first.output", positions="last"): free})
     with pytest.raises(ValueError, match="no position axis"):
@@ -786,7 +811,7 @@ def test_positions_of_a_stream_without_any_are_refused():
 
 
 @torch.no_grad()
-def test_a_plain_modules_stream_has_positions_by_path():
+def test_a_plain_modules_stream_has_positions_by_path() -> None:
     """As by layer: the second axis of what a module gives, whatever tokens are."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 2)).double()
@@ -805,7 +830,7 @@ def test_a_plain_modules_stream_has_positions_by_path():
 
 
 @torch.no_grad()
-def test_modules_that_end_together_are_read_from_the_inside():
+def test_modules_that_end_together_are_read_from_the_inside() -> None:
     model = nn.Sequential(
         nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 5), nn.Tanh())), nn.Linear(5, 2)
     )
@@ -821,13 +846,13 @@ def test_modules_that_end_together_are_read_from_the_inside():
 class Pooled(nn.Module):
     """A transformer with one vector a row behind it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.body = build("bert").bert
         self.pooler = nn.Linear(WIDTH, WIDTH)
         self.head = nn.Linear(WIDTH, 3)
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return self.head(torch.tanh(self.pooler(states[:, 0])))
 
@@ -835,16 +860,16 @@ class Pooled(nn.Module):
 class Backwards(nn.Module):
     """Runs its second module first, and its third never."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.later, self.sooner, self.never = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         return self.later(self.sooner(x))
 
 
 @torch.no_grad()
-def test_modules_that_run_in_another_order_or_never_are_refused():
+def test_modules_that_run_in_another_order_or_never_are_refused() -> None:
     model, given = Backwards(), torch.randn(2, 4)
     backbone = Backbone(model)
     sooner, later, never = (Site(f"{name}.output") for name in ("sooner", "later", "never"))
@@ -860,7 +885,7 @@ def test_modules_that_run_in_another_order_or_never_are_refused():
 
 
 @torch.no_grad()
-def test_stream_with_one_vector_a_row():
+def test_stream_with_one_vector_a_row() -> None:
     model = Pooled().double()
     door, site, given = Backbone(model), Site("pooler.output"), ragged("bert")
     states = collect(door, ragged("bert", seed=1), [site])
@@ -879,7 +904,7 @@ def test_stream_with_one_vector_a_row():
 
 
 @torch.no_grad()
-def test_trap_single_position_and_then_a_position_for_each_row():
+def test_trap_single_position_and_then_a_position_for_each_row() -> None:
     """After a site given by one number, sites by row must still be taken row by row."""
     given, model, edit = ragged("gpt2"), build("gpt2"), strong(WIDTH)
     spot = spots("gpt2", 1)["block_output"]
@@ -899,7 +924,7 @@ def test_trap_single_position_and_then_a_position_for_each_row():
 
 
 @torch.no_grad()
-def test_trap_two_positions_are_two():
+def test_trap_two_positions_are_two() -> None:
     given, model, edit = inputs("gpt2", 2, 6), build("gpt2"), strong(WIDTH)
     spot = spots("gpt2", 1)["block_output"]
     for positions in ([2, 3], [1, 2, 3], slice(2, 4), "2+3"):
@@ -913,7 +938,7 @@ def test_trap_two_positions_are_two():
 
 
 @torch.no_grad()
-def test_trap_tied_intervention_edits_each_layer_with_its_own_base():
+def test_trap_tied_intervention_edits_each_layer_with_its_own_base() -> None:
     given, model, edit = ragged("llama"), build("llama"), strong(WIDTH)
     places = [spots("llama", layer)["block_output"] for layer in (0, 2)]
     rows = rows_of("llama", "block_output", "last")
@@ -931,8 +956,9 @@ def test_trap_tied_intervention_edits_each_layer_with_its_own_base():
     for spot in places:
         read = capture(model, source, spot)
 
-        def act(value, read=read):
+        def act(value: Any, read: Tensor = read) -> Tensor:
             new = value.clone()
+            assert rows is not None
             for row, (at,) in enumerate(rows):
                 new[row, at] = value[row, at] + (read[row, at] - value[row, at]) @ basis.T @ basis
             return new
@@ -948,7 +974,7 @@ def test_trap_tied_intervention_edits_each_layer_with_its_own_base():
 
 
 @torch.no_grad()
-def test_trap_two_untied_rotations():
+def test_trap_two_untied_rotations() -> None:
     """Two rotated layers at once, in the subspaces of two interventions, with one source each."""
     base, first, second = (inputs("neox", 3, LENGTH, seed) for seed in (0, 1, 2))
     door, model = backbone("neox"), build("neox")
@@ -957,10 +983,11 @@ def test_trap_two_untied_rotations():
     states = {site: collect(door, given, [site])[site] for site, given in zip(sites, (first, second), strict=True)}
     acts = {}
     for site, given, at in zip(sites, (first, second), ([10], [1, 2]), strict=True):
+        assert site.layer is not None
         spot, basis = spots("neox", site.layer)[site.component], edits[site].subspace.basis().double()
         read = capture(model, given, spot)
 
-        def act(value, read=read, at=at, basis=basis):
+        def act(value: Any, read: Tensor = read, at: list[int] = at, basis: Tensor = basis) -> Tensor:
             new = value.clone()
             for row in range(3):
                 for j in at:
@@ -974,7 +1001,7 @@ def test_trap_two_untied_rotations():
     assert differ(expected, call(model, base)) > 1e-3
 
 
-def test_trap_eval_and_train_reach_the_interventions():
+def test_trap_eval_and_train_reach_the_interventions() -> None:
     edit = loreft(WIDTH, 4, seed=0, start="paper", dropout=0.5)
     given, site = ragged("llama"), Site("block_output", 1)
     once, again = (output("llama", given, {site: edit}) for _ in range(2))
@@ -985,14 +1012,14 @@ def test_trap_eval_and_train_reach_the_interventions():
 
 
 @torch.no_grad()
-def test_autocast_around_the_model():
+def test_autocast_around_the_model() -> None:
     """Under autocast the stream is bfloat16 in places; edits compute in float32 and give back what they got."""
     given, model, edit = ragged("llama"), build("llama"), strong(WIDTH)
     for component in ("block_output", "head_output", "attention_output"):
         spot = spots("llama", 1)[component]
         rows = rows_of("llama", component, "f1+l1")
 
-        def exactly(h, edit=edit):
+        def exactly(h: Tensor, edit: Intervention = edit) -> Tensor:
             with torch.autocast("cpu", enabled=False):
                 return by_hand(edit)(h)
 
@@ -1004,7 +1031,7 @@ def test_autocast_around_the_model():
             assert not torch.equal(found, call(model, given))
 
 
-def test_zero_ablation_and_constants_run_everywhere():
+def test_zero_ablation_and_constants_run_everywhere() -> None:
     given, site = ragged("gpt2"), Site("mlp_activation", 1, "last")
     subspace = random_subspace(48, 4, 0)
     edit = zero_ablation(subspace)
@@ -1012,14 +1039,14 @@ def test_zero_ablation_and_constants_run_everywhere():
     after = forward(door, given, {site: edit, Site("mlp_output", 1, "last"): consreft(WIDTH, 2, seed=0)})
     assert differ(after.logits, call(door.model, given)) > 1e-4
     # The edited value is what the layers above see.
-    seen = []
+    seen: Any = []
     forward(door, given, {site: edit, Site("block_output", 2): lambda h: seen.append(h) or h})
     plain = collect(door, given, [Site("block_output", 2)])[Site("block_output", 2)]
     there = ~plain.isnan()
     assert differ(seen[0].detach()[there], plain[there]) > 1e-4
 
 
-def test_masks_without_ids_and_unpadded_decoders():
+def test_masks_without_ids_and_unpadded_decoders() -> None:
     """inputs_embeds instead of ids; every decoder gives the rows it was given alone."""
     given, model = ragged("gpt2"), build("gpt2")
     embedded = {

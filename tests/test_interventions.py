@@ -3,14 +3,15 @@
 import copy
 import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from subspace_lab.core import interventions
 from subspace_lab.core.interventions import (
-    ACTIVATIONS,
-    Affine,
     Intervention,
     consreft,
     direft,
@@ -35,11 +36,12 @@ from subspace_lab.core.subspaces import (
     Part,
     random_subspace,
 )
+from subspace_lab.core.values import ACTIVATIONS, Affine
 
 D, K = 12, 3
 
 
-def stirred(edit, seed=0):
+def stirred(edit: Intervention | LearnedSubspace, seed: int = 0) -> Intervention | LearnedSubspace:
     """The intervention with every parameter moved off its start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -48,13 +50,13 @@ def stirred(edit, seed=0):
     return edit
 
 
-def random_states(*shape, seed=1, dtype=torch.float64):
+def random_states(*shape: Any, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def orthonormal(raw):
+def orthonormal(raw: Tensor) -> Tensor:
     """Rows spanning what the columns of a raw matrix span, by Gram and Schmidt."""
-    rows = []
+    rows: list[Any] = []
     for column in raw.T:
         for row in rows:
             column = column - (column @ row) * row
@@ -65,39 +67,39 @@ def orthonormal(raw):
 # --- the table of formulas ----------------------------------------------------------------------------------
 
 
-def parameters_of(edit):
+def parameters_of(edit: Intervention | LearnedSubspace) -> dict[Any, Any]:
     """Leaves of their own: {short name: value}."""
     return {
         name.split(".")[-1]: p.detach().double().clone().requires_grad_() for name, p in edit.named_parameters()
     }
 
 
-def rows_of(p):
+def rows_of(p: dict[Any, Any]) -> Tensor:
     """D of the formulas, made from the raw parameters alone."""
     return orthonormal(p["raw"]) if "raw" in p else p["directions"]
 
 
-def written(p, h, source):
+def written(p: dict[str, Tensor], h: Tensor, source: Any) -> Tensor:
     return h + (h @ p["weight"].T + p["bias"] - h @ rows_of(p).T) @ rows_of(p)
 
 
-def added(p, h, source):
+def added(p: dict[str, Tensor], h: Tensor, source: Any) -> Tensor:
     return h + (h @ p["weight"].T + p["bias"]) @ rows_of(p)
 
 
-def constant_written(p, h, source):
+def constant_written(p: dict[str, Tensor], h: Tensor, source: Any) -> Tensor:
     return h + (p["z"] - h @ rows_of(p).T) @ rows_of(p)
 
 
-def constant_added(p, h, source):
+def constant_added(p: dict[str, Tensor], h: Tensor, source: Any) -> Tensor:
     return h + p["z"] @ rows_of(p)
 
 
-def diagonal(p, h, source):
+def diagonal(p: dict[str, Tensor], h: Tensor, source: Any) -> Tensor:
     return p["scale"] * h + p["bias"]
 
 
-def exchanged(p, h, source):
+def exchanged(p: dict[str, Tensor], h: Tensor, source: Any) -> Tensor:
     return h + (source @ rows_of(p).T - h @ rows_of(p).T) @ rows_of(p)
 
 
@@ -116,7 +118,7 @@ METHODS = {
 
 @pytest.mark.parametrize("shape", [(D,), (4, D), (2, 5, D)], ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_formula(method, shape):
+def test_formula(method: str, shape: tuple[int, ...]) -> None:
     make, formula, parameters = METHODS[method]
     edit = stirred(make()).double()
     assert sum(p.numel() for p in edit.parameters()) == parameters
@@ -146,7 +148,7 @@ ORACLES = {
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activation_is_of_the_map_alone(activation):
+def test_activation_is_of_the_map_alone(activation: str) -> None:
     h = random_states(7, D)
     for make, write in ((loreft, True), (noreft, True), (direft, False)):
         edit = stirred(make(D, K, seed=0, start="paper", activation=activation)).double()
@@ -158,7 +160,7 @@ def test_activation_is_of_the_map_alone(activation):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradient_is_that_of_the_formula(method):
+def test_gradient_is_that_of_the_formula(method: str) -> None:
     make, formula, _ = METHODS[method]
     edit = stirred(make()).double()
     h, source, mixing = (random_states(5, D, seed=seed) for seed in (1, 2, 3))
@@ -166,6 +168,7 @@ def test_gradient_is_that_of_the_formula(method):
     p = parameters_of(edit)
     (formula(p, h, source) * mixing).sum().backward()
     for name, parameter in edit.named_parameters():
+        assert parameter.grad is not None
         assert parameter.grad.abs().max() > 0, name
         torch.testing.assert_close(parameter.grad, p[name.split(".")[-1]].grad, atol=1e-9, rtol=1e-9)
 
@@ -185,7 +188,9 @@ def test_gradient_is_that_of_the_formula(method):
         (4_097, 1, lambda: consreft(4096, 1, seed=0)),  # Alice
     ],
 )
-def test_published_parameter_counts(published, layers_times_groups, edit):
+def test_published_parameter_counts(
+    published: int, layers_times_groups: int, edit: Callable[..., Intervention]
+) -> None:
     one = edit()
     assert layers_times_groups * sum(p.numel() for p in one.parameters() if p.requires_grad) == published
     assert sum(t.numel() for t in one.state_dict().values()) == published // layers_times_groups
@@ -208,18 +213,18 @@ AT_REST = {
 
 @pytest.mark.parametrize("method", AT_REST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_identity_start_changes_no_bit(method, dtype):
+def test_identity_start_changes_no_bit(method: str, dtype: torch.dtype) -> None:
     edit, h = AT_REST[method](), 100 * random_states(6, 5, D, dtype=dtype)
     assert torch.equal(edit(h), h)
     # It can still learn: some parameter has a gradient there, and a step moves the states.
     edit(h).float().square().sum().backward()
     with torch.no_grad():
         for parameter in edit.parameters():
-            parameter -= 0 if parameter.grad is None else parameter.grad / parameter.grad.norm().clamp_min(1e-9)
+            parameter -= 0 if parameter.grad is None else parameter.grad / parameter.grad.norm().clamp_min(1e-9)  # type: ignore[misc]
     assert not torch.equal(edit(h), h)
 
 
-def test_the_papers_start_is_no_identity():
+def test_the_papers_start_is_no_identity() -> None:
     h = random_states(6, D, dtype=torch.float32)
     for make in (loreft, noreft, direft):
         assert (make(D, K, seed=0, start="paper")(h) - h).abs().max() > 0.05
@@ -229,7 +234,8 @@ def test_the_papers_start_is_no_identity():
     assert weight.abs().max() <= 1 / 20 and weight.std().item() == pytest.approx(1 / 20 / 3**0.5, rel=0.02)
 
 
-def test_everything_random_comes_from_the_seed():
+def test_everything_random_comes_from_the_seed() -> None:
+    make: Any
     for make in (loreft, noreft, direft):
         one, same, other = (make(D, K, seed=seed, start="paper").state_dict() for seed in (0, 0, 1))
         assert list(one) == list(same) and all(torch.equal(one[name], same[name]) for name in one)
@@ -239,19 +245,19 @@ def test_everything_random_comes_from_the_seed():
         make(D, K, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     # R and W of one seed have nothing to do with each other.
-    edit = loreft(500, 40, seed=0, start="paper")
+    edit: Any = loreft(500, 40, seed=0, start="paper")
     together = torch.stack([edit.subspace.basis().flatten(), edit.value.weight.flatten()]).detach()
     assert abs(torch.corrcoef(together)[0, 1].item()) < 4 / (500 * 40) ** 0.5
 
 
-def test_loreft_depends_on_the_span_and_not_on_its_basis():
+def test_loreft_depends_on_the_span_and_not_on_its_basis() -> None:
     """R → OR, W → OW, b → Ob with O orthogonal is the same function; another span is not."""
     edit = stirred(loreft(D, K, seed=0, start="paper")).double()
     p = parameters_of(edit)
     rows = rows_of(p).detach()
     turn = random_orthonormal(K, K, 5).double()
     turn = torch.linalg.qr(turn)[0]
-    turned = loreft(LearnedSubspace(D, K, start=turn @ rows), start="paper").double()
+    turned: Any = loreft(LearnedSubspace(D, K, start=turn @ rows), start="paper").double()
     with torch.no_grad():
         turned.value.weight.copy_(turn @ p["weight"])
         turned.value.bias.copy_(turn @ p["bias"])
@@ -266,7 +272,7 @@ def test_loreft_depends_on_the_span_and_not_on_its_basis():
 # --- dropout ------------------------------------------------------------------------------------------------
 
 
-def test_dropout_drops_coordinates_of_the_change_and_nothing_else():
+def test_dropout_drops_coordinates_of_the_change_and_nothing_else() -> None:
     torch.manual_seed(0)
     subspace = LearnedSubspace(D, K, seed=0)
     edit = stirred(loreft(subspace, start="paper", dropout=0.5))
@@ -286,7 +292,7 @@ def test_dropout_drops_coordinates_of_the_change_and_nothing_else():
     assert not torch.equal(edit(h), plain(h))
 
 
-def test_dropout_reaches_every_method():
+def test_dropout_reaches_every_method() -> None:
     h = random_states(50, D, dtype=torch.float32)
     for make in (
         lambda p: loreft(D, K, seed=0, start="paper", dropout=p),
@@ -306,7 +312,7 @@ def test_dropout_reaches_every_method():
 # --- ablations, steering, full vectors ----------------------------------------------------------------------
 
 
-def test_zero_and_mean_ablation():
+def test_zero_and_mean_ablation() -> None:
     subspace, h = random_subspace(D, K, 0), random_states(6, 4, D, dtype=torch.float32)
     rows = subspace.basis()
     torch.testing.assert_close(zero_ablation(subspace)(h), h - (h @ rows.T) @ rows)
@@ -323,7 +329,7 @@ def test_zero_and_mean_ablation():
     assert not fixed.value.z.requires_grad and torch.equal(fixed(h), fixed(h))
 
 
-def test_steering():
+def test_steering() -> None:
     subspace, h = random_subspace(D, K, 0), random_states(6, D, dtype=torch.float32)
     amount = torch.tensor([1.0, -2.0, 0.5])
     torch.testing.assert_close(steer(subspace, amount)(h), h + amount @ subspace.basis())
@@ -334,7 +340,7 @@ def test_steering():
     assert torch.equal(steer(subspace, 0.0)(h), h)
 
 
-def test_a_coordinate_for_each_row():
+def test_a_coordinate_for_each_row() -> None:
     """Leading axes of z are the leading axes of the states: rows, not positions."""
     subspace = random_subspace(D, K, 0)
     rows = subspace.basis()
@@ -355,7 +361,7 @@ def test_a_coordinate_for_each_row():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_full_vector_is_the_source_to_the_bit(dtype):
+def test_full_vector_is_the_source_to_the_bit(dtype: torch.dtype) -> None:
     h, source = random_states(3, 4, D, dtype=dtype), 1000 * random_states(3, 4, D, seed=2, dtype=dtype)
     assert torch.equal(full_vector(D)(h, source), source)
     some = interchange(Axes(D, [2, 7]))(h, source)
@@ -365,7 +371,7 @@ def test_full_vector_is_the_source_to_the_bit(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_interchange_with_itself_changes_no_bit(dtype):
+def test_interchange_with_itself_changes_no_bit(dtype: torch.dtype) -> None:
     h = 100 * random_states(3, 4, D, dtype=dtype)
     for subspace in (random_subspace(D, K, 0), LearnedSubspace(D, D, seed=0), Axes(D)):
         assert torch.equal(interchange(subspace)(h, h), h)
@@ -378,14 +384,14 @@ def test_interchange_with_itself_changes_no_bit(dtype):
 
 
 @pytest.fixture
-def two():
+def two() -> tuple[Any, ...]:
     """A basis of rank 6, two of its parts (one row of it is in neither), base and two sources."""
-    whole = stirred(LearnedSubspace(D, 6, seed=0)).double()
+    whole: Any = stirred(LearnedSubspace(D, 6, seed=0)).double()
     states = [random_states(5, 3, D, seed=seed) for seed in (1, 2, 3)]
     return whole, whole.partition({"a": 2, "b": 3}), *states
 
 
-def test_variables_take_their_own_sources(two):
+def test_variables_take_their_own_sources(two: tuple[Any, ...]) -> None:
     whole, parts, h, first, second = two
     rows = orthonormal(whole.raw.detach())
     change = torch.cat([(first - h) @ rows[:2].T, (second - h) @ rows[2:5].T], -1)
@@ -398,7 +404,7 @@ def test_variables_take_their_own_sources(two):
     assert (found - interchange(parts)(h, {"a": second, "b": first})).abs().max() > 0.1
 
 
-def test_variable_without_source_stays_the_bases(two):
+def test_variable_without_source_stays_the_bases(two: tuple[Any, ...]) -> None:
     _, parts, h, first, _ = two
     found = interchange(parts)(h, {"b": first})
     torch.testing.assert_close(found, interchange(parts["b"])(h, first), atol=1e-9, rtol=1e-9)
@@ -406,14 +412,14 @@ def test_variable_without_source_stays_the_bases(two):
     torch.testing.assert_close(parts["b"].read(found), parts["b"].read(first), atol=1e-9, rtol=1e-9)
 
 
-def test_order_of_the_mapping_does_not_matter(two):
+def test_order_of_the_mapping_does_not_matter(two: tuple[Any, ...]) -> None:
     _, parts, h, first, second = two
     backwards = interchange(dict(reversed(parts.items())))
     sources = {"b": second, "a": first}
     torch.testing.assert_close(backwards(h, sources), interchange(parts)(h, dict(reversed(sources.items()))))
 
 
-def test_variables_train_one_basis(two):
+def test_variables_train_one_basis(two: tuple[Any, ...]) -> None:
     whole, parts, h, first, second = two
     edit = interchange(parts)
     assert [p is whole.raw for p in edit.parameters()] == [True]
@@ -428,7 +434,7 @@ def test_variables_train_one_basis(two):
 # --- a guest of its arguments -------------------------------------------------------------------------------
 
 
-def everything():
+def everything() -> list[Any]:
     whole = LearnedSubspace(D, 5, seed=0)
     edits = [stirred(make()) for make, _, _ in METHODS.values()]
     edits += [make() for make in AT_REST.values()]
@@ -437,7 +443,7 @@ def everything():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_arguments_are_never_written_into(dtype):
+def test_arguments_are_never_written_into(dtype: torch.dtype) -> None:
     for edit in everything():
         h, source = random_states(4, D, dtype=dtype), random_states(4, D, seed=2, dtype=dtype)
         kept = h.clone(), source.clone()
@@ -448,7 +454,7 @@ def test_arguments_are_never_written_into(dtype):
         assert not isinstance(sources, dict) or list(sources) == ["a", "b"]
 
 
-def test_autocast_does_not_reach_the_edit():
+def test_autocast_does_not_reach_the_edit() -> None:
     h, source = random_states(6, D, dtype=torch.float32), random_states(6, D, seed=2, dtype=torch.float32)
     for edit in everything():
         args = () if not edit.needs_source else ({"a": source, "b": source} if edit.value.parts else source,)
@@ -462,7 +468,7 @@ def test_autocast_does_not_reach_the_edit():
         assert torch.equal(found, expected)
 
 
-def test_half_precision_model_keeps_the_edits_parameters():
+def test_half_precision_model_keeps_the_edits_parameters() -> None:
     for make, _, _ in METHODS.values():
         edit = stirred(make())
         before = {name: p.clone() for name, p in edit.named_parameters()}
@@ -470,11 +476,11 @@ def test_half_precision_model_keeps_the_edits_parameters():
         assert parent["model"].weight.dtype == torch.bfloat16
         for name, p in edit.named_parameters():
             assert p.dtype == torch.float32 and torch.equal(p, before[name]), name
-    fixed = steer(random_subspace(D, K, 0), torch.tensor([0.1, 0.2, 0.3])).bfloat16()
+    fixed: Any = steer(random_subspace(D, K, 0), torch.tensor([0.1, 0.2, 0.3])).bfloat16()
     assert fixed.value.z.dtype == torch.float32 and torch.equal(fixed.value.z, torch.tensor([0.1, 0.2, 0.3]))
 
 
-def test_state_dict_brings_an_edit_back():
+def test_state_dict_brings_an_edit_back() -> None:
     for make, _, _ in METHODS.values():
         edit, other = stirred(make()), stirred(make(), seed=7)
         h, source = random_states(4, D, dtype=torch.float32), random_states(4, D, seed=2, dtype=torch.float32)
@@ -484,7 +490,7 @@ def test_state_dict_brings_an_edit_back():
         assert torch.equal(other(*args), edit(*args))
 
 
-def test_bf16_stream_is_untouched_outside_to_the_bit():
+def test_bf16_stream_is_untouched_outside_to_the_bit() -> None:
     basis = torch.zeros(2, D)
     basis[0, 0], basis[1, 1] = 1.0, 1.0
     h = 30 * random_states(6, D, dtype=torch.bfloat16)
@@ -500,21 +506,21 @@ def test_bf16_stream_is_untouched_outside_to_the_bit():
 # --- what is refused ----------------------------------------------------------------------------------------
 
 
-def parts_of_two_bases():
+def parts_of_two_bases() -> dict[Any, Any]:
     one, other = (LearnedSubspace(D, 4, seed=s).partition({"a": 2, "b": 2}) for s in (0, 1))
     return {"a": one["a"], "b": other["b"]}
 
 
-def parts_with_a_gap():
+def parts_with_a_gap() -> dict[Any, Any]:
     parts = LearnedSubspace(D, 6, seed=0).partition({"a": 2, "skipped": 2, "b": 2})
     return {"a": parts["a"], "b": parts["b"]}
 
 
-def parts_without_the_first():
+def parts_without_the_first() -> dict[Any, Any]:
     return {"b": LearnedSubspace(D, 4, seed=0).partition({"a": 2, "b": 2})["b"]}
 
 
-def overlapping_parts():
+def overlapping_parts() -> dict[Any, Any]:
     whole = LearnedSubspace(D, 4, seed=0)
     return {"a": Part(whole, 0, 3), "b": Part(whole, 2, 4)}
 
@@ -541,12 +547,12 @@ def overlapping_parts():
         (lambda: steering_vector(torch.full((D,), torch.nan)), r"no direction"),
     ],
 )
-def test_impossible_interventions_are_refused(make, message):
+def test_impossible_interventions_are_refused(make: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_direft_with_an_activation_may_start_as_identity():
+def test_direft_with_an_activation_may_start_as_identity() -> None:
     """W = 0 and σ(0) = 0: DiReFT's identity start holds for all but the sigmoid."""
     h = random_states(4, D, dtype=torch.float32)
     for activation in ("linear", "relu", "gelu", "silu", "tanh"):
@@ -595,21 +601,23 @@ def test_direft_with_an_activation_may_start_as_identity():
         ),
     ],
 )
-def test_impossible_calls_are_refused(edit, args, message):
+def test_impossible_calls_are_refused(
+    edit: Callable[..., Intervention], args: tuple[Any, ...], message: str
+) -> None:
     made = edit()
     assert isinstance(made, Intervention) and made.width == D
     with pytest.raises(ValueError, match=message):
         made(*args)
 
 
-def test_start_is_checked_without_the_shape_checker():
+def test_start_is_checked_without_the_shape_checker() -> None:
     """The checker of these tests would catch a misspelt start first; users have no checker."""
     plain = inspect.unwrap(interventions._with_map)
     with pytest.raises(ValueError, match="start='zero': possible are 'identity' and 'paper'"):
         plain(FreeDirections(D, K, seed=0), "zero", "linear", 0.0, None, write=True)
 
 
-def test_the_oracles_gram_schmidt():
+def test_the_oracles_gram_schmidt() -> None:
     raw = random_states(D, K)
     rows = orthonormal(raw)
     torch.testing.assert_close(rows @ rows.T, torch.eye(K, dtype=torch.float64))

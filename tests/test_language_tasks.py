@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from subspace_lab.das import Task
 from subspace_lab.das.counterfactuals import counterfactual_dataset
 from subspace_lab.das.hypotheses import Hypothesis
 from subspace_lab.tasks import (
@@ -54,7 +57,7 @@ def rule(name: str, text: str) -> str:
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_causal_model_gives_the_answer_that_the_text_asks_for(name, split):
+def test_the_causal_model_gives_the_answer_that_the_text_asks_for(name: str, split: str) -> None:
     task = load_task(name)
     assert task.name == name
     for setting in settings_of(name, split, 300):
@@ -62,7 +65,7 @@ def test_the_causal_model_gives_the_answer_that_the_text_asks_for(name, split):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_spans_are_the_same_in_all_prompts_and_point_at_their_words(name):
+def test_spans_are_the_same_in_all_prompts_and_point_at_their_words(name: str) -> None:
     task, names = load_task(name), set()
     for setting in settings_of(name, "train", 300):
         prompt = task.prompt(setting)
@@ -75,7 +78,7 @@ def test_spans_are_the_same_in_all_prompts_and_point_at_their_words(name):
 
 
 @pytest.mark.parametrize("name", [*TASKS, "price_tagging", "indirect_object", "entity_attribute", "story_gender"])
-def test_splits_share_no_entity_and_each_has_several(name):
+def test_splits_share_no_entity_and_each_has_several(name: str) -> None:
     task = load_task(name)
     assert task.entity is not None
     train, dev, test = ({one[task.entity] for one in settings_of(name, split, 3000)} for split in SPLITS)
@@ -85,7 +88,7 @@ def test_splits_share_no_entity_and_each_has_several(name):
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("split", SPLITS)
-def test_pairs_are_drawn_with_their_labels(name, split):
+def test_pairs_are_drawn_with_their_labels(name: str, split: str) -> None:
     task = load_task(name)
     rows = counterfactual_dataset(task, 60, split=split, seed=0)
     assert sum(rows["changes"]) == 30
@@ -98,7 +101,7 @@ def test_pairs_are_drawn_with_their_labels(name, split):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_unknown_splits_are_refused(name):
+def test_unknown_splits_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="unknown split 'validation'"):
         load_task(name).sample(random.Random(0), "validation")
 
@@ -106,7 +109,7 @@ def test_unknown_splits_are_refused(name):
 # --- one by one -----------------------------------------------------------------------------------------------
 
 
-def test_the_number_of_subject_and_attractor_are_drawn_apart():
+def test_the_number_of_subject_and_attractor_are_drawn_apart() -> None:
     settings = settings_of("number_agreement", "test", 4000)
     both = Counter((s["subject"].endswith("s"), s["attractor"].endswith("s")) for s in settings)
     assert all(abs(n / 4000 - 0.25) < 0.03 for n in both.values()) and len(both) == 4
@@ -114,7 +117,7 @@ def test_the_number_of_subject_and_attractor_are_drawn_apart():
     assert number_agreement.plural("box") == "boxes" and number_agreement.NUMBER["boxes"] == "plural"
 
 
-def test_sums_carry_in_every_second_prompt_and_stay_below_a_hundred():
+def test_sums_carry_in_every_second_prompt_and_stay_below_a_hundred() -> None:
     for name in ("addition", "digit_sums"):
         settings = settings_of(name, "train", 4000)
         carries = [one["first"] % 10 + one["second"] % 10 >= 10 for one in settings]
@@ -125,7 +128,7 @@ def test_sums_carry_in_every_second_prompt_and_stay_below_a_hundred():
     assert sum(map(len, addition.ONES.values())) == 100
 
 
-def test_exchanging_the_carry_moves_the_first_digit_by_one():
+def test_exchanging_the_carry_moves_the_first_digit_by_one() -> None:
     model = addition.ADDITION.causal_model
     after = model.interchange({"first": 23, "second": 45}, {"ones_carry": {"first": 38, "second": 27}})
     assert after["first_digit"] == 7
@@ -140,7 +143,7 @@ def test_exchanging_the_carry_moves_the_first_digit_by_one():
     )
 
 
-def test_the_pointer_picks_the_bases_letter_at_the_sources_place():
+def test_the_pointer_picks_the_bases_letter_at_the_sources_place() -> None:
     rng, model = random.Random(0), multiple_choice.MULTIPLE_CHOICE.causal_model
     for _ in range(100):
         base, source = (load_task("multiple_choice").sample(rng, "train") for _ in range(2))
@@ -156,7 +159,7 @@ def test_the_pointer_picks_the_bases_letter_at_the_sources_place():
 
 
 @pytest.mark.parametrize("name", ["city_attribute", "entity_attribute"])
-def test_kinds_tell_whether_the_exchanged_attribute_is_asked_for(name):
+def test_kinds_tell_whether_the_exchanged_attribute_is_asked_for(name: str) -> None:
     rows = counterfactual_dataset(load_task(name), 200, split="test", seed=0)
     for row in rows:
         question = re.split(r"(?<=[a-z][a-z])\. ", row["base"])[-1]
@@ -167,7 +170,7 @@ def test_kinds_tell_whether_the_exchanged_attribute_is_asked_for(name):
     assert {"cause", "isolate"} <= set(rows["kind"])
 
 
-def test_every_country_has_cities_in_every_split():
+def test_every_country_has_cities_in_every_split() -> None:
     assert set(city_attribute.CITIES) == set(SPLITS)
     for cities in city_attribute.CITIES.values():
         assert set(cities) == set(city_attribute.COUNTRIES) and all(cities.values())
@@ -187,7 +190,9 @@ def test_every_country_has_cities_in_every_split():
         (indirect_object.INDIRECT_OBJECT, indirect_object.HYPOTHESES, ["position", "name"]),
     ],
 )
-def test_rival_hypotheses_answer_every_base_as_the_task_does(task, hypotheses: tuple[Hypothesis, ...], names):
+def test_rival_hypotheses_answer_every_base_as_the_task_does(
+    task: Task, hypotheses: tuple[Hypothesis, ...], names: list[str]
+) -> None:
     assert [one.name for one in hypotheses] == names
     for setting in settings_of(task.name, "test", 500):
         for one in hypotheses:
@@ -209,7 +214,7 @@ def test_rival_hypotheses_answer_every_base_as_the_task_does(task, hypotheses: t
         ),
     ],
 )
-def test_price_hypotheses_expect_what_their_names_say(name, expected):
+def test_price_hypotheses_expect_what_their_names_say(name: str, expected: Callable[..., Any]) -> None:
     (one,) = (h for h in price_tagging.HYPOTHESES if h.name == name)
     settings = settings_of("price_tagging", "train", 1000)
     for base, source in zip(settings[::2], settings[1::2], strict=True):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from families import WIDTH, fresh, inputs
-from torch import nn
+from torch import Tensor, nn
 
 from subspace_lab.core.interventions import interchange, loreft
 from subspace_lab.core.sites import Site
@@ -30,7 +32,7 @@ from subspace_lab.model.intervene import collect, forward, generate
 SITE = Site("block_output", 1)
 
 
-def lost(run) -> list[tuple[int, ...]]:
+def lost(run: Callable[..., Any]) -> list[tuple[int, ...]]:
     """The shapes of the tensors that are in cycles after a run, so that only the collector of garbage frees them."""
     run()  # what is made once is no loss
     gc.collect()
@@ -46,7 +48,7 @@ def lost(run) -> list[tuple[int, ...]]:
         gc.enable()
 
 
-def test_runs_leave_no_tensors_in_cycles():
+def test_runs_leave_no_tensors_in_cycles() -> None:
     lab, given = Backbone(fresh("llama")), inputs("llama")
     batch, edits = Batch.of(given), {SITE: loreft(WIDTH, 2, seed=0)}
     readout = Readout.at(batch)
@@ -64,7 +66,7 @@ def test_runs_leave_no_tensors_in_cycles():
     assert {name: lost(run) for name, run in runs.items()} == {name: [] for name in runs}
 
 
-def test_an_engine_is_freed_when_it_is_dropped():
+def test_an_engine_is_freed_when_it_is_dropped() -> None:
     lab, batch = Backbone(fresh("llama")), Batch.of(inputs("llama"))
     gc.collect()
     gc.disable()
@@ -77,7 +79,7 @@ def test_an_engine_is_freed_when_it_is_dropped():
         gc.enable()
 
 
-def test_a_run_that_fails_inside_says_so_and_leaves_the_model_usable():
+def test_a_run_that_fails_inside_says_so_and_leaves_the_model_usable() -> None:
     lab, given = Backbone(fresh("llama")), inputs("llama")
     expected = collect(lab, given, [SITE])[SITE]
     with pytest.raises(ZeroDivisionError):
@@ -86,7 +88,7 @@ def test_a_run_that_fails_inside_says_so_and_leaves_the_model_usable():
 
 
 @pytest.mark.parametrize("how", ["model.compile()", "torch.compile(model)", "block.compile()"])
-def test_compiled_models_run_as_they_are_written(how):
+def test_compiled_models_run_as_they_are_written(how: str) -> None:
     plain, model, given = Backbone(fresh("llama")), fresh("llama"), inputs("llama")
     edits = {SITE: loreft(WIDTH, 2, seed=0, start="paper")}
     expected, states = forward(plain, given, edits).logits, collect(plain, given, [SITE])[SITE]
@@ -94,14 +96,14 @@ def test_compiled_models_run_as_they_are_written(how):
         model.compile()
     elif how == "block.compile()":
         model.model.layers[0].compile()
-    lab = Backbone(torch.compile(model) if how == "torch.compile(model)" else model)
+    lab = Backbone(torch.compile(model) if how == "torch.compile(model)" else model)  # type: ignore[arg-type]
     begun = time.monotonic()
     assert torch.equal(collect(lab, given, [SITE])[SITE], states)
     assert torch.equal(forward(lab, given, edits).logits, expected)
     assert time.monotonic() - begun < 5
 
 
-def test_rows_of_another_format():
+def test_rows_of_another_format() -> None:
     wrong = Dataset.from_list([{"base": "a", "source": "b", "answer": "c", "base_answer": "d"}])
     said = r"lacks base_spans, sources, source_spans and has answer, base, base_answer, source\. .*`from_texts`"
     with pytest.raises(ValueError, match=said):
@@ -120,7 +122,7 @@ class Widens(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(6, 10))
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Tensor:
         return torch.tanh(x @ self.weight)
 
 
@@ -136,11 +138,11 @@ def drawn(seed: int) -> Counterfactuals:
     g = torch.Generator().manual_seed(seed)
     base, source = (Batch.of(torch.randn(40, 4, generator=g)) for _ in range(2))
     with torch.no_grad():
-        answers = [chain()(b.positional).argmax(-1) for b in (base, source)]
-    return Counterfactuals(base, {"v": source}, *answers, tuple("abc"))
+        answer, base_answer = (chain()(b.positional).argmax(-1) for b in (base, source))
+    return Counterfactuals(base, {"v": source}, answer, base_answer, tuple("abc"))
 
 
-def test_sites_of_unknown_width():
+def test_sites_of_unknown_width() -> None:
     model = chain()
     lab, x, other = Backbone(model), torch.randn(5, 4), torch.randn(5, 4)
     with pytest.raises(ValueError, match="its width is not known before a run"):
@@ -161,7 +163,7 @@ def test_sites_of_unknown_width():
         torch.testing.assert_close(found, PlainEngine(lab, batch, Readout()).logits(rows, edits, states))
 
 
-def test_a_search_at_sites_of_unknown_width():
+def test_a_search_at_sites_of_unknown_width() -> None:
     pairs = Pairs(drawn(0), drawn(1), drawn(2))
     methods = [DAS(2), PCA(10), FullVector()]
     config = TrainingConfig(steps=3, batch_size=8)

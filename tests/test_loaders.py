@@ -22,6 +22,7 @@ from subspace_lab.das.loaders import (
     templates_of,
     token_of,
 )
+from subspace_lab.das.pairs import Counterfactuals
 
 PAIRS = {"train": 40, "dev": 20, "test": 20}
 COUNTRIES = {"Peru": "Spanish", "Japan": "Nihongo", "Norway": "Norse"}
@@ -84,6 +85,7 @@ def test_an_attribute_is_caused_where_it_is_asked_and_isolated_elsewhere(cities:
         != ravel(cities, "city", "Country", pairs=PAIRS, seed=1)
     )
     made = load_pairs(rows, byte_level(), balance=False)
+    assert isinstance(made.train, Counterfactuals)
     assert made.variables == ["Country"] and set(made.test.kinds) == {"cause", "isolate"} and len(made.train) == 40
 
 

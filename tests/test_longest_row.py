@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from subspace_lab.core.interventions import loreft
@@ -18,7 +20,7 @@ from subspace_lab.model.batches import Batch
 
 LIMIT = 16
 SITES = [Site("block_output", 0, "-2"), Site("block_output", 1, "f2"), Site("key_output", 1, "last")]
-COMMON = dict(
+COMMON: dict[str, Any] = dict(
     vocab_size=60,
     hidden_size=32,
     intermediate_size=48,
@@ -44,16 +46,16 @@ def model(kind: str) -> nn.Module:
     if kind == "dynamic":
         config = LlamaConfig(**COMMON, max_position_embeddings=LIMIT, rope_parameters=dict(DYNAMIC))
         return LlamaForCausalLM(config).eval()
-    config = Phi3Config(
+    phi = Phi3Config(
         **COMMON,
         max_position_embeddings=64,
         original_max_position_embeddings=LIMIT,
         rope_parameters=dict(LONG),
     )
-    return Phi3ForCausalLM(config).eval()
+    return Phi3ForCausalLM(phi).eval()
 
 
-def batch(lengths, padding: str) -> Batch:
+def batch(lengths: tuple[int, ...], padding: str) -> Batch:
     g, longest = torch.Generator().manual_seed(1), max(lengths)
     ids, mask = (torch.zeros(len(lengths), longest, dtype=torch.long) for _ in range(2))
     for row, n in enumerate(lengths):
@@ -77,7 +79,7 @@ def compare(lab: Backbone, data: Batch, past: FrozenPast) -> None:
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("lengths", [(5, 30, 12, 28), (16, 17, 9)])
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rows_on_both_sides_are_refused_in_words(kind, lengths, padding):
+def test_rows_on_both_sides_are_refused_in_words(kind: str, lengths: tuple[int, ...], padding: str) -> None:
     lab, data = Backbone(model(kind)), batch(lengths, padding)
     past = FrozenPast(lab, data, SITES, Readout.at(data))
     assert past.mode != "keys and values"
@@ -96,7 +98,7 @@ def test_rows_on_both_sides_are_refused_in_words(kind, lengths, padding):
         ("longrope", (24, 30, 17)),
     ],
 )
-def test_rows_on_one_side_have_a_frozen_past(kind, lengths, padding):
+def test_rows_on_one_side_have_a_frozen_past(kind: str, lengths: tuple[int, ...], padding: str) -> None:
     lab, data = Backbone(model(kind)), batch(lengths, padding)
     past = FrozenPast(lab, data, SITES, Readout.at(data))
     assert past.mode == "keys and values", past.describe()
@@ -110,13 +112,13 @@ class OwnRotation(nn.Module):
         super().__init__()
         self.block, self.self_attn = block, block.self_attn
 
-    def forward(self, hidden_states, **kwargs):
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         out = self.block(hidden_states, **kwargs)
         return out * (1 + 0.05 * float(kwargs["position_ids"].max()))
 
 
-def test_what_says_nothing_of_it_is_found_by_the_check():
-    odd = model("longrope")
+def test_what_says_nothing_of_it_is_found_by_the_check() -> None:
+    odd: Any = model("longrope")
     odd.config.rope_parameters["original_max_position_embeddings"] = 10**6
     odd.model.layers[0] = OwnRotation(odd.model.layers[0])
     data = batch((5, 12, 14, 9), "left")
@@ -124,7 +126,7 @@ def test_what_says_nothing_of_it_is_found_by_the_check():
     assert past.mode == "plain" and "of the shortest row alone" in past.describe()
 
 
-def test_reaches():
+def test_reaches() -> None:
     assert reaches(batch((3, 5), "right")).tolist() == [5, 5]
     ids = torch.ones(2, 4, dtype=torch.long)
     assert reaches(Batch({"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3]])})).tolist() == [4]

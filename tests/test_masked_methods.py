@@ -142,23 +142,24 @@ def test_several_variables_have_parts_of_one_basis(sites: Any) -> None:
 def test_a_seed_draws_the_basis_and_the_temperature_falls() -> None:
     given = problem({"v": SITE}, width=9)
     learner = BoundlessDAS().learner(given)
+    edit: Any
     (edit,) = learner.edits.values()
-    first: Tensor = edit.subspace.basis()  # type: ignore[assignment]
-    assert torch.equal(first, BoundlessDAS().learner(given).edits[SITE].subspace.basis())  # type: ignore[union-attr]
-    other = BoundlessDAS().learner(replace(given, seed=6)).edits[SITE].subspace.basis()  # type: ignore[union-attr]
+    first: Tensor = edit.subspace.basis()
+    assert torch.equal(first, BoundlessDAS().learner(given).edits[SITE].subspace.basis())  # type: ignore[union-attr, operator]
+    other = BoundlessDAS().learner(replace(given, seed=6)).edits[SITE].subspace.basis()  # type: ignore[union-attr, operator]
     assert not torch.allclose(first, other) and learner.start == 5
     seen = []
     for progress in (0.0, 0.5, 1.0):
         learner.advance(progress)
-        seen.append(edit.value.mask.temperature)  # type: ignore[union-attr]
+        seen.append(edit.value.mask.temperature)
     assert seen == pytest.approx([50 * 9 / 4096, (50 * 9 / 4096 * 0.1) ** 0.5, 0.1])
     groups = learner.parameter_groups()
     assert [group.learning_rate for group in groups] == [None, 3e-2] and [len(g.parameters) for g in groups] == [
         1,
         1,
     ]
-    assert learner.penalty().item() == pytest.approx(0.5)
-    assert Mask(penalty=0.5).learner(given).penalty().item() == pytest.approx(0.5 * 9 / 2)
+    assert learner.penalty().item() == pytest.approx(0.5)  # type: ignore[union-attr]
+    assert Mask(penalty=0.5).learner(given).penalty().item() == pytest.approx(0.5 * 9 / 2)  # type: ignore[union-attr]
 
 
 # --- refused ------------------------------------------------------------------------------------------------
@@ -216,7 +217,7 @@ class Broken(BoundlessDAS):
             progress[0] = now
             advance(now)
 
-        learner.advance = to  # type: ignore[method-assign]
+        learner.advance = to  # type: ignore[method-assign, assignment]
         learner.penalty = lambda: torch.tensor(torch.nan if progress[0] > 0.3 else 0.0)  # type: ignore[method-assign]
         return learner
 

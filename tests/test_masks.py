@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_masks_are_saved_and_loaded_to_the_bit(mask: Mask, tmp_path: Path) -> No
         Intervention(LearnedSubspace(WIDTH, WIDTH, seed=1), Masked(mask, ["v", "w"])),
     )
     save_edits(tmp_path / "edits", {site: edit})
-    again = load_edits(tmp_path / "edits")[site]
+    again: Any = load_edits(tmp_path / "edits")[site]
     h, one, other = (part.float() for part in states())
     given = {"v": one, "w": other}
     assert torch.equal(again(h, given), edit(h, given)) and torch.equal(again.value.mask(), mask())

@@ -6,21 +6,23 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import DECODERS, WIDTH, build, call, differ, exact, fresh, inputs, rounding, state
-from torch import nn
+from torch import Tensor, nn
 
 from subspace_lab.core import interventions as iv
 from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import random_subspace
+from subspace_lab.core.subspaces import FixedSubspace, random_subspace
 from subspace_lab.core.values import Value
 from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.intervene import forward
 from subspace_lab.model.merging import merge
-from subspace_lab.reft import METHODS, ReftConfig, get_reft_model
+from subspace_lab.reft import METHODS, ReftConfig, ReftModel, get_reft_model
 
 WITH_B = ("gpt2", "llama", "neox", "bert", "roberta")
 WITHOUT_B = ("qwen3", "gemma3", "olmo2", "phi3", "t5")
@@ -30,7 +32,7 @@ COMPONENTS = ("mlp_output", "attention_output", "value_output", "head_output", "
 LENGTHS, NEW = (11, 5, 9), 6
 
 
-def stirred(model, seed=1, size=0.3):
+def stirred(model: ReftModel, seed: int = 1, size: float = 0.3) -> ReftModel:
     """The adapters with other numbers everywhere, so that no part of the formula is 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -39,21 +41,29 @@ def stirred(model, seed=1, size=0.3):
     return model
 
 
-def adapted(name, component="mlp_output", dtype=None, base=None, **options):
+def adapted(
+    name: str, component: str = "mlp_output", dtype: torch.dtype | None = None, base: Any = None, **options: Any
+) -> ReftModel:
     """A model with a stirred adapter of every token; without b where the family has no place for it."""
-    given = {"rank": 3, "layers": (0, 2), "positions": "all", "every_token": True, "bias": name not in WITHOUT_B}
+    given: dict[str, Any] = {
+        "rank": 3,
+        "layers": (0, 2),
+        "positions": "all",
+        "every_token": True,
+        "bias": name not in WITHOUT_B,
+    }
     component = f"decoder.{component}" if name == "t5" else component
     base = fresh(name, exact(name) if dtype is None else dtype) if base is None else base
     return stirred(get_reft_model(base, ReftConfig(component=component, **{**given, **options})))
 
 
-def batch(name):
+def batch(name: str) -> Any:
     padding = "left" if name in DECODERS else "right"
-    more = {"decoder_lengths": (11, 9, 7)} if name == "t5" else {}
+    more: Any = {"decoder_lengths": (11, 9, 7)} if name == "t5" else {}
     return inputs(name, lengths=LENGTHS, padding=padding, **more)
 
 
-def logits(model, name):
+def logits(model: ReftModel | nn.Module, name: str) -> Tensor:
     """Of the real tokens: at padding an edit does nothing, and weights do what they do."""
     given = batch(name)
     if name in DECODERS:  # as `generate` counts positions behind padding on the left
@@ -63,7 +73,7 @@ def logits(model, name):
     return found[given["decoder_attention_mask" if name == "t5" else "attention_mask"].bool()]
 
 
-def limit(name):
+def limit(name: str) -> float:
     """The largest relative difference of equal logits in float64; RMSNorm rounds to float32, LayerNorm does not."""
     return 1e-10 if name in ("gpt2", "neox", "bert", "roberta") else rounding(torch.float64)
 
@@ -73,7 +83,7 @@ def limit(name):
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_merged_logits_are_the_edited_ones(name, component):
+def test_merged_logits_are_the_edited_ones(name: str, component: str) -> None:
     model = adapted(name, component)
     with model.disable_adapter():
         plain = logits(model, name)
@@ -86,7 +96,7 @@ def test_merged_logits_are_the_edited_ones(name, component):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_merged_logits_in_lower_precision(name):
+def test_merged_logits_in_lower_precision(name: str) -> None:
     """In float32 to 1e-4; in bfloat16 no farther from the exact ones than a plain run is from its own."""
     edited = logits(adapted(name, dtype=torch.float64), name)
     model = adapted(name, dtype=torch.float32)
@@ -100,7 +110,7 @@ def test_merged_logits_in_lower_precision(name):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("component", ["mlp_output", "mlp_activation"])
-def test_every_method_merges(method, component):
+def test_every_method_merges(method: str, component: str) -> None:
     model = adapted("gpt2", component, method=method, bias=True)
     edited = logits(model, "gpt2")
     assert differ(logits(model.merge_and_unload(), "gpt2"), edited) < limit("gpt2")
@@ -109,7 +119,7 @@ def test_every_method_merges(method, component):
 @pytest.mark.parametrize(
     "options", [{"basis": "fixed"}, {"parts": {"a": 2, "b": 1}}, {"method": "RED", "bias": False}]
 )
-def test_other_forms_merge(options):
+def test_other_forms_merge(options: dict[str, Any]) -> None:
     model = adapted("gpt2", **options)
     if "parts" in options:
         model.use_parts("b")
@@ -117,11 +127,11 @@ def test_other_forms_merge(options):
     assert differ(logits(model.merge_and_unload(), "gpt2"), edited) < limit("gpt2")
 
 
-def core_edits(name):
+def core_edits(name: str) -> dict[Any, Any]:
     """Steering, ablation, heads, and both sides of one projection; each of its own kind."""
     g = torch.Generator().manual_seed(3)
 
-    def some(width, rank, seed):
+    def some(width: int, rank: int, seed: int) -> FixedSubspace:
         return random_subspace(width, rank, seed)
 
     return {
@@ -135,7 +145,7 @@ def core_edits(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "neox"])
-def test_steering_ablation_and_heads_merge(name):
+def test_steering_ablation_and_heads_merge(name: str) -> None:
     lab, edits = Backbone(fresh(name, torch.float64)), core_edits(name)
     given = inputs(name)
     with torch.no_grad():
@@ -152,7 +162,7 @@ def test_steering_ablation_and_heads_merge(name):
     assert all(torch.equal(p, before[1][n]) for n, p in lab.model.named_parameters())
 
 
-def test_a_site_by_its_path_merges():
+def test_a_site_by_its_path_merges() -> None:
     lab = Backbone(fresh("mlp", torch.float64))
     edits = {
         Site("second.output"): iv.loreft(WIDTH, 3, seed=1, start="paper"),
@@ -166,7 +176,7 @@ def test_a_site_by_its_path_merges():
 
 
 @pytest.mark.parametrize(("name", "component"), [("bert", "mlp_output"), ("t5", "encoder.attention_output")])
-def test_encoders_merge_from_all_positions(name, component):
+def test_encoders_merge_from_all_positions(name: str, component: str) -> None:
     """What is no prompt and no answer has no tokens that `every_token` could add."""
     base = fresh(name, torch.float64)
     config = ReftConfig(rank=3, positions="all", component=component, bias=False)
@@ -197,14 +207,14 @@ for folder, kind in json.loads(sys.argv[1]):
 """
 
 
-def test_merged_models_run_where_this_package_is_not(tmp_path):
+def test_merged_models_run_where_this_package_is_not(tmp_path: Path) -> None:
     cases = [(name, "mlp_output") for name in FAMILIES] + [("llama", "attention_output"), ("gpt2", "value_output")]
     written = []
     for name, component in cases:
         folder = str(tmp_path / f"{name}_{component}")
         model = adapted(name, component, dtype=torch.float32)
         edited = logits(model, name)
-        merged = model.merge_and_unload()
+        merged: Any = model.merge_and_unload()
         merged.save_pretrained(folder)
         given = batch(name)
         torch.save(given, f"{folder}/given.pt")
@@ -219,9 +229,9 @@ def test_merged_models_run_where_this_package_is_not(tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_the_configuration_says_which_biases_there_are():
+def test_the_configuration_says_which_biases_there_are() -> None:
     model = adapted("llama")
-    merged = model.merge_and_unload()
+    merged: Any = model.merge_and_unload()
     assert merged.config.mlp_bias and not merged.config.attention_bias
     names = {n.rpartition(".")[0].rpartition(".")[2] for n, _ in merged.named_parameters() if n.endswith("bias")}
     assert names == {"gate_proj", "up_proj", "down_proj"}
@@ -230,13 +240,13 @@ def test_the_configuration_says_which_biases_there_are():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "t5"])
-def test_merged_generations_are_the_adapters(name):
+def test_merged_generations_are_the_adapters(name: str) -> None:
     model, given = adapted(name), inputs(name, lengths=LENGTHS, padding="left")
     given = {k: v for k, v in given.items() if not k.startswith("decoder")}
-    options = {"max_new_tokens": NEW, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
     edited = model.generate(**given, **options)
     prompt_alone = model.generate(**given, **options, every_token=False)
-    merged = model.merge_and_unload()
+    merged: Any = model.merge_and_unload()
     assert torch.equal(merged.generate(**given, **options), edited)
     assert not torch.equal(prompt_alone, edited), "the generated tokens' edits change nothing"
 
@@ -245,7 +255,7 @@ def test_merged_generations_are_the_adapters(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
-def test_what_is_taken_out_leaves_the_model_as_it_was(name):
+def test_what_is_taken_out_leaves_the_model_as_it_was(name: str) -> None:
     base = fresh(name)
     reference, before = copy.deepcopy(base.state_dict()), json.dumps(base.config.to_dict(), default=str)
     model = adapted(name, base=base)
@@ -266,7 +276,7 @@ def test_what_is_taken_out_leaves_the_model_as_it_was(name):
     assert all(p.requires_grad for p in base.parameters())
 
 
-def test_while_merged_what_would_go_wrong_is_refused():
+def test_while_merged_what_would_go_wrong_is_refused() -> None:
     model, given = adapted("gpt2"), batch("gpt2")
     model.add_adapter("other", ReftConfig(rank=2, positions="last"))
     model.merge_adapter()
@@ -294,7 +304,7 @@ def test_while_merged_what_would_go_wrong_is_refused():
         model.unmerge_adapter()
 
 
-def test_one_of_two_adapters_merges_and_the_other_goes_on():
+def test_one_of_two_adapters_merges_and_the_other_goes_on() -> None:
     model = adapted("gpt2")
     model.add_adapter("other", ReftConfig(rank=2, layers=(1,), positions="all", every_token=True, start="paper"))
     model.set_adapter(["default", "other"])
@@ -308,7 +318,7 @@ def test_one_of_two_adapters_merges_and_the_other_goes_on():
     assert model.merged_adapters == []
 
 
-def test_adapters_of_one_site_do_not_merge_together():
+def test_adapters_of_one_site_do_not_merge_together() -> None:
     model = adapted("gpt2", layers=(0,))
     model.add_adapter("twin", model.adapter("default").config)
     with pytest.raises(ValueError, match=r"\['default', 'twin'\] edit mlp_output\[0\]@all"):
@@ -320,7 +330,7 @@ def test_adapters_of_one_site_do_not_merge_together():
     assert model.merged_adapters == ["twin"]
 
 
-def test_two_adapters_merge_together():
+def test_two_adapters_merge_together() -> None:
     model = adapted("gpt2")
     more = ReftConfig(
         rank=2, layers=(0, 1), component="head_output", positions="all", every_token=True, start="paper"
@@ -332,7 +342,7 @@ def test_two_adapters_merge_together():
 
 
 @pytest.mark.parametrize("undone", [True, False])
-def test_modules_that_were_trained_along_take_their_places(undone):
+def test_modules_that_were_trained_along_take_their_places(undone: bool) -> None:
     base = fresh("neox", torch.float64)
     reference = copy.deepcopy(base.state_dict())
     model = adapted("neox", base=base, modules_to_save=("lm_head",))
@@ -365,7 +375,7 @@ def test_modules_that_were_trained_along_take_their_places(undone):
     ],
     ids=str,
 )
-def test_adapters_that_no_weights_stand_for_are_refused(options, message):
+def test_adapters_that_no_weights_stand_for_are_refused(options: dict[str, Any], message: str) -> None:
     base = fresh("gpt2")
     reference = copy.deepcopy(base.state_dict())
     model = adapted("gpt2", base=base, **options)
@@ -375,7 +385,7 @@ def test_adapters_that_no_weights_stand_for_are_refused(options, message):
     assert all(torch.equal(base.state_dict()[k], reference[k]) for k in reference)
 
 
-def test_dropout_has_to_be_off():
+def test_dropout_has_to_be_off() -> None:
     model = adapted("gpt2", dropout=0.5)
     model.train()
     with pytest.raises(ValueError, match=r"dropout=0.5\): call `eval"):
@@ -385,23 +395,24 @@ def test_dropout_has_to_be_off():
 
 
 @pytest.mark.parametrize("name", WITHOUT_B)
-def test_a_b_without_a_place_is_refused_with_the_way_out(name):
+def test_a_b_without_a_place_is_refused_with_the_way_out(name: str) -> None:
     model = adapted(name, bias=True)
     with pytest.raises(ValueError, match=r"has no bias that could take it.*ReftConfig\(bias=False\)"):
         model.merge_and_unload()
     unshifted = adapted(name, bias=True, method="NoReFT")
     with torch.no_grad():
+        edit: Any
         for edit in unshifted.edits().values():
             edit.value.bias.zero_()
     unshifted.merge_and_unload()  # a b of zeros needs no place
 
 
 class Twice(Value):
-    def change(self, subspace, h, source, write):
+    def change(self, subspace: Any, h: Tensor, source: Any, write: Any) -> Tensor:
         return subspace.read(h) ** 2
 
 
-def refused(model, edits, message):
+def refused(model: Any, edits: dict[Site, Intervention], message: str) -> None:
     lab = Backbone(model)
     before = {n: p.clone() for n, p in model.named_parameters()}
     with pytest.raises(ValueError, match=message):
@@ -409,7 +420,7 @@ def refused(model, edits, message):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_edits_that_no_weights_stand_for_are_refused():
+def test_edits_that_no_weights_stand_for_are_refused() -> None:
     line, site = random_subspace(WIDTH, 1, 1), Site("mlp_output", 0)
     good = iv.steer(line, 1.0)
     refused(fresh("gpt2"), {site: iv.interchange(line)}, "needs a source")
@@ -423,10 +434,10 @@ def test_edits_that_no_weights_stand_for_are_refused():
     # The second is refused before the first has changed anything.
     refused(fresh("gpt2"), {site: good, Site("block_output", 1): good}, "GPT2Block")
     with pytest.raises(TypeError, match="edits"):
-        merge(Backbone(fresh("gpt2")), {site: lambda h: h})
+        merge(Backbone(fresh("gpt2")), {site: lambda h: h})  # type: ignore[dict-item]
 
 
-def test_weights_that_cannot_be_changed_are_refused():
+def test_weights_that_cannot_be_changed_are_refused() -> None:
     line, site = random_subspace(WIDTH, 1, 1), Site("mlp_output", 0)
     edits = {site: iv.zero_ablation(line)}
     tied = fresh("llama")
@@ -452,9 +463,9 @@ def test_weights_that_cannot_be_changed_are_refused():
     refused(quantised, edits, r"\.Linear4bit, not a plain linear map")
 
 
-def test_weights_that_become_too_large_are_refused_and_given_back():
+def test_weights_that_become_too_large_are_refused_and_given_back() -> None:
     half = fresh("gpt2").to(torch.float16)
-    edit = iv.red(WIDTH)
+    edit: Any = iv.red(WIDTH)
     with torch.no_grad():
         edit.value.scale.fill_(1e6)
     refused(
@@ -462,7 +473,7 @@ def test_weights_that_become_too_large_are_refused_and_given_back():
     )
 
 
-def test_offloaded_weights_are_refused():
+def test_offloaded_weights_are_refused() -> None:
     from accelerate import cpu_offload
 
     model = fresh("llama")
@@ -471,7 +482,7 @@ def test_offloaded_weights_are_refused():
         merge(Backbone(model), {Site("mlp_output", 0): iv.zero_ablation(random_subspace(WIDTH, 1, 1))})
 
 
-def test_another_active_adapter_at_the_projection_is_refused():
+def test_another_active_adapter_at_the_projection_is_refused() -> None:
     model = adapted("gpt2", layers=(0,))
     by_path = ReftConfig(rank=2, layers=(0,), component="mlp_output", positions="f1")
     model.add_adapter("other", by_path)

@@ -4,12 +4,16 @@ Mixtures of experts, latent attention, sinks, ALiBi, chunks, and hybrids of atte
 convolutions or linear attention, of which no past of keys exists.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import families
 import pytest
 import torch
 import transformers as t
 from families import VOCABULARY, WIDTH, Spot, capture, hooked, inputs
 from test_frozen_past import LENGTHS, SUBJECT, compare, loreft, make_edits
+from torch import Tensor
 
 from subspace_lab.core.sites import Site
 from subspace_lab.engine import notices
@@ -24,22 +28,22 @@ from subspace_lab.model.intervene import collect, forward
 from subspace_lab.model.resolved_sites import resolve
 from subspace_lab.reft import ReftConfig, get_reft_model
 
-COMMON = dict(
+COMMON: dict[str, Any] = dict(
     vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
     max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-GROUPED = dict(COMMON, num_key_value_heads=2)
-OLD = dict(
+GROUPED: dict[str, Any] = dict(COMMON, num_key_value_heads=2)
+OLD: dict[str, Any] = dict(
     vocab_size=VOCABULARY, n_embd=WIDTH, n_inner=48, n_layer=3, n_head=4, n_positions=64,
     pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
-MANY = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-LATENT = dict(
+EXPERTS: dict[str, Any] = dict(num_local_experts=4, num_experts_per_tok=2)
+MANY: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+LATENT: dict[str, Any] = dict(
     n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=16,
     qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_group=1, topk_group=1, first_k_dense_replace=1,
 )  # fmt: skip
-DELTA = dict(
+DELTA: dict[str, Any] = dict(
     linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, head_dim=8,
     layer_types=["linear_attention", "full_attention", "linear_attention"],
 )  # fmt: skip
@@ -85,7 +89,7 @@ FAMILIES = {
     "smollm3": (t.SmolLM3Config(**GROUPED), LLAMA),
     "glm4": (t.Glm4Config(**GROUPED, head_dim=8), LLAMA),
     "mixtral": (t.MixtralConfig(**GROUPED, **EXPERTS), MIXED),
-    "qwen3_moe": (t.Qwen3MoeConfig(**GROUPED, **MANY, head_dim=8), MIXED),
+    "qwen3_moe": (t.Qwen3MoeConfig(**GROUPED, **MANY, head_dim=8), MIXED),  # type: ignore[call-arg]
     "gpt_oss": (t.GptOssConfig(**GROUPED, **EXPERTS, head_dim=8, sliding_window=8), MIXED),
     "granitemoe": (t.GraniteMoeConfig(**GROUPED, **EXPERTS), (*LLAMA[:2], "block_sparse_moe")),
     "deepseek_v3": (t.DeepseekV3Config(**COMMON, **LATENT, num_key_value_heads=4), MIXED),
@@ -113,7 +117,7 @@ FAMILIES = {
         ("model.layers.1", "self_attn.out_proj", "feed_forward.w2"),
     ),
     "recurrent_gemma": (
-        t.RecurrentGemmaConfig(
+        t.RecurrentGemmaConfig(  # type: ignore[call-arg]
             **GROUPED, head_dim=8, lru_width=WIDTH, block_types=["recurrent", "attention"], attention_window_size=8
         ),
         ("model.layers.1", "temporal_block.o_proj", "mlp_block.down_proj"),
@@ -157,7 +161,7 @@ CASES = [(name, padding) for name in FAMILIES for padding in ("right", "left")]
 CASES += [(name, "right") for name in ENCODERS]
 
 
-def fresh(name, dtype=None):
+def fresh(name: str, dtype: torch.dtype | None = None) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         kind = t.AutoModelForMaskedLM if name in ENCODERS else t.AutoModelForCausalLM
@@ -176,12 +180,12 @@ def fresh(name, dtype=None):
 
 
 @pytest.fixture(scope="module")
-def models():
-    made = {}
+def models() -> Callable[..., Any]:
+    made: dict[str, Any] = {}
     return lambda name: made.setdefault(name, fresh(name))
 
 
-def spots(name):
+def spots(name: str) -> dict[str, Spot]:
     """Of block 1: {component: spot}, written by hand."""
     block, attention, mlp = EVERY[name][1]
     found = {"block_input": Spot(block, "input"), "block_output": Spot(block, "output")}
@@ -195,7 +199,7 @@ def spots(name):
 
 @pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
-def test_parts_are_where_a_hook_finds_them(name, models):
+def test_parts_are_where_a_hook_finds_them(name: str, models: Callable[..., Any]) -> None:
     model = models(name)
     backbone, given = Backbone(model), inputs("gpt2", 3, 9, seed=2)
     for component, spot in spots(name).items():
@@ -205,14 +209,14 @@ def test_parts_are_where_a_hook_finds_them(name, models):
         width = expected.shape[-1]
         assert backbone.hook_point(site).width in (None, width)
         edit = loreft(width, 2, seed=5, start="paper")
-        with hooked(model, {spot: lambda value, edit=edit: edit(value)}):
+        with hooked(model, {spot: lambda value, edit=edit: edit(value)}):  # type: ignore[misc]
             expected = model(**given).logits
         torch.testing.assert_close(forward(backbone, given, {site: edit}).logits, expected)
         assert (expected - model(**given).logits).norm() > 1e-4 * expected.norm(), component
 
 
 @pytest.mark.parametrize(("name", "padding"), CASES)
-def test_resuming_is_the_plain_run(name, padding, models):
+def test_resuming_is_the_plain_run(name: str, padding: str, models: Callable[..., Any]) -> None:
     backbone = Backbone(models(name))
     batch = Batch(
         inputs("gpt2", 6, 12, lengths=LENGTHS, padding=padding), columns={"subject": torch.tensor(SUBJECT)}
@@ -237,7 +241,7 @@ STATEFUL = ("qwen3_next", "qwen3_5", "lfm2")
 
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_states_of_every_start(name, padding, models):
+def test_states_of_every_start(name: str, padding: str, models: Callable[..., Any]) -> None:
     """Rows that begin at their first token and rows that begin late; sites alone, together, and in pairs."""
     backbone = Backbone(models(name))
     columns = {"early": torch.tensor([0, 8, 1, 7, 0, 9]), "other": torch.tensor([5, 1, 6, 3, 4, 2])}
@@ -261,7 +265,9 @@ def test_states_of_every_start(name, padding, models):
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_sites_that_are_edited_together(padding, models, capsys, monkeypatch):
+def test_sites_that_are_edited_together(
+    padding: str, models: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Named as a tuple, they are resumed too; not named, they are run plainly, and that is said once."""
     monkeypatch.setattr(notices, "_printed", set())
     model = models("lfm2")
@@ -273,6 +279,7 @@ def test_sites_that_are_edited_together(padding, models, capsys, monkeypatch):
     edits = {site: loreft(WIDTH, 2, seed=3, start="paper") for site in (early, late)}
     ran = []
     handle = model.model.layers[0].feed_forward.register_forward_hook(lambda *_: ran.append(0))
+    sites: Any
     for sites, blocks in (
         ([early, late, *others], 1),
         ([(early, late), *others], 0),
@@ -293,7 +300,7 @@ def test_sites_that_are_edited_together(padding, models, capsys, monkeypatch):
     handle.remove()
 
 
-def test_rows_without_a_past_have_no_state():
+def test_rows_without_a_past_have_no_state() -> None:
     """Padding leaves nothing, also where a bias would."""
     config = t.Lfm2Config(**GROUPED, conv_bias=True, layer_types=["conv", "full_attention", "conv"])
     model = t.AutoModelForCausalLM.from_config(config).eval()
@@ -308,7 +315,7 @@ def test_rows_without_a_past_have_no_state():
         assert not tensor[[0, 2]].any() and tensor[1].any()
 
 
-def test_states_that_are_written_over_are_not_trained_through():
+def test_states_that_are_written_over_are_not_trained_through() -> None:
     """Jamba's single steps write into a float32 state; the logits are right, and the backward pass is not."""
     backbone, batch = Backbone(fresh("jamba", torch.float32)), Batch(inputs("gpt2", 3, 9))
     site, readout = Site("block_output", 1, "last"), Readout.at(batch, "last", (5, 11))
@@ -321,12 +328,12 @@ def test_states_that_are_written_over_are_not_trained_through():
 class RunningMean(torch.nn.Module):
     """Mixes tokens without attention, and remembers the tokens before it by itself."""
 
-    def forward(self, hidden_states, **_):
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Any, None]:
         steps = torch.arange(1, hidden_states.shape[1] + 1, device=hidden_states.device)
         return hidden_states.cumsum(1) / steps[:, None], None
 
 
-def test_states_that_are_not_in_the_models_cache_are_not_counted_on():
+def test_states_that_are_not_in_the_models_cache_are_not_counted_on() -> None:
     model = families.fresh("llama", torch.float64)
     model.model.layers[2].self_attn = RunningMean()
     backbone, batch = Backbone(model), Batch(inputs("gpt2", 3, 9))
@@ -339,7 +346,7 @@ def test_states_that_are_not_in_the_models_cache_are_not_counted_on():
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_model_that_was_cut_short_is_resumed(count):
+def test_a_model_that_was_cut_short_is_resumed(count: int) -> None:
     """Its configuration, and so its cache, still has the layers that were cut off."""
     config = t.Lfm2Config(**GROUPED | dict(num_hidden_layers=4), layer_types=["conv", "full_attention"] * 2)
     with torch.random.fork_rng(devices=[]):
@@ -355,11 +362,11 @@ def test_a_model_that_was_cut_short_is_resumed(count):
     )
 
 
-def test_states_for_which_there_is_no_room(models):
+def test_states_for_which_there_is_no_room(models: Callable[..., Any]) -> None:
     backbone = Backbone(models("qwen3_5"))
     batch = Batch(inputs("gpt2", 64, 12))
     site, readout = Site("block_output", 1, "last"), Readout.at(batch, "last", (5, 11))
-    whole = FrozenPast(backbone, batch, [site], readout, chunk=4).prefix.nbytes()
+    whole = FrozenPast(backbone, batch, [site], readout, chunk=4).prefix.nbytes()  # type: ignore[union-attr]
     past = FrozenPast(backbone, batch, [site], readout, chunk=4, memory=whole // 2)
     assert past.mode == "layers" and "MiB would not fit" in past.describe(), past.describe()
     edits = {site: loreft(WIDTH, 2, seed=3, start="paper")}
@@ -368,14 +375,14 @@ def test_states_for_which_there_is_no_room(models):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_generation_cached_uncached_and_alone(name, models):
+def test_generation_cached_uncached_and_alone(name: str, models: Callable[..., Any]) -> None:
     model, rows, lengths = models(name), 3, (9, 6, 7)
     reft = get_reft_model(model, ReftConfig(rank=2, positions="f2+l2", start="paper", seed=1)).eval()
     for parameter in reft.parameters():
         if parameter.requires_grad:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     given = inputs("gpt2", rows, 9, seed=7, lengths=lengths, padding="left")
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     together = reft.generate(**given, **options)[:, 9:]
     assert torch.equal(reft.generate(**given, **options, use_cache=False)[:, 9:], together)
     for row, length in enumerate(lengths):
@@ -392,11 +399,11 @@ def test_generation_cached_uncached_and_alone(name, models):
     "config",
     [
         t.AlbertConfig(**COMMON, embedding_size=WIDTH),  # one block for all layers
-        t.XLMConfig(n_words=VOCABULARY, emb_dim=WIDTH, n_layers=3, n_heads=4),  # lists of attentions, of norms, …
+        t.XLMConfig(n_words=VOCABULARY, emb_dim=WIDTH, n_layers=3, n_heads=4),  # type: ignore[call-arg]  # lists of attentions, of norms, …
     ],
     ids=lambda config: config.model_type,
 )
-def test_models_without_blocks_to_number_say_so(config):
+def test_models_without_blocks_to_number_say_so(config: t.AlbertConfig | t.XLMConfig) -> None:
     backbone = Backbone(t.AutoModelForMaskedLM.from_config(config))
     with pytest.raises(ValueError, match="no stack of transformer blocks"):
         backbone.hook_point(Site("block_output", 0))
@@ -405,12 +412,12 @@ def test_models_without_blocks_to_number_say_so(config):
 # --- queries, keys and values -------------------------------------------------------------------------------
 
 
-def by_head(parts, which):
+def by_head(parts: int, which: int) -> tuple[Any, ...]:
     """Columns of a projection that its attention views as (heads, parts, 8)."""
     return tuple(torch.arange(parts * WIDTH).view(4, parts, 8)[:, which].flatten().tolist())
 
 
-def block(start, stop):
+def block(start: int, stop: int) -> tuple[Any, ...]:
     return tuple(range(start, stop))
 
 
@@ -433,18 +440,20 @@ PROJECTIONS = {
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)
-def test_queries_keys_and_values(name, models):
+def test_queries_keys_and_values(name: str, models: Callable[..., Any]) -> None:
     path, columns = PROJECTIONS[name]
     words = ("query", "key", "value") if name == "deberta-v2" else "qkv"
     check_projections(models(name), f"{EVERY[name][1][0]}.{path}", columns, words)
 
 
-def test_several_heads_of_keys_in_one_projection():
+def test_several_heads_of_keys_in_one_projection() -> None:
     model = t.AutoModelForCausalLM.from_config(t.GPTBigCodeConfig(**OLD, multi_query=False)).eval()
     check_projections(model, "transformer.h.1.attn.c_attn", BY_HEAD)
 
 
-def check_projections(model, path, columns, words="qkv"):
+def check_projections(
+    model: Any, path: str, columns: tuple[Any, ...] | None, words: tuple[str, str, str] | str = "qkv"
+) -> None:
     backbone, given = Backbone(model), inputs("gpt2", 3, 9, seed=2)
     for which, component in enumerate(("query_output", "key_output", "value_output")):
         site = Site(component, 1)
@@ -456,12 +465,12 @@ def check_projections(model, path, columns, words="qkv"):
 
 
 @pytest.mark.parametrize("name", ["falcon", "codegen", "deepseek_v3"])
-def test_projections_in_an_order_that_is_not_known_are_refused(name, models):
+def test_projections_in_an_order_that_is_not_known_are_refused(name: str, models: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"no query_output that is known.*Submodules"):
         Backbone(models(name)).hook_point(Site("query_output", 1))
 
 
-def test_projections_that_see_positions_before_rows_are_refused():
+def test_projections_that_see_positions_before_rows_are_refused() -> None:
     config = t.LongformerConfig(**COMMON | dict(max_position_embeddings=66, pad_token_id=1), attention_window=8)
     backbone = Backbone(t.AutoModelForMaskedLM.from_config(config).eval())
     with pytest.raises(ValueError, match="no key_output that is known"):
@@ -478,9 +487,9 @@ PICTURES = "model.vision_tower.encoder.layers"
 
 
 @pytest.fixture(scope="module")
-def seeing():
+def seeing() -> tuple[Backbone, dict[Any, Any]]:
     """A language model that is given pictures of four patches each."""
-    eyes = dict(
+    eyes: dict[str, Any] = dict(
         hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=28,
         patch_size=14,
     )  # fmt: skip
@@ -498,7 +507,9 @@ def seeing():
 
 @pytest.mark.parametrize("name", ["block_output", f"{PICTURES}.block_output"])
 @torch.no_grad()
-def test_blocks_are_the_language_models_and_the_others_have_a_name(name, seeing):
+def test_blocks_are_the_language_models_and_the_others_have_a_name(
+    name: str, seeing: tuple[Backbone, dict[Any, Any]]
+) -> None:
     backbone, given = seeing
     assert backbone.depth == 3
     site, spot = Site(name, 0), Spot("model.language_model.layers.0", "output")
@@ -516,11 +527,11 @@ def test_blocks_are_the_language_models_and_the_others_have_a_name(name, seeing)
     assert (logits - backbone.model(**given).logits).norm() > 1e-3 * logits.norm()
 
 
-def real_tokens(given):
+def real_tokens(given: dict[Any, Any]) -> Tensor:
     return given["attention_mask"].bool()
 
 
-def test_resuming_behind_a_picture(seeing):
+def test_resuming_behind_a_picture(seeing: tuple[Backbone, dict[Any, Any]]) -> None:
     backbone, given = seeing
     batch = Batch(given)
     readout, sites = (
@@ -530,7 +541,7 @@ def test_resuming_behind_a_picture(seeing):
     past, plain = FrozenPast(backbone, batch, sites, readout), PlainEngine(backbone, batch, readout)
     assert past.mode == "layers" and "pixel_values" in past.describe()
     text = Batch({name: given[name] for name in ("input_ids", "attention_mask")})
-    text.inputs["input_ids"] = text.inputs["input_ids"].clamp_max(IMAGE - 1)
+    text.inputs["input_ids"] = text.inputs["input_ids"].clamp_max(IMAGE - 1)  # type: ignore[index]
     without, plainly = FrozenPast(backbone, text, sites, readout), PlainEngine(backbone, text, readout)
     assert without.mode == "keys and values", without.describe()
     for site in sites:
@@ -539,7 +550,7 @@ def test_resuming_behind_a_picture(seeing):
             compare(one, other, torch.tensor([2, 0]), edits)
 
 
-def test_positions_and_heads_of_pictures(seeing):
+def test_positions_and_heads_of_pictures(seeing: tuple[Backbone, dict[Any, Any]]) -> None:
     backbone, given = seeing
     # One more than the patches that there are; heads are found, since the layer says how many it has.
     whole = collect(backbone, given, [Site(f"{PICTURES}.block_output", 0)])
@@ -557,12 +568,12 @@ def test_positions_and_heads_of_pictures(seeing):
 
 @pytest.mark.parametrize("name", ["opt", "llama4"])
 @pytest.mark.parametrize("positions", ["last", "all"])
-def test_tokens_of_all_rows_as_one_list_are_refused(name, positions, models):
+def test_tokens_of_all_rows_as_one_list_are_refused(name: str, positions: str, models: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"mlp_output\[1\].*\(27, 32\), is not \(rows, positions, width\)"):
         collect(Backbone(models(name)), inputs("gpt2", 3, 9), [Site("mlp_output", 1, positions)])
 
 
-def test_several_streams_at_once_are_refused():
+def test_several_streams_at_once_are_refused() -> None:
     config = t.Gemma3nTextConfig(
         **GROUPED | dict(intermediate_size=[48] * 3), head_dim=8, sliding_window=8, num_kv_shared_layers=1,
         laurel_rank=4, activation_sparsity_pattern=[0.0] * 3, hidden_size_per_layer_input=4,

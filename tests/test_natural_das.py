@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,9 +61,9 @@ def test_it_is_added_to_the_loss_of_the_answers() -> None:
     """From one start: the first step's loss is that of DAS and the weight times the formula at its pairs."""
     data = Pairs(drawn(60, 0), drawn(30, 1), drawn(30, 2))
     start = random_orthonormal(8, 1, 3)
-    options = {"config": replace(QUICK, steps=1), "min_accuracy": None, "quiet": True}
+    options: dict[str, Any] = {"config": replace(QUICK, steps=1), "min_accuracy": None, "quiet": True}
     methods = [DAS(1, start=start), DAS(1, natural=0.5, start=start)]
-    plain, kept = sweep(Backbone(Reader().double()), data, [PLACE], methods, **options)  # type: ignore[arg-type]
+    plain, kept = sweep(Backbone(Reader().double()), data, [PLACE], methods, **options)
     rows = next(shuffled_rows(60, replace(QUICK, seed=0)))
     base, source = training(data).base.positional, training(data).sources["v"].positional
     assert isinstance(base, Tensor) and isinstance(source, Tensor)

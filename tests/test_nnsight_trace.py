@@ -1,11 +1,13 @@
 """Interventions inside a user's own nnsight trace: the same numbers, beside a backbone or without one."""
 
+from typing import Any
+
 import pytest
 import torch
 from families import build, call, differ, fresh, inputs
 from nnsight import NNsight
 
-from subspace_lab.core.interventions import full_vector, interchange, loreft
+from subspace_lab.core.interventions import Intervention, full_vector, interchange, loreft
 from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
 from subspace_lab.model.backbone import Backbone
@@ -14,19 +16,19 @@ from subspace_lab.model.intervene import collect, forward, generate
 WIDTH = 32
 
 
-def blocks(net, name):
+def blocks(net: Any, name: str) -> Any:
     return net.transformer.h if name == "gpt2" else net.model.layers
 
 
-def strong(seed=0):
-    edit = loreft(WIDTH, 4, seed=seed, start="paper")
+def strong(seed: int = 0) -> Intervention:
+    edit: Any = loreft(WIDTH, 4, seed=seed, start="paper")
     with torch.no_grad():
         edit.value.bias.add_(2.0)
     return edit
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_edit_in_a_users_trace(name):
+def test_edit_in_a_users_trace(name: str) -> None:
     given, edit = inputs(name, 3, 7), strong()
     net, door = NNsight(fresh(name)), Backbone(build(name))
     with torch.no_grad(), net.trace(**given):
@@ -41,7 +43,7 @@ def test_edit_in_a_users_trace(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_interchange_in_a_users_trace(name):
+def test_interchange_in_a_users_trace(name: str) -> None:
     base, source = (inputs(name, 3, 7, seed) for seed in (0, 1))
     net, door = NNsight(fresh(name)), Backbone(build(name))
     there, here = Site("block_output", 0, 2), Site("block_output", 1, "last")
@@ -62,7 +64,7 @@ def test_interchange_in_a_users_trace(name):
             assert differ(logits, call(build(name), base)) > 1e-3
 
 
-def test_gradients_of_a_users_trace():
+def test_gradients_of_a_users_trace() -> None:
     given, edit, net = (
         inputs("llama", 3, 7),
         strong().double(),
@@ -77,16 +79,17 @@ def test_gradients_of_a_users_trace():
         net.model.layers[1].output = hidden
         logits = net.output.logits.save()
     (logits**2).sum().backward()
-    expected = {name: p.grad.clone() for name, p in edit.named_parameters()}
+    expected = {name: p.grad.clone() for name, p in edit.named_parameters()}  # type: ignore[union-attr]
     edit.zero_grad()
     door = Backbone(build("llama", torch.float64))
     (forward(door, given, {Site("block_output", 1, "last"): edit}).logits ** 2).sum().backward()
     for name, p in edit.named_parameters():
+        assert p.grad is not None
         assert p.grad.norm() > 0 and differ(p.grad, expected[name]) < 1e-9
 
 
 @pytest.mark.parametrize("first", ["user", "package"])
-def test_two_wrappings_of_one_model(first):
+def test_two_wrappings_of_one_model(first: str) -> None:
     """The user's NNsight and a backbone on one model, whichever came first, run in turns unseen by each other."""
     model, given, edit = fresh("llama"), inputs("llama", 3, 7), strong()
     if first == "user":

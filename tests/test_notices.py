@@ -1,5 +1,7 @@
 """What runs more slowly than it could is said once on standard error; what could not run faster is not."""
 
+from typing import Any
+
 import pytest
 import torch
 from families import fresh, inputs
@@ -22,7 +24,7 @@ def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notices, "_printed", set())
 
 
-def make(model: nn.Module, batch: Batch, positions: str = "last", **options) -> FrozenPast:
+def make(model: nn.Module, batch: Batch, positions: str = "last", **options: Any) -> FrozenPast:
     return FrozenPast(Backbone(model), batch, [SITE], Readout.at(batch, positions), **options)
 
 
@@ -39,14 +41,14 @@ def dropping(model: nn.Module) -> nn.Module:
     return model.train()
 
 
-def both_ways(model: nn.Module) -> nn.Module:
+def both_ways(model: Any) -> nn.Module:
     """Without padding every token sees all the others: resuming by tokens fails its check."""
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     return model
 
 
-def embedded(model: nn.Module, batch: Batch) -> Batch:
+def embedded(model: Any, batch: Batch) -> Batch:
     return Batch({"inputs_embeds": model.get_input_embeddings()(batch.inputs["input_ids"]).detach()})
 
 
@@ -60,10 +62,13 @@ def embedded(model: nn.Module, batch: Batch) -> Batch:
         ("budget", "keys and values", "does not fit the memory budget, and is computed again for each batch"),
     ],
 )
-def test_what_is_slower_than_expected_is_said_once(case, mode, said, capsys) -> None:
+def test_what_is_slower_than_expected_is_said_once(
+    case: str, mode: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     batch = Batch({"input_ids": inputs("llama", 8, 9)["input_ids"]})
     for _ in range(2):
-        model, options = fresh("gpt2" if case == "dropout" else "llama"), {}
+        model = fresh("gpt2" if case == "dropout" else "llama")
+        options: dict[str, Any] = {}
         match case:
             case "holes":
                 batch = with_holes(batch)
@@ -84,9 +89,9 @@ def test_what_is_slower_than_expected_is_said_once(case, mode, said, capsys) -> 
 
 
 @pytest.mark.parametrize("case", ["decoder", "encoder", "encoder-decoder", "path", "modules", "no blocks"])
-def test_what_could_not_be_faster_is_not_said(case, capsys) -> None:
+def test_what_could_not_be_faster_is_not_said(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     name = {"encoder": "bert", "encoder-decoder": "t5", "modules": "mlp"}.get(case, "llama")
-    more = {"decoder_lengths": (4, 5, 6)} if name == "t5" else {}
+    more: Any = {"decoder_lengths": (4, 5, 6)} if name == "t5" else {}
     batch = Batch.of(inputs(name, 3) if name == "mlp" else inputs(name, 3, 9, **more))
     site = {
         "encoder-decoder": Site("encoder.block_output", 1, "last"),
@@ -101,7 +106,7 @@ def test_what_could_not_be_faster_is_not_said(case, capsys) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-def test_each_reason_has_its_line(capsys) -> None:
+def test_each_reason_has_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("one", "two", "one"):
         say_once(text)
     assert capsys.readouterr().err == "subspace_lab: one\nsubspace_lab: two\n"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_sweeps import QUICK, SITES, WIDTH, counterfactuals, pairs, swept, tiny
+from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from subspace_lab.core.alignments import Alignment
@@ -32,7 +36,7 @@ from subspace_lab.core.subspaces import (
     random_subspace,
 )
 from subspace_lab.das.methods import DAS, FullVector
-from subspace_lab.das.methods.method import Learner, Method
+from subspace_lab.das.methods.method import Learner, Method, Problem
 from subspace_lab.das.sweeps import sweep
 from subspace_lab.engine.frozen_past import FrozenPast
 from subspace_lab.engine.plain import PlainEngine
@@ -47,17 +51,17 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize("text", ["f0", "l0", "f0+l0", "f0(l2)", "5:2", "2:2", ":0", "-2:-4", "-3:-3", "0:0+5:2"])
-def test_positions_that_select_nothing_in_any_prompt(text):
+def test_positions_that_select_nothing_in_any_prompt(text: str) -> None:
     with pytest.raises(ValueError, match="select nothing in any prompt"):
         normalise(text)
 
 
 @pytest.mark.parametrize("text", ["f0+l2", "f2(l0)", "-2:5", "2:-2", "5:2+last", ":"])
-def test_positions_that_select_something(text):
+def test_positions_that_select_something(text: str) -> None:
     assert normalise(text) == text
 
 
-def test_slices_outside_every_row():
+def test_slices_outside_every_row() -> None:
     lab, base = tiny(), counterfactuals(0).base
     site = Site("block_output", 0, "99:")
     said = r"'99:' select nothing in any of the 60 rows, whose prompts have 7 to 7 tokens"
@@ -83,7 +87,7 @@ def test_slices_outside_every_row():
 
 
 @pytest.mark.parametrize("wrong", [NAN, INF, -INF])
-def test_constructors_refuse_what_is_no_number(wrong):
+def test_constructors_refuse_what_is_no_number(wrong: float) -> None:
     basis = torch.eye(8)[:2].clone()
     basis[0, 0] = wrong
     subspace = random_subspace(8, 2, 0)
@@ -106,7 +110,7 @@ def test_constructors_refuse_what_is_no_number(wrong):
             make()
 
 
-def test_directions_of_length_0():
+def test_directions_of_length_0() -> None:
     basis = torch.eye(8)[:2].clone()
     basis[1] = 0
     for make in (
@@ -151,7 +155,7 @@ def broken(tensors: dict[str, torch.Tensor], how: str) -> dict[str, dict[str, to
 
 @pytest.mark.parametrize("how", ["nan", "inf", "whole", "zero"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_and_states_with_broken_numbers(kind, how, tmp_path):
+def test_files_and_states_with_broken_numbers(kind: str, how: str, tmp_path: Path) -> None:
     edit, site, path = KINDS[kind](), Site("block_output", 0), tmp_path / "edits.safetensors"
     for tensors in broken(edit.state_dict(), how).values():
         with pytest.raises(ValueError, match=r"NaN or infinite|needed are floating|all zero|not orthonormal"):
@@ -170,7 +174,7 @@ def test_files_and_states_with_broken_numbers(kind, how, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["nan", "whole", "zero"])
-def test_other_files(how, tmp_path):
+def test_other_files(how: str, tmp_path: Path) -> None:
     subspace = random_subspace(8, 2, 0)
     save_subspaces(tmp_path / "s.safetensors", {"v": subspace})
     for tensors in broken(load_file(tmp_path / "s.safetensors"), "whole" if how == "whole" else "nan").values():
@@ -196,20 +200,20 @@ def test_other_files(how, tmp_path):
 class Explodes(Intervention):
     """Writes a number into some rows that the model cannot carry."""
 
-    def forward(self, h, source=None):
+    def forward(self, h: Tensor, source: Any = None) -> Tensor:
         out = super().forward(h, source).clone()
         out[::2] = NAN
         return out
 
 
 class Exploding(Method):
-    def learner(self, problem):
-        learner = Learner({"v": (problem.sites["v"], Axes(problem.width("v")))})
+    def learner(self, problem: Problem) -> Learner:
+        learner: Any = Learner({"v": (problem.sites["v"], Axes(problem.width("v")))})
         learner.edits = {problem.sites["v"]: Explodes(Axes(WIDTH), learner.edits[problem.sites["v"]].value)}
         return learner
 
 
-def test_nan_logits_are_no_answers():
+def test_nan_logits_are_no_answers() -> None:
     fits = swept([Exploding(), FullVector()], SITES[:1])
     assert [fit.method.label for fit in fits] == ["FullVector"]
     (failure,) = fits.failures
@@ -218,11 +222,12 @@ def test_nan_logits_are_no_answers():
     assert fits[0].scores == alone[0].scores
 
 
-def test_a_model_that_gives_nan():
-    model = GPT2LMHeadModel(tiny().model.config).eval()
+def test_a_model_that_gives_nan() -> None:
+    config: Any = tiny().model.config
+    model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         model.transformer.ln_f.weight[5] = NAN
-    options = {"config": QUICK, "min_accuracy": None, "quiet": True}
+    options: dict[str, Any] = {"config": QUICK, "min_accuracy": None, "quiet": True}
     with pytest.raises(ValueError, match="The model gives NaN instead of logits for 60 of 60 bases"):
         sweep(Backbone(model), pairs(), SITES[:1], [DAS(1)], **options)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -103,9 +104,10 @@ def test_half_precision_is_computed_in_full(outcome: Outcome, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, logit_difference])
-def test_gradients_lower_the_loss(loss: object, outcome: Outcome) -> None:
+def test_gradients_lower_the_loss(loss: Callable[..., Tensor], outcome: Outcome) -> None:
     logits = outcome.logits.clone().requires_grad_()
     loss(logits, outcome.answer).sum().backward()
+    assert logits.grad is not None
     assert (logits.grad.gather(1, outcome.answer[:, None]) < 0).all()
     lower = loss(logits.detach() - 0.1 * logits.grad, outcome.answer)
     assert (lower < loss(logits.detach(), outcome.answer)).all()
@@ -137,6 +139,7 @@ def test_losses_towards_a_distribution_are_their_formulas(two: tuple[Tensor, Ten
         assert loss(two[0], two[0]).abs().max() < 1e-6
         moved = two[0].clone().requires_grad_()
         loss(moved, two[1]).sum().backward()
+        assert moved.grad is not None
         assert (loss(moved.detach() - 0.1 * moved.grad, two[1]) < loss(*two)).all()
 
 
@@ -147,6 +150,7 @@ def test_jensen_shannon_is_symmetric_and_bounded(two: tuple[Tensor, Tensor]) -> 
     assert loss(apart[:1], apart[1:]).item() == pytest.approx(math.log(2), abs=1e-6)
     moved = apart[:1].clone().requires_grad_()
     loss(moved, apart[1:]).sum().backward()
+    assert moved.grad is not None
     assert moved.grad.isfinite().all()
     assert (loss(*two) < math.log(2)).all() and (Divergence()(*two) > math.log(2)).any()
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from families import WIDTH, fresh, inputs
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -28,20 +32,20 @@ CPU = torch.device("cpu")
 SITE, ROWS = Site("block_output", 1, "last"), torch.tensor([2, 0, 1])
 
 
-def by_cpu(model, folder):
+def by_cpu(model: nn.Sequential, folder: Path) -> Any:
     return cpu_offload(model, execution_device=CPU)
 
 
-def by_disk(model, folder):
+def by_disk(model: Any, folder: Path) -> Any:
     return disk_offload(model, str(folder), execution_device=CPU)
 
 
-def head_on_disk(model, folder):
+def head_on_disk(model: Any, folder: Path) -> Any:
     rest = {name: "cpu" for name, _ in model.named_children()}
     return dispatch_model(model, {**rest, "lm_head": "disk"}, main_device="cpu", offload_dir=str(folder))
 
 
-def read_in_part(model, folder):
+def read_in_part(model: Any, folder: Path) -> Any:
     """As `device_map="auto"` leaves it where memory is short."""
     model.save_pretrained(folder / "whole")
     names = {name for name, _ in model.named_children()} - {"lm_head"}
@@ -60,7 +64,7 @@ def rows(name: str) -> Batch:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_equals_the_plain_model(name, way, tmp_path):
+def test_equals_the_plain_model(name: str, way: Callable[..., Any], tmp_path: Path) -> None:
     if name == "gpt2" and way in (head_on_disk, read_in_part):
         pytest.skip("its head is its embedding, and is on one side with it")
     plain, model = Backbone(fresh(name)), Backbone(way(fresh(name), tmp_path))
@@ -76,13 +80,13 @@ def test_equals_the_plain_model(name, way, tmp_path):
         expected = forward(plain, batch, edits, sources=sources).logits
         assert torch.equal(forward(model, batch, edits, sources=sources).logits, expected)
     left = Batch.of(inputs(name, 3, 9, lengths=(9, 4, 7), padding="left"))
-    asked = {"max_new_tokens": 4, "do_sample": False}
+    asked: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(generate(model, left, {SITE: edit}, **asked), generate(plain, left, {SITE: edit}, **asked))
     # Two answers, of which the head's rows were multiplied by hand; and all of them.
     for tokens in ([5, 9], None):
         readout = Readout.at(batch, "last", tokens)
         expected, parameters = PlainEngine(plain, batch, readout), list(swap.parameters())
-        engines = [PlainEngine(model, batch, readout), FrozenPast(model, batch, [SITE], readout)]
+        engines: list[Any] = [PlainEngine(model, batch, readout), FrozenPast(model, batch, [SITE], readout)]
         assert engines[1].mode == "keys and values", engines[1].describe()
         wanted = expected.logits(ROWS, {SITE: swap}, {SITE: source[ROWS]})
         gradient = torch.autograd.grad(wanted.square().sum(), parameters)[0]
@@ -98,7 +102,7 @@ def test_equals_the_plain_model(name, way, tmp_path):
 
 
 @pytest.mark.parametrize("way", [by_cpu, by_disk])
-def test_hooks_that_come_after_the_backbone(way, tmp_path):
+def test_hooks_that_come_after_the_backbone(way: Callable[..., Any], tmp_path: Path) -> None:
     plain, model, batch = Backbone(fresh("llama")), Backbone(fresh("llama")), rows("llama")
     readout, edits = Readout.at(batch, "last", [5, 9]), {SITE: loreft(WIDTH, 2, seed=0, start="paper")}
     engine = PlainEngine(model, batch, readout)
@@ -108,7 +112,8 @@ def test_hooks_that_come_after_the_backbone(way, tmp_path):
     torch.testing.assert_close(engine.logits(ROWS, edits), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_change_of_offloaded_weights_is_noticed(tmp_path):
+def test_a_change_of_offloaded_weights_is_noticed(tmp_path: Path) -> None:
+    model: Any
     model, batch = Backbone(by_cpu(fresh("llama"), tmp_path)), rows("llama")
     engine = FrozenPast(model, batch, [SITE], Readout.at(batch))
     engine.logits(ROWS, {})
@@ -119,7 +124,7 @@ def test_a_change_of_offloaded_weights_is_noticed(tmp_path):
         engine.logits(ROWS, {})
 
 
-def test_twins_of_offloaded_models(tmp_path):
+def test_twins_of_offloaded_models(tmp_path: Path) -> None:
     for name in ("llama", "gpt2"):
         expected = reinitialised(fresh(name), 3)
         twin = reinitialised(by_disk(fresh(name), tmp_path / name), 3)
@@ -131,7 +136,7 @@ def test_twins_of_offloaded_models(tmp_path):
         reinitialised(chain, 0)
 
 
-def test_a_search(tmp_path):
+def test_a_search(tmp_path: Path) -> None:
     from tiny_sweeps import pairs
 
     torch.manual_seed(0)
@@ -149,11 +154,11 @@ def test_a_search(tmp_path):
         torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(same.losses), rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_without_weights_is_refused():
+def test_a_model_without_weights_is_refused() -> None:
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4))
     lab = Backbone(model)
-    given = {"input_ids": torch.tensor([[1, 2]])}
+    given: dict[str, Any] = {"input_ids": torch.tensor([[1, 2]])}
     for run in (
         lambda: lab.device,
         lambda: forward(lab, given, {}),
@@ -169,26 +174,26 @@ def test_a_model_without_weights_is_refused():
 
 
 class Doubled(nn.Module):
-    def forward(self, weight):
+    def forward(self, weight: Tensor) -> Any:
         return 2 * weight
 
 
-def double(_, __, out):
+def double(_: Any, __: Any, out: Any) -> Any:
     return 2 * out
 
 
-def replaced(head):
+def replaced(head: Any) -> None:
     own = type(head).forward
     head.forward = lambda x: 2 * own(head, x)
 
 
-def wrapped_as_accelerate_does(head):
+def wrapped_as_accelerate_does(head: Any) -> None:
     own = head.forward
     head._old_forward = own
     head.forward = lambda x: 2 * own(x)
 
 
-def parametrized(head):
+def parametrized(head: Any) -> None:
     parametrize.register_parametrization(head, "weight", Doubled())
 
 
@@ -196,7 +201,7 @@ class Quantised(nn.Parameter):
     pass
 
 
-def of_another_kind(head):
+def of_another_kind(head: Any) -> None:
     head.weight = Quantised(head.weight.detach() * 2)
 
 
@@ -212,7 +217,7 @@ WRAPPED = {
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("kind", WRAPPED)
-def test_a_head_that_is_not_plain_is_called(kind, before):
+def test_a_head_that_is_not_plain_is_called(kind: str, before: bool) -> None:
     if kind in ("replaced", "parametrized") and not before:
         pytest.skip("nnsight must see a replaced forward, and a changed class, first")
     plain, model, batch = fresh("llama"), fresh("llama"), rows("llama")

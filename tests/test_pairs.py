@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from subspace_lab.das.pairs import SURPLUS, Counterfactuals, Pairs
 from subspace_lab.model.batches import Batch
 
 
-def small(n: int = 4, **changes: object) -> Counterfactuals:
+def small(n: int = 4, **changes: Any) -> Counterfactuals:
     """Pairs of a plain module."""
     numbers = torch.arange(2.0 * n).view(n, 2)
     zeros = torch.zeros(n, dtype=torch.long)
@@ -69,7 +70,7 @@ def test_pairs_move_to_a_device_whole() -> None:
         ({"tokens": torch.tensor([7])}, r"\(1,\) tokens for 2 answers"),
     ],
 )
-def test_pairs_that_do_not_pair_are_refused(changes: dict[str, object], message: str) -> None:
+def test_pairs_that_do_not_pair_are_refused(changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**changes)
 
@@ -80,6 +81,7 @@ def test_pairs_that_do_not_pair_are_refused(changes: dict[str, object], message:
 def test_splits_keep_what_they_were_given() -> None:
     given = pairs(("v", "w"), task="letters")
     assert given.variables == ["v", "w"] and given.task == "letters"
+    assert isinstance(given.train, Counterfactuals)
     assert torch.equal(given.train.answer, counterfactuals(0, ("v", "w")).answer)
     assert torch.equal(given.dev.answer, counterfactuals(2, ("v", "w")).answer)
     assert torch.equal(given.test.answer, counterfactuals(1, ("v", "w")).answer)
@@ -90,10 +92,10 @@ def test_splits_keep_what_they_were_given() -> None:
 @pytest.mark.parametrize("which", ["train", "dev", "test"])
 def test_splits_that_do_not_belong_together_are_refused(which: str) -> None:
     with pytest.raises(ValueError, match=f"The {which} split has no pairs"):
-        pairs(**{which: counterfactuals(0).rows(torch.tensor([], dtype=torch.long))})
+        pairs(**{which: counterfactuals(0).rows(torch.tensor([], dtype=torch.long))})  # type: ignore[arg-type]
     other = "train" if which == "test" else which
     with pytest.raises(ValueError, match=f"The {other} split has the variables"):
-        pairs(**{which: counterfactuals(0, ("u",))})
+        pairs(**{which: counterfactuals(0, ("u",))})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"The (train|dev) split has the variables"):
         pairs(("v", "w"), **{which: counterfactuals(0, ("w", "v"))})  # their order is that of the parts
 
@@ -116,6 +118,7 @@ def _unchecked(**splits: object) -> Pairs:
 
 def told(data: Counterfactuals, index: Tensor) -> list[tuple[str, int]]:
     """Answers as (text, token)."""
+    assert data.tokens is not None
     return [(data.answers[i], int(data.tokens[i])) for i in index]
 
 
@@ -127,12 +130,16 @@ def test_splits_with_other_answers_get_one_list() -> None:
     test = replace(counterfactuals(1), base_answer=few, answer=few.flip(0), answers=("c", "x", "a"),
                    tokens=torch.tensor([9, 40, 7]))  # fmt: skip
     joined = Pairs(train, dev, test)
+    assert isinstance(joined.train, Counterfactuals)
     assert joined.train.answers == joined.dev.answers == joined.test.answers == (*LETTERS[::-1], "x")
     for before, after in ((train, joined.train), (dev, joined.dev), (test, joined.test)):
+        assert after.tokens is not None
+        assert isinstance(after, Counterfactuals)
         assert after.tokens.tolist() == [*range(18, 6, -1), 40]
         assert told(after, after.answer) == told(before, before.answer)
         assert told(after, after.base_answer) == told(before, before.base_answer)
         assert torch.equal(after.base.inputs["input_ids"], before.base.inputs["input_ids"])
+    assert test.tokens is not None
     assert train.answers == LETTERS[::-1] and test.tokens.tolist() == [
         9,
         40,
@@ -166,9 +173,11 @@ def doubled() -> Counterfactuals:
 def test_a_split_shares_no_pair_and_loses_none() -> None:
     data = doubled()
     found = Pairs.split(data, dev=0.2, test=0.3, seed=1, task="t")
+    assert isinstance(found.train, Counterfactuals)
     parts = [set(keys(split)) for split in (found.train, found.dev, found.test)]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
     assert [len(part) for part in parts] == [30, 12, 18]
+    assert isinstance(found.train, Counterfactuals)
     every = [key for split in (found.train, found.dev, found.test) for key in keys(split)]
     assert sorted(every) == sorted(keys(data)) and found.task == "t"
 
@@ -177,6 +186,7 @@ def test_a_split_is_its_seed() -> None:
     data = counterfactuals(0)
     one, same, other = (Pairs.split(data, seed=seed) for seed in (0, 0, 1))
     assert keys(one.dev) == keys(same.dev) != keys(other.dev)
+    assert isinstance(one.train, Counterfactuals)
     assert [len(one.train), len(one.dev), len(one.test)] == [36, 9, 15]
 
 
@@ -190,19 +200,22 @@ def test_padding_makes_no_pair_another() -> None:
     for seed in range(4):
         found = Pairs.split(data, dev=1 / 3, test=1 / 3, seed=seed)
         masks = [
-            split.base.inputs["attention_mask"].sum(1).tolist() for split in (found.train, found.dev, found.test)
+            split.base.inputs["attention_mask"].sum(1).tolist()  # type: ignore[union-attr]
+            for split in (found.train, found.dev, found.test)
         ]
         assert sorted(masks) == [[2, 2], [3], [3]]
 
 
 def test_pairs_of_a_plain_module_and_of_embeddings_are_split() -> None:
     found = Pairs.split(small(10), dev=0.2, test=0.2)
-    every = torch.cat([s.base.positional for s in (found.train, found.dev, found.test)])
-    assert torch.equal(every.sort(0).values, small(10).base.positional)
+    assert isinstance(found.train, Counterfactuals)
+    every = torch.cat([s.base.positional for s in (found.train, found.dev, found.test)])  # type: ignore[misc]
+    assert torch.equal(every.sort(0).values, small(10).base.positional)  # type: ignore[arg-type]
     states = torch.arange(60.0).view(10, 3, 2)
     batch = Batch({"inputs_embeds": states})
     data = replace(small(10), base=batch, sources={"v": batch})
     found = Pairs.split(data, dev=0.2, test=0.2)
+    assert isinstance(found.train, Counterfactuals)
     assert [len(found.train), len(found.dev), len(found.test)] == [6, 2, 2]
 
 
@@ -228,13 +241,14 @@ def changed(tensor: Tensor) -> Tensor:
 def variants(data: Counterfactuals) -> dict[str, Counterfactuals]:
     """The pairs with each of their tensors changed in one number."""
 
-    def in_batch(batch: Batch, **fields: object) -> Batch:
+    def in_batch(batch: Batch, **fields: Any) -> Batch:
         return replace(batch, **fields)
 
     ids, mask = data.base.inputs["input_ids"], data.base.inputs["attention_mask"]
     at = torch.ones(len(data), dtype=torch.long)
     source = data.sources["v"]
     named = replace(data, base=in_batch(data.base, columns={"name": at}))
+    assert data.tokens is not None
     return {
         "base ids": replace(
             data, base=in_batch(data.base, inputs={"input_ids": changed(ids), "attention_mask": mask})
@@ -266,7 +280,7 @@ def variants(data: Counterfactuals) -> dict[str, Counterfactuals]:
 def test_a_fingerprint_changes_with_every_tensor(which: str) -> None:
     data = counterfactuals(3, ("v", "w"))
     whole = pairs(("v", "w"))
-    given = {"train": whole.train, "dev": whole.dev, "test": whole.test, which: data}
+    given: dict[str, Any] = {"train": whole.train, "dev": whole.dev, "test": whole.test, which: data}
     found = {"as it is": Pairs(**given).fingerprint()}
     found |= {what: Pairs(**{**given, which: one}).fingerprint() for what, one in variants(data).items()}
     assert len(set(found.values())) == len(found), found
@@ -276,7 +290,7 @@ def test_a_fingerprint_changes_with_every_tensor(which: str) -> None:
 def test_a_fingerprint_is_of_the_data_alone() -> None:
     one, again = pairs(), pairs(task="another name")
     assert one.fingerprint() == again.fingerprint()
-    moved = {"train": one.dev, "dev": one.train, "test": one.test}
+    moved: dict[str, Any] = {"train": one.dev, "dev": one.train, "test": one.test}
     assert Pairs(**moved).fingerprint() != one.fingerprint()
     stream = pairs(train=lambda step: counterfactuals(step))
     assert stream.fingerprint() == pairs(train=lambda step: counterfactuals(9)).fingerprint() != one.fingerprint()
@@ -320,6 +334,7 @@ def crossed(n: int = 90, entities: int = 12) -> Counterfactuals:
 def test_splits_share_no_value_that_is_held_out(by: str | tuple[str, ...], seed: int) -> None:
     data = crossed(600)
     made = Pairs.split(data, by=by, seed=seed)
+    assert isinstance(made.train, Counterfactuals)
     splits = (made.train, made.dev, made.test)
 
     def values(split: Counterfactuals, name: str) -> set[str]:
@@ -370,6 +385,7 @@ def test_a_split_can_be_balanced_and_counts_what_leaves() -> None:
     data = replace(counterfactuals(0, n=200), answer=(torch.arange(200) % 5 == 0).long())
     made = Pairs.split(data, balance=True)
     lost = made.dropped[SURPLUS]
+    assert isinstance(made.train, Counterfactuals)
     assert lost == 200 - sum(map(len, (made.train, made.dev, made.test))) > 0
     assert f"left out: {lost} pairs, so that each answer" in repr(made) and "balance=False keeps them" in repr(
         made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,7 @@ def test_the_basis_and_its_gradient_are_those_of_a_projection_and_a_qr(moving: t
 
 
 def test_one_factorisation_serves_all_uses_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Any
     calls, true = [], orthonormal.thin_qr
     monkeypatch.setattr(orthonormal, "thin_qr", lambda a: calls.append(1) or true(a))
     values = {name: Affine(WIDTH, size, seed=0) for name, size in SIZES.items()}
@@ -143,7 +145,7 @@ def test_values_by_part_take_sources_of_their_own() -> None:
 def test_a_diagonal_writes_or_adds(write: bool) -> None:
     """h + Rᵀ(s ⊙ R h + b − c·R h), over the whole stream and in a subspace."""
     for subspace in (Axes(WIDTH), random_subspace(WIDTH, 3, 0), Axes(WIDTH, [4, 1])):
-        edit = Intervention(subspace, Diagonal(subspace.rank), write=write).double()
+        edit: Any = Intervention(subspace, Diagonal(subspace.rank), write=write).double()
         with torch.no_grad():
             edit.value.scale.copy_(states(subspace.rank))
             edit.value.bias.copy_(states(subspace.rank, seed=1))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import families as f
 import pytest
@@ -56,10 +58,21 @@ class Stream:
         return value
 
 
-def path_by_hand(name, model, base, source, sender, receiver, hold=(), *, lengths=LENGTHS, padding="right"):
+def path_by_hand(
+    name: str,
+    model: Any,
+    base: Any,
+    source: Any,
+    sender: Site,
+    receiver: Site,
+    hold: tuple[Any, ...] | list[Site] = (),
+    *,
+    lengths: tuple[int, ...] = LENGTHS,
+    padding: str = "right",
+) -> tuple[Tensor, Tensor]:
     """Two runs with hooks: the logits, and the base's own."""
 
-    def places(site):
+    def places(site: Site) -> list[Any]:
         length = base["input_ids"].shape[1]
         return [
             (row, position)
@@ -67,16 +80,16 @@ def path_by_hand(name, model, base, source, sender, receiver, hold=(), *, length
             for position in at
         ]
 
-    def columns(site, value):
+    def columns(site: Site, value: Tensor) -> list[Any]:
         spot = spot_of(name, site)
         return list(range(value.shape[-1])) if spot.columns is None else list(spot.columns)
 
-    def kept(given, site):
+    def kept(given: dict[str, Any], site: Site) -> Tensor:
         whole = spot_of(name, site)
         return f.capture(model, given, Spot(whole.path, whole.side))
 
-    def write(site, states):
-        def act(value):
+    def write(site: Site, states: Tensor) -> Callable[..., Any]:
+        def act(value: Tensor) -> None:
             for row, position in places(site):
                 at = columns(site, value)
                 value[row, position, at] = states[row, position, at]
@@ -99,7 +112,9 @@ def path_by_hand(name, model, base, source, sender, receiver, hold=(), *, length
         return edited, call(model, base)
 
 
-def path_of(lab, base, source, sender, receiver, hold=()):
+def path_of(
+    lab: Backbone, base: Any, source: Any, sender: Site, receiver: Site, hold: tuple[Any, ...] | list[Site] = ()
+) -> Tensor:
     """The same by the package."""
     path = Path(receiver, tuple(hold))
     path.check(lab, [sender])
@@ -128,7 +143,7 @@ PATHS = {
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "neox"])
 @pytest.mark.parametrize("which", PATHS)
-def test_a_path_is_what_hooks_make_of_it(name, which):
+def test_a_path_is_what_hooks_make_of_it(name: str, which: str) -> None:
     sender, receiver, *hold = map(Site.parse, PATHS[which])
     if name == "llama" and receiver.component == "value_output":
         receiver = Site("value_output", 1, "all", heads=1)
@@ -148,7 +163,7 @@ def test_a_path_is_what_hooks_make_of_it(name, which):
         assert differ(free[real], expected[real]) > 1e-5
 
 
-def test_with_everything_held_the_direct_path_adds_what_the_sender_changes():
+def test_with_everything_held_the_direct_path_adds_what_the_sender_changes() -> None:
     """In a residual stream without norms on it: h_receiver = h_base + (sender of the source − sender of the base)."""
     lab = Backbone(fresh("llama", torch.float64))
     base, source = (Batch.of(f.inputs("llama", seed=seed)) for seed in (0, 1))
@@ -166,7 +181,7 @@ def test_with_everything_held_the_direct_path_adds_what_the_sender_changes():
 # --- laws, by a sweep ---------------------------------------------------------------------------------------
 
 
-def scores(method: Method, at, **options) -> dict[str, Tensor]:
+def scores(method: Method, at: list[Any], **options: Any) -> dict[str, Tensor]:
     """{place: log odds by test pair}."""
     fits = swept(method, at, metrics=[log_odds], **options)
     assert not fits.failures
@@ -179,14 +194,14 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("site", ["block_output[0]@2", "head_output[1].heads(2)@all", "mlp_output[2]@last"])
-def test_with_the_sender_as_receiver_it_is_the_full_vector(site):
+def test_with_the_sender_as_receiver_it_is_the_full_vector(site: str) -> None:
     at = [Site.parse(site)]
     full = scores(FullVector(), at)
     assert same(scores(PathPatching(site), at), full)
     assert not torch.allclose(full[site], torch.zeros(()))
 
 
-def test_where_all_ways_pass_the_receiver_it_is_the_full_vector():
+def test_where_all_ways_pass_the_receiver_it_is_the_full_vector() -> None:
     """The answer is read from the last block's output at the last position, and from nothing else."""
     senders = [
         *list_sites(tiny(), positions=["2", "last"], layers=[0, 1]),
@@ -197,7 +212,7 @@ def test_where_all_ways_pass_the_receiver_it_is_the_full_vector():
     assert min(float(one.abs().max()) for one in full.values()) > 0.01
 
 
-def test_what_no_path_reaches_does_nothing():
+def test_what_no_path_reaches_does_nothing() -> None:
     sender = [Site("block_output", 0, "3")]
     nothing = {str(sender[0]): torch.zeros(60)}
     full = scores(FullVector(), sender)
@@ -209,7 +224,7 @@ def test_what_no_path_reaches_does_nothing():
     assert not same(scores(PathPatching("block_output[1]@last"), sender), nothing)
 
 
-def test_what_lies_not_between_is_not_held():
+def test_what_lies_not_between_is_not_held() -> None:
     """The receiver itself, what lies behind it, and what lies in front of the sender."""
     sender, receiver = [Site("mlp_output", 0, "last")], "head_output[1].heads(0,2)@last"
     free = scores(PathPatching(receiver), sender)
@@ -220,7 +235,7 @@ def test_what_lies_not_between_is_not_held():
 
 @pytest.mark.parametrize("hold", [(), (Site("mlp_output", 1),)])
 @pytest.mark.parametrize("receiver", ["query_output[2].heads(1)@last", "mlp_output[1]@all"])
-def test_the_frozen_past_and_plain_runs_agree(receiver, hold):
+def test_the_frozen_past_and_plain_runs_agree(receiver: str, hold: tuple[Site, ...]) -> None:
     data, path = counterfactuals(1), Path(Site.parse(receiver), hold)
     sender = Site("block_output", 0, "2")
     edits = [{sender: interchange(Axes(32))}, {sender: interchange(Axes(32))}]
@@ -239,7 +254,7 @@ def test_the_frozen_past_and_plain_runs_agree(receiver, hold):
     assert not torch.allclose(runs[0].logits, runs[0].unedited)
 
 
-def test_two_variables_at_sites_of_their_own_send_together():
+def test_two_variables_at_sites_of_their_own_send_together() -> None:
     two = pairs(("a", "b"))
     at = [{"a": Site("block_output", 0, "2"), "b": Site("mlp_output", 1, "4")}]
     full, along = (scores(m, at, pairs=two) for m in (FullVector(), PathPatching("block_output[2]@last")))
@@ -248,10 +263,10 @@ def test_two_variables_at_sites_of_their_own_send_together():
         swept(PathPatching("block_output[2]@last"), pairs=two)
 
 
-def test_answers_of_several_tokens():
+def test_answers_of_several_tokens() -> None:
     spelled = torch.tensor([[7 + i % 3, 20 + i] for i in range(12)])
-    splits = {"train": 0, "dev": 2, "test": 1}
-    data = pairs(**{s: replace(counterfactuals(n), tokens=spelled, whole=True) for s, n in splits.items()})
+    splits: dict[str, Any] = {"train": 0, "dev": 2, "test": 1}
+    data = pairs(**{s: replace(counterfactuals(n), tokens=spelled, whole=True) for s, n in splits.items()})  # type: ignore[arg-type]
     full, along = (scores(m, SITES, pairs=data) for m in (FullVector(), PathPatching("block_output[2]@last")))
     # Tokens behind the prompt also read the sender's state through their own attention, which is no path by its end.
     assert not same(full, along)
@@ -264,7 +279,7 @@ def ragged(seed: int, ids: int | None = None) -> Batch:
     return Batch({"input_ids": tokens * mask, "attention_mask": mask})
 
 
-def test_rows_of_different_lengths():
+def test_rows_of_different_lengths() -> None:
     data = replace(counterfactuals(1), base=ragged(3), sources={"v": ragged(4)})
     unequal = pairs(train=data, dev=data, test=data)
     at = [Site("block_output", 0, "all")]
@@ -297,25 +312,27 @@ def test_rows_of_different_lengths():
         ("block_output[0]@last", "block_output[1]@subject", "subject"),
     ],
 )
-def test_receivers_that_no_path_reaches_are_refused(sender, receiver, said, monkeypatch):
+def test_receivers_that_no_path_reaches_are_refused(
+    sender: str, receiver: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(PathPatching, "learner", None)  # before anything is fitted
     with pytest.raises((ValueError, KeyError), match=said):
         swept(PathPatching(receiver), [Site.parse(sender)])
 
 
-def test_a_hold_that_the_model_has_not_is_refused():
+def test_a_hold_that_the_model_has_not_is_refused() -> None:
     with pytest.raises(IndexError, match="layer 7"):
         swept(PathPatching("block_output[2]@last", hold="mlp_output[7]@all"))
 
 
-def test_what_is_no_site_is_refused():
+def test_what_is_no_site_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing to run"):
         PathPatching([])
     with pytest.raises(ValueError, match="Unknown component"):
         PathPatching("blocks[1]@last")
 
 
-def test_several_receivers_are_several_methods():
+def test_several_receivers_are_several_methods() -> None:
     both = PathPatching(
         ["block_output[1]@last", Site("mlp_output", 2, "last")], hold=list_sites(tiny(), "head_output")
     )
@@ -334,7 +351,7 @@ def test_several_receivers_are_several_methods():
     assert not any(same(alone[i], alone[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
-def test_it_is_saved_read_and_sent(tmp_path):
+def test_it_is_saved_read_and_sent(tmp_path: Any) -> None:
     method = PathPatching("head_output[2].heads(1)@last", hold=["mlp_output[1]@all"])
     fits = swept(method, metrics=[iia, log_odds], out=tmp_path / "run")
     read = Fits.load(tmp_path / "run")
@@ -355,6 +372,6 @@ class Trained(DAS):
         return super().learner(problem)
 
 
-def test_a_trained_method_takes_no_path():
+def test_a_trained_method_takes_no_path() -> None:
     with pytest.raises(TypeError, match="not trained along it"):
         swept(Trained(2))

@@ -1,13 +1,14 @@
 """Readouts and the plain run: the logits are the model's own at the places that were asked for."""
 
 import itertools
+from typing import Any
 
 import families
 import pytest
 import torch
 import transformers
 from families import DECODERS, ENCODERS, LAYERS, TRANSFORMERS, WIDTH, call, exact, inputs
-from torch import nn
+from torch import Tensor, nn
 
 from subspace_lab.core.interventions import interchange, loreft
 from subspace_lab.core.sites import Site
@@ -34,7 +35,7 @@ def fresh(name: str) -> nn.Module:
 
 
 def make_batch(name: str, padding: str = "right") -> Batch:
-    more = {"decoder_lengths": DECODER_LENGTHS} if name == "t5" else {}
+    more: Any = {"decoder_lengths": DECODER_LENGTHS} if name == "t5" else {}
     return Batch(inputs(name, 4, 9, 0, lengths=LENGTHS, padding=padding, **more))
 
 
@@ -46,35 +47,47 @@ def whole_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
 # --- where logits are read --------------------------------------------------------------------------------------
 
 
-def test_positions_of_the_prompt():
+def test_positions_of_the_prompt() -> None:
     batch = Batch(make_batch("llama", "left").inputs, prompt_lengths=torch.tensor([6, 4, 5, 1]))
     readout = Readout.at(batch, "last", TOKENS)
+    assert readout.index is not None
     assert readout.index.tolist() == [[5], [8], [6], [3]] and readout.valid is None
+    assert readout.tokens is not None
     assert readout.tokens.tolist() == TOKENS
     ragged = Readout.at(batch, "l2")
+    assert ragged.index is not None
     assert ragged.index[ragged.valid].tolist() == [4, 5, 7, 8, 5, 6, 3]
-    assert ragged.rows(torch.tensor([3, 3])).valid.tolist() == [ragged.valid[3].tolist()] * 2
+    assert ragged.valid is not None
+    twice = ragged.rows(torch.tensor([3, 3])).valid
+    assert twice is not None
+    assert twice.tolist() == [ragged.valid[3].tolist()] * 2
     assert Readout.at(Batch.of(torch.zeros(3, 4))).index is None
 
 
-def test_positions_of_a_decoder_of_its_own():
+def test_positions_of_a_decoder_of_its_own() -> None:
     """The last token of an encoder-decoder is the decoder's."""
     batch = Batch(make_batch("t5").inputs, prompt_lengths=torch.tensor([3, 2, 1, 2]))
-    assert Readout.at(batch, "last").index[:, 0].tolist() == [n - 1 for n in DECODER_LENGTHS]
+    last = Readout.at(batch, "last").index
+    assert last is not None
+    assert last[:, 0].tolist() == [n - 1 for n in DECODER_LENGTHS]
 
 
-def test_targets_are_what_comes_next():
+def test_targets_are_what_comes_next() -> None:
     labels = torch.tensor([[-100, -100, 5, 6, -100], [9, 8, -100, -100, 4], [-100, -100, -100, -100, -100]])
     readout, targets = Readout.before_labels(labels)
     # The label of the first column has nothing before it.
+    assert readout.valid is not None
     assert readout.valid.tolist() == [[True, True], [True, True], [False, False]]
+    assert readout.index is not None
     assert readout.index[:2].tolist() == [[1, 2], [0, 3]]
     assert targets.tolist() == [[5, 6], [8, 4], [-100, -100]]
-    assert readout.rows(torch.tensor([1])).index.tolist() == [[0, 3]]
+    second = readout.rows(torch.tensor([1])).index
+    assert second is not None
+    assert second.tolist() == [[0, 3]]
 
 
 @pytest.mark.parametrize("labels", [torch.full((2, 3), -100), torch.tensor([[5, -100], [4, -100]])])
-def test_labels_that_leave_nothing_to_learn_are_refused(labels):
+def test_labels_that_leave_nothing_to_learn_are_refused(labels: Tensor) -> None:
     with pytest.raises(ValueError, match="nothing is left to learn"):
         Readout.before_labels(labels)
 
@@ -87,10 +100,11 @@ def own_positions(batch: Batch) -> dict:
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_the_loss_is_the_model_s_own(name, padding):
+def test_the_loss_is_the_model_s_own(name: str, padding: str) -> None:
     batch = make_batch(name, padding)
     labels = batch.inputs["input_ids"].masked_fill(batch.inputs["attention_mask"] == 0, -100)
-    real, lengths = batch.real_tokens(), batch.real_tokens().sum(1)
+    real, lengths = batch.real_tokens(), batch.real_tokens().sum(1)  # type: ignore[union-attr]
+    assert real is not None
     answer = (real.long().cumsum(1) - 1) >= (lengths - torch.tensor([1, 3, 2, 4]))[:, None]
     labels = labels.masked_fill(~answer, -100)
     model = build(name)
@@ -109,7 +123,7 @@ def test_the_loss_is_the_model_s_own(name, padding):
 
 @pytest.mark.parametrize("tokens", [None, TOKENS, [5]], ids=["vocabulary", "answers", "one"])
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_logits_are_the_model_s(name, tokens):
+def test_logits_are_the_model_s(name: str, tokens: list[int] | None) -> None:
     """For heads with softcaps, scales, biases and transforms before them."""
     model, batch = build(name), make_batch(name)
     expected = whole_logits(model, batch)
@@ -118,6 +132,7 @@ def test_logits_are_the_model_s(name, tokens):
         readout = Readout.at(batch, positions, tokens)
         run = PlainEngine(Backbone(model), batch, readout)
         found = run.logits(ROWS, {})
+        assert readout.index is not None
         index = readout.index[ROWS]
         wanted = torch.stack([expected[row, index[i]] for i, row in enumerate(ROWS)])
         assert found.shape == wanted.shape
@@ -126,8 +141,9 @@ def test_logits_are_the_model_s(name, tokens):
         assert not found.requires_grad
 
 
-def test_softcap_and_bias_matter():
+def test_softcap_and_bias_matter() -> None:
     """The odd heads are odd here: what the head gives alone is not what the model gives."""
+    model: Any
     model, batch = build("gemma2"), make_batch("gemma2")
     leaving = []
     handle = model.get_output_embeddings().register_forward_hook(lambda m, args, out: leaving.append(out))
@@ -136,25 +152,27 @@ def test_softcap_and_bias_matter():
     cap = model.config.final_logit_softcapping
     assert torch.allclose(logits, cap * torch.tanh(leaving[0] / cap), atol=1e-5)
     assert not torch.allclose(logits, leaving[0], atol=1e-3)
-    assert build("bert").get_output_embeddings().bias.norm() > 0.1
+    bert: Any = build("bert")
+    assert bert.get_output_embeddings().bias.norm() > 0.1
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_plain_heads_are_known_as_such(name):
-    assert Head.of(Backbone(build(name))).narrow
+def test_plain_heads_are_known_as_such(name: str) -> None:
+    assert Head.of(Backbone(build(name))).narrow  # type: ignore[union-attr]
 
 
-def count_head(model: nn.Module) -> list[tuple[int, ...]]:
+def count_head(model: Any) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     linear = nn.functional.linear
     weight = model.get_output_embeddings().weight
 
-    def counted(value, matrix, bias=None):
+    def counted(value: Any, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         if matrix is weight or len(matrix) in (60, len(TOKENS)):
             shapes.append((*value.shape[:-1], len(matrix)))
         return linear(value, matrix, bias)
 
-    nn.functional.linear = counted
+    functional: Any = nn.functional
+    functional.linear = counted
     try:
         batch = make_batch("llama")
         PlainEngine(Backbone(model), batch, Readout.at(batch, "l2", TOKENS)).logits(ROWS, {})
@@ -163,16 +181,17 @@ def count_head(model: nn.Module) -> list[tuple[int, ...]]:
     return shapes
 
 
-def test_the_head_computes_what_is_read_and_no_more():
+def test_the_head_computes_what_is_read_and_no_more() -> None:
     assert count_head(build("llama")) == [(4, 2, len(TOKENS))]
 
 
 class Doubled(nn.Linear):
-    def forward(self, x):
+    def forward(self, x: Any) -> Tensor:
         return 2 * super().forward(x)
 
 
-def test_heads_of_another_kind_are_run_as_they_are():
+def test_heads_of_another_kind_are_run_as_they_are() -> None:
+    model: Any
     model, batch = fresh("llama"), make_batch("llama")
     head = Doubled(WIDTH, 60, bias=False).double()
     head.load_state_dict(model.lm_head.state_dict())
@@ -180,14 +199,15 @@ def test_heads_of_another_kind_are_run_as_they_are():
     model.set_output_embeddings(head)
     readout = Readout.at(batch, "last", TOKENS)
     backbone = Backbone(model)
-    assert head_hook(backbone, readout).side == "input"
+    assert head_hook(backbone, readout).side == "input"  # type: ignore[union-attr]
     found = PlainEngine(backbone, batch, readout).logits(torch.arange(4), {})
     last = plain[torch.arange(4), torch.tensor(LENGTHS) - 1][:, None]
     assert torch.allclose(found, 2 * last[..., TOKENS], atol=1e-5)
     assert count_head(model) == [(4, 2, 60)], "fewer positions even so"
 
 
-def test_hooks_on_the_head_are_obeyed():
+def test_hooks_on_the_head_are_obeyed() -> None:
+    model: Any
     model, batch = fresh("llama"), make_batch("llama")
     bias = torch.linspace(-1, 1, 60)
     model.lm_head.register_forward_hook(lambda m, args, out: out + bias)
@@ -197,7 +217,7 @@ def test_hooks_on_the_head_are_obeyed():
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.is_gradient_checkpointing.:FutureWarning")  # peft's
-def test_an_adapted_head():
+def test_an_adapted_head() -> None:
     """peft wraps the head: its low-rank part counts."""
     peft = pytest.importorskip("peft")
     model, batch = fresh("llama"), make_batch("llama")
@@ -209,7 +229,7 @@ def test_an_adapted_head():
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
     backbone = Backbone(adapted)
     readout = Readout.at(batch, "last", TOKENS)
-    assert head_hook(backbone, readout).side == "input"
+    assert head_hook(backbone, readout).side == "input"  # type: ignore[union-attr]
     expected = whole_logits(adapted, batch)
     assert (expected - plain).norm() > plain.norm() * 0.1
     at = torch.arange(4), torch.tensor(LENGTHS) - 1
@@ -223,7 +243,7 @@ def test_an_adapted_head():
 
 
 @pytest.mark.parametrize("tokens", [[5], TOKENS])
-def test_a_bias_behind_the_head(tokens):
+def test_a_bias_behind_the_head(tokens: list[int]) -> None:
     """BART adds one of the vocabulary's size to what the head gives."""
     config = transformers.BartConfig(
         vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
@@ -235,14 +255,14 @@ def test_a_bias_behind_the_head(tokens):
         model = transformers.BartForConditionalGeneration(config).eval()
     model.final_logits_bias.copy_(torch.linspace(-3, 3, 60))
     backbone, batch = Backbone(model), make_batch("t5")
-    assert not Head.of(backbone).narrow
+    assert not Head.of(backbone).narrow  # type: ignore[union-attr]
     readout = Readout.at(batch, "last", tokens)
     found = PlainEngine(backbone, batch, readout).logits(torch.arange(4), {})
     expected = whole_logits(model, batch)[torch.arange(4), torch.tensor(DECODER_LENGTHS) - 1][:, None, tokens]
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_models_without_a_head_are_read_whole():
+def test_models_without_a_head_are_read_whole() -> None:
     out = call(build("mlp"), given := inputs("mlp", 4, dtype=torch.float64))
     batch = Batch.of(given)
     run = PlainEngine(Backbone(build("mlp")), batch, Readout.at(batch))
@@ -251,8 +271,8 @@ def test_models_without_a_head_are_read_whole():
     assert torch.allclose(chosen.logits(ROWS, {}), out[ROWS][:, [4, 1]])
 
 
-def test_classifiers_are_read_whole():
-    config = transformers.BertConfig(
+def test_classifiers_are_read_whole() -> None:
+    config = transformers.BertConfig(  # type: ignore[call-arg]
         vocab_size=60,
         hidden_size=16,
         intermediate_size=16,
@@ -269,7 +289,7 @@ def test_classifiers_are_read_whole():
 
 
 @pytest.mark.parametrize("more", [{"logits_to_keep": 1}, {"labels": torch.zeros(4, 9, dtype=torch.long)}], ids=str)
-def test_inputs_that_shape_the_model_s_own_logits_and_loss(more):
+def test_inputs_that_shape_the_model_s_own_logits_and_loss(more: dict[str, Any]) -> None:
     batch = make_batch("llama")
     readout = Readout.at(batch, "2", TOKENS)
     backbone = Backbone(build("llama"))
@@ -278,17 +298,19 @@ def test_inputs_that_shape_the_model_s_own_logits_and_loss(more):
     assert torch.equal(found, expected)
 
 
-def test_a_cache_among_the_inputs_is_refused():
+def test_a_cache_among_the_inputs_is_refused() -> None:
     batch = make_batch("llama")
     given = Batch({**batch.inputs, "past_key_values": transformers.DynamicCache()})
     with pytest.raises(ValueError, match="cache among the inputs"):
         PlainEngine(Backbone(build("llama")), given, Readout.at(batch, "last"))
 
 
-def test_labels_that_a_decoder_starts_from():
+def test_labels_that_a_decoder_starts_from() -> None:
     model, batch = build("t5"), make_batch("t5")
     labels = batch.inputs["decoder_input_ids"].roll(-1, 1)
-    given = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")} | {"labels": labels}
+    given: dict[str, Any] = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")} | {
+        "labels": labels
+    }
     with torch.no_grad():
         expected = model(**given).logits[ROWS, 2][:, TOKENS]
     readout = Readout(torch.full((4, 1), 2), None, torch.tensor(TOKENS))
@@ -300,7 +322,7 @@ def test_labels_that_a_decoder_starts_from():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", *ENCODERS, "t5"])
-def test_edits_and_gradients_are_those_of_forward(name):
+def test_edits_and_gradients_are_those_of_forward(name: str) -> None:
     backbone, batch = Backbone(build(name)), make_batch(name)
     stack = "decoder." if name == "t5" else ""
     site = Site(f"{stack}block_output", LAYERS - 2, "last")
@@ -312,6 +334,7 @@ def test_edits_and_gradients_are_those_of_forward(name):
         sources = {site: states[site][ROWS]} if edit.needs_source else {}
         part = batch.rows(ROWS)
         whole = forward(backbone, part, {site: edit}, sources=sources).logits
+        assert readout.index is not None
         expected = whole[torch.arange(4), readout.index[ROWS, 0]][:, TOKENS]
         found = run.logits(ROWS, {site: edit}, sources)[:, 0]
         gradients = [torch.autograd.grad(out.square().sum(), list(edit.parameters())) for out in (found, expected)]
@@ -322,7 +345,7 @@ def test_edits_and_gradients_are_those_of_forward(name):
 
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("tokens", [None, TOKENS])
-def test_an_edited_head_is_run_whole(side, tokens):
+def test_an_edited_head_is_run_whole(side: str, tokens: list[int] | None) -> None:
     """It cannot be narrowed to the rows that are read and be edited as a whole at once."""
     backbone, batch = Backbone(build("llama")), make_batch("llama", "left")
     site = Site(f"lm_head.{side}", None, "last")
@@ -335,7 +358,7 @@ def test_an_edited_head_is_run_whole(side, tokens):
     assert not torch.allclose(found, whole_logits(backbone.model, batch.rows(ROWS))[:, -1][:, tokens or ...])
 
 
-def test_sources_of_ragged_positions_fit_any_rows():
+def test_sources_of_ragged_positions_fit_any_rows() -> None:
     """Row 1 has 4 tokens, the data set 9: its states come as they were cut from the whole."""
     backbone, batch = Backbone(build("llama")), make_batch("llama")
     site = Site("block_output", 0, "all")
@@ -352,7 +375,7 @@ def test_sources_of_ragged_positions_fit_any_rows():
 
 
 @pytest.mark.parametrize("edited", ["in place", "replaced"])
-def test_positions_follow_the_data(edited):
+def test_positions_follow_the_data(edited: str) -> None:
     """Nothing is kept of a data set that has changed since."""
     backbone, batch = Backbone(build("llama")), make_batch("llama")
     readout = Readout.at(batch, "0")
@@ -362,14 +385,15 @@ def test_positions_follow_the_data(edited):
     run.logits(ROWS, edits)
     mask = batch.inputs["attention_mask"]
     if edited == "replaced":
-        batch.inputs["attention_mask"] = mask = mask.clone()
+        batch.inputs["attention_mask"] = mask = mask.clone()  # type: ignore[index]
     mask[:, 3:] = 0
     fresh_run = PlainEngine(backbone, batch, run.readout)
     assert torch.equal(run.logits(ROWS, edits), fresh_run.logits(ROWS, edits))
+    assert readout.index is not None
     assert readout.index.tolist() == [[0]] * 4
 
 
-def test_the_base_model_is_left_as_it_was():
+def test_the_base_model_is_left_as_it_was() -> None:
     model, batch = fresh("llama"), make_batch("llama")
     flags = [i % 3 > 0 for i, _ in enumerate(model.parameters())]
     for parameter, flag in zip(model.parameters(), flags, strict=True):
@@ -377,7 +401,7 @@ def test_the_base_model_is_left_as_it_was():
     run = PlainEngine(Backbone(model), batch, Readout.at(batch, "last"))
     site = Site("block_output", 1, "last")
 
-    def failing(states):
+    def failing(states: Tensor) -> Any:
         raise ZeroDivisionError
 
     run.logits(ROWS, {site: loreft(WIDTH, 2, seed=0)}).sum().backward()
@@ -388,7 +412,7 @@ def test_the_base_model_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_rows_come_in_any_order_and_number():
+def test_rows_come_in_any_order_and_number() -> None:
     backbone, batch = Backbone(build("gpt2")), make_batch("gpt2", "left")
     run = PlainEngine(backbone, batch, Readout.at(batch, "last", TOKENS))
     single = torch.cat([run.logits(torch.tensor([i]), {}) for i in range(4)])

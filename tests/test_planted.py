@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_corners_are_as_far_from_each_other_and_have_variance_1(rank: int) -> No
 
 
 def test_the_regression_reads_its_subspace_and_nothing_else() -> None:
-    planted = planted_regression(3)
+    planted: Any = planted_regression(3)
     data = planted.pairs.test
     inputs, expected = data.base.positional, data.base_answer
     torch.testing.assert_close(
@@ -83,6 +84,7 @@ def test_the_regression_reads_its_subspace_and_nothing_else() -> None:
     )
     # The stream is an isometric copy, in which every direction has variance 1.
     stream = planted.model.embed(inputs)
+    assert inputs is not None
     torch.testing.assert_close(stream.norm(dim=1), inputs.norm(dim=1))
     assert (stream.var(0) - 1).abs().max() < 0.3
     # Without the planted coordinates all outputs are 1 / C, whatever the rest is.
@@ -101,8 +103,10 @@ def test_seeds_differ_and_repeat() -> None:
     one, same, other = planted_regression(1), planted_regression(1), planted_regression(2)
     assert one.pairs.fingerprint() == same.pairs.fingerprint() != other.pairs.fingerprint()
     assert torch.equal(one.basis, same.basis) and not torch.equal(one.basis, other.basis)
+    assert callable(one.pairs.train)
+    assert callable(other.pairs.train)
     streams = [one.pairs.train(0), one.pairs.train(1), other.pairs.train(0), one.pairs.dev, one.pairs.test]
-    rows = {tuple(row) for pairs in streams for row in pairs.base.positional.tolist()}
+    rows = {tuple(row) for pairs in streams for row in pairs.base.positional.tolist()}  # type: ignore[union-attr]
     assert len(rows) == sum(len(pairs) for pairs in streams)
 
 
@@ -183,6 +187,7 @@ def test_the_variable_is_nowhere_else() -> None:
         one, other = (of[after][:, place] @ planted.basis.T for of in states)
         return float((one - other).norm(dim=1).max())
 
+    assert layer is not None
     assert max(differ(after) for after in range(layer + 1)) < 1e-5 and differ(layer + 1) > 0.5
     for at in range(LAYERS):
         for position in {0, 1, place, LENGTH - 1}:
@@ -194,7 +199,7 @@ def test_the_variable_is_nowhere_else() -> None:
 
 
 def test_the_decoder_is_a_stock_model(tmp_path: Path) -> None:
-    planted = planted_decoder(4)
+    planted: Any = planted_decoder(4)
     planted.model.save_pretrained(tmp_path)
     again = LlamaForCausalLM.from_pretrained(tmp_path)
     ids = planted.pairs.dev.base.inputs["input_ids"]

@@ -1,9 +1,13 @@
 """Positions: the grammar, and `locate` against a slow oracle in plain Python for any padding."""
 
+from collections.abc import Callable
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
+from torch import Tensor
 
 from subspace_lab.core.positions import locate, names, normalise, prompt_columns
 
@@ -14,24 +18,26 @@ class Outside(Exception):
     """A single position that a row has not."""
 
 
-def one(at, n):
+def one(at: int, n: int) -> set[Any]:
     if not -n <= at < n:
         raise Outside
     return {at % n}
 
 
-def shortened(p, s, n):
+def shortened(p: int, s: int, n: int) -> tuple[int, int]:
     """Wu et al. 2024 for prompts shorter than p + s."""
     return (min(p, n // 2), min(s, -(-n // 2))) if n < p + s else (p, s)
 
 
-def ends(side, count, item=None, partner=0):
+def ends(
+    side: str, count: int, item: Any = None, partner: int = 0
+) -> tuple[str, Callable[..., set[Any]], tuple[int, ...]]:
     """(text, meaning, claims): claims are the lengths of prefix and suffix that the term speaks of."""
     other = "l" if side == "f" else "f"
     text = f"{side}{count}" + ("" if item is None else f"[{item}]") + (f"({other}{partner})" if partner else "")
     claims = (count, partner) if side == "f" else (partner, count)
 
-    def meaning(n, row, claimed):
+    def meaning(n: int, row: int, claimed: tuple[int, int]) -> set[Any]:
         p, s = shortened(*claimed, n)
         if n >= sum(claimed):
             p, s = (count, count)
@@ -44,7 +50,7 @@ def ends(side, count, item=None, partner=0):
     return text, meaning, claims
 
 
-def simple(text, meaning):
+def simple(text: str, meaning: Callable[..., Any]) -> tuple[str, Callable[..., Any], tuple[int, int]]:
     return text, lambda n, row, claimed: meaning(n, row), (0, 0)
 
 
@@ -53,7 +59,7 @@ COUNTS = st.integers(0, 9)
 COLUMNS = ("subject", "verbs")
 
 
-def slices(bounds):
+def slices(bounds: Any) -> tuple[str, Callable[..., Any], tuple[int, int]]:
     start, stop = bounds
     text = f"{'' if start is None else start}:{'' if stop is None else stop}"
     return simple(text, lambda n, row: set(range(n)[start:stop]))
@@ -75,7 +81,9 @@ TERMS = st.one_of(
 
 
 @st.composite
-def batches(draw):
+def batches(
+    draw: Callable[..., Any],
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor], list[dict[str, set[Any]]]]:
     """Masks of any pattern, prompts, and two columns: (rows,) with −1 for none, and (rows, 3)."""
     rows, width = draw(st.integers(1, 4)), draw(st.integers(1, 12))
     kind = draw(st.sampled_from(["right", "left", "mixed", "any"]))
@@ -99,7 +107,9 @@ def batches(draw):
     return torch.tensor(masks), None if prompts is None else torch.tensor(prompts), columns, named
 
 
-def expected(terms, real, prompts, named):
+def expected(
+    terms: list[Any], real: Tensor, prompts: Tensor | None, named: list[dict[str, set[Any]]]
+) -> list[list[Any]]:
     """For each row, the columns of the padded batch."""
     claimed = (max(t[2][0] for t in terms), max(t[2][1] for t in terms))
     found = []
@@ -113,7 +123,9 @@ def expected(terms, real, prompts, named):
 
 @settings(max_examples=400)
 @given(batches(), st.lists(TERMS, min_size=1, max_size=4))
-def test_locate_agrees_with_the_oracle(batch, terms):
+def test_locate_agrees_with_the_oracle(
+    batch: tuple[Tensor, Tensor | None, dict[str, Tensor], list[dict[str, set[Any]]]], terms: list[Any]
+) -> None:
     real, prompts, columns, named = batch
     text = "+".join(term[0] for term in terms)
     try:
@@ -136,7 +148,7 @@ def test_locate_agrees_with_the_oracle(batch, terms):
     assert bool(((index >= 0) & (index < real.shape[1])).all())
 
 
-def test_the_oracle_sees_differences():
+def test_the_oracle_sees_differences() -> None:
     """Specs whose meanings are close: the oracle (and so the test above) tells them apart."""
     real = torch.tensor([[True, True, True, False], [False, False, True, True]])
     seen = {}
@@ -159,7 +171,7 @@ def test_the_oracle_sees_differences():
     }
 
 
-def test_the_papers_rule_for_short_prompts():
+def test_the_papers_rule_for_short_prompts() -> None:
     """n 1 to 40 in one batch; p and s 0 to 11, of which the authors use up to 7 + 7 and 11."""
     real = torch.arange(40)[None] < torch.arange(1, 41)[:, None]
     for p in range(12):
@@ -178,7 +190,7 @@ def test_the_papers_rule_for_short_prompts():
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.lists(TERMS, min_size=1, max_size=3))
-def test_left_and_right_padding_mean_the_same_tokens(lengths, terms):
+def test_left_and_right_padding_mean_the_same_tokens(lengths: list[int], terms: list[Any]) -> None:
     width = max(lengths) + 2
     steps, n = torch.arange(width)[None], torch.tensor(lengths)[:, None]
     right, left = steps < n, steps >= width - n
@@ -199,7 +211,7 @@ def test_left_and_right_padding_mean_the_same_tokens(lengths, terms):
 # --- prompts, columns ---------------------------------------------------------------------------------------
 
 
-def test_last_is_the_last_token_of_the_prompt():
+def test_last_is_the_last_token_of_the_prompt() -> None:
     """Not the answer's, not the one before it: with prompts of 2, 4 and 1 tokens and answers behind them."""
     real = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]).bool()
     prompts = torch.tensor([2, 4, 1])
@@ -212,7 +224,7 @@ def test_last_is_the_last_token_of_the_prompt():
     assert lengths.tolist() == [2, 4, 1] and order[2, :3].tolist() == [3, 4, 5]
 
 
-def test_named_columns():
+def test_named_columns() -> None:
     real = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]]).bool()
     columns = {"subject": torch.tensor([2, 0]), "words": torch.tensor([[1, 0], [1, -1]])}
     index, valid = locate("subject", real, columns=columns)
@@ -251,13 +263,13 @@ def test_named_columns():
         ("l2[1]", "l2[1]"),
     ],
 )
-def test_what_people_write_has_one_text(given_as, text):
+def test_what_people_write_has_one_text(given_as: Any, text: str) -> None:
     assert normalise(given_as) == text
     assert normalise(text) == text
 
 
 @given(st.lists(TERMS, min_size=1, max_size=5), st.text(" ", max_size=3))
-def test_text_of_a_spec_is_stable(terms, space):
+def test_text_of_a_spec_is_stable(terms: list[Any], space: str) -> None:
     text = "+".join(term[0] for term in terms)
     assert normalise(f"{space}+{space}".join(term[0] for term in terms)) == text == normalise(normalise(text))
     assert names(text) == tuple(term[0] for term in terms if term[0] in COLUMNS)
@@ -271,7 +283,7 @@ def test_text_of_a_spec_is_stable(terms, space):
 @example("f1()")
 @example("+")
 @example("1:2:3")
-def test_text_is_refused_or_understood(text):
+def test_text_is_refused_or_understood(text: str) -> None:
     """Nothing that `normalise` lets through fails later for want of a meaning."""
     try:
         spec = normalise(text)
@@ -304,12 +316,12 @@ def test_text_is_refused_or_understood(text):
         [],
     ],
 )
-def test_what_is_no_spec_is_refused(wrong):
+def test_what_is_no_spec_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match=r"is not understood; needed is all, first, last, f3"):
         normalise(wrong)
 
 
-def test_other_refusals():
+def test_other_refusals() -> None:
     with pytest.raises(ValueError, match="True is not a position"):
         normalise(True)
     with pytest.raises(ValueError, match="slices of positions have no step"):

@@ -218,7 +218,7 @@ def shorten_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
+def test_python_blocks_run_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shorten_training(monkeypatch)
     space = yours()
@@ -230,7 +230,9 @@ def test_python_blocks_run_from_top_to_bottom(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "command", dict.fromkeys(c for page in PAGES for c in commands(page)), ids=lambda c: c[:40]
 )
-def test_commands_run(command, stand_ins, tmp_path, monkeypatch):
+def test_commands_run(
+    command: str, stand_ins: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if any(re.fullmatch(pattern, command) for pattern in ELSEWHERE):
         return
     monkeypatch.chdir(tmp_path)
@@ -242,7 +244,7 @@ def test_commands_run(command, stand_ins, tmp_path, monkeypatch):
     assert any((tmp_path / words[words.index("--out") + 1]).iterdir())
 
 
-def test_there_are_blocks_and_every_language_is_known():
+def test_there_are_blocks_and_every_language_is_known() -> None:
     found = [language for page in PAGES for language, _, _ in blocks(page)]
     assert found.count("python") >= 3 and found.count("bash") >= 4
     assert set(found) <= {"python", "bash", *SHOWN}
@@ -263,14 +265,14 @@ def pages_run_elsewhere() -> set[str]:
     return found
 
 
-def test_every_page_with_python_is_run():
+def test_every_page_with_python_is_run() -> None:
     """Also one that somebody adds later."""
     pages = [path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]]
     python = {page for page in pages if "python" in {language for language, _, _ in blocks(page)}}
     assert len(python) >= 6 and python <= {*PAGES, *pages_run_elsewhere()}
 
 
-def test_nothing_stands_in_for_a_name_that_the_text_does_not_use():
+def test_nothing_stands_in_for_a_name_that_the_text_does_not_use() -> None:
     python = "\n".join(text for page in PAGES for language, _, text in blocks(page) if language == "python")
     assert {name for name in yours() if not re.search(rf"\b{name}\b", python)} == set()
     words = {word for page in PAGES for command in commands(page) for word in shlex.split(command)}

@@ -3,27 +3,30 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from families import build, fresh, inputs
 from test_reft_composition import QUICK, answering, logits
+from torch import Tensor
 
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.interventions import interchange
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import Axes, FixedSubspace, random_subspace
+from subspace_lab.core.subspaces import Axes, FixedSubspace, Subspace, random_subspace
 from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model
 
 SITE = Site("block_output", 1, "last")
 FACTS = {"method": "DAS", "scores": {"iia": {"value": 0.9, "low": 0.8, "high": 0.95, "n": 100}}}
 
 
-def one_variable(rank=3):
+def one_variable(rank: int = 3) -> Alignment:
     return Alignment({"gender": (SITE, random_subspace(32, rank, 5))}, FACTS)
 
 
-def two_variables():
+def two_variables() -> Alignment:
     """At one site, orthogonal to each other."""
     whole = random_subspace(32, 5, 6).basis()
     return Alignment(
@@ -31,13 +34,13 @@ def two_variables():
     )
 
 
-def overlap(one, other):
+def overlap(one: Subspace, other: Subspace) -> float:
     return float((one.basis() @ other.basis().T).square().sum() / one.rank)
 
 
 @pytest.mark.parametrize("method", ["LoReFT", "ConsReFT", "LobiReFT"])
 @pytest.mark.parametrize("basis", ["learned", "fixed"])
-def test_there_and_back(basis, method, tmp_path):
+def test_there_and_back(basis: Literal["learned", "fixed"], method: str, tmp_path: Path) -> None:
     found = one_variable()
     model = get_reft_model(fresh("llama"), found, config=ReftConfig(method, basis=basis))
     config = model.adapter("default").config
@@ -67,19 +70,19 @@ def test_there_and_back(basis, method, tmp_path):
     torch.testing.assert_close(loaded.subspace().read(swap(h, source)), loaded.subspace().read(source))
 
 
-def logits_of_base():
+def logits_of_base() -> Tensor:
     model = get_reft_model(fresh("llama"), ReftConfig(rank=1))
     with model.disable_adapter():
         return logits(model)
 
 
 @pytest.mark.parametrize("basis", ["learned", "fixed"])
-def test_several_variables_at_one_site_become_parts(basis, tmp_path):
+def test_several_variables_at_one_site_become_parts(basis: Literal["learned", "fixed"], tmp_path: Path) -> None:
     found = two_variables()
     model = get_reft_model(fresh("llama"), found, config=ReftConfig(basis=basis))
     assert model.adapter("default").config.sizes == {"gender": 2, "number": 3}
     for name in ("gender", "number"):
-        back = model.alignment().subspace(name)
+        back: Any = model.alignment().subspace(name)
         torch.testing.assert_close(back.basis(), found.subspace(name).basis(), atol=1e-6, rtol=0)
     model.train_parts("number")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -104,7 +107,7 @@ def test_several_variables_at_one_site_become_parts(basis, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-def test_several_layers_each_with_its_variable():
+def test_several_layers_each_with_its_variable() -> None:
     low, high = random_subspace(32, 2, 1), random_subspace(32, 2, 2)
     found = Alignment({"late": (Site("mlp_output", -1, "f2"), high), "early": (Site("mlp_output", 0, "f2"), low)})
     model = get_reft_model(build("llama"), found)
@@ -115,9 +118,10 @@ def test_several_layers_each_with_its_variable():
     torch.testing.assert_close(back.subspace("early").basis(), low.basis(), atol=1e-6, rtol=0)
 
 
-def test_an_alignment_of_adapters_that_started_at_random():
+def test_an_alignment_of_adapters_that_started_at_random() -> None:
     model = get_reft_model(build("llama"), ReftConfig("DiReFT", rank=2, positions="f1+l1", tied="group"))
     with torch.no_grad():
+        edit: Any
         for edit in model.edits().values():
             edit.subspace.directions.mul_(3).add_(0.1)
     back = model.alignment()
@@ -136,7 +140,7 @@ def test_an_alignment_of_adapters_that_started_at_random():
         model.alignment()
 
 
-def test_two_adapters_with_a_variable_of_one_name():
+def test_two_adapters_with_a_variable_of_one_name() -> None:
     model = get_reft_model(build("llama"), one_variable())
     other = Alignment({"gender": (Site("block_output", 2, "last"), random_subspace(32, 1, 0))})
     model.add_adapter("other", other)
@@ -169,14 +173,14 @@ ONE = random_subspace(32, 3, 5)
         ({"not a name": (SITE, Axes(32, [0])), "b": (SITE, Axes(32, [1]))}, "names must be distinct identifiers"),
     ],
 )
-def test_alignments_that_no_one_adapter_can_have_are_refused(variables, message):
+def test_alignments_that_no_one_adapter_can_have_are_refused(variables: dict[str, Any], message: str) -> None:
     base = fresh("llama")
     with pytest.raises(ValueError, match=message):
         get_reft_model(base, Alignment(variables))
     assert all(p.requires_grad for p in base.parameters())
 
 
-def test_methods_without_an_orthonormal_basis_are_refused():
+def test_methods_without_an_orthonormal_basis_are_refused() -> None:
     for method in ("NoReFT", "DiReFT", "RED"):
         with pytest.raises(ValueError, match=f"{method} has no orthonormal basis that could start in"):
             get_reft_model(build("llama"), one_variable(), config=ReftConfig(method))
@@ -261,14 +265,14 @@ import json; json.dumps(ReftConfig(rank=np.int64(3), layers=np.arange(2), seed=n
 """
 
 
-def test_wrong_types_get_a_sentence(tmp_path):
+def test_wrong_types_get_a_sentence(tmp_path: Path) -> None:
     program = [sys.executable, "-c", WRONG.replace("\\\\n", "\\n")]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_an_adapter_file_names_what_it_started_from_only_where_there_is_something(tmp_path):
+def test_an_adapter_file_names_what_it_started_from_only_where_there_is_something(tmp_path: Path) -> None:
     get_reft_model(build("llama"), ReftConfig(rank=1)).save_pretrained(tmp_path / "random")
     assert "alignment" not in json.loads((tmp_path / "random/adapter_config.json").read_text())
     get_reft_model(build("llama"), one_variable()).save_pretrained(tmp_path / "found")

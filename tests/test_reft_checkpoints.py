@@ -1,5 +1,8 @@
 """Folders that trainers write, read by `from_pretrained` with nothing but the base model; tied modules in them."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from families import fresh
@@ -9,12 +12,12 @@ from test_reft_trainer import answers, classes, classifier, decoder, encoder, nu
 from subspace_lab.reft import ReftConfig, ReftModel, get_reft_model
 
 
-def same(one, other, given):
+def same(one: ReftModel, other: ReftModel, given: dict[str, Any]) -> bool:
     with torch.no_grad():
         return torch.equal(one(**given).logits, other(**given).logits)
 
 
-def batch(lengths=(5, 7)):
+def batch(lengths: tuple[int, ...] = (5, 7)) -> dict[Any, Any]:
     ids = torch.arange(3, 3 + max(lengths))[None].repeat(len(lengths), 1)
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     return {"input_ids": ids, "attention_mask": mask.long()}
@@ -22,11 +25,11 @@ def batch(lengths=(5, 7)):
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 @pytest.mark.parametrize("folder", ["checkpoint-2", "checkpoint-4", "final"])
-def test_every_folder_of_trainer(kind, folder, tmp_path):
+def test_every_folder_of_trainer(kind: str, folder: str, tmp_path: Path) -> None:
     made, data = (decoder(start="paper"), answers()) if kind == "decoder" else (encoder(), classes())
     run = trainer(made, tmp_path, data, max_steps=4, save_strategy="steps", save_steps=2)
     run.train()
-    run.save_model(tmp_path / "final")
+    run.save_model(str(tmp_path / "final"))
     base = fresh("llama") if kind == "decoder" else classifier()
     read = ReftModel.from_pretrained(base, tmp_path / folder).eval()
     made.eval()
@@ -41,11 +44,11 @@ def test_every_folder_of_trainer(kind, folder, tmp_path):
     assert same(again.eval(), made, batch())
 
 
-def test_every_folder_of_trls_trainer(tmp_path):
+def test_every_folder_of_trls_trainer(tmp_path: Path) -> None:
     made = decoder(start="paper")
     run = sft(made, tmp_path, answers(), max_steps=2, learning_rate=3e-2, save_strategy="steps", save_steps=1)
     run.train()
-    run.save_model(tmp_path / "final")
+    run.save_model(str(tmp_path / "final"))
     folders = sorted(p.name for p in tmp_path.iterdir() if (p / "model.safetensors").exists())
     assert "final" in folders and len(folders) > 1
     for folder in folders:
@@ -53,7 +56,7 @@ def test_every_folder_of_trls_trainer(tmp_path):
     assert same(ReftModel.from_pretrained(fresh("llama"), tmp_path / "final").eval(), made.eval(), batch())
 
 
-def test_the_adapter_of_a_name_and_under_another_name(tmp_path):
+def test_the_adapter_of_a_name_and_under_another_name(tmp_path: Path) -> None:
     made = decoder("f1", start="paper")
     made.add_adapter("late", ReftConfig(rank=2, positions="l1", start="paper", seed=9))
     save_file(made.state_dict(), tmp_path / "model.safetensors")
@@ -71,7 +74,7 @@ def test_the_adapter_of_a_name_and_under_another_name(tmp_path):
     assert same(read, made, batch())
 
 
-def test_what_a_checkpoint_does_not_fit_is_refused(tmp_path):
+def test_what_a_checkpoint_does_not_fit_is_refused(tmp_path: Path) -> None:
     made = decoder("f2", start="paper")
     save_file(made.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="another base model"):
@@ -93,7 +96,7 @@ def test_what_a_checkpoint_does_not_fit_is_refused(tmp_path):
         ReftModel.from_pretrained(fresh("llama"), tmp_path)
 
 
-def test_a_folder_that_was_saved_into_in_two_ways(tmp_path):
+def test_a_folder_that_was_saved_into_in_two_ways(tmp_path: Path) -> None:
     made = decoder(start="paper")
     made.save_pretrained(tmp_path)
     save_file(made.state_dict(), tmp_path / "model.safetensors")
@@ -105,7 +108,7 @@ def test_a_folder_that_was_saved_into_in_two_ways(tmp_path):
         ReftModel.from_pretrained(fresh("llama"), tmp_path)
 
 
-def test_a_file_of_torch_is_read_without_unpickling_anything_else(tmp_path):
+def test_a_file_of_torch_is_read_without_unpickling_anything_else(tmp_path: Path) -> None:
     made = decoder(start="paper")
     torch.save(made.state_dict(), tmp_path / "pytorch_model.bin")
     assert same(ReftModel.from_pretrained(fresh("llama"), tmp_path), made, batch())
@@ -114,32 +117,33 @@ def test_a_file_of_torch_is_read_without_unpickling_anything_else(tmp_path):
 # --- tied modules -------------------------------------------------------------------------------------------
 
 
-def tied(*modules):
+def tied(*modules: Any) -> ReftModel:
     base = fresh("gpt2")
     assert base.lm_head.weight is base.transformer.wte.weight
     return get_reft_model(base, ReftConfig(rank=2, positions="f1", modules_to_save=modules))
 
 
 @pytest.mark.parametrize("name", ["wte", "transformer.wte", "lm_head"])
-def test_one_of_two_tied_modules_is_refused(name):
+def test_one_of_two_tied_modules_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"no longer tied. Name all of \['transformer.wte', 'lm_head'\]"):
         tied(name)
 
 
-def test_tied_modules_stay_tied_in_training_and_on_disk(tmp_path):
+def test_tied_modules_stay_tied_in_training_and_on_disk(tmp_path: Path) -> None:
     made = tied("wte", "lm_head")
-    saved = made.adapter("default").saved
+    saved: Any = made.adapter("default").saved
     assert saved["transformer/wte"].weight is saved["lm_head"].weight
     assert (
         made.get_input_embeddings() is saved["transformer/wte"]
         and made.get_output_embeddings() is saved["lm_head"]
     )
+    assert saved["lm_head"] is not None
     before = saved["lm_head"].weight.detach().clone()
     run = trainer(made, tmp_path, answers(), max_steps=2)
     run.train()
     assert saved["transformer/wte"].weight is saved["lm_head"].weight
     assert not torch.equal(before, saved["lm_head"].weight)
-    run.save_model(tmp_path / "final")
+    run.save_model(str(tmp_path / "final"))
     made.save_pretrained(tmp_path / "adapter")
     for folder in ("final", "adapter"):
         read = ReftModel.from_pretrained(fresh("gpt2"), tmp_path / folder)
@@ -156,5 +160,5 @@ def test_tied_modules_stay_tied_in_training_and_on_disk(tmp_path):
         torch.testing.assert_close(plain(**batch()).logits, made(**batch()).logits)
 
 
-def test_numbers_without_their_configuration_do_not_count():
+def test_numbers_without_their_configuration_do_not_count() -> None:
     assert "_extra_state" in decoder().state_dict() and "_extra_state" not in numbers(decoder())

@@ -1,22 +1,27 @@
 """One basis in parts, trained one after the other and used together."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from datasets import Dataset
 from families import build, editing, fresh, hooked, spots
 from test_reft_trainer import trainer
+from torch import Tensor
 
+from subspace_lab.core.interventions import Intervention
 from subspace_lab.core.parts import PartedSubspace
 from subspace_lab.core.sites import Site
 from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model
 from subspace_lab.reft.data import pad
 
-SIZES = {"one": 3, "two": 2, "three": 1}
+SIZES: dict[str, Any] = {"one": 3, "two": 2, "three": 1}
 SITE = Site("block_output", 1, "last")
 
 
-def answering(token, rows=16):
+def answering(token: int, rows: int = 16) -> list[dict[str, list[Any]]]:
     """Prompts of 3 to 6 tokens that all have the same answer."""
     generator = torch.Generator().manual_seed(token)
     made = []
@@ -27,17 +32,17 @@ def answering(token, rows=16):
     return made
 
 
-def parted(method="LoReFT", **options):
+def parted(method: str = "LoReFT", **options: Any) -> ReftModel:
     config = ReftConfig(method, **{"rank": 6, "parts": SIZES, "layers": (1,), "positions": "last", **options})
     return get_reft_model(fresh("llama"), config)
 
 
-def vectors(edit):
+def vectors(edit: Intervention) -> dict[Any, Any]:
     """{part: its basis vectors}, of all parts."""
     return dict(zip(SIZES, edit.subspace.basis().detach().split(list(SIZES.values())), strict=True))
 
 
-def said(model, rows):
+def said(model: ReftModel, rows: list[dict[str, list[Any]]]) -> Any:
     """The share of prompts that are answered with the wanted token."""
     batch = pad([{k: v[:-1] for k, v in row.items() if k != "labels"} for row in rows], 0)
     with torch.no_grad():
@@ -47,7 +52,7 @@ def said(model, rows):
     return (logits[torch.arange(len(rows)), last].argmax(-1) == wanted).float().mean().item()
 
 
-def logits(model):
+def logits(model: ReftModel) -> Tensor:
     batch = pad([{k: v for k, v in row.items() if k != "labels"} for row in answering(9)], 0)
     with torch.no_grad():
         return model(**batch).logits
@@ -56,10 +61,11 @@ def logits(model):
 QUICK = TrainingConfig(steps=60, learning_rate=0.1, batch_size=16)
 
 
-def test_parts_are_trained_apart_and_used_apart_or_together():
+def test_parts_are_trained_apart_and_used_apart_or_together() -> None:
     """What one part learned stays its own to the bit while another one learns, and all stay orthogonal."""
     model = parted()
     base = logits(model)
+    edit: Any
     (edit,) = model.edits().values()
     model.train_parts("one")
     finetune(model, answering(7), QUICK, quiet=True)
@@ -87,7 +93,7 @@ def test_parts_are_trained_apart_and_used_apart_or_together():
     last = [[len(row["input_ids"]) - 1] for row in answering(9)]
     batch = pad([{k: v for k, v in row.items() if k != "labels"} for row in answering(9)], 0)
 
-    def formula(h):
+    def formula(h: Tensor) -> Tensor:
         total, x = h.double(), h.double()
         for name, r in vectors(edit).items():
             value = edit.value.values[name]
@@ -100,7 +106,7 @@ def test_parts_are_trained_apart_and_used_apart_or_together():
     torch.testing.assert_close(both, expected, atol=2e-4, rtol=2e-4)
 
 
-def test_a_part_that_learned_before_may_learn_more_without_moving_the_others():
+def test_a_part_that_learned_before_may_learn_more_without_moving_the_others() -> None:
     model = parted()
     for part, token in (("one", 7), ("two", 11)):
         model.train_parts(part)
@@ -117,7 +123,7 @@ def test_a_part_that_learned_before_may_learn_more_without_moving_the_others():
 
 
 @pytest.mark.parametrize("method", ["LoReFT", "ConsReFT", "LobiReFT"])
-def test_parts_that_rest_stay_under_weight_decay_and_another_optimiser(method, tmp_path):
+def test_parts_that_rest_stay_under_weight_decay_and_another_optimiser(method: str, tmp_path: Path) -> None:
     model = parted(method)
     model.train_parts("two")
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -138,7 +144,7 @@ def test_parts_that_rest_stay_under_weight_decay_and_another_optimiser(method, t
 
 
 @pytest.mark.parametrize("trained", [["one"], ["three", "one"], list(SIZES)], ids=str)
-def test_saved_in_the_middle_of_its_trainings(trained, tmp_path):
+def test_saved_in_the_middle_of_its_trainings(trained: list[str], tmp_path: Path) -> None:
     model = parted()
     model.train_parts("two")
     finetune(model, answering(11), QUICK, quiet=True)
@@ -152,12 +158,12 @@ def test_saved_in_the_middle_of_its_trainings(trained, tmp_path):
         assert torch.equal(logits(again), logits(model))
 
 
-def test_counts_starts_and_refusals():
+def test_counts_starts_and_refusals() -> None:
     model = parted()
     assert model.get_nb_trainable_parameters()[0] == 2 * 32 * 6 + 6
     model.train_parts("three")
     assert model.get_nb_trainable_parameters()[0] == 2 * 32 + 1
-    weights = [v.weight for v in parted(start="paper").adapter("default").edits[0].value.values.values()]
+    weights = [v.weight for v in parted(start="paper").adapter("default").edits[0].value.values.values()]  # type: ignore[union-attr, operator]
     assert not torch.equal(weights[1][:1], weights[2])
     for verb in (model.train_parts, model.use_parts):
         with pytest.raises(ValueError, match=r"Parts \['four'\] asked for; there are \['one', 'two', 'three'\]"):

@@ -1,10 +1,12 @@
 """What an adapter is: presets, refusals, which positions share an intervention, and the paper's counts."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
 from subspace_lab.core.positions import locate
 from subspace_lab.reft import METHODS, ReftConfig, get_reft_model
@@ -12,7 +14,7 @@ from subspace_lab.reft import METHODS, ReftConfig, get_reft_model
 LONGEST = 40
 
 
-def test_presets_are_named_as_in_the_literature():
+def test_presets_are_named_as_in_the_literature() -> None:
     assert METHODS == ("LoReFT", "NoReFT", "DiReFT", "ConsReFT", "LobiReFT", "RED")
     for method in METHODS:
         assert ReftConfig(method.upper()).method == ReftConfig(method.lower()).method == method
@@ -46,12 +48,12 @@ def test_presets_are_named_as_in_the_literature():
     ],
     ids=str,
 )
-def test_contradictions_are_refused_at_construction(options, message):
+def test_contradictions_are_refused_at_construction(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ReftConfig(**options)
 
 
-def test_a_configuration_is_a_value_and_reads_back_what_it_wrote():
+def test_a_configuration_is_a_value_and_reads_back_what_it_wrote() -> None:
     given = ReftConfig(
         "DiReFT",
         rank=3,
@@ -68,7 +70,7 @@ def test_a_configuration_is_a_value_and_reads_back_what_it_wrote():
         seed=5,
     )
     with pytest.raises(AttributeError):
-        given.rank = 4
+        given.rank = 4  # type: ignore[misc]
     again = ReftConfig.from_dict(json.loads(json.dumps(given.as_dict())))
     assert again == given and hash(again) == hash(given)
     assert again.layers == (4, -1) and again.positions == "f2+l1" and again.modules_to_save == ("classifier",)
@@ -77,7 +79,7 @@ def test_a_configuration_is_a_value_and_reads_back_what_it_wrote():
     assert parted.sizes == {"one": 4, "two": 2}
 
 
-def test_written_configurations_with_strange_keys_or_values_are_refused():
+def test_written_configurations_with_strange_keys_or_values_are_refused() -> None:
     facts = ReftConfig().as_dict()
     with pytest.raises(ValueError, match=r"Unknown keys \['ranks'\]"):
         ReftConfig.from_dict({**facts, "ranks": 3})
@@ -86,7 +88,7 @@ def test_written_configurations_with_strange_keys_or_values_are_refused():
             ReftConfig.from_dict({**facts, **wrong})
 
 
-def test_groups():
+def test_groups() -> None:
     assert ReftConfig(positions="f3+l2").groups() == ("f3+l2",)
     assert ReftConfig(positions="f3+l2", tied="group").groups() == ("f3(l2)", "l2(f3)")
     assert ReftConfig(positions="f2+l1", tied="position").groups() == ("f2[0](l1)", "f2[1](l1)", "l1[0](f2)")
@@ -96,14 +98,14 @@ def test_groups():
     assert ReftConfig(positions="all").groups() == ("all",)
 
 
-def chosen(spec, real):
+def chosen(spec: str, real: Tensor) -> list[Any]:
     """{positions} of each row, by a spec."""
     index, valid = locate(spec, real)
     return [{int(j) for j, ok in zip(js, oks, strict=True) if ok} for js, oks in zip(index, valid, strict=True)]
 
 
 @pytest.mark.parametrize("p", range(12))
-def test_whatever_is_tied_the_positions_are_the_papers(p):
+def test_whatever_is_tied_the_positions_are_the_papers(p: int) -> None:
     """p ← min(p, ⌊n/2⌋), s ← min(s, ⌈n/2⌉) where n < p + s, for every prompt length and every way to tie."""
     lengths = torch.arange(1, LONGEST + 1)
     real = torch.arange(LONGEST)[None] < lengths[:, None]
@@ -130,7 +132,10 @@ def test_whatever_is_tied_the_positions_are_the_papers(p):
             assert set().union(*rows) == paper[n] and sum(map(len, rows)) == len(paper[n]), (spec, n + 1)
 
 
-def llama(width, layers, heads=32, units=None, vocabulary=32000, **more):
+def llama(
+    width: int, layers: int, heads: int = 32, units: int | None = None, vocabulary: int = 32000, **more: Any
+) -> transformers.LlamaForCausalLM:
+    assert units is not None
     config = transformers.LlamaConfig(
         hidden_size=width,
         num_hidden_layers=layers,
@@ -143,7 +148,7 @@ def llama(width, layers, heads=32, units=None, vocabulary=32000, **more):
         return transformers.LlamaForCausalLM(config)
 
 
-def roberta(width, layers, heads):
+def roberta(width: int, layers: int, heads: int) -> transformers.RobertaForMaskedLM:
     config = transformers.RobertaConfig(
         hidden_size=width,
         num_hidden_layers=layers,
@@ -156,15 +161,15 @@ def roberta(width, layers, heads):
         return transformers.RobertaForMaskedLM(config)
 
 
-def llama_7b():
+def llama_7b() -> transformers.LlamaForCausalLM:
     return llama(4096, 32, units=11008)
 
 
-def llama_13b():
+def llama_13b() -> transformers.LlamaForCausalLM:
     return llama(5120, 40, 40, units=13824)
 
 
-def llama_3_8b():
+def llama_3_8b() -> transformers.LlamaForCausalLM:
     return llama(4096, 32, units=14336, vocabulary=128256, num_key_value_heads=8)
 
 
@@ -196,7 +201,7 @@ PAPER = {
 
 
 @pytest.mark.parametrize("setting", PAPER)
-def test_parameter_counts_are_the_papers(setting, capsys):
+def test_parameter_counts_are_the_papers(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Tables 1 to 4, appendices F and G of arXiv 2404.03592, on the real shapes (without weights)."""
     make, config, count, percent = PAPER[setting]
     model = get_reft_model(make(), config)
@@ -212,13 +217,13 @@ def test_parameter_counts_are_the_papers(setting, capsys):
     )
 
 
-def test_untied_by_position_has_one_intervention_each():
+def test_untied_by_position_has_one_intervention_each() -> None:
     config = ReftConfig(rank=1, layers=(0, 5), positions="f3+l2", tied="position")
     model = get_reft_model(roberta(768, 12, 12), config)
     assert model.get_nb_trainable_parameters()[0] == 2 * 5 * (2 * 768 + 1)
 
 
-def test_an_intervention_for_each_of_ten_million_positions_is_refused_before_they_are_made():
+def test_an_intervention_for_each_of_ten_million_positions_is_refused_before_they_are_made() -> None:
     with pytest.raises(ValueError, match=r"each of 10000001 positions.*possible are 4096"):
         ReftConfig(positions="f10000000+l1", tied="position")
     with pytest.raises(ValueError, match="10000001 positions"):
@@ -227,6 +232,6 @@ def test_an_intervention_for_each_of_ten_million_positions_is_refused_before_the
 
 
 @pytest.mark.parametrize("seed", ["1", 1.0, None, True, [1]])
-def test_a_seed_that_is_no_whole_number_is_refused_from_a_file_too(seed):
+def test_a_seed_that_is_no_whole_number_is_refused_from_a_file_too(seed: int) -> None:
     with pytest.raises(ValueError, match=r"seed=.*whole number|parameter .seed."):
         ReftConfig.from_dict({"seed": seed})

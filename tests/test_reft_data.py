@@ -1,13 +1,15 @@
 """Prompts and answers as rows of ids: chat templates, tokenizers that join words, padding, what is refused."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 import torch
 from families import build
 from tokenizers import models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TokenizersBackend
 
 from subspace_lab.reft import PromptCollator, ReftConfig, get_reft_model, tokenise
 from subspace_lab.reft.datafiles import read_examples
@@ -19,7 +21,7 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(pad="<pad>", template=TEMPLATE):
+def make_tokenizer(pad: str | None = "<pad>", template: str = TEMPLATE) -> TokenizersBackend:
     """Words of a small vocabulary, split at spaces."""
     inner = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -30,11 +32,11 @@ def make_tokenizer(pad="<pad>", template=TEMPLATE):
     return tokenizer
 
 
-def ids(text):
+def ids(text: str) -> list[Any]:
     return [WORDS.index(word) for word in text.split()]
 
 
-def split(row):
+def split(row: dict[str, Any]) -> tuple[Any, Any]:
     """(prompt, answer) of a row of ids, by its labels."""
     ids, labels = row["input_ids"], row["labels"]
     start = next(i for i, label in enumerate(labels) if label != -100)
@@ -42,7 +44,7 @@ def split(row):
     return ids[:start], ids[start:]
 
 
-def test_columns_of_prompts_and_answers():
+def test_columns_of_prompts_and_answers() -> None:
     rows = tokenise([{"prompt": "say hi", "answer": " now please"}], make_tokenizer())
     assert split(rows[0]) == (ids("say hi"), ids("now please </s>"))
     assert rows[0]["attention_mask"] == [1] * 5
@@ -52,14 +54,14 @@ def test_columns_of_prompts_and_answers():
     assert split(rows[0]) == (ids("say hi"), ids("now"))
 
 
-def test_a_tokenizer_that_joins_prompt_and_answer_is_kept_from_it():
+def test_a_tokenizer_that_joins_prompt_and_answer_is_kept_from_it() -> None:
     """The prompt's ids are those that generation will see."""
     rows = tokenise([{"prompt": "say h", "answer": "i now"}], make_tokenizer(), end=False)
     prompt, answer = split(rows[0])
     assert prompt == [*ids("say"), 3] and answer == [3, *ids("now")]
 
 
-def test_chat_templates():
+def test_chat_templates() -> None:
     talk = [
         {"role": "user", "content": "say hi"},
         {"role": "assistant", "content": "hi"},
@@ -76,7 +78,7 @@ def test_chat_templates():
         tokenise([{"messages": talk}, {"messages": []}], make_tokenizer(template=template))
 
 
-def test_a_template_that_writes_a_conversation_otherwise_than_its_beginning_is_refused():
+def test_a_template_that_writes_a_conversation_otherwise_than_its_beginning_is_refused() -> None:
     """Labels cut at the prompt's length would then begin in the wrong place."""
     odd = (
         "{% if add_generation_prompt %}now now now {% endif %}{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -103,7 +105,7 @@ def test_a_template_that_writes_a_conversation_otherwise_than_its_beginning_is_r
         ([{"prompt": "   ", "answer": "hi"}], "0 tokens of the prompt"),
     ],
 )
-def test_rows_that_teach_nothing_are_refused(rows, message):
+def test_rows_that_teach_nothing_are_refused(rows: list[dict[str, str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tokenise(rows, make_tokenizer(), max_length=3)
 
@@ -111,7 +113,7 @@ def test_rows_that_teach_nothing_are_refused(rows, message):
 ROWS = [{"prompt": "say hi now please", "answer": " no"}, {"prompt": "say", "answer": " yes yes"}]
 
 
-def test_the_collator_pads_rows_and_tokenises_text():
+def test_the_collator_pads_rows_and_tokenises_text() -> None:
     tokenizer = make_tokenizer()
     collator = PromptCollator(tokenizer, prompt_lengths=True)
     from_text = collator(ROWS)
@@ -127,7 +129,7 @@ def test_the_collator_pads_rows_and_tokenises_text():
     assert torch.equal(collator(bare)["attention_mask"], from_text["attention_mask"])
 
 
-def test_a_tokenizer_without_pad_token_needs_none():
+def test_a_tokenizer_without_pad_token_needs_none() -> None:
     """Padding is hidden by the mask, so whichever token fills it, each row's loss is the row's alone."""
     model = get_reft_model(build("llama"), ReftConfig(rank=2, positions="f1+l1", start="paper"))
     collator = PromptCollator(make_tokenizer(pad=None))
@@ -140,7 +142,7 @@ def test_a_tokenizer_without_pad_token_needs_none():
     torch.testing.assert_close(loss, expected)
 
 
-def test_examples_that_are_the_same_stay_on_one_side(tmp_path):
+def test_examples_that_are_the_same_stay_on_one_side(tmp_path: Path) -> None:
     """Whatever the seed and the number; without any the split is that of a permutation."""
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"say {i % 7}", "answer": f" hi  {i % 7}" if i % 2 else f"hi {i % 7}"} for i in range(21)]
@@ -161,7 +163,7 @@ def test_examples_that_are_the_same_stay_on_one_side(tmp_path):
     assert [one["prompt"] for one in held] == [str(i) for i in sorted(order[:5])] and len(kept) == 16
 
 
-def test_the_loop_says_what_it_needs():
+def test_the_loop_says_what_it_needs() -> None:
     """Examples that are not tokenised, and a model that is not wrapped (tried without the tests' own type checks)."""
     import subprocess
     import sys

@@ -1,6 +1,9 @@
 """What a wrapped model does as the base model does: attributes, signatures, pipelines, noise, mixed batches."""
 
 import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +12,11 @@ from families import build, fresh, inputs
 from test_reft_data import make_tokenizer
 from test_reft_generate import adapted, written
 from test_reft_trainer import answers, classes, classifier, collate, decoder, encoder, losses, numbers, trainer
+from torch import nn
 from transformers import Trainer
 from transformers.utils.generic import can_return_loss, find_labels
 
+from subspace_lab.core.interventions import Intervention
 from subspace_lab.reft import ReftConfig, ReftModel, get_reft_model
 
 # Every public name that peft 0.21's PeftModel hands to its base model and that calls of other libraries read.
@@ -32,8 +37,8 @@ READ = (
 CALLED = ("can_generate", "get_decoder", "get_position_embeddings", "tie_weights", "prepare_inputs_for_generation")
 
 
-def test_what_the_wrapper_lacks_is_the_base_models():
-    base = fresh("llama")
+def test_what_the_wrapper_lacks_is_the_base_models() -> None:
+    base: Any = fresh("llama")
     model = get_reft_model(base, ReftConfig(rank=2))
     for name in READ:
         assert hasattr(model, name) == hasattr(base, name), name
@@ -43,11 +48,11 @@ def test_what_the_wrapper_lacks_is_the_base_models():
         assert getattr(model, name, None) == getattr(base, name, None), name
     assert model.can_generate() and model.get_base_model() is base
     assert (
-        model.get_input_embeddings() is base.model.embed_tokens and model.get_output_embeddings() is base.lm_head
+        model.get_input_embeddings() is base.model.embed_tokens and model.get_output_embeddings() is base.lm_head  # type: ignore[union-attr]
     )
 
 
-def test_counts_are_of_both():
+def test_counts_are_of_both() -> None:
     base = fresh("llama")
     sizes = base.num_parameters(), base.get_memory_footprint(), base.num_parameters(exclude_embeddings=True)
     model = get_reft_model(base, ReftConfig(rank=2))
@@ -60,14 +65,14 @@ def test_counts_are_of_both():
     assert model.get_memory_footprint(return_buffers=False) == 4 * model.num_parameters()
 
 
-def test_mistakes_stay_mistakes():
+def test_mistakes_stay_mistakes() -> None:
     model = decoder()
     with pytest.raises(AttributeError, match=r"Neither ReftModel\[LlamaForCausalLM\] nor its base model has"):
         model.set_adaptr("default")
 
     class Wrong(ReftModel):
         @property
-        def dtype(self):
+        def dtype(self) -> Any:
             return self.no_such_thing
 
     wrong = Wrong(fresh("llama"), ReftConfig(rank=2))
@@ -79,16 +84,16 @@ def test_mistakes_stay_mistakes():
         assert not hasattr(model, name)
     with pytest.raises(AttributeError, match="resize the base model before"):
         model.resize_token_embeddings(70)
-    model.base_model._hf_hook = object()
+    model.base_model._hf_hook = object()  # type: ignore[assignment]
     assert not hasattr(model, "_hf_hook")
     empty = ReftModel.__new__(ReftModel)
     with pytest.raises(AttributeError):
         _ = empty.base_model
 
 
-def test_a_plain_module_delegates_too():
+def test_a_plain_module_delegates_too() -> None:
     base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
-    base.note = "kept"
+    base.note = "kept"  # type: ignore[assignment]
     from subspace_lab.core.sites import Site
     from subspace_lab.model.backbone import Backbone
 
@@ -98,13 +103,13 @@ def test_a_plain_module_delegates_too():
 # --- signatures ---------------------------------------------------------------------------------------------
 
 
-def question_answering():
+def question_answering() -> Any:
     torch.manual_seed(0)
     config = classifier().config
     return transformers.BertForQuestionAnswering(config).eval()
 
 
-def clip():
+def clip() -> Any:
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.CLIPConfig(
         text_config={**small, "vocab_size": 60, "max_position_embeddings": 20},
@@ -119,7 +124,7 @@ def clip():
     [lambda: fresh("llama"), lambda: fresh("gpt2"), classifier, question_answering, lambda: fresh("t5"), clip],
     ids=["llama", "gpt2", "classes", "spans", "t5", "clip"],
 )
-def test_trainer_reads_the_base_models_signature(make):
+def test_trainer_reads_the_base_models_signature(make: Callable[..., Any]) -> None:
     base = make()
     stack = {"t5": "decoder.block_output"}.get(base.config.model_type, "block_output")
     if base.config.model_type == "clip":
@@ -137,15 +142,15 @@ def test_trainer_reads_the_base_models_signature(make):
     assert type(get_reft_model(make(), ReftConfig(rank=2, positions="all", component=stack))) is type(model)
 
 
-def test_columns_that_the_model_does_not_take_are_removed(tmp_path):
+def test_columns_that_the_model_does_not_take_are_removed(tmp_path: Path) -> None:
     data = answers().map(lambda row: {"note": [1, 2], "token_type_ids": [0] * len(row["input_ids"])})
     run = trainer(decoder(), tmp_path, data, max_steps=1)
     run.train()
-    assert set(run._signature_columns) >= {"input_ids", "labels", "prompt_lengths", "row"}
-    assert not {"note", "token_type_ids"} & set(run._signature_columns)
+    assert set(run._signature_columns or ()) >= {"input_ids", "labels", "prompt_lengths", "row"}
+    assert not {"note", "token_type_ids"} & set(run._signature_columns or ())
 
 
-def test_spans_are_trained_and_evaluated(tmp_path):
+def test_spans_are_trained_and_evaluated(tmp_path: Path) -> None:
     model = get_reft_model(
         question_answering(), ReftConfig(rank=4, positions="all", modules_to_save=("qa_outputs",))
     )
@@ -156,14 +161,14 @@ def test_spans_are_trained_and_evaluated(tmp_path):
     assert sum(losses(run)[-3:]) < 0.7 * sum(losses(run)[:3])
     found = run.evaluate()
     assert found["eval_loss"] < losses(run)[0]
-    assert run.predict(data.select(range(4))).label_ids[0].tolist() == [1] * 4
+    assert run.predict(data.select(range(4))).label_ids[0].tolist() == [1] * 4  # type: ignore[index]
 
 
 # --- other arguments ----------------------------------------------------------------------------------------
 
 
-def images():
-    config = transformers.ViTConfig(
+def images() -> Any:
+    config = transformers.ViTConfig(  # type: ignore[call-arg]
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=2,
@@ -177,10 +182,10 @@ def images():
     return transformers.ViTForImageClassification(config).eval()
 
 
-def by_hand(base, layer, edit, call):
+def by_hand(base: Any, layer: nn.Module, edit: Intervention, call: Callable[..., Any]) -> Any:
     """The output with an edit of a whole block's output, by torch's own hook."""
 
-    def hook(module, inputs, output):
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
         return (edit(states), *output[1:]) if isinstance(output, tuple) else edit(states)
 
@@ -191,7 +196,7 @@ def by_hand(base, layer, edit, call):
     return found
 
 
-def test_images_are_classified_and_trained(tmp_path):
+def test_images_are_classified_and_trained(tmp_path: Path) -> None:
     base = images()
     model = get_reft_model(
         base, ReftConfig(rank=4, layers=[1], positions="all", start="paper", modules_to_save=("classifier",))
@@ -205,7 +210,7 @@ def test_images_are_classified_and_trained(tmp_path):
     with pytest.raises(TypeError, match=r"\['pixel_value'\]"):
         model(pixel_value=pixels)
 
-    def collator(rows):
+    def collator(rows: Any) -> dict[Any, Any]:
         return {"pixel_values": torch.stack([r[0] for r in rows]), "labels": torch.tensor([r[1] for r in rows])}
 
     data = [(torch.randn(3, 8, 8) + 2 * (i % 2), i % 2) for i in range(16)]
@@ -214,7 +219,7 @@ def test_images_are_classified_and_trained(tmp_path):
     assert sum(losses(run)[-3:]) < 0.5 * sum(losses(run)[:3])
 
 
-def llava():
+def llava() -> Any:
     torch.manual_seed(0)
     config = transformers.LlavaConfig(
         text_config=fresh("llama").config,
@@ -232,10 +237,14 @@ def llava():
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
-def test_a_model_that_sees_reads_and_writes_text():
+def test_a_model_that_sees_reads_and_writes_text() -> None:
     model = get_reft_model(llava(), ReftConfig(rank=4, positions="l1", start="paper"))
     ids = torch.tensor([[5, 50, 50, 50, 50, 9, 8]])
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 8, 8)}
+    given: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(1, 3, 8, 8),
+    }
     with torch.no_grad():
         found = model(**given, prompt_lengths=torch.tensor([7])).logits
         other = model(
@@ -252,7 +261,7 @@ def test_a_model_that_sees_reads_and_writes_text():
     model(**given, labels=ids.where(torch.arange(7) > 5, -100)).loss.backward()
 
 
-def test_sounds_are_written_down():
+def test_sounds_are_written_down() -> None:
     from test_reft_passes import whisper
 
     base = whisper()
@@ -286,13 +295,13 @@ def test_sounds_are_written_down():
     assert changed[:, :2].all() and not changed[:, 2:].any()
 
 
-def double():
+def double() -> Any:
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=40, num_labels=1)
+    config = transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=40, num_labels=1)  # type: ignore[call-arg]
     return transformers.GPT2DoubleHeadsModel(config).eval()
 
 
-def test_two_heads_over_several_continuations():
+def test_two_heads_over_several_continuations() -> None:
     """The choices of an example are rows of the model, each with its own prompt."""
     model = get_reft_model(double(), ReftConfig(rank=2, positions="l1", start="paper"))
     ids = torch.randint(3, 60, (2, 3, 7), generator=torch.Generator().manual_seed(1))
@@ -318,7 +327,7 @@ def test_two_heads_over_several_continuations():
         )
 
 
-def test_choices_of_an_encoder():
+def test_choices_of_an_encoder() -> None:
     torch.manual_seed(0)
     base = transformers.BertForMultipleChoice(classifier().config).eval()
     model = get_reft_model(base, ReftConfig(rank=2, positions="f1+l1", start="paper"))
@@ -332,7 +341,7 @@ def test_choices_of_an_encoder():
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
-def test_nothing_is_swallowed(name):
+def test_nothing_is_swallowed(name: str) -> None:
     stack = "decoder.block_output" if name == "t5" else "block_output"
     model = get_reft_model(fresh(name), ReftConfig(rank=2, positions="all", component=stack))
     for wrong in ("noise_level", "attention_masks", "label", "input_id"):
@@ -354,11 +363,11 @@ def test_nothing_is_swallowed(name):
 # --- pipelines, noise, inputs -------------------------------------------------------------------------------
 
 
-def test_a_pipeline_writes_what_generate_writes(caplog):
+def test_a_pipeline_writes_what_generate_writes(caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = adapted("llama"), make_tokenizer()
-    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")  # type: ignore[call-overload]
     text = "say hi now"
-    options = {"max_new_tokens": 5, "do_sample": False, "return_tensors": True}
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "return_tensors": True}
     found = pipe(text, **options)[0]["generated_token_ids"]
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     assert found == model.generate(ids, max_new_tokens=5, do_sample=False)[0].tolist()
@@ -367,7 +376,7 @@ def test_a_pipeline_writes_what_generate_writes(caplog):
     assert not [record for record in caplog.records if "not supported" in record.getMessage()]
 
 
-def test_noise_on_the_embeddings(tmp_path):
+def test_noise_on_the_embeddings(tmp_path: Path) -> None:
     found = []
     for alpha in (None, 50.0):
         model = decoder(start="paper")
@@ -379,10 +388,10 @@ def test_noise_on_the_embeddings(tmp_path):
     assert any(not torch.equal(found[0][k], found[1][k]) for k in found[0])
 
 
-def test_inputs_is_the_main_input():
+def test_inputs_is_the_main_input() -> None:
     model, given = adapted("gpt2"), inputs("gpt2", padding="left")
     expected = written(model, given)
-    mask = {"attention_mask": given["attention_mask"], "max_new_tokens": 6, "do_sample": False}
+    mask: dict[str, Any] = {"attention_mask": given["attention_mask"], "max_new_tokens": 6, "do_sample": False}
     ids = given["input_ids"]
     for found in (
         model.generate(inputs=ids, **mask),
@@ -401,7 +410,7 @@ WAYS = [{}, {"use_cache": False}, {"num_beams": 2}, {"every_token": True}, {"eve
 # --- an adapter for each example ----------------------------------------------------------------------------
 
 
-def mixture(name="llama", **options):
+def mixture(name: str = "llama", **options: Any) -> ReftModel:
     """Adapters with sites in common, sites that overlap in short prompts, and other layers."""
     model = get_reft_model(build(name), ReftConfig(rank=3, positions="f2+l2", start="paper", seed=1))
     model.add_adapter("end", ReftConfig(rank=2, positions="last", start="paper", seed=2, **options))
@@ -413,7 +422,7 @@ def mixture(name="llama", **options):
     return model
 
 
-def alone(model, name, call):
+def alone(model: ReftModel, name: str, call: Callable[..., Any]) -> Any:
     if name == "__base__":
         with model.disable_adapter():
             return call()
@@ -427,7 +436,7 @@ def alone(model, name, call):
 
 @pytest.mark.parametrize("names", NAMES)
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_each_example_has_its_own_adapter(names, padding):
+def test_each_example_has_its_own_adapter(names: tuple[str, ...], padding: str) -> None:
     model, given = mixture(), inputs("llama", lengths=(11, 5, 9), padding=padding)
     lengths = given["attention_mask"].sum(1)
     with torch.no_grad():
@@ -439,7 +448,7 @@ def test_each_example_has_its_own_adapter(names, padding):
 
 
 @pytest.mark.parametrize("options", WAYS)
-def test_each_example_of_a_generation_has_its_own_adapter(options):
+def test_each_example_of_a_generation_has_its_own_adapter(options: Any) -> None:
     names = ["end", "__base__", "same"]
     model, given = mixture(), inputs("llama", lengths=(11, 5, 9), padding="left")
     found = written(model, given, adapter_names=names, **options)
@@ -450,7 +459,7 @@ def test_each_example_of_a_generation_has_its_own_adapter(options):
     assert any(not torch.equal(found, one) for one in every)
 
 
-def test_mixed_batches_are_trained_by_their_labels():
+def test_mixed_batches_are_trained_by_their_labels() -> None:
     model, batch = mixture(), collate(list(answers(3)))
     names = ["default", "end", "__base__"]
     for name in model.names:
@@ -462,7 +471,7 @@ def test_mixed_batches_are_trained_by_their_labels():
     assert with_gradient == {"default", "end"}
 
 
-def test_one_examples_positions_are_not_anothers_matter():
+def test_one_examples_positions_are_not_anothers_matter() -> None:
     """A position that the examples of another adapter do not have."""
     model = mixture()
     model.add_adapter("tenth", ReftConfig(rank=2, positions="10", start="paper", seed=4))
@@ -474,7 +483,7 @@ def test_one_examples_positions_are_not_anothers_matter():
             model(**given, adapter_names=["end", "tenth", "__base__"], prompt_lengths=lengths)
 
 
-def test_what_mixed_batches_do_not_take():
+def test_what_mixed_batches_do_not_take() -> None:
     model, given = mixture(), inputs("llama")
     with pytest.raises(ValueError, match="No adapter 'other'"):
         model(**given, adapter_names=["other"] * 3)
@@ -489,5 +498,5 @@ def test_what_mixed_batches_do_not_take():
         model(**given, adapter_names=["head", "end", "end"])
 
 
-def test_trainer_is_not_subclassed():
+def test_trainer_is_not_subclassed() -> None:
     assert Trainer.__module__.startswith("transformers") and encoder().config is not None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from families import fresh
 from test_reft_trainer import answers
+from torch import Tensor
 
 from subspace_lab.core.sites import Site
 from subspace_lab.engine.training import TrainingConfig
@@ -13,22 +17,28 @@ from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model, s
 
 HEADS = {2: [1], 0: [3, 0]}
 WIDTH = 8  # of a head of the tests' Llama: 32 in 4 heads
-OPTIONS = {"component": "head_output", "positions": "all", "every_token": True, "rank": 2, "bias": False}
+OPTIONS: dict[str, Any] = {
+    "component": "head_output",
+    "positions": "all",
+    "every_token": True,
+    "rank": 2,
+    "bias": False,
+}
 
 
-def trained(**options):
+def trained(**options: Any) -> ReftModel:
     model = get_reft_model(fresh("llama"), ReftConfig(**{**OPTIONS, "heads": HEADS, **options}))
     finetune(model, answers(8), TrainingConfig(steps=3, batch_size=4, learning_rate=0.1), quiet=True)
     return model
 
 
-def logits(model):
+def logits(model: ReftModel) -> Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits
 
 
-def test_only_these_heads_change():
-    model = trained()
+def test_only_these_heads_change() -> None:
+    model: Any = trained()
     assert list(model.edits()) == [Site("head_output", 2, heads=[1]), Site("head_output", 0, heads=[3, 0])]
     assert [edit.subspace.width for edit in model.edits().values()] == [WIDTH, 2 * WIDTH]
     out: list[torch.Tensor] = []
@@ -44,8 +54,8 @@ def test_only_these_heads_change():
     assert moved[[1, 2]].max() < 1e-2 * moved[[0, 3]].min()  # not 0: the outputs are rounded
 
 
-def test_heads_are_saved_and_merged(tmp_path):
-    model = trained()
+def test_heads_are_saved_and_merged(tmp_path: Path) -> None:
+    model: Any = trained()
     model.save_pretrained(tmp_path)
     again = ReftModel.from_pretrained(fresh("llama"), tmp_path)
     assert "heads {2: (1,), 0: (3, 0)}" in (tmp_path / "README.md").read_text()
@@ -71,12 +81,12 @@ def test_heads_are_saved_and_merged(tmp_path):
         ({"heads": [(1, [0]), (1, [1])]}, ValueError, "distinct integers"),
     ],
 )
-def test_other_heads_are_refused(options, error, text):
+def test_other_heads_are_refused(options: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         get_reft_model(fresh("llama"), ReftConfig(**{**OPTIONS, **options}))
 
 
-def test_a_suggestion_tells_them_apart():
+def test_a_suggestion_tells_them_apart() -> None:
     settings = [ReftConfig(**OPTIONS, heads={1: [head]}) for head in (0, 3)]
     config = TrainingConfig(steps=1, batch_size=4)
     found = suggest(fresh("llama"), answers(8), settings=settings, training=config, quiet=True)
@@ -84,5 +94,5 @@ def test_a_suggestion_tells_them_apart():
     assert {"layer 1 heads 3" in str(t) for t in found.trials} == {True, False}
 
 
-def test_the_same_layers_may_be_named():
+def test_the_same_layers_may_be_named() -> None:
     assert ReftConfig(**OPTIONS, heads=HEADS, layers=(2, 0)) == ReftConfig(**OPTIONS, heads=HEADS)

@@ -1,12 +1,14 @@
 """A model with adapters: the edits are the formulas at the right places, and PEFT's verbs do what they say."""
 
 import copy
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
 import transformers
 from families import Spot, build, call, editing, fresh, hooked, inputs, spots, standing
-from torch import nn
+from torch import Tensor, nn
 
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.interventions import Intervention
@@ -18,7 +20,7 @@ from subspace_lab.reft import METHODS, ReftConfig, ReftModel, get_reft_model
 LENGTHS, LENGTH = (11, 5, 1), 11
 
 
-def stirred(model, seed=0):
+def stirred(model: ReftModel, seed: int = 0) -> Any:
     """The model with every adapter's parameters moved off their start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -27,12 +29,12 @@ def stirred(model, seed=0):
     return model
 
 
-def logits(model, given):
+def logits(model: ReftModel, given: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         return model(**given).logits
 
 
-def exact(edit):
+def exact(edit: nn.Module) -> Callable[..., Any]:
     """The formula of an intervention, written out in float64 from its raw parameters."""
     p = {name.split(".")[-1]: t.detach().double() for name, t in edit.state_dict().items()}
     if "scale" in p:
@@ -42,7 +44,7 @@ def exact(edit):
         q, t = torch.linalg.qr(p["raw"])
         rows = (q * t.diagonal().sign()).T
 
-    def formula(h):
+    def formula(h: Tensor) -> Tensor:
         x = h.double()
         z = x @ p["weight"].T + p["bias"] if "weight" in p else p["z"].expand(*x.shape[:-1], -1)
         return (x + (z - x @ rows.T if edit.write else z) @ rows).to(h.dtype)
@@ -50,7 +52,8 @@ def exact(edit):
     return formula
 
 
-def spot(name, site):
+def spot(name: str, site: Site) -> Spot:
+    assert site.layer is not None
     return spots(name, site.layer)[site.component]
 
 
@@ -59,7 +62,9 @@ def spot(name, site):
     ("name", "positions"), [("gpt2", "f1+l1"), ("llama", "last"), ("gemma3", "f1+l1"), ("bert", "all")]
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_its_formula_at_its_positions(name, positions, padding, method):
+def test_every_method_is_its_formula_at_its_positions(
+    name: str, positions: str, padding: str, method: str
+) -> None:
     base = build(name)
     model = stirred(get_reft_model(base, ReftConfig(method, rank=3, layers=(0, 2), positions=positions)))
     given = inputs(name, lengths=LENGTHS, padding=padding)
@@ -77,7 +82,7 @@ def test_every_method_is_its_formula_at_its_positions(name, positions, padding, 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_starts_from_the_model_as_it_is(method):
+def test_training_starts_from_the_model_as_it_is(method: str) -> None:
     base, given = build("qwen3"), inputs("qwen3", lengths=LENGTHS)
     model = get_reft_model(base, ReftConfig(method, rank=4, positions="f2+l2"))
     same = torch.equal(logits(model, given), logits(base, given))
@@ -87,7 +92,7 @@ def test_training_starts_from_the_model_as_it_is(method):
         assert not torch.equal(logits(control, given), logits(base, given))
 
 
-def test_the_seed_says_all():
+def test_the_seed_says_all() -> None:
     config = ReftConfig(rank=3, start="paper", layers=(0, 1))
     one = get_reft_model(fresh("gpt2"), config).state_dict()
     torch.manual_seed(99)
@@ -99,9 +104,10 @@ def test_the_seed_says_all():
     assert len(bases) == 2 and not torch.equal(*bases)
 
 
-def test_ties():
+def test_ties() -> None:
     """Tied: one edit everywhere. By group, by position: as many as there are, each where it belongs."""
     base, given = build("gpt2"), inputs("gpt2", lengths=(11, 7, 9))
+    tied: Any
     for tied, count in (("all", 1), ("group", 2), ("position", 5)):
         model = stirred(get_reft_model(base, ReftConfig(rank=2, layers=(1,), positions="f3+l2", tied=tied)))
         edits = list(model.edits().values())
@@ -109,12 +115,14 @@ def test_ties():
         where = spots("gpt2", 1)["block_output"]
         owner = {"all": [0] * 5, "group": [0, 0, 0, 1, 1], "position": [0, 1, 2, 3, 4]}[tied]
         acts = {}
-        rows = {i: [[] for _ in range(3)] for i in range(count)}
+        rows: dict[int, list[list[int]]] = {i: [[] for _ in range(3)] for i in range(count)}
         for row, n in enumerate((11, 7, 9)):
             for place, column in enumerate([0, 1, 2, n - 2, n - 1]):
                 rows[owner[place]][row].append(column)
 
-        def act(value, edits=edits, rows=rows, where=where):
+        def act(
+            value: Any, edits: list[Any] = edits, rows: dict[int, list[list[Any]]] = rows, where: Spot = where
+        ) -> Any:
             for i, edit in enumerate(edits):
                 value = editing(exact(edit), rows[i], where)(value)
             return value
@@ -126,7 +134,7 @@ def test_ties():
         model.unload()
 
 
-def test_the_prompt_is_told_by_labels_or_by_a_column():
+def test_the_prompt_is_told_by_labels_or_by_a_column() -> None:
     base, given = build("llama"), inputs("llama", lengths=(11, 9, 6))
     model = stirred(get_reft_model(base, ReftConfig(rank=2, layers=(1,), positions="last")))
     prompt = torch.tensor([4, 9, 2])
@@ -148,7 +156,7 @@ def test_the_prompt_is_told_by_labels_or_by_a_column():
         torch.testing.assert_close(found.logits, expected.logits, atol=2e-4, rtol=2e-4)
         torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
     assert (whole.logits - expected.logits).abs().max() > 0.1
-    left = {k: v.flip(1) if k == "attention_mask" else v.clone() for k, v in given.items()}
+    left: dict[str, Any] = {k: v.flip(1) if k == "attention_mask" else v.clone() for k, v in given.items()}
     for row, n in enumerate((11, 9, 6)):
         for key in ("input_ids", "labels"):
             left[key][row] = torch.cat([given[key][row, n:], given[key][row, :n]])
@@ -157,7 +165,7 @@ def test_the_prompt_is_told_by_labels_or_by_a_column():
     torch.testing.assert_close(moved.loss, expected.loss, atol=1e-5, rtol=1e-5)
 
 
-def test_prompts_that_are_none_are_refused():
+def test_prompts_that_are_none_are_refused() -> None:
     model = get_reft_model(build("llama"), ReftConfig(rank=2))
     given = inputs("llama", lengths=(11, 9, 6))
     with pytest.raises(ValueError, match="Row 0 has no label but −100"):
@@ -172,7 +180,7 @@ def test_prompts_that_are_none_are_refused():
         model(**given, labels=torch.tensor([0, 1, 1]))
 
 
-def test_prompts_shorter_than_prefix_and_suffix_follow_the_papers_rule():
+def test_prompts_shorter_than_prefix_and_suffix_follow_the_papers_rule() -> None:
     model = stirred(get_reft_model(build("gpt2"), ReftConfig(rank=2, positions="f7+l7")))
     given = inputs("gpt2", lengths=(11, 1, 3))
     same = stirred(get_reft_model(build("gpt2"), ReftConfig(rank=2, positions="all")))
@@ -185,11 +193,11 @@ def test_prompts_shorter_than_prefix_and_suffix_follow_the_papers_rule():
 # --- a guest ------------------------------------------------------------------------------------------------
 
 
-def hooks(model):
+def hooks(model: Any) -> dict[Any, Any]:
     return {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
 
 
-def test_the_base_model_is_left_as_it_was():
+def test_the_base_model_is_left_as_it_was() -> None:
     base, given = fresh("gpt2"), inputs("gpt2")
     for i, p in enumerate(base.parameters()):
         p.requires_grad_(i % 2 == 0)
@@ -212,7 +220,7 @@ def test_the_base_model_is_left_as_it_was():
     assert model.adapter("default").edits[0].value.weight.grad.abs().sum() > 0
 
 
-def test_what_cannot_be_made_leaves_the_base_model_alone():
+def test_what_cannot_be_made_leaves_the_base_model_alone() -> None:
     base = fresh("llama")
     for config, error, message in (
         (ReftConfig(rank=33), ValueError, "rank=33 .* width 32"),
@@ -228,7 +236,7 @@ def test_what_cannot_be_made_leaves_the_base_model_alone():
         get_reft_model(get_reft_model(base, ReftConfig()), ReftConfig())
 
 
-def test_dropout_is_on_in_training_alone():
+def test_dropout_is_on_in_training_alone() -> None:
     base, given = fresh("llama").eval(), inputs("llama")
     model = stirred(get_reft_model(base, ReftConfig(rank=8, dropout=0.5)))
     plain = stirred(get_reft_model(base, ReftConfig(rank=8)))
@@ -244,7 +252,7 @@ def test_dropout_is_on_in_training_alone():
 # --- several adapters ---------------------------------------------------------------------------------------
 
 
-def test_several_adapters():
+def test_several_adapters() -> None:
     base, given = build("neox"), inputs("neox", lengths=(11, 5, 9))
     plain = logits(base, given)
     model = get_reft_model(base, ReftConfig(rank=2, positions="f2", seed=1), "start")
@@ -265,7 +273,9 @@ def test_several_adapters():
         where = spots("neox", layer)["block_output"]
         first, last = (model.adapter(n).edits[layer] for n in ("start", "end"))
 
-        def act(value, first=first, last=last, where=where):
+        def act(
+            value: Any, first: nn.Module = first, last: nn.Module = last, where: Spot = where
+        ) -> Tensor | None:
             value = editing(exact(first), [[0, 1]] * 3, where)(value)
             return editing(exact(last), [[9, 10], [3, 4], [7, 8]], where)(value)
 
@@ -283,7 +293,7 @@ def test_several_adapters():
     assert model.names == model.active_adapters == ["end"] and torch.equal(logits(model, given), end)
 
 
-def test_adapters_at_the_same_positions_are_refused():
+def test_adapters_at_the_same_positions_are_refused() -> None:
     base = build("neox")
     model = get_reft_model(base, ReftConfig(rank=2, positions="f2"))
     model.add_adapter("same", ReftConfig(rank=3, layers=(1,), positions="f2"))
@@ -297,7 +307,7 @@ def test_adapters_at_the_same_positions_are_refused():
         logits(model, inputs("neox", lengths=(11, 5, 3)))
 
 
-def test_names_of_adapters():
+def test_names_of_adapters() -> None:
     model = get_reft_model(build("gpt2"), ReftConfig(rank=2))
     for name in ("default", "a.b", "keys"):
         with pytest.raises(ValueError, match=f"'{name}' is taken or has a dot"):
@@ -311,7 +321,7 @@ def test_names_of_adapters():
 
 
 @pytest.mark.parametrize("basis", ["learned", "fixed"])
-def test_an_edit_starts_in_a_subspace_that_was_found(basis):
+def test_an_edit_starts_in_a_subspace_that_was_found(basis: Literal["learned", "fixed"]) -> None:
     base, given = build("gpt2"), inputs("gpt2")
     sites = [Site("block_output", layer, "last") for layer in (0, 2)]
     found = {site: random_subspace(32, 3, seed) for seed, site in enumerate(sites)}
@@ -336,16 +346,16 @@ def test_an_edit_starts_in_a_subspace_that_was_found(basis):
     assert (moved == 0) == (basis == "fixed")
 
 
-def test_subspaces_of_sites_without_an_edit_are_refused():
+def test_subspaces_of_sites_without_an_edit_are_refused() -> None:
     model = get_reft_model(build("gpt2"), ReftConfig(rank=3, layers=(1,), positions="last"))
     with pytest.raises(ValueError, match=r"edited are \['block_output\[1\]@last'\]"):
         model.subspace("block_output[0]@last")
 
 
 @pytest.mark.parametrize("options", [*METHODS, "tanh", "parts"])
-def test_folded_edits_are_the_same_function_in_plain_matrices(options):
+def test_folded_edits_are_the_same_function_in_plain_matrices(options: Any) -> None:
     base, given = build("llama"), inputs("llama", lengths=(11, 5, 9), padding="left")
-    more = {
+    more: Any = {
         "tanh": {"activation": "tanh", "start": "paper"},
         "parts": {"parts": {"a": 2, "b": 1}},
     }.get(options, {"method": options})
@@ -369,7 +379,7 @@ def test_folded_edits_are_the_same_function_in_plain_matrices(options):
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
-def test_encoder_decoder(stack):
+def test_encoder_decoder(stack: str) -> None:
     base = build("t5")
     given = inputs("t5", lengths=(11, 5, 9))
     labels = given["decoder_input_ids"]
@@ -388,7 +398,7 @@ def test_encoder_decoder(stack):
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
-def test_masked_language_model():
+def test_masked_language_model() -> None:
     base, given = build("roberta"), inputs("roberta", lengths=(11, 5, 9))
     labels = torch.full_like(given["input_ids"], -100)
     labels[:, 2] = given["input_ids"][:, 2]
@@ -401,7 +411,7 @@ def test_masked_language_model():
     torch.testing.assert_close(found.loss, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_modules_to_save_stand_in_for_those_of_the_base_model():
+def test_modules_to_save_stand_in_for_those_of_the_base_model() -> None:
     config = transformers.BertConfig(
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
@@ -426,12 +436,12 @@ def test_modules_to_save_stand_in_for_those_of_the_base_model():
     assert not torch.equal(changed, logits(base, given))
 
 
-def test_a_model_that_is_no_transformer_is_refused_clearly():
+def test_a_model_that_is_no_transformer_is_refused_clearly() -> None:
     with pytest.raises(ValueError, match="no stack of transformer blocks"):
         get_reft_model(nn.Sequential(nn.Linear(4, 4)), ReftConfig(rank=2))
 
 
-def test_what_the_base_model_does_not_know_it_refuses():
+def test_what_the_base_model_does_not_know_it_refuses() -> None:
     model = get_reft_model(build("gpt2"), ReftConfig(rank=2))
     with pytest.raises(TypeError, match="noise_level"):
         model(**inputs("gpt2"), noise_level=3)

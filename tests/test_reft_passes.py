@@ -4,6 +4,7 @@ What is right is told by plain greedy generation of the edited model, token by t
 """
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +18,13 @@ from subspace_lab.reft import ReftConfig, get_reft_model
 NEW = 10
 
 
-def prompt(name):
+def prompt(name: str) -> dict[Any, Any]:
     """One example, of which tokens come again, so that something can be guessed from it."""
     ids = torch.tensor([[7, 21, 22, 23, 9, 21, 22, 40, 7, 21]])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def other(name):
+def other(name: str) -> Any:
     """An assistant of the same vocabulary that guesses some tokens right and others wrong."""
     model = fresh(name)
     generator = torch.Generator().manual_seed(11)
@@ -33,13 +34,13 @@ def other(name):
     return model
 
 
-def written(model, given, **options):
+def written(model: Any, given: dict[str, Any], **options: Any) -> Any:
     return model.generate(**given, **{"max_new_tokens": NEW, "do_sample": False, "min_new_tokens": NEW, **options})
 
 
 @pytest.mark.parametrize("every_token", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_every_way_to_guess_gives_the_greedy_tokens(name, every_token):
+def test_every_way_to_guess_gives_the_greedy_tokens(name: str, every_token: bool) -> None:
     model, given = adapted(name, "f2+l2" if not every_token else "last"), prompt(name)
     expected = written(model, given, every_token=every_token, use_cache=False)
     with model.disable_adapter():
@@ -51,7 +52,7 @@ def test_every_way_to_guess_gives_the_greedy_tokens(name, every_token):
             logits = model(input_ids=ids, prompt_lengths=torch.tensor([n])).logits
             ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
     assert every_token or torch.equal(ids, expected)
-    ways = (
+    ways: tuple[dict[str, Any], ...] = (
         {},
         {"cache_implementation": "static"},
         {"prompt_lookup_num_tokens": 3},
@@ -64,7 +65,7 @@ def test_every_way_to_guess_gives_the_greedy_tokens(name, every_token):
         assert torch.equal(found, expected), way
 
 
-def test_guesses_behind_a_prompt_whose_beginning_is_cached_are_refused():
+def test_guesses_behind_a_prompt_whose_beginning_is_cached_are_refused() -> None:
     """transformers runs the cached tokens once more then, and gives other tokens than greedy for any model."""
     model, given = adapted("llama", "last"), prompt("llama")
     first = written(model, given, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
@@ -76,9 +77,9 @@ def test_guesses_behind_a_prompt_whose_beginning_is_cached_are_refused():
 
 
 @pytest.mark.parametrize("every_token", [False, True])
-def test_assistants_that_run_the_models_own_layers_are_refused(every_token):
+def test_assistants_that_run_the_models_own_layers_are_refused(every_token: bool) -> None:
     model, given = adapted("llama"), prompt("llama")
-    base = model.base_model
+    base: Any = model.base_model
     parts = transformers.LlamaForCausalLM(base.config)
     parts.model = base.model
     reft = get_reft_model(fresh("llama"), ReftConfig(rank=2))
@@ -97,7 +98,7 @@ def test_assistants_that_run_the_models_own_layers_are_refused(every_token):
         assert torch.equal(written(model, given, assistant_early_exit=1), written(base, given))
 
 
-def test_chunks_are_refused_in_the_function_too():
+def test_chunks_are_refused_in_the_function_too() -> None:
     model, given = adapted("gpt2"), prompt("gpt2")
     with pytest.raises(ValueError, match="prefill_chunk_size"):
         generate(model.backbone, given, model.edits(), max_new_tokens=2, prefill_chunk_size=4)
@@ -107,7 +108,7 @@ def test_chunks_are_refused_in_the_function_too():
         get_reft_model(base, ReftConfig(rank=2)).generate(**given, max_new_tokens=2)
 
 
-def test_guidance_edits_the_prompt_and_not_the_run_without_it():
+def test_guidance_edits_the_prompt_and_not_the_run_without_it() -> None:
     """Greedy by hand: scale times the edited log-probabilities, and the rest of the plain model's without prompt."""
     model, given, scale = adapted("llama", "l2"), prompt("llama"), 1.5
     ids, n = given["input_ids"], given["input_ids"].shape[1]
@@ -124,7 +125,7 @@ def test_guidance_edits_the_prompt_and_not_the_run_without_it():
             written(model, given, guidance_scale=scale, **options)
 
 
-def whisper(**options):
+def whisper(**options: Any) -> Any:
     torch.manual_seed(0)
     config = transformers.WhisperConfig(
         vocab_size=80,
@@ -149,7 +150,7 @@ def whisper(**options):
     return transformers.WhisperForConditionalGeneration(config).eval()
 
 
-def test_detecting_the_language_is_refused_before_the_first_pass():
+def test_detecting_the_language_is_refused_before_the_first_pass() -> None:
     base = whisper()
     config = base.generation_config
     config.is_multilingual, config.lang_to_id = True, {"<|en|>": 10, "<|de|>": 11}
@@ -160,7 +161,12 @@ def test_detecting_the_language_is_refused_before_the_first_pass():
     sound = torch.randn(2, 8, 60)
     with pytest.raises(ValueError, match="language='en'"):
         model.generate(sound, max_new_tokens=4)
-    options = {"language": "en", "max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+    options: dict[str, Any] = {
+        "language": "en",
+        "max_new_tokens": 4,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     found = model.generate(sound, **options)
     with model.disable_adapter():
         plain = model.generate(sound, **options)
@@ -168,7 +174,7 @@ def test_detecting_the_language_is_refused_before_the_first_pass():
 
 
 @pytest.mark.parametrize("name", ["llama"])
-def test_padding_and_samples_as_before(name):
+def test_padding_and_samples_as_before(name: str) -> None:
     model, given = adapted(name), inputs(name, lengths=(11, 5, 9), padding="left")
     torch.manual_seed(3)
     one = model.generate(**given, max_new_tokens=5, do_sample=True, every_token=True)

@@ -78,7 +78,7 @@ def trained(model: ReftModel, data: Dataset, folder: Path, **changes: Any) -> di
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_trainer_learns_the_same_from_a_kept_past(tmp_path: Path, accumulated: int) -> None:
     plain = trained(reft(), rows(), tmp_path / "plain", gradient_accumulation_steps=accumulated)
-    model = reft()
+    model: Any = reft()
     start = {name: value.clone() for name, value in model.state_dict().items()}
     calls: list[int] = []
     handles = [
@@ -99,6 +99,7 @@ def test_trainer_learns_the_same_from_a_kept_past(tmp_path: Path, accumulated: i
 
 def test_loss_and_gradient_of_rows_are_those_of_the_whole_batch() -> None:
     model = reft()
+    p: Any
     for p in model.edits().values():
         nn.init.normal_(p.value.weight, std=0.2)
     data = rows()
@@ -132,7 +133,7 @@ def test_the_base_model_rests_while_a_past_is_kept() -> None:
 def test_what_is_not_frozen_is_refused() -> None:
     with pytest.raises(ValueError, match="modules_to_save"):
         reft(modules_to_save=("lm_head",)).keep_past(rows())
-    model = reft()
+    model: Any = reft()
     with model.disable_adapter(), pytest.raises(ValueError, match="active adapters"):
         model.keep_past(rows())
     model.keep_past(rows())

@@ -1,14 +1,16 @@
 """Where the prompt ends in calls that others make: said around them, told by labels, or warned of."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from families import fresh
 from test_reft_data import make_tokenizer
 from test_reft_trainer import answers, collate, decoder
+from torch import Tensor
 
-from subspace_lab.reft import ReftConfig, get_reft_model
+from subspace_lab.reft import ReftConfig, ReftModel, get_reft_model
 from subspace_lab.reft.harness import with_prompts
 
 PAIRS = [
@@ -20,7 +22,7 @@ PAIRS = [
 ]
 
 
-def score(model, prompt, answer):
+def score(model: ReftModel, prompt: list[int], answer: list[int]) -> float:
     """The answer's log-probability, by its labels."""
     ids = torch.tensor([prompt + answer])
     labels = torch.tensor([[-100] * len(prompt) + answer])
@@ -31,14 +33,16 @@ def score(model, prompt, answer):
 class Harness:
     """What HFLM does to score answers: right padding by zeros, no mask, no labels, one call for equal inputs."""
 
-    def __init__(self, model, batch_size=3, max_length=64, backend="causal"):
+    def __init__(
+        self, model: ReftModel, batch_size: int = 3, max_length: int = 64, backend: str = "causal"
+    ) -> None:
         self.model, self.batch_size, self.max_length, self.backend = model, batch_size, max_length, backend
 
-    def _model_call(self, ids):
+    def _model_call(self, ids: Tensor) -> Any:
         with torch.no_grad():
             return self.model(ids).logits
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False):
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         found = []
         self._model_call(torch.ones(2, self.max_length, dtype=torch.long))  # as it looks for a batch size
         for start in range(0, len(requests), self.batch_size):
@@ -53,12 +57,12 @@ class Harness:
         return found
 
 
-def requests(pairs=PAIRS):
+def requests(pairs: list[tuple[list[int], list[int]]] = PAIRS) -> list[Any]:
     return [(("", ""), prompt, answer) for prompt, answer in pairs]
 
 
 @pytest.mark.parametrize("positions", ["l1", "f1+l2", "all"])
-def test_a_harness_scores_answers_as_their_labels_do(positions):
+def test_a_harness_scores_answers_as_their_labels_do(positions: str) -> None:
     """Also where one call's tokens are prompt in one request and answer in another, and where zeros are tokens."""
     model = decoder(positions, start="paper").eval()
     expected = [score(model, *pair) for pair in PAIRS]
@@ -71,7 +75,7 @@ def test_a_harness_scores_answers_as_their_labels_do(positions):
     assert max(abs(a - b) for a, b in zip(plain, expected, strict=True)) > 1e-2
 
 
-def test_a_harness_cuts_long_prompts_from_the_left():
+def test_a_harness_cuts_long_prompts_from_the_left() -> None:
     model = decoder("l1", start="paper").eval()
     prompt, answer = list(range(3, 30)), [31, 32]
     lm = with_prompts(Harness(model, max_length=10))
@@ -80,14 +84,14 @@ def test_a_harness_cuts_long_prompts_from_the_left():
     )
 
 
-def test_what_is_no_harness_is_refused():
+def test_what_is_no_harness_is_refused() -> None:
     with pytest.raises(TypeError, match=r"lm\.model"):
         with_prompts(Harness(fresh("llama")))
     seq2seq = Harness(decoder(), backend="seq2seq")
     assert with_prompts(seq2seq)._loglikelihood_tokens.__func__ is Harness._loglikelihood_tokens
 
 
-def test_the_harness_itself():
+def test_the_harness_itself() -> None:
     """With lm_eval where it is installed: rankings are those of training."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
@@ -105,7 +109,7 @@ def test_the_harness_itself():
 # --- said around calls --------------------------------------------------------------------------------------
 
 
-def test_lengths_around_calls_are_those_of_the_argument():
+def test_lengths_around_calls_are_those_of_the_argument() -> None:
     model, batch = decoder("l2", start="paper").eval(), collate(list(answers(4)))
     labels = batch.pop("labels")
     lengths = (labels == -100).logical_and(batch["attention_mask"].bool()).sum(1)
@@ -127,7 +131,7 @@ def test_lengths_around_calls_are_those_of_the_argument():
         whole = model(**batch, prompt_lengths=batch["attention_mask"].sum(1)).logits
         with model.prompt_lengths("all"):
             assert torch.equal(model(**batch).logits, whole)
-            embedded = {**batch, "inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
+            embedded: dict[str, Any] = {**batch, "inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
             del embedded["input_ids"]
             torch.testing.assert_close(model(**embedded).logits, whole)
             with model.prompt_lengths(1):
@@ -135,7 +139,7 @@ def test_lengths_around_calls_are_those_of_the_argument():
         assert not torch.allclose(whole, expected)
 
 
-def test_lengths_that_do_not_fit_are_refused():
+def test_lengths_that_do_not_fit_are_refused() -> None:
     model, batch = decoder("l2"), collate(list(answers(4)))
     for said, error, sentence in (
         ([3, 3], ValueError, "given for 2 examples, and the call has 4"),
@@ -144,7 +148,7 @@ def test_lengths_that_do_not_fit_are_refused():
         (2.5, TypeError, "lengths"),
         (99, ValueError, "Prompt lengths"),
     ):
-        with pytest.raises(error, match=sentence), model.prompt_lengths(said):
+        with pytest.raises(error, match=sentence), model.prompt_lengths(said):  # type: ignore[arg-type]
             model(**batch)
         with pytest.raises(error, match=sentence):
             model(**batch, prompt_lengths=said)
@@ -155,7 +159,7 @@ def test_lengths_that_do_not_fit_are_refused():
         assert model._outer_lengths is None
 
 
-def test_training_without_labels_inside_the_block():
+def test_training_without_labels_inside_the_block() -> None:
     """A loss of one's own, for which Trainer takes the labels away."""
     model, batch = decoder("l1", start="paper").train(), collate(list(answers(4)))
     labels = batch.pop("labels")
@@ -169,7 +173,7 @@ def test_training_without_labels_inside_the_block():
 # --- warned of ----------------------------------------------------------------------------------------------
 
 
-def heard(model, *, times=2, **given):
+def heard(model: ReftModel, *, times: int = 2, **given: Any) -> list[Any]:
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         for _ in range(times):
@@ -178,18 +182,18 @@ def heard(model, *, times=2, **given):
 
 
 @pytest.mark.parametrize("positions", ["l2", "f1+l1", "last", "-1", "all", ":-1", "1:"])
-def test_positions_that_move_with_the_end_are_warned_of_once(positions):
+def test_positions_that_move_with_the_end_are_warned_of_once(positions: str) -> None:
     ids = torch.arange(3, 12)[None]
     said = heard(decoder(positions).eval(), input_ids=ids)
     assert len(said) == 1 and "prompt_lengths" in said[0]
 
 
 @pytest.mark.parametrize("positions", ["f2", "first", "0", "1:3"])
-def test_positions_that_stay_are_not(positions):
+def test_positions_that_stay_are_not(positions: str) -> None:
     assert not heard(decoder(positions).eval(), input_ids=torch.arange(3, 12)[None])
 
 
-def test_calls_that_say_where_prompts_end_are_not_warned_of():
+def test_calls_that_say_where_prompts_end_are_not_warned_of() -> None:
     ids = torch.arange(3, 12)[None]
     model = decoder("l2").eval()
     assert not heard(model, input_ids=ids, prompt_lengths=torch.tensor([4]))

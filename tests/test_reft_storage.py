@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -16,12 +18,13 @@ import torch
 import transformers
 from families import build, fresh, inputs
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from subspace_lab.reft import METHODS, ReftConfig, ReftModel, get_reft_model, storage
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-VARIANTS = {
+VARIANTS: dict[str, Any] = {
     **{method: {"method": method} for method in METHODS},
     "fixed": {"basis": "fixed"},
     "parts": {"parts": {"a": 1, "b": 2}},
@@ -30,7 +33,7 @@ VARIANTS = {
 }
 
 
-def stirred(model, seed=0):
+def stirred(model: ReftModel, seed: int = 0) -> ReftModel:
     """The model with every adapter's parameters moved off their start."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -39,13 +42,13 @@ def stirred(model, seed=0):
     return model
 
 
-def logits(model, given):
+def logits(model: ReftModel, given: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         return model(**given).logits
 
 
 @pytest.fixture
-def saved(tmp_path):
+def saved(tmp_path: Path) -> tuple[Path, ReftModel]:
     """A folder with an adapter for the Llama of the tests, and the model that wrote it."""
     model = stirred(get_reft_model(build("llama"), ReftConfig(rank=3)))
     model.save_pretrained(tmp_path / "adapter")
@@ -57,7 +60,7 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_reloaded_adapter_gives_the_same_bits(variant, dtype, tmp_path):
+def test_a_reloaded_adapter_gives_the_same_bits(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     base, given = build("llama", dtype), inputs("llama", lengths=(11, 5, 9))
     model = stirred(get_reft_model(base, ReftConfig(**{"rank": 3, **VARIANTS[variant]})))
     expected = logits(model, given)
@@ -89,7 +92,7 @@ save_file(found, folder / "found.safetensors")
 """
 
 
-def test_a_reloaded_adapter_gives_the_same_bits_in_another_process(tmp_path):
+def test_a_reloaded_adapter_gives_the_same_bits_in_another_process(tmp_path: Path) -> None:
     dtype = "bfloat16"
     given = inputs("llama", lengths=(11, 5, 9))
     build("llama").save_pretrained(tmp_path / "base")
@@ -108,7 +111,7 @@ def test_a_reloaded_adapter_gives_the_same_bits_in_another_process(tmp_path):
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
-def test_heads_and_several_adapters_are_saved(tmp_path):
+def test_heads_and_several_adapters_are_saved(tmp_path: Path) -> None:
     config = transformers.BertConfig(
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
@@ -131,7 +134,7 @@ def test_heads_and_several_adapters_are_saved(tmp_path):
         assert torch.equal(logits(again, given), logits(model, given))
 
 
-def test_nothing_of_size_d_by_d_is_written_and_the_config_tells_all(saved):
+def test_nothing_of_size_d_by_d_is_written_and_the_config_tells_all(saved: tuple[Path, ReftModel]) -> None:
     folder, model = saved
     shapes = {k: tuple(v.shape) for k, v in load_file(folder / WEIGHTS).items()}
     assert sum(torch.Size(s).numel() for s in shapes.values()) == model.get_nb_trainable_parameters()[0]
@@ -142,7 +145,7 @@ def test_nothing_of_size_d_by_d_is_written_and_the_config_tells_all(saved):
     assert "LoReFT" in card and "LlamaForCausalLM" in card and f"interventions: {3 * 195}" in card
 
 
-def test_an_adapter_saved_over_another_one_replaces_it(saved):
+def test_an_adapter_saved_over_another_one_replaces_it(saved: tuple[Path, ReftModel]) -> None:
     folder, _ = saved
     other = stirred(get_reft_model(build("llama"), ReftConfig("DiReFT", rank=2, positions="last")), 1)
     other.save_pretrained(folder)
@@ -151,15 +154,18 @@ def test_an_adapter_saved_over_another_one_replaces_it(saved):
     assert torch.equal(logits(again, given), logits(other, given))
 
 
-def test_an_adapter_is_not_saved_where_it_would_hide_or_replace_something_else(saved, tmp_path):
+def test_an_adapter_is_not_saved_where_it_would_hide_or_replace_something_else(
+    saved: tuple[Path, ReftModel], tmp_path: Path
+) -> None:
     """transformers takes a folder with an adapter_config.json for an adapter, even if a model is in it."""
+    model: Any
     _, model = saved
     model.base_model.save_pretrained(tmp_path / "model")
     with pytest.raises(FileExistsError, match="holds a model"):
         model.save_pretrained(tmp_path / "model")
     type(model.base_model).from_pretrained(tmp_path / "model")
     lora = peft.get_peft_model(build("llama"), peft.LoraConfig(r=1, target_modules=["q_proj"]))
-    lora.save_pretrained(tmp_path / "lora")
+    lora.save_pretrained(str(tmp_path / "lora"))
     kept = (tmp_path / "lora" / WEIGHTS).read_bytes()
     with pytest.raises(FileExistsError, match="holds a LORA adapter"):
         model.save_pretrained(tmp_path / "lora")
@@ -171,13 +177,13 @@ def test_an_adapter_is_not_saved_where_it_would_hide_or_replace_something_else(s
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
-def llama(**changes):
+def llama(**changes: Any) -> transformers.LlamaForCausalLM:
     torch.manual_seed(changes.pop("seed", 1234))
     facts = build("llama").config.to_dict() | changes
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**facts))
 
 
-def test_adapters_of_other_base_models_are_refused(saved):
+def test_adapters_of_other_base_models_are_refused(saved: tuple[Path, ReftModel]) -> None:
     folder, _ = saved
     for base, message in (
         (llama(hidden_size=64), "hidden_size 32, here 64"),
@@ -190,26 +196,28 @@ def test_adapters_of_other_base_models_are_refused(saved):
         assert all(p.requires_grad for p in base.parameters())
 
 
-def test_a_base_model_may_change_dtype_grow_its_vocabulary_and_train_a_little(saved):
+def test_a_base_model_may_change_dtype_grow_its_vocabulary_and_train_a_little(
+    saved: tuple[Path, ReftModel],
+) -> None:
     folder, _ = saved
     for change in (
         lambda m: m.to(torch.bfloat16),
         lambda m: m.resize_token_embeddings(m.config.vocab_size + 3) and m,
         lambda m: [p.data.mul_(1.02) for p in m.parameters()] and m,
     ):
-        ReftModel.from_pretrained(change(fresh("llama")), folder)
+        ReftModel.from_pretrained(change(fresh("llama")), folder)  # type: ignore[arg-type]
 
 
-def edited(folder, **changes):
+def edited(folder: Path, **changes: Any) -> None:
     facts = json.loads((folder / CONFIG).read_text()) | changes
     (folder / CONFIG).write_text(json.dumps({k: v for k, v in facts.items() if v is not ...}))
 
 
-def test_folders_that_are_no_adapter_are_refused(saved, tmp_path):
+def test_folders_that_are_no_adapter_are_refused(saved: tuple[Path, ReftModel], tmp_path: Path) -> None:
     folder, _ = saved
     base = build("llama")
 
-    def refused(error, message):
+    def refused(error: type[Exception] | tuple[type[Exception], ...], message: str) -> None:
         with pytest.raises(error, match=message):
             ReftModel.from_pretrained(base, folder)
 
@@ -245,6 +253,7 @@ def test_folders_that_are_no_adapter_are_refused(saved, tmp_path):
     for broken in (b"\xff\xfe\x00", b"[" * 100_000):
         (folder / CONFIG).write_bytes(broken)
         refused(ValueError, f"{CONFIG} is not JSON")
+    wrong: Any
     for name, wrong in itertools.product(("base", "alignment"), (3, None, [])):
         (folder / CONFIG).write_text(text)
         edited(folder, **{name: wrong})
@@ -256,11 +265,11 @@ def test_folders_that_are_no_adapter_are_refused(saved, tmp_path):
     refused(ValueError, "not a whole safetensors file")
 
 
-def test_numbers_that_do_not_fit_are_refused(saved):
+def test_numbers_that_do_not_fit_are_refused(saved: tuple[Path, ReftModel]) -> None:
     folder, model = saved
     state = {k.replace("adapters.default.", ""): v.contiguous() for k, v in model.state_dict().items()}
     metadata = {"config": storage.digest(model.adapter("default").config)}
-    wrong = {k: v for k, v in state.items() if not k.endswith("bias")}
+    wrong: dict[str, Any] = {k: v for k, v in state.items() if not k.endswith("bias")}
     base = fresh("llama")
     for tensors, message in ((wrong, "Missing key"), ({**state, "more": torch.ones(2)}, "Unexpected key")):
         save_file(tensors, folder / WEIGHTS, metadata=metadata)
@@ -277,14 +286,14 @@ def test_numbers_that_do_not_fit_are_refused(saved):
 class Malice:
     """What would run code when unpickled."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
         return (open, (str(self.path), "w"))
 
 
-def test_a_pickle_is_refused_and_runs_nothing(saved, tmp_path):
+def test_a_pickle_is_refused_and_runs_nothing(saved: tuple[Path, ReftModel], tmp_path: Path) -> None:
     folder, _ = saved
     trap = tmp_path / "ran"
     (folder / WEIGHTS).write_bytes(pickle.dumps(Malice(trap)))
@@ -298,7 +307,7 @@ def test_a_pickle_is_refused_and_runs_nothing(saved, tmp_path):
 # --- saves that are cut short -------------------------------------------------------------------------------
 
 
-def two_adapters(folder):
+def two_adapters(folder: Path) -> tuple[ReftModel, ReftModel]:
     """(old, new) models of one base whose configurations differ too, the old one saved."""
     base = build("llama")
     old = stirred(get_reft_model(base, ReftConfig(rank=3, positions="last")))
@@ -307,11 +316,11 @@ def two_adapters(folder):
     return old, new
 
 
-def interrupted(monkeypatch, model, folder, step):
+def interrupted(monkeypatch: pytest.MonkeyPatch, model: ReftModel, folder: Path, step: int) -> bool:
     """Save, with the disk full after so many files; whether it was done."""
     count, replaced = 0, os.replace
 
-    def failing(a, b):
+    def failing(a: Any, b: Any) -> None:
         nonlocal count
         count += 1
         if count > step:
@@ -327,13 +336,15 @@ def interrupted(monkeypatch, model, folder, step):
     return True
 
 
-def test_whichever_step_of_a_save_fails_one_whole_adapter_is_read(tmp_path, monkeypatch):
+def test_whichever_step_of_a_save_fails_one_whole_adapter_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = inputs("llama")
     old, new = two_adapters(tmp_path)
     third = stirred(get_reft_model(build("llama"), ReftConfig(rank=2, positions="all")), 2)
     expected = {name: logits(m, given) for name, m in (("old", old), ("new", new), ("third", third))}
 
-    def read():
+    def read() -> str:
         found = logits(ReftModel.from_pretrained(build("llama"), tmp_path), given)
         (name,) = [name for name, e in expected.items() if torch.equal(found, e)]
         return name
@@ -351,13 +362,13 @@ def test_whichever_step_of_a_save_fails_one_whole_adapter_is_read(tmp_path, monk
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process to kill")
-def test_a_process_killed_while_it_saves_leaves_one_whole_adapter(tmp_path):
+def test_a_process_killed_while_it_saves_leaves_one_whole_adapter(tmp_path: Path) -> None:
     """Killed before each thing that a save does in its folder, and at a few moments between."""
     given = inputs("llama")
     old, new = two_adapters(tmp_path)
     expected = [logits(old, given), logits(new, given)]
 
-    def read():
+    def read() -> int:
         found = logits(ReftModel.from_pretrained(build("llama"), tmp_path), given)
         (which,) = [i for i, e in enumerate(expected) if torch.equal(found, e)]
         return which
@@ -384,7 +395,7 @@ def test_a_process_killed_while_it_saves_leaves_one_whole_adapter(tmp_path):
         read()
 
 
-def saved_elsewhere(model, folder, step):
+def saved_elsewhere(model: ReftModel, folder: Path, step: int) -> bool:
     """Save in a process that is killed before it does something in the folder for the `step`-th time, from 0 on.
 
     False if the save was done before that.
@@ -393,7 +404,7 @@ def saved_elsewhere(model, folder, step):
     if not child:
         seen = itertools.count()
 
-        def kill(event, arguments):
+        def kill(event: Any, arguments: Any) -> None:
             if any(str(a).startswith(str(folder)) for a in arguments) and next(seen) == step:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -412,20 +423,22 @@ def saved_elsewhere(model, folder, step):
 # --- the Hub ------------------------------------------------------------------------------------------------
 
 
-def test_push_to_hub_uploads_what_save_writes(saved, monkeypatch):
+def test_push_to_hub_uploads_what_save_writes(
+    saved: tuple[Path, ReftModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     _, model = saved
-    calls = []
+    calls: list[tuple[Any, ...]] = []
 
     class Api:
-        def __init__(self, token=None):
+        def __init__(self, token: str | None = None) -> None:
             calls.append(("token", token))
 
-        def create_repo(self, name, private, exist_ok):
+        def create_repo(self, name: str, private: bool, exist_ok: bool) -> None:
             calls.append((name, private, exist_ok))
 
-        def upload_folder(self, repo_id, folder_path):
+        def upload_folder(self, repo_id: Any, folder_path: Any) -> str:
             calls.append((repo_id, sorted(p.name for p in Path(folder_path).iterdir())))
             return "https://address"
 

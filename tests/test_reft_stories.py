@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, SentencePieceBackend, TokenizersBackend
 
 from subspace_lab.core.interventions import interchange
 from subspace_lab.core.sites import Site
@@ -17,8 +18,9 @@ from subspace_lab.engine.training import TrainingConfig
 from subspace_lab.model.batches import Batch
 from subspace_lab.model.intervene import collect, forward
 from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model, tokenise
+from subspace_lab.reft.finetune import History
 
-NAMES = ("Lily", "Tim", "Sue", "Tom", "Mia", "Ben", "Anna", "Max")
+NAMES: tuple[str, ...] = ("Lily", "Tim", "Sue", "Tom", "Mia", "Ben", "Anna", "Max")
 NAMES += ("Lucy", "Sam", "Sara", "Jack", "Amy", "Bob", "Ella", "Leo")
 OPENINGS = (
     "Once upon a time, there was a little girl named {}.",
@@ -38,22 +40,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def folder(assets):
+def folder(assets: Path) -> Path:
     return assets / "models" / "stories260K"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder):
+def tokenizer(folder: Path) -> TokenizersBackend | SentencePieceBackend:
     return AutoTokenizer.from_pretrained(folder, padding_side="left")
 
 
 @pytest.fixture(scope="module")
-def base(folder):
+def base(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 @pytest.fixture(scope="module")
-def trained(base, tokenizer):
+def trained(base: Any, tokenizer: TokenizersBackend | SentencePieceBackend) -> tuple[ReftModel, History]:
     """The model with a trained adapter, and its losses."""
     model = get_reft_model(base, CONFIG)
     rows = tokenise([{"prompt": p, "answer": f" {STYLE}"} for p in TRAINING], tokenizer, end=False)
@@ -62,21 +64,26 @@ def trained(base, tokenizer):
 
 
 @pytest.fixture
-def prompts(tokenizer):
+def prompts(tokenizer: TokenizersBackend | SentencePieceBackend) -> Any:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer(HELD_OUT, return_tensors="pt", padding=True)
 
 
-def continued(model, tokenizer, prompts):
+def continued(model: ReftModel, tokenizer: TokenizersBackend | SentencePieceBackend, prompts: Any) -> list[str]:
     ids = model.generate(**prompts, max_new_tokens=TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     return tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def in_style(texts):
+def in_style(texts: list[str]) -> float:
     return sum(text.strip().startswith(STYLE) for text in texts) / len(texts)
 
 
-def test_held_out_prompts_follow_the_style_and_the_base_model_does_not(base, trained, tokenizer, prompts):
+def test_held_out_prompts_follow_the_style_and_the_base_model_does_not(
+    base: Any,
+    trained: tuple[ReftModel, History],
+    tokenizer: TokenizersBackend | SentencePieceBackend,
+    prompts: Any,
+) -> None:
     model, losses = trained
     assert len(TRAINING) == 24 and len(HELD_OUT) == 40 and not set(TRAINING) & set(HELD_OUT)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 64 * 4 + 4 <= 600
@@ -87,14 +94,21 @@ def test_held_out_prompts_follow_the_style_and_the_base_model_does_not(base, tra
     assert in_style(after) >= 0.9, after
 
 
-def test_prompts_in_one_padded_batch_are_continued_as_alone(trained, tokenizer, prompts):
+def test_prompts_in_one_padded_batch_are_continued_as_alone(
+    trained: tuple[ReftModel, History], tokenizer: TokenizersBackend | SentencePieceBackend, prompts: Any
+) -> None:
     model, _ = trained
     together = continued(model, tokenizer, prompts)
     alone = [continued(model, tokenizer, tokenizer([p], return_tensors="pt"))[0] for p in HELD_OUT[::5]]
     assert together[::5] == alone
 
 
-def test_without_training_and_disabled_the_model_is_the_base_model(base, trained, tokenizer, prompts):
+def test_without_training_and_disabled_the_model_is_the_base_model(
+    base: Any,
+    trained: tuple[ReftModel, History],
+    tokenizer: TokenizersBackend | SentencePieceBackend,
+    prompts: Any,
+) -> None:
     model, _ = trained
     expected = continued(base, tokenizer, prompts)
     with torch.no_grad():
@@ -128,7 +142,9 @@ save_file({"ids": ids, "logits": logits}, out)
 """
 
 
-def test_reloaded_in_another_process_it_gives_the_same_bits(trained, folder, prompts, tmp_path):
+def test_reloaded_in_another_process_it_gives_the_same_bits(
+    trained: tuple[ReftModel, History], folder: Path, prompts: Any, tmp_path: Path
+) -> None:
     model, _ = trained
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 8192
@@ -144,7 +160,7 @@ def test_reloaded_in_another_process_it_gives_the_same_bits(trained, folder, pro
     assert torch.equal(there["ids"], ids)
 
 
-def test_its_basis_carries_the_style_between_prompts(trained, prompts):
+def test_its_basis_carries_the_style_between_prompts(trained: tuple[ReftModel, History], prompts: Any) -> None:
     """The edit acts in its span alone: swapping the span of an edited run in gives the edited run."""
     model, _ = trained
     site = Site("block_output", 2, "last")
@@ -162,7 +178,13 @@ def test_its_basis_carries_the_style_between_prompts(trained, prompts):
     assert (other - wanted).norm() > 0.3 * wanted.norm()
 
 
-def test_trained_on_from_disk_it_starts_where_it_was(trained, base, tokenizer, prompts, tmp_path):
+def test_trained_on_from_disk_it_starts_where_it_was(
+    trained: tuple[ReftModel, History],
+    base: Any,
+    tokenizer: TokenizersBackend | SentencePieceBackend,
+    prompts: Any,
+    tmp_path: Path,
+) -> None:
     model, losses = trained
     model.save_pretrained(tmp_path)
     again = ReftModel.from_pretrained(base, tmp_path, is_trainable=True)

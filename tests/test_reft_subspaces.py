@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from families import fresh
@@ -10,13 +13,22 @@ from tiny_sweeps import SITES, WIDTH, made_fit, made_fits
 from subspace_lab.analysis.comparisons import compare
 from subspace_lab.analysis.geometry import containment, overlap
 from subspace_lab.analysis.reft_subspaces import directions, reft_alignments
-from subspace_lab.core.interventions import consreft, direft, interchange, lobireft, loreft, noreft, red
+from subspace_lab.core.interventions import (
+    Intervention,
+    consreft,
+    direft,
+    interchange,
+    lobireft,
+    loreft,
+    noreft,
+    red,
+)
 from subspace_lab.core.subspaces import random_subspace
 from subspace_lab.das.methods import DAS
 from subspace_lab.reft import ReftConfig, get_reft_model
 
 
-def trained(make, rank=3, seed=0, **options):
+def trained(make: Callable[..., Intervention], rank: int = 3, seed: int = 0, **options: Any) -> Intervention:
     """An edit with random numbers in the place of trained ones."""
     edit = make(WIDTH, rank, seed=seed, **options)
     g = torch.Generator().manual_seed(seed + 100)
@@ -27,7 +39,7 @@ def trained(make, rank=3, seed=0, **options):
 
 
 @pytest.mark.parametrize("make", [loreft, noreft, direft, consreft, lobireft])
-def test_the_directions_make_the_edit(make):
+def test_the_directions_make_the_edit(make: Callable[..., Intervention]) -> None:
     """Σ sᵢ uᵢ vᵢᵀ h is all of the change that depends on the state, and nothing leaves the written span."""
     edit = trained(make)
     found = directions(edit)
@@ -46,35 +58,38 @@ def test_the_directions_make_the_edit(make):
     assert list(found.strengths) == sorted(found.strengths, reverse=True) and found.written.rank == 3
 
 
-def test_of_loreft_it_writes_r_and_reads_the_rows_of_w_less_r():
-    edit = trained(loreft)
+def test_of_loreft_it_writes_r_and_reads_the_rows_of_w_less_r() -> None:
+    edit: Any = trained(loreft)
     found = directions(edit)
     assert overlap(found.written, edit.subspace) == pytest.approx(1, abs=1e-6)
     rows = torch.linalg.svd((edit.value.weight - edit.subspace.basis()).detach())[2][:3]
+    assert found.read is not None
     assert overlap(found.read, rows) == pytest.approx(1, abs=1e-5)
     sizes = torch.linalg.svdvals((edit.value.weight - edit.subspace.basis()).detach())
     assert found.strengths == pytest.approx(sizes.tolist(), abs=1e-5)
 
 
-def test_a_map_of_less_than_full_rank_reads_less():
-    edit = loreft(WIDTH, 3, seed=0)
+def test_a_map_of_less_than_full_rank_reads_less() -> None:
+    edit: Any = loreft(WIDTH, 3, seed=0)
     with torch.no_grad():
         edit.value.weight.add_(torch.outer(torch.tensor([1.0, 2.0, 0.0]), torch.randn(WIDTH)))
     found = directions(edit)
+    assert found.read is not None
     assert found.read.rank == 1 and found.written.rank == 3 and found.strengths[1] < 1e-3
     assert containment(found.read, random_subspace(WIDTH, WIDTH, 0)) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("edit", [red(WIDTH), interchange(random_subspace(WIDTH, 2, 0)),
                                   loreft(WIDTH, 2, seed=0, activation="relu", start="paper")])  # fmt: skip
-def test_what_has_no_directions_is_refused(edit):
+def test_what_has_no_directions_is_refused(edit: Intervention) -> None:
     with pytest.raises(TypeError, match="no directions that it reads"):
         directions(edit)
 
 
-def test_an_adapter_goes_into_compare_beside_das():
+def test_an_adapter_goes_into_compare_beside_das() -> None:
     config = ReftConfig("LoReFT", rank=3, layers=[0, 1], positions="last")
     model = get_reft_model(fresh("llama"), config)
+    edit: Any
     for edit in model.edits().values():
         with torch.no_grad():
             edit.value.weight.add_(torch.randn(edit.value.weight.shape))
@@ -87,13 +102,16 @@ def test_an_adapter_goes_into_compare_beside_das():
     given = {"DAS": fits, "LoReFT, written": sides["written"][site], "LoReFT, read": sides["read"][site]}
     found = compare(given, across="method", within="seed")
     # Each of three with each edit, and the edit's sides with each other; three pairs of seeds.
+    assert found.across is not None
+    assert found.within is not None
     assert found.across.pairs == 7 and found.within.pairs == 3
     assert found.labels == ("DAS, seed 0", "DAS, seed 1", "DAS, seed 2", "LoReFT, written", "LoReFT, read")
     across = compare({f"{i}": one for i, one in enumerate(sides["written"].values())}, across="layer")
+    assert across.across is not None
     assert across.across.pairs == 1
 
 
-def test_adapters_of_one_seed_share_their_start():
+def test_adapters_of_one_seed_share_their_start() -> None:
     """Each counts its layers from 0, so two adapters of one layer each begin in one subspace."""
     sides = []
     for layer in (0, 1):
@@ -104,7 +122,7 @@ def test_adapters_of_one_seed_share_their_start():
         compare({"a": sides[0], "b": sides[1]}, across="layer")
 
 
-def test_no_edits_are_no_subspaces():
+def test_no_edits_are_no_subspaces() -> None:
     with pytest.raises(ValueError, match="No edits"):
         reft_alignments({})
     assert set(reft_alignments({SITES[0]: lobireft(WIDTH, 2, seed=0)})["read"]) == set()

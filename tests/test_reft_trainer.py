@@ -4,7 +4,9 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from datasets import Dataset
 from families import fresh
 from safetensors.torch import load_file
 from test_reft_data import make_tokenizer
+from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from subspace_lab.engine.training import TrainingConfig
@@ -29,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = 24
 
 
-def answers(rows=ROWS, seed=0):
+def answers(rows: int = ROWS, seed: int = 0) -> Any:
     """Prompts of 3 to 8 tokens, each with an answer of 1 to 3 tokens, always the same ones."""
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -46,7 +49,7 @@ def answers(rows=ROWS, seed=0):
     return Dataset.from_list(made)
 
 
-def classes(rows=ROWS, seed=0):
+def classes(rows: int = ROWS, seed: int = 0) -> Any:
     """Texts of 3 to 8 tokens of one half of the vocabulary or the other."""
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -56,11 +59,11 @@ def classes(rows=ROWS, seed=0):
     return Dataset.from_list(made)
 
 
-def collate(rows):
+def collate(rows: list[Any]) -> dict[str, Tensor]:
     return pad(rows, 0)
 
 
-def classifier(kind="bert"):
+def classifier(kind: str = "bert") -> Any:
     torch.manual_seed(5)
     if kind == "bert":
         config = transformers.BertConfig(
@@ -78,17 +81,26 @@ def classifier(kind="bert"):
     return transformers.LlamaForSequenceClassification(config).eval()
 
 
-def decoder(positions="f1+l1", **options):
+def decoder(positions: str = "f1+l1", **options: Any) -> ReftModel:
     return get_reft_model(fresh("llama"), ReftConfig(**{"rank": 4, "positions": positions, "seed": 3, **options}))
 
 
-def encoder(kind="bert", head="classifier"):
+def encoder(kind: str = "bert", head: str = "classifier") -> ReftModel:
     config = ReftConfig(rank=4, positions="all", modules_to_save=(head,), seed=3)
     return get_reft_model(classifier(kind), config)
 
 
-def trainer(model, folder, data, evaluation=None, *, metrics=None, collator=collate, **options):
-    arguments = {
+def trainer(
+    model: ReftModel,
+    folder: Path,
+    data: Any,
+    evaluation: Any = None,
+    *,
+    metrics: Any = None,
+    collator: Callable[..., Any] = collate,
+    **options: Any,
+) -> Trainer:
+    arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "use_cpu": True,
         "report_to": "none",
@@ -111,19 +123,19 @@ def trainer(model, folder, data, evaluation=None, *, metrics=None, collator=coll
     )
 
 
-def numbers(model):
+def numbers(model: ReftModel) -> dict[Any, Any]:
     return {k: v.detach().clone() for k, v in model.state_dict().items() if k != "_extra_state"}
 
 
-def equal(one, other):
+def equal(one: dict[str, Any], other: dict[str, Tensor]) -> Any:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def apart(one, other):
+def apart(one: dict[str, Tensor], other: dict[Any, Any]) -> Any:
     return max((one[k] - other[k]).abs().max().item() for k in one)
 
 
-def losses(run):
+def losses(run: Trainer) -> list[Any]:
     return [row["loss"] for row in run.state.log_history if "loss" in row]
 
 
@@ -131,8 +143,9 @@ def losses(run):
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_plain_trainer(kind, tmp_path):
+def test_plain_trainer(kind: str, tmp_path: Path) -> None:
     """The loss falls, the base model stays, checkpoints hold the adapter alone and resume to the same weights."""
+    make: Any
     make, data = (decoder, answers()) if kind == "decoder" else (encoder, classes())
     model = make()
     base = {k: v.clone() for k, v in model.base_model.state_dict().items()}
@@ -154,7 +167,7 @@ def test_plain_trainer(kind, tmp_path):
     short = make()
     trainer(short, tmp_path / "short", data, max_steps=15).train()
     assert not equal(numbers(short), numbers(model)), "the last 15 steps did nothing"
-    whole.save_model(tmp_path / "final")
+    whole.save_model(str(tmp_path / "final"))
     third = make()
     third.load_state_dict(load_file(tmp_path / "final" / "model.safetensors"))
     assert equal(numbers(third), numbers(model))
@@ -164,8 +177,8 @@ def test_plain_trainer(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_the_best_model_is_loaded_at_the_end(kind, tmp_path):
-    def accuracy(prediction):
+def test_the_best_model_is_loaded_at_the_end(kind: str, tmp_path: Path) -> None:
+    def accuracy(prediction: Any) -> dict[Any, Any]:
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
     model, data = (decoder(), answers()) if kind == "decoder" else (encoder(), classes())
@@ -191,7 +204,8 @@ def test_the_best_model_is_loaded_at_the_end(kind, tmp_path):
     run.train()
     found = {row["step"]: row["eval_loss"] for row in run.state.log_history if "eval_loss" in row}
     assert len(found) == 4
-    best = (max if kind == "encoder" else min)(found, key=found.get)
+    best = (max if kind == "encoder" else min)(found, key=lambda step: found[step])
+    assert run.state.best_model_checkpoint is not None
     assert run.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     assert kind == "decoder" or best != 12
     evaluated = run.evaluate()
@@ -205,14 +219,19 @@ def test_the_best_model_is_loaded_at_the_end(kind, tmp_path):
 
 
 @pytest.mark.parametrize("past", [False, True])
-def test_trainer_ends_early_with_the_best(past, tmp_path):
+def test_trainer_ends_early_with_the_best(past: bool, tmp_path: Path) -> None:
     """The library's own callback; the adapter is bit for bit the checkpoint of the lowest evaluation."""
     model, data = decoder(start="paper"), answers()
     held = answers(8, seed=1)
     if past:  # one past for both, since rows are found by their number
         both = model.keep_past(Dataset.from_list([*data, *held]))
         data, held = both.select(range(ROWS)), both.select(range(ROWS, ROWS + 8))
-    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     run = trainer(
         model, tmp_path, data, held, max_steps=40, learning_rate=0.5, prediction_loss_only=True, **options
@@ -220,14 +239,14 @@ def test_trainer_ends_early_with_the_best(past, tmp_path):
     run.add_callback(EarlyStoppingCallback(2))
     run.train()
     found = {row["step"]: row["eval_loss"] for row in run.state.log_history if "eval_loss" in row}
-    best = min(found, key=found.get)
+    best = min(found, key=lambda step: found[step])
     assert max(found) == best + 2 < 40, "the test needs a training that ends early"
     assert equal(model.state_dict(), load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors"))
     assert not equal(model.state_dict(), load_file(tmp_path / f"checkpoint-{best + 2}" / "model.safetensors"))
     assert run.evaluate()["eval_loss"] == found[best]
 
 
-def test_a_decoder_that_classifies(tmp_path):
+def test_a_decoder_that_classifies(tmp_path: Path) -> None:
     model = encoder("llama", "score")
     run = trainer(model, tmp_path, classes(), max_steps=40, learning_rate=2e-2)
     run.train()
@@ -235,13 +254,14 @@ def test_a_decoder_that_classifies(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_accumulated_gradients_are_those_of_the_big_batch(kind, tmp_path):
+def test_accumulated_gradients_are_those_of_the_big_batch(kind: str, tmp_path: Path) -> None:
     """Rows have different numbers of answer tokens, so means of means would be another loss."""
+    make: Any
     make, data = (decoder, answers()) if kind == "decoder" else (encoder, classes())
-    found = []
+    found: list[Any] = []
     for size, accumulate in ((12, 1), (3, 4), (12, 1)):
         model = make(start="paper") if kind == "decoder" else make()
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate}
+        options: dict[str, Any] = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate}
         if len(found) == 2:
             options["seed"] = 8
         run = trainer(model, tmp_path, data, max_steps=3, optim="sgd", learning_rate=0.3, **options)
@@ -251,17 +271,17 @@ def test_accumulated_gradients_are_those_of_the_big_batch(kind, tmp_path):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_at_block_outputs_changes_nothing(reentrant, tmp_path):
+def test_gradient_checkpointing_at_block_outputs_changes_nothing(reentrant: bool, tmp_path: Path) -> None:
     found = []
     for checkpointing in (False, True):
-        model = decoder(start="paper")
+        model: Any = decoder(start="paper")
         run = trainer(
             model,
             tmp_path,
             answers(),
             max_steps=3,
-            **{CHECKPOINTING: checkpointing},
-            **({f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}} if checkpointing else {}),
+            **{CHECKPOINTING: checkpointing},  # type: ignore[arg-type]
+            **({f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}} if checkpointing else {}),  # type: ignore[arg-type]
         )
         run.train()
         found.append((numbers(model), losses(run)))
@@ -274,9 +294,9 @@ def test_gradient_checkpointing_at_block_outputs_changes_nothing(reentrant, tmp_
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6)
 
 
-def test_gradient_checkpointing_is_refused_where_it_would_lose_gradients(tmp_path):
+def test_gradient_checkpointing_is_refused_where_it_would_lose_gradients(tmp_path: Path) -> None:
     model = decoder(component="mlp_output")
-    run = trainer(model, tmp_path, answers(), **{CHECKPOINTING: True})
+    run = trainer(model, tmp_path, answers(), **{CHECKPOINTING: True})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"inside them: \['mlp_output\[0\]@f1\+l1'"):
         run.train()
     model = get_reft_model(fresh("llama"), ReftConfig(rank=2, modules_to_save=("mlp",)))
@@ -291,7 +311,7 @@ def test_gradient_checkpointing_is_refused_where_it_would_lose_gradients(tmp_pat
     model(**batch)
 
 
-def test_bf16(tmp_path):
+def test_bf16(tmp_path: Path) -> None:
     """Autocast takes no product of an edit to a half precision, and parameters stay float32."""
     found = []
     for bf16 in (False, True):
@@ -305,7 +325,7 @@ def test_bf16(tmp_path):
     assert sum(found[1][-3:]) < 0.8 * sum(found[1][:3])
 
 
-def test_a_base_model_in_bf16(tmp_path):
+def test_a_base_model_in_bf16(tmp_path: Path) -> None:
     model = get_reft_model(fresh("llama", torch.bfloat16), ReftConfig(rank=4, positions="f1+l1"))
     run = trainer(model, tmp_path, answers(), max_steps=30)
     run.train()
@@ -317,11 +337,11 @@ def test_a_base_model_in_bf16(tmp_path):
 # --- where the prompt ends ----------------------------------------------------------------------------------
 
 
-def with_lengths(data):
+def with_lengths(data: Any) -> Any:
     return data.map(lambda row: {"prompt_lengths": sum(label == -100 for label in row["labels"])})
 
 
-def test_a_column_of_prompt_lengths(tmp_path):
+def test_a_column_of_prompt_lengths(tmp_path: Path) -> None:
     """It reaches the model through Trainer, and says what labels without −100 do not."""
     by_labels, by_column = decoder("last", start="paper"), decoder("last", start="paper")
     trainer(by_labels, tmp_path, answers(), max_steps=3).train()
@@ -334,8 +354,8 @@ def test_a_column_of_prompt_lengths(tmp_path):
         trainer(decoder("last"), tmp_path, everywhere.remove_columns("prompt_lengths"), max_steps=1).train()
 
 
-def test_label_smoothing_needs_the_column_and_then_shifts_the_labels(tmp_path):
-    smooth = {"label_smoothing_factor": 0.1, "max_steps": 1}
+def test_label_smoothing_needs_the_column_and_then_shifts_the_labels(tmp_path: Path) -> None:
+    smooth: dict[str, Any] = {"label_smoothing_factor": 0.1, "max_steps": 1}
     with pytest.raises(ValueError, match="Training needs labels or prompt_lengths"):
         trainer(decoder("last"), tmp_path, answers(), **smooth).train()
     model, data = decoder("last", start="paper"), with_lengths(answers(8))
@@ -373,7 +393,7 @@ os._exit(0)
 """
 
 
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PARALLEL.format(tests=str(ROOT / "tests"), root=str(ROOT)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
@@ -405,8 +425,8 @@ def test_two_processes_train_as_one(tmp_path):
 # --- TRL ----------------------------------------------------------------------------------------------------
 
 
-def sft(model, out, data, **options):
-    losses_known = {"loss_type": "nll"} if hasattr(trl.SFTConfig, "loss_type") else {}
+def sft(model: ReftModel, out: Path, data: Any, **options: Any) -> trl.SFTTrainer:
+    losses_known: Any = {"loss_type": "nll"} if hasattr(trl.SFTConfig, "loss_type") else {}
     arguments = trl.SFTConfig(
         output_dir=str(out),
         use_cpu=True,
@@ -415,7 +435,7 @@ def sft(model, out, data, **options):
         disable_tqdm=True,
         save_strategy=options.pop("save_strategy", "no"),
         logging_steps=1,
-        **{CHECKPOINTING: False},
+        **{CHECKPOINTING: False},  # type: ignore[arg-type]
         completion_only_loss=True,
         **losses_known,
         **options,
@@ -423,13 +443,22 @@ def sft(model, out, data, **options):
     data = data.map(lambda row: {"completion_mask": [int(label != -100) for label in row["labels"]]})
     data = data.remove_columns("labels")
     return trl.SFTTrainer(
-        model, args=arguments, train_dataset=data, eval_dataset=data, processing_class=make_tokenizer()
+        model,  # type: ignore[arg-type]
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=make_tokenizer(),
     )
 
 
-def test_sft_trainer_learns_what_trainer_learns(tmp_path):
+def test_sft_trainer_learns_what_trainer_learns(tmp_path: Path) -> None:
     model, again = decoder(start="paper"), decoder(start="paper")
-    options = {"lr_scheduler_type": "constant", "max_steps": 5, "per_device_train_batch_size": 8, "seed": 3}
+    options: dict[str, Any] = {
+        "lr_scheduler_type": "constant",
+        "max_steps": 5,
+        "per_device_train_batch_size": 8,
+        "seed": 3,
+    }
     options |= {"learning_rate": 3e-2, "average_tokens_across_devices": False}
     run = sft(model, tmp_path / "sft", answers(), **options)
     run.train()
@@ -441,7 +470,7 @@ def test_sft_trainer_learns_what_trainer_learns(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(plain.evaluate(answers())["eval_loss"], rel=1e-3)
 
 
-def test_packed_texts_are_refused():
+def test_packed_texts_are_refused() -> None:
     model = decoder()
     ids = torch.arange(3, 11)[None]
     labels = torch.where(torch.arange(8)[None] % 4 > 1, ids, -100)
@@ -454,10 +483,15 @@ def test_packed_texts_are_refused():
 # --- the core's own loop ------------------------------------------------------------------------------------
 
 
-def test_the_frozen_past_trains_as_trainer_does(tmp_path):
+def test_the_frozen_past_trains_as_trainer_does(tmp_path: Path) -> None:
     """Same losses and weights: whole batches, AdamW at a constant rate, no decay."""
     model, again = decoder(start="paper"), decoder(start="paper")
-    options = {"lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0, "max_steps": 5}
+    options: dict[str, Any] = {
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "max_steps": 5,
+    }
     run = trainer(model, tmp_path, answers(), per_device_train_batch_size=ROWS, learning_rate=3e-3, **options)
     run.train()
     config = TrainingConfig(steps=5, learning_rate=3e-3, batch_size=ROWS, warmup=0.0, schedule="constant")
@@ -473,7 +507,7 @@ def test_the_frozen_past_trains_as_trainer_does(tmp_path):
     assert finetune(third, with_lengths(answers()), config, quiet=True) == found
 
 
-def test_what_the_loop_refuses():
+def test_what_the_loop_refuses() -> None:
     with pytest.raises(ValueError, match="train modules_to_save with"):
         finetune(decoder(modules_to_save=("lm_head",)), answers())
     with pytest.raises(ValueError, match="No examples"):

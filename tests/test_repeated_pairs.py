@@ -51,7 +51,8 @@ def test_equal_pairs_are_told_whatever_their_padding_and_whatever_they_are_made_
     plain = Counterfactuals(
         some.rows(torch.tensor([0, 1, 0])),
         {"v": some.rows(torch.tensor([2, 2, 2]))},
-        *2 * [torch.zeros(3).long()],
+        torch.zeros(3).long(),
+        torch.zeros(3).long(),
         ("a", "b"),
     )
     one, two, three = keys_of(plain)

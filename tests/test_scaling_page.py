@@ -46,7 +46,7 @@ def slurm() -> ModuleType:
             assert (cores, processes, memory, walltime) == (4, 1, "32GB", "04:00:00")
             super().__init__(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None)
 
-        def scale(self, n: int = 0, *, jobs: int = 0) -> None:
+        def scale(self, n: int = 0, *, jobs: int = 0) -> None:  # type: ignore[override]
             assert jobs == 16 or n == 0
             if not jobs:  # when it ends
                 super().scale(0)
@@ -62,7 +62,7 @@ def test_each_way_to_search_gives_the_same_numbers(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "dask_jobqueue", slurm())
     monkeypatch.setattr(subspace_lab.das, "local_workers", lambda workers: local_workers(workers // 4, threads=1))
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    space = {
+    space: dict[str, Any] = {
         "__name__": "__main__",
         "backbone": Backbone(AutoModelForCausalLM.from_pretrained(SHIPPED)),
         "pairs": load_task("price_tagging").pairs(tokenizer, train=40, dev=20, test=20),

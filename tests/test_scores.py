@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ from subspace_lab.das.pairs import Counterfactuals, Pairs
 KINDS = tuple("cause" if i % 3 else "isolate" for i in range(PAIRS))
 ENTITIES = tuple(f"e{i % 12}" for i in range(PAIRS))
 TEMPLATES = tuple(f"t{i % 5}" for i in range(PAIRS))
-LABELS = {"kind": KINDS, "entity": ENTITIES, "template": TEMPLATES}
+LABELS: dict[str, Any] = {"kind": KINDS, "entity": ENTITIES, "template": TEMPLATES}
 
 
 def labelled() -> Pairs:
@@ -70,7 +71,7 @@ def whole_logits(ids: Tensor, site: Site, states: Tensor) -> Tensor:
     with torch.no_grad():
         logits = model(ids).logits[:, -1]
     handle.remove()
-    return logits  # type: ignore[no-any-return]
+    return logits
 
 
 def of_edit(fit: Fit, data: Counterfactuals, *, complement: bool = False) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def test_screened_cells_are_saved(screened: Fits, tmp_path: Path) -> None:
 
 def test_a_screened_sweep_goes_on(screened: Fits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted in the screen, and then in the search."""
-    screen_scores_of, calls = _places.Places.screen_scores_of, []
+    screen_scores_of = _places.Places.screen_scores_of
+    calls: Any = []
 
     def counted(places: Any, cohort: Any, turn: int, share: float) -> Any:
         calls.extend((number, share) for number in cohort)
@@ -195,7 +197,7 @@ def test_log_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     from subspace_lab.das import _progress
 
     clock = [0.0]
-    monkeypatch.setattr(_progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with _progress.progress("sweep", 90, 5, quiet=False) as shown:
         for seconds in (4.0, 8.0, 200.0, 203.0):
             clock[0] = seconds

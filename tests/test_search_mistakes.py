@@ -9,12 +9,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tiny_sweeps import QUICK, SITES, made_fit, made_fits, pairs, score, swept, tiny
+from torch import Tensor
 
 from subspace_lab.analysis.comparisons import compare
 from subspace_lab.analysis.plots.curves import methods_beside
@@ -102,7 +106,7 @@ def test_a_wrong_type_is_told(name: str, found: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("draw", [iia_heatmap, methods_beside])
-def test_where_a_picture_cannot_go_is_told_before_it_is_drawn(draw, tmp_path) -> None:
+def test_where_a_picture_cannot_go_is_told_before_it_is_drawn(draw: Callable[..., Figure], tmp_path: Path) -> None:
     fits = made_fits([made_fit()])
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; make it first"):
         draw(fits, path=tmp_path / "nowhere" / "x.png")
@@ -113,7 +117,7 @@ def test_where_a_picture_cannot_go_is_told_before_it_is_drawn(draw, tmp_path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["x.PNG"]
 
 
-def test_a_file_in_a_folder_that_does_not_exist_names_the_folder(tmp_path) -> None:
+def test_a_file_in_a_folder_that_does_not_exist_names_the_folder(tmp_path: Path) -> None:
     where = tmp_path / "nowhere" / "scores.txt"
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere, in which scores\.txt"), whole_file(where):
         pass
@@ -136,7 +140,7 @@ def test_an_accuracy_is_a_share(wrong: float) -> None:
         search(tiny(), pairs(), SITES, config=QUICK, min_accuracy=wrong)
 
 
-def nan(outcome):
+def nan(outcome: Any) -> Tensor:
     return torch.full((len(outcome.logits),), torch.nan)
 
 
@@ -158,7 +162,7 @@ def test_a_span_that_a_text_lacks_is_told_in_words() -> None:
 
 
 @pytest.mark.parametrize("mark", [";", "\t"])
-def test_another_separator_is_named(mark: str, tmp_path) -> None:
+def test_another_separator_is_named(mark: str, tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text(
         "\n".join(mark.join(cells) for cells in (("base", "source", "answer"), ("one, two", "b", "c")))

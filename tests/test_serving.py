@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import sys
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -30,10 +32,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     top, models, hugging = (ModuleType(n) for n in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"))
 
-    def made(pretrained, tokenizer):
+    def made(pretrained: Any, tokenizer: Any) -> Harness:
         return Harness(pretrained)
 
-    def evaluated(model, tasks):
+    def evaluated(model: Any, tasks: Any) -> list[Any]:
         assert isinstance(model._loglikelihood_tokens, _Scores) and tasks
         return model._loglikelihood_tokens([(("", ""), [5, 6, 7], [8, 9])])
 
@@ -42,7 +44,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
-def test_python_blocks_run_from_top_to_bottom_and_agree(tmp_path, monkeypatch):
+def test_python_blocks_run_from_top_to_bottom_and_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed: pip install 'subspace-lab[gguf]'")
     monkeypatch.chdir(tmp_path)
     stand_in(monkeypatch)
@@ -71,7 +73,7 @@ def test_python_blocks_run_from_top_to_bottom_and_agree(tmp_path, monkeypatch):
     assert space["scores"]
 
 
-def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
+def test_commands_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert answers(tmp_path / "rows").name == "rows.jsonl"
     lines = [line for language, _, text in blocks(PAGE) if language == "bash" for line in text.splitlines()]
@@ -84,5 +86,5 @@ def test_commands_run_one_after_the_other(tmp_path, monkeypatch):
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
-def test_every_language_is_known():
+def test_every_language_is_known() -> None:
     assert {language for language, _, _ in blocks(PAGE)} == {"python", "bash", "text"}

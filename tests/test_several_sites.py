@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_sweeps import SITES, counterfactuals, ids_of, logits_by_hook, pairs, states_by_hook, swapped, swept
 
 from subspace_lab.core.estimates import proportion
+from subspace_lab.core.sites import Site
 from subspace_lab.das.methods import DAS, FullVector
 from subspace_lab.das.several_sites import at_several_sites
 
@@ -19,7 +22,7 @@ def test_both_sites_take_the_states_of_the_one_source() -> None:
     fits = swept([FullVector(), DAS(2)], [PLACE], pairs=both)
     data = given.test
     source = {site: states_by_hook(ids_of(data.sources["v"]), site) for site in SITES}
-    edits = {site: (lambda _, states=states: states) for site, states in source.items()}
+    edits: dict[Site, Any] = {site: (lambda _, states=states: states) for site, states in source.items()}
     full, das = fits
     logits = logits_by_hook(ids_of(data.base), edits)
     assert full.iia == proportion(logits.argmax(-1) == data.answer)

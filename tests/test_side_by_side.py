@@ -1,5 +1,7 @@
 """Edits in several blocks, side by side in one run, give what each gives alone."""
 
+from typing import Any
+
 import pytest
 import torch
 from families import DECODERS, ENCODERS, exact, rounding
@@ -45,7 +47,8 @@ def parts_at(states: dict, sites: list[Site]) -> list[Part]:
 
 
 def measured(logits: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
-    parameters = [p for part in parts for edit in part.edits.values() for p in edit.parameters()]
+    edits: list[Any] = [edit for part in parts for edit in part.edits.values()]
+    parameters = [p for edit in edits for p in edit.parameters()]
     weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view(logits.shape)
     return [logits.detach(), *torch.autograd.grad((weights * logits.double()).sum(), parameters)]
 
@@ -55,7 +58,7 @@ def runs_of(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     plain = Backbone.run
 
-    def counted(self, inputs, hooks, **options):
+    def counted(self: Any, inputs: Any, hooks: Any, **options: Any) -> Any:
         found.append(len(next(iter(inputs.values()))))
         return plain(self, inputs, hooks, **options)
 
@@ -65,7 +68,7 @@ def runs_of(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("name", NAMES)
-def test_parts_side_by_side_are_the_parts_alone(name, padding, monkeypatch):
+def test_parts_side_by_side_are_the_parts_alone(name: str, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, backbone = make_batch(name, padding), Backbone(build(name))
     readout = make_readout(name, batch)
     sites = [Site.parse(f"{place}@subject") for place in PLACES]
@@ -82,7 +85,7 @@ def test_parts_side_by_side_are_the_parts_alone(name, padding, monkeypatch):
     assert gap(measured(together, parts), measured(alone, parts)) < rounding(exact(name))
 
 
-def test_parts_that_begin_at_other_tokens_run_one_by_one(monkeypatch):
+def test_parts_that_begin_at_other_tokens_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, backbone = make_batch("llama"), Backbone(build("llama"))
     sites = [Site("block_output", 0, "last"), Site("block_output", 1, "-3")]
     frozen = FrozenPast(backbone, batch, sites, make_readout("llama", batch))
@@ -94,7 +97,7 @@ def test_parts_that_begin_at_other_tokens_run_one_by_one(monkeypatch):
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_a_part_without_edits_is_the_plain_run():
+def test_a_part_without_edits_is_the_plain_run() -> None:
     batch, backbone = make_batch("qwen2", "left"), Backbone(build("qwen2"))
     readout, sites = (
         make_readout("qwen2", batch),
@@ -107,7 +110,7 @@ def test_a_part_without_edits_is_the_plain_run():
     assert gap([found[len(edited.rows) :]], [plain.logits(rows, {})]) < rounding(torch.float64)
 
 
-def test_a_site_that_was_not_named_is_refused():
+def test_a_site_that_was_not_named_is_refused() -> None:
     batch, backbone = make_batch("llama"), Backbone(build("llama"))
     site, other = Site("block_output", 0, "last"), Site("block_output", 1, "last")
     frozen = FrozenPast(backbone, batch, [site], make_readout("llama", batch))
@@ -138,7 +141,9 @@ def partitions(numbers: list[int]) -> list[list[list[int]]]:
     tokens=st.floats(1, 5),
     fixed=st.floats(0, 300),
 )
-def test_no_other_cohorts_of_neighbours_cost_less(starts, rows, tokens, fixed):
+def test_no_other_cohorts_of_neighbours_cost_less(
+    starts: list[int], rows: int, tokens: float, fixed: float
+) -> None:
     found = cohorts_of(starts, 6, rows, tokens, fixed)
     assert sorted(i for cohort in found for i in cohort) == list(range(len(starts)))
     order = sorted(range(len(starts)), key=lambda i: starts[i])
@@ -146,13 +151,13 @@ def test_no_other_cohorts_of_neighbours_cost_less(starts, rows, tokens, fixed):
     assert sum(cost(c, starts, 6, rows, tokens, fixed) for c in found) <= best * (1 + 1e-12)
 
 
-def test_large_batches_run_alone_and_small_ones_share():
+def test_large_batches_run_alone_and_small_ones_share() -> None:
     assert len(cohorts_of([1, 2, 3], 6, 500, 1.0, 0.0)) == 3
     assert cohorts_of([1, 2, 3], 6, 1, 1.0, 100.0) == [[0, 1, 2]]
     assert [len(c) for c in cohorts_of([1] * 5, 6, 400, 1.0, 1e9)] == [1, 2, 2]  # at most 1,024 rows
 
 
-def test_cohorts_begin_at_the_same_tokens():
+def test_cohorts_begin_at_the_same_tokens() -> None:
     batch, backbone = make_batch("llama", "left"), Backbone(build("llama"))
     sites = [Site("block_output", layer, p) for layer in range(3) for p in ("last", "-3")]
     frozen = FrozenPast(backbone, batch, sites, make_readout("llama", batch))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from chains import FIRST, SECOND, WIDTH, at, basis, chain, chain_pairs, turn
 from tiny_sweeps import SITES, ids_of, pairs, states_by_hook, swapped, swept, tiny, unedited
+from torch import Tensor
 
 from subspace_lab.analysis.compared import Compared, read
 from subspace_lab.analysis.comparisons import compare
@@ -26,9 +29,10 @@ from subspace_lab.analysis.similarity import (
 )
 from subspace_lab.core.alignments import Alignment
 from subspace_lab.core.sites import Site
-from subspace_lab.core.subspaces import FixedSubspace, random_subspace
+from subspace_lab.core.subspaces import FixedSubspace, Subspace, random_subspace
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS
+from subspace_lab.das.prepared_pairs import PreparedPairs
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +41,16 @@ def fits() -> Fits:
 
 
 @pytest.fixture(scope="module")
-def look(fits):
+def look(fits: Fits) -> PreparedPairs:
     return prepared(tiny(), pairs().test, fits)
 
 
-def projector(subspace) -> torch.Tensor:
+def projector(subspace: Subspace) -> torch.Tensor:
     rows = subspace.basis().detach().double()
     return rows.T @ rows
 
 
-def test_effects_are_those_by_hand_and_their_cosines(fits, look):
+def test_effects_are_those_by_hand_and_their_cosines(fits: Fits, look: PreparedPairs) -> None:
     items, data = read(fits), pairs().test
     found = effects(look, items)
     by_hand = [swapped(fit, data).double() - unedited(data).double() for fit in fits]
@@ -61,7 +65,7 @@ def test_effects_are_those_by_hand_and_their_cosines(fits, look):
     assert matrix[0][0] == pytest.approx(1)
 
 
-def test_what_moves_all_answers_alike_is_no_effect(fits, look):
+def test_what_moves_all_answers_alike_is_no_effect(fits: Fits, look: PreparedPairs) -> None:
     """A constant added to all logits of one fit's outcome must change no effect."""
     items = read(fits)[:1]
     plain = outcomes(look, items)[0]
@@ -70,8 +74,9 @@ def test_what_moves_all_answers_alike_is_no_effect(fits, look):
     assert effects(look, items)[0].mean(-1).abs().max() < 1e-9
 
 
-def test_an_interchange_that_moves_nothing_has_cosine_0():
+def test_an_interchange_that_moves_nothing_has_cosine_0() -> None:
     """The last map reads ANSWERS dimensions of the WIDTH; the others move nothing."""
+    model: Any
     model, data = chain(), chain_pairs()
     last = model.model[2].weight.detach()
     unread = torch.linalg.svd(last)[2][len(last) :]
@@ -82,7 +87,7 @@ def test_an_interchange_that_moves_nothing_has_cosine_0():
     assert matrix[1][1] == pytest.approx(1) and abs(matrix[0][1]) < 1e-3
 
 
-def test_agreement_is_the_share_of_equal_answers_among_those_that_change(fits, look):
+def test_agreement_is_the_share_of_equal_answers_among_those_that_change(fits: Fits, look: PreparedPairs) -> None:
     items, data = read(fits), pairs().test
     answers, before = [swapped(fit, data).argmax(1) for fit in fits], unedited(data).argmax(1)
     matrix = Agreement(look).matrix(items)
@@ -93,7 +98,8 @@ def test_agreement_is_the_share_of_equal_answers_among_those_that_change(fits, l
             assert matrix[i][j] == pytest.approx(float((one == other)[either].double().mean()))
 
 
-def test_what_changes_no_answer_agrees_with_nothing():
+def test_what_changes_no_answer_agrees_with_nothing() -> None:
+    model: Any
     model, data = chain(), chain_pairs()
     last = model.model[2].weight.detach()
     unread = torch.linalg.svd(last)[2][len(last) :]
@@ -101,7 +107,7 @@ def test_what_changes_no_answer_agrees_with_nothing():
     assert Agreement(prepared(model, data, items)).matrix(read(items)) == [[0, 0], [0, 0]]
 
 
-def test_transfer_at_home_is_the_iia_and_elsewhere_that_of_the_same_basis(fits, look):
+def test_transfer_at_home_is_the_iia_and_elsewhere_that_of_the_same_basis(fits: Fits, look: PreparedPairs) -> None:
     matrix, data = Transfer(look).matrix(read(fits)), pairs().test
     for i, fit in enumerate(fits):
         assert matrix[i][i] == pytest.approx(fit.iia.value)
@@ -115,7 +121,7 @@ def test_transfer_at_home_is_the_iia_and_elsewhere_that_of_the_same_basis(fits, 
     assert any(matrix[i][j] != matrix[i][i] for i in range(4) for j in range(4, 8))
 
 
-def test_data_weighted_overlap_is_the_formula_with_projectors(fits, look):
+def test_data_weighted_overlap_is_the_formula_with_projectors(fits: Fits, look: PreparedPairs) -> None:
     matrix, data = DataWeighted(look).matrix(read(fits)), pairs().test
     written = []
     for fit in fits:
@@ -132,7 +138,7 @@ def test_data_weighted_overlap_is_the_formula_with_projectors(fits, look):
             assert matrix[i][j] == pytest.approx(expected, abs=1e-5)
 
 
-def test_class_mean_overlap_is_that_of_the_projected_means(fits, look):
+def test_class_mean_overlap_is_that_of_the_projected_means(fits: Fits, look: PreparedPairs) -> None:
     matrix, data = ClassMeans(look).matrix(read(fits)), pairs().test
     spans = []
     for fit in fits:
@@ -146,16 +152,19 @@ def test_class_mean_overlap_is_that_of_the_projected_means(fits, look):
             assert matrix[i][j] == pytest.approx(overlap(one, other), abs=1e-5)
 
 
-def test_measures_go_into_compare_with_their_own_nulls(fits, look):
+def test_measures_go_into_compare_with_their_own_nulls(fits: Fits, look: PreparedPairs) -> None:
     assert isinstance(Functional(look), Measure) and not isinstance(overlap, Measure)
     low = fits.where(rank=2)
     found = compare(low, across="seed", measure=Functional(look), min_effect=None)
+    assert found.null is not None
+    assert found.across is not None
     assert found.measure == "cosine of effects" and found.across.pairs == 2 and -1 <= found.null.mean <= 1
     again = compare(low, across="seed", measure=Functional(look), min_effect=None)
     assert again == found  # the null is drawn from seeds
     top = principal_null(look, low, 4)
     narrow = compare(low, across="seed", null={"top 4": top}, min_effect=None)
     # Two random planes of a space of four dimensions share half; of 32 dimensions a sixteenth.
+    assert narrow.null is not None
     assert narrow.nulls["top 4"].mean > 3 * narrow.null.mean
     for one in top:
         components = torch.linalg.svd((s := look.states["v"][one.site()][:, 0].double()) - s.mean(0))[2][:4]
@@ -163,7 +172,7 @@ def test_measures_go_into_compare_with_their_own_nulls(fits, look):
         torch.testing.assert_close(inside.square().sum(), torch.tensor(2.0).double(), atol=1e-4, rtol=0)
 
 
-def test_what_the_measures_cannot_do_is_said(fits, look):
+def test_what_the_measures_cannot_do_is_said(fits: Fits, look: PreparedPairs) -> None:
     alone = Compared("alone", random_subspace(32, 2, 0))
     with pytest.raises(ValueError, match="alone is a subspace without a site"):
         Functional(look).matrix([alone])
@@ -182,7 +191,7 @@ def test_what_the_measures_cannot_do_is_said(fits, look):
 # --- maps between sites ---------------------------------------------------------------------------------------
 
 
-def test_procrustes_gives_a_rotation_back_and_ridge_a_linear_map():
+def test_procrustes_gives_a_rotation_back_and_ridge_a_linear_map() -> None:
     states = torch.randn(50, WIDTH, dtype=torch.float64)
     torch.testing.assert_close(procrustes(states, states @ turn()), turn(), atol=1e-9, rtol=0)
     linear = torch.randn(WIDTH, 7, dtype=torch.float64)
@@ -192,7 +201,7 @@ def test_procrustes_gives_a_rotation_back_and_ridge_a_linear_map():
 
 
 @pytest.mark.parametrize("fit", [procrustes, partial(ridge, strength=1e-9)])
-def test_a_carried_basis_meets_itself_behind_a_rotation(fit):
+def test_a_carried_basis_meets_itself_behind_a_rotation(fit: Callable[..., Tensor] | partial[Tensor]) -> None:
     model, data = chain(), chain_pairs()
     first, second = basis(3), basis(3) @ turn().T
     items = {"first": at(FIRST, first), "second": at(SECOND, second), "other": at(SECOND, basis(3, 9))}
@@ -207,7 +216,8 @@ def test_a_carried_basis_meets_itself_behind_a_rotation(fit):
     assert found.chance_of(0, 1).mean == pytest.approx(3 / WIDTH, abs=0.15)
 
 
-def test_a_map_between_two_models_is_fitted_on_the_same_texts():
+def test_a_map_between_two_models_is_fitted_on_the_same_texts() -> None:
+    turned: Any
     data, turned = chain_pairs(), chain()
     with torch.no_grad():  # the same function in other coordinates
         turned.model[0].weight.copy_(turn() @ turned.model[0].weight)
@@ -223,7 +233,7 @@ def test_a_map_between_two_models_is_fitted_on_the_same_texts():
     assert Functional(looks).matrix(items)[0][1] == pytest.approx(1, abs=1e-6)
 
 
-def test_sites_without_common_positions_have_no_map():
+def test_sites_without_common_positions_have_no_map() -> None:
     wide, last = Site("block_output", 0, "2:4"), Site("block_output", 1, "last")
     given = {
         "a": Alignment({"v": (wide, random_subspace(32, 2, 0))}),

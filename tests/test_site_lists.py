@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import families as f
 import pytest
 import torch
 from families import build
 from tiny_sweeps import pairs, swept, tiny
+from torch import Tensor
 
 from subspace_lab.core.sites import Site
 from subspace_lab.das.fits import table_of
@@ -16,7 +19,7 @@ from subspace_lab.model.backbone import Backbone
 from subspace_lab.model.site_lists import list_sites
 
 
-def test_every_layer_at_every_position():
+def test_every_layer_at_every_position() -> None:
     assert list_sites(tiny()) == [Site("block_output", i, "all") for i in range(3)]
     assert list_sites(tiny(), "mlp_output", layers=[2, -3], positions=["f1", 3]) == [
         Site("mlp_output", layer, spec) for layer in (2, 0) for spec in ("f1", "3")
@@ -30,7 +33,7 @@ def test_every_layer_at_every_position():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "phi3", "neox"])
 @pytest.mark.parametrize("component", ["head_output", "query_output", "key_output"])
-def test_every_head_alone(name, component):
+def test_every_head_alone(name: str, component: str) -> None:
     lab, (count, width) = Backbone(build(name)), f.heads(name, component)
     found = list_sites(lab, component, positions=["1", "last"], heads="all")
     expected = [Site(component, i, p, h) for i in range(f.LAYERS) for h in range(count) for p in ("1", "last")]
@@ -40,7 +43,7 @@ def test_every_head_alone(name, component):
     ]  # fmt: skip
 
 
-def test_stacks_and_submodules():
+def test_stacks_and_submodules() -> None:
     lab = Backbone(build("t5"))
     assert len(list_sites(lab, "decoder.head_output", heads="all")) == f.LAYERS * f.HEADS
     assert list_sites(tiny(), "transformer.ln_f.output", positions=["1", "last"]) == [
@@ -62,7 +65,7 @@ def test_stacks_and_submodules():
         ({"component": "transformer.no.output"}, ValueError, "no submodule"),
     ],
 )
-def test_what_the_model_has_not_is_refused(given, error, said):
+def test_what_the_model_has_not_is_refused(given: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         list_sites(tiny(), **given)
 
@@ -76,14 +79,14 @@ def with_head(site: Site, given: torch.Tensor, states: torch.Tensor | None) -> t
     own = slice(8 * site.heads[0], 8 * site.heads[0] + 8)
     seen = []
 
-    def act(_, args):
+    def act(_: Any, args: Any) -> tuple[Any]:
         whole = args[0].clone()
         seen.append(args[0][:, -1, own].clone())
         if states is not None:
             whole[:, -1, own] = states
         return (whole,)
 
-    model = tiny().model
+    model: Any = tiny().model
     handle = model.transformer.h[site.layer].attn.c_proj.register_forward_pre_hook(act)
     with torch.no_grad():
         logits = model(given).logits[:, -1]
@@ -91,13 +94,13 @@ def with_head(site: Site, given: torch.Tensor, states: torch.Tensor | None) -> t
     return logits, seen[0]
 
 
-def test_heads_are_searched_each_alone():
+def test_heads_are_searched_each_alone() -> None:
     at = list_sites(tiny(), "head_output", layers=[1, 2], positions="last", heads="all")
     fits = swept(FullVector(), at, metrics=[log_odds])
     data = pairs().test
     base, source = (batch.inputs["input_ids"] for batch in (data.base, data.sources["v"]))
 
-    def gap(logits):
+    def gap(logits: Tensor) -> Tensor:
         answers = logits[:, data.tokens]
         rows = torch.arange(len(answers))
         return answers[rows, data.answer] - answers[rows, data.base_answer]
@@ -110,7 +113,7 @@ def test_heads_are_searched_each_alone():
         assert float(expected.abs().max()) > 0.01
 
 
-def test_the_table_names_layer_and_head():
+def test_the_table_names_layer_and_head() -> None:
     fits = swept(FullVector(), list_sites(tiny(), "head_output", layers=[1, 2], positions="last", heads=[0, 3]))
     table = table_of(fits)
     assert [column.header for column in table.columns][:3] == ["layer", "head", "position"]
@@ -125,7 +128,7 @@ def test_the_table_names_layer_and_head():
     assert table_of(together).columns[0].header == "site"
 
 
-def test_a_rank_above_a_heads_width_is_refused():
+def test_a_rank_above_a_heads_width_is_refused() -> None:
     at = list_sites(tiny(), "head_output", layers=[1], positions="last", heads="all")
     for method in (DAS(9), RandomSubspace(9)):
         with pytest.raises(

@@ -2,6 +2,8 @@
 
 import inspect
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -23,7 +25,7 @@ PATHS = st.lists(
 
 
 @st.composite
-def sites(draw):
+def sites(draw: Callable[..., Any]) -> Site:
     positions = draw(POSITIONS)
     if draw(st.booleans()):
         return Site(f"{draw(PATHS)}.{draw(st.sampled_from(['input', 'output']))}", positions=positions)
@@ -34,14 +36,14 @@ def sites(draw):
 
 
 @given(sites())
-def test_a_site_reads_back_what_it_printed(site):
+def test_a_site_reads_back_what_it_printed(site: Site) -> None:
     again = Site.parse(str(site))
     assert again == site and hash(again) == hash(site) and str(again) == str(site) == repr(site)
     assert {site: 1}[again] == 1
 
 
 @given(st.lists(sites(), max_size=6))
-def test_sites_are_told_apart_and_sorted(several):
+def test_sites_are_told_apart_and_sorted(several: list[Any]) -> None:
     assert len({str(site) for site in several}) == len(set(several))
     ordered = sorted(several)
     assert sorted(reversed(several)) == ordered
@@ -49,7 +51,7 @@ def test_sites_are_told_apart_and_sorted(several):
         assert one <= other and not other < one and (one == other) == (not one < other)
 
 
-def test_order_is_by_component_and_layer():
+def test_order_is_by_component_and_layer() -> None:
     given = [
         Site("mlp_output", 2),
         Site("mlp_output", 10),
@@ -66,7 +68,7 @@ def test_order_is_by_component_and_layer():
     ]
 
 
-def test_what_is_written():
+def test_what_is_written() -> None:
     assert str(Site("block_output", 3, "last")) == "block_output[3]@last"
     assert str(Site("head_output", -1, [0, 2], heads=[3, 1])) == "head_output[-1].heads(3,1)@0+2"
     assert str(Site("layers.0.output")) == "layers.0.output@all"
@@ -76,7 +78,7 @@ def test_what_is_written():
     moved = Site("query_output", 0, "last", heads=2).at("f1")
     assert moved == Site("query_output", 0, "f1", heads=[2]) and moved != Site("query_output", 0, "f1")
     with pytest.raises(AttributeError):
-        moved.layer = 1
+        moved.layer = 1  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_what_is_written():
         (lambda: Site.parse(""), r"is not a site"),
     ],
 )
-def test_what_is_no_site_is_refused(make, message):
+def test_what_is_no_site_is_refused(make: Callable[..., Site], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -109,7 +111,7 @@ def test_what_is_no_site_is_refused(make, message):
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_every_component_is_where_the_architecture_has_it(name):
+def test_every_component_is_where_the_architecture_has_it(name: str) -> None:
     backbone = Backbone(build(name))
     if name != "t5":
         assert backbone.depth == LAYERS
@@ -161,7 +163,9 @@ def test_every_component_is_where_the_architecture_has_it(name):
         ("gpt2", Site("transformer.h.9.output"), ValueError, r"no submodule 'transformer\.h\.9'; it has \["),
     ],
 )
-def test_resolved_that_a_model_has_not_are_refused(name, site, error, message):
+def test_resolved_that_a_model_has_not_are_refused(
+    name: str, site: Site, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         Backbone(build(name)).hook_point(site)
 
@@ -169,12 +173,12 @@ def test_resolved_that_a_model_has_not_are_refused(name, site, error, message):
 class SomeAttention(nn.Module):
     """Attention whose parts have names of no known family."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.mixer = nn.Linear(8, 8)
 
 
-def test_unknown_block_says_what_it_has():
+def test_unknown_block_says_what_it_has() -> None:
     model = nn.Module()
     model.blocks = nn.ModuleList(nn.ModuleDict({"attention_here": SomeAttention()}) for _ in range(2))
     backbone = Backbone(model)
@@ -188,7 +192,7 @@ def test_unknown_block_says_what_it_has():
     assert backbone.width(Site("blocks.0.attention_here.mixer.input")) == 8
 
 
-def test_paths():
+def test_paths() -> None:
     backbone = Backbone(build("gpt2"))
     assert backbone.width(Site("transformer.h.0.mlp.c_fc.output")) == 48
     assert backbone.width(Site("transformer.h.0.mlp.c_fc.input")) == WIDTH
@@ -197,7 +201,7 @@ def test_paths():
     assert Backbone(build("t5")).hook_point(Site("encoder.block.0.layer.0.output")).stack == "encoder"
 
 
-def test_a_backbone_is_made_of_a_module():
+def test_a_backbone_is_made_of_a_module() -> None:
     model = build("mlp")
     assert Backbone(model).device == torch.device("cpu")
     bare = inspect.unwrap(Backbone.__init__)  # the checker of these tests would refuse first
@@ -207,7 +211,7 @@ def test_a_backbone_is_made_of_a_module():
         bare(object.__new__(Backbone), "gpt2")
 
 
-def test_order_of_a_run():
+def test_order_of_a_run() -> None:
     """Components come in the order of `COMPONENTS`, block after block; submodules by path within their block."""
     backbone = Backbone(build("llama"))
     run = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -96,7 +98,11 @@ def test_together_equals_alone(backbone: Backbone) -> None:
 def test_a_sweep_over_ranks_seeds_and_rates_finds_what_single_ones_find(backbone: Backbone) -> None:
     sites = [Site("block_output", layer, "last") for layer in (0, 1)]
     given = Pairs(pairs(0), pairs(2), pairs(1))
-    common = {"config": TrainingConfig(steps=6, batch_size=16), "min_accuracy": None, "quiet": True}
+    common: dict[str, Any] = {
+        "config": TrainingConfig(steps=6, batch_size=16),
+        "min_accuracy": None,
+        "quiet": True,
+    }
     whole = sweep(backbone, given, sites, [DAS([1, 3], learning_rate=[1e-2, 5e-2])], seeds=[0, 5], **common)
     assert len(whole) == 2 * 2 * 2 * 2
     for found in whole[::3]:
@@ -119,7 +125,7 @@ def test_one_module_is_clipped_and_decayed_by_its_own_configuration() -> None:
     train_together(modules, lambda _: torch.stack([m(x).square().mean() for m in modules]), configs)
     for module, config in zip(modules, configs, strict=True):
         alone = linear()
-        train([alone], lambda _, alone=alone: alone(x).square().mean(), config)
+        train([alone], lambda _, alone=alone: alone(x).square().mean(), config)  # type: ignore[misc]
         assert torch.equal(alone.weight, module.weight)
 
 

@@ -84,6 +84,7 @@ def names_in(stories: Stories, pairs: Counterfactuals) -> set[str]:
 
 
 def test_the_three_splits_share_no_name(stories: Stories) -> None:
+    assert isinstance(stories.pairs.train, Counterfactuals)
     splits = stories.pairs.train, stories.pairs.dev, stories.pairs.test
     train, dev, test = (names_in(stories, split) for split in splits)
     assert len(train) > 20 and len(dev) == 8 and len(test) > 20

@@ -1,12 +1,15 @@
 """Subspaces: the laws of a lens, the factorisation and its gradient, its cache, and the ready-made spans."""
 
 import copy
+from collections.abc import Callable
+from typing import Any, Literal
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import nn
+from hypothesis.strategies._internal.strategies import SearchStrategy
+from torch import Tensor, nn
 
 from subspace_lab.core import orthonormal
 from subspace_lab.core.orthonormal import random_orthonormal
@@ -25,7 +28,9 @@ KINDS = ("qr", "polar")
 PRECISIONS = ("fp32", "fp64", "bf16 stream")
 
 
-def learned(width, rank, seed=0, kind="qr", moved=True):
+def learned(
+    width: int, rank: int, seed: int = 0, kind: Literal["qr", "polar"] = "qr", moved: bool = True
+) -> LearnedSubspace:
     """A subspace, by default away from its start, so that its raw matrix is not orthonormal."""
     made = LearnedSubspace(width, rank, seed=seed, orthonormalise=kind)
     if moved:
@@ -34,13 +39,13 @@ def learned(width, rank, seed=0, kind="qr", moved=True):
     return made
 
 
-def projector(basis):
+def projector(basis: Tensor) -> Tensor:
     return basis.T.double() @ basis.double()
 
 
-def counting(monkeypatch, name="thin_qr"):
+def counting(monkeypatch: pytest.MonkeyPatch, name: str = "thin_qr") -> list[Any]:
     """How often the factorisation is evaluated from here on."""
-    calls = []
+    calls: Any = []
     true = getattr(orthonormal, name)
     monkeypatch.setattr(orthonormal, name, lambda a: calls.append(a.shape) or true(a))
     return calls
@@ -51,10 +56,10 @@ def counting(monkeypatch, name="thin_qr"):
 SHAPES = st.integers(1, 12).flatmap(lambda d: st.tuples(st.just(d), st.integers(1, d)))
 
 
-def cases(kinds):
+def cases(kinds: list[Callable[..., Any]]) -> SearchStrategy[Any]:
     """(subspace, stream dtype, tolerance, seed)"""
 
-    def make(drawn):
+    def make(drawn: Any) -> tuple[Any, torch.dtype, float, Any]:
         (width, rank), seed, precision, kind = drawn
         made = kind(width, rank, seed)
         if precision == "fp64":
@@ -78,7 +83,7 @@ KINDS_OF_LENSES = [
 
 @settings(max_examples=150)
 @given(cases(KINDS_OF_LENSES))
-def test_laws_of_a_lens(case):
+def test_laws_of_a_lens(case: Any) -> None:
     subspace, dtype, tolerance, seed = case
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(2, 3, subspace.width, generator=generator).to(dtype)
@@ -105,7 +110,7 @@ def test_laws_of_a_lens(case):
     assert torch.equal(subspace.swap(h, h), h)
 
 
-def test_free_directions_are_no_lens_and_the_test_above_would_see_it():
+def test_free_directions_are_no_lens_and_the_test_above_would_see_it() -> None:
     directions = FreeDirections(6, 2, start=torch.tensor([[2.0, 0, 0, 0, 0, 0], [1.0, 1, 0, 0, 0, 0]]))
     h, z = torch.randn(6), torch.randn(2)
     written = directions.write(h, z)
@@ -117,7 +122,7 @@ def test_free_directions_are_no_lens_and_the_test_above_would_see_it():
     torch.testing.assert_close(directions.read(directions.write(h, z)), z)
 
 
-def test_bf16_stream_keeps_its_bits_outside():
+def test_bf16_stream_keeps_its_bits_outside() -> None:
     """Written as h + change, not as a product of the whole state: axes outside the span do not move."""
     basis = torch.zeros(2, 8)
     basis[0, :2], basis[1, 2] = torch.tensor([0.6, 0.8]), 1.0
@@ -128,17 +133,17 @@ def test_bf16_stream_keeps_its_bits_outside():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_full_rank_write_forgets_the_state(kind):
+def test_full_rank_write_forgets_the_state(kind: Literal["qr", "polar"]) -> None:
     subspace = learned(6, 6, kind=kind)
     z = torch.randn(4, 6)
     torch.testing.assert_close(subspace.write(torch.randn(4, 6), z), subspace.embed(z), atol=1e-5, rtol=1e-5)
 
 
-def test_verbs_keep_their_precision_under_autocast():
+def test_verbs_keep_their_precision_under_autocast() -> None:
     """Autocast would take the products, and the basis itself, to bfloat16."""
     h, z = torch.randn(5, 16), torch.randn(5, 4)
     for kind in KINDS:
-        plain, cast, direct = (learned(16, 4, kind=kind) for _ in range(3))
+        plain, cast, direct = (learned(16, 4, kind=kind) for _ in range(3))  # type: ignore[arg-type]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(direct.basis(), plain.basis())
             assert (h @ h.T).dtype == torch.bfloat16  # the control: autocast is on
@@ -154,7 +159,7 @@ def test_verbs_keep_their_precision_under_autocast():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("width", "rank"), [(1, 1), (5, 5), (64, 8), (300, 16)])
-def test_orthonormal_start_comes_back(kind, width, rank):
+def test_orthonormal_start_comes_back(kind: Literal["qr", "polar"], width: int, rank: int) -> None:
     start = random_orthonormal(width, rank, 3)
     subspace = LearnedSubspace(width, rank, start=start, orthonormalise=kind)
     torch.testing.assert_close(subspace.basis(), start, atol=3e-6, rtol=0)
@@ -162,7 +167,7 @@ def test_orthonormal_start_comes_back(kind, width, rank):
     torch.testing.assert_close(flipped.basis(), -start, atol=3e-6, rtol=0)
 
 
-def test_starts_differ_by_seed_and_repeat_by_seed():
+def test_starts_differ_by_seed_and_repeat_by_seed() -> None:
     one, same, other = (LearnedSubspace(32, 4, seed=seed).basis() for seed in (0, 0, 1))
     assert torch.equal(one, same) and not torch.allclose(one, other, atol=0.1)
 
@@ -177,7 +182,9 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_basis_stays_orthonormal_follows_the_steps_and_is_made_once_a_step(kind, optimizer, monkeypatch):
+def test_basis_stays_orthonormal_follows_the_steps_and_is_made_once_a_step(
+    kind: Literal["qr", "polar"], optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = counting(monkeypatch, "thin_qr" if kind == "qr" else "polar")
     target = random_orthonormal(24, 3, 7)
     subspace = LearnedSubspace(24, 3, seed=0, orthonormalise=kind)
@@ -202,7 +209,7 @@ def test_basis_stays_orthonormal_follows_the_steps_and_is_made_once_a_step(kind,
     assert torch.equal(fresh.basis(), basis)
 
 
-def test_one_evaluation_serves_all_uses_until_the_raw_matrix_changes(monkeypatch):
+def test_one_evaluation_serves_all_uses_until_the_raw_matrix_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     subspace = learned(8, 2)
     calls = counting(monkeypatch)
     first, second = subspace.partition({"a": 1, "b": 1}).values()
@@ -218,13 +225,13 @@ def test_one_evaluation_serves_all_uses_until_the_raw_matrix_changes(monkeypatch
     assert len(calls) == 2
 
 
-def in_place(subspace):
+def in_place(subspace: LearnedSubspace) -> None:
     with torch.no_grad():
         subspace.raw.copy_(torch.randn(subspace.raw.shape))
 
 
-def a_step(name):
-    def change(subspace):
+def a_step(name: str) -> Callable[..., Any]:
+    def change(subspace: Any) -> None:
         stepping = OPTIMIZERS[name](subspace.parameters())
         subspace.read(torch.randn(8)).sum().backward()
         stepping.step()
@@ -232,7 +239,7 @@ def a_step(name):
     return change
 
 
-def assigned(subspace):
+def assigned(subspace: Any) -> None:
     # Twice, so that the second matrix may come to lie where the first one was.
     for _ in range(2):
         subspace.load_state_dict({"raw": torch.randn(subspace.raw.shape)}, assign=True)
@@ -252,7 +259,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_cache_follows_every_change(change, kind):
+def test_cache_follows_every_change(change: str, kind: Literal["qr", "polar"]) -> None:
     subspace = learned(8, 2, kind=kind)
     old = subspace.basis().detach().clone()
     CHANGES[change](subspace)
@@ -264,7 +271,7 @@ def test_cache_follows_every_change(change, kind):
         assert (new - old).abs().max() > 1e-3
 
 
-def test_cache_tells_apart_matrices_that_lie_at_one_address():
+def test_cache_tells_apart_matrices_that_lie_at_one_address() -> None:
     """As under functional_call in a loop: one matrix is freed, the next is put where it was."""
     subspace = learned(256, 16)
     for _ in range(20):
@@ -275,17 +282,18 @@ def test_cache_tells_apart_matrices_that_lie_at_one_address():
 
 
 class _Basis(nn.Module):
-    def __init__(self, subspace):
+    def __init__(self, subspace: LearnedSubspace) -> None:
         super().__init__()
         self.subspace = subspace
 
-    def forward(self):
+    def forward(self) -> Tensor:
         return self.subspace.basis()
 
 
-def test_no_square_matrix_is_kept():
+def test_no_square_matrix_is_kept() -> None:
     subspace = learned(512, 4)
     subspace.basis()
+    assert subspace._factor._held is not None
     _, q, factor, raw = subspace._factor._held
     kept = [*subspace.parameters(), *subspace.buffers(), q, factor, *raw]
     assert 512 * 4 <= sum(t.numel() for t in kept) <= 3 * 512 * 4 + 16
@@ -299,11 +307,11 @@ def test_no_square_matrix_is_kept():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("width", "rank"), [(5, 1), (5, 3), (4, 4)])
-def test_gradient_agrees_with_differences(kind, width, rank):
+def test_gradient_agrees_with_differences(kind: Literal["qr", "polar"], width: int, rank: int) -> None:
     factor = orthonormal.thin_qr if kind == "qr" else orthonormal.polar
     mixing = torch.randn(rank, width, dtype=torch.float64)
 
-    def basis(raw):
+    def basis(raw: Tensor) -> Tensor:
         with torch.no_grad():
             q, triangular = factor(raw)
         return orthonormal.Orthonormal.apply(raw, q, triangular, kind).T * mixing
@@ -313,23 +321,23 @@ def test_gradient_agrees_with_differences(kind, width, rank):
     if (width, rank) == (5, 3):  # the control: a wrong formula does not pass
         wrong = orthonormal.Orthonormal.backward
 
-        def scaled(ctx, grad):
+        def scaled(ctx: Any, grad: Tensor) -> tuple[Any, None, None, None]:
             given = wrong(ctx, grad)
             return (given[0] + 0.01 * grad, *given[1:])
 
-        orthonormal.Orthonormal.backward, kept = staticmethod(scaled), wrong
+        orthonormal.Orthonormal.backward, kept = staticmethod(scaled), wrong  # type: ignore[method-assign]
         try:
             assert not torch.autograd.gradcheck(basis, (raw,), raise_exception=False)
         finally:
-            orthonormal.Orthonormal.backward = staticmethod(kept)
+            orthonormal.Orthonormal.backward = staticmethod(kept)  # type: ignore[method-assign]
 
 
-def autograd_qr(raw):
+def autograd_qr(raw: Tensor) -> Tensor:
     q, t = torch.linalg.qr(raw)
     return (q * t.diagonal().sign()).T
 
 
-def autograd_polar(raw):
+def autograd_polar(raw: Tensor) -> Tensor:
     # A (AᵀA)^{-1/2} by Newton's iteration, a way to the polar factor that shares nothing with an SVD
     gram = raw.T @ raw
     scale = gram.diagonal().sum()
@@ -342,7 +350,9 @@ def autograd_polar(raw):
 
 @pytest.mark.parametrize(("kind", "oracle"), [("qr", autograd_qr), ("polar", autograd_polar)])
 @pytest.mark.parametrize("rank", [1, 4, 9])
-def test_gradient_agrees_with_autograd(kind, oracle, rank):
+def test_gradient_agrees_with_autograd(
+    kind: Literal["qr", "polar"], oracle: Callable[..., Any], rank: int
+) -> None:
     subspace = learned(9, rank, kind=kind).double()
     h, z = torch.randn(7, 9, dtype=torch.float64), torch.randn(7, rank, dtype=torch.float64)
     weights = torch.randn(7, 9, dtype=torch.float64)
@@ -352,19 +362,21 @@ def test_gradient_agrees_with_autograd(kind, oracle, rank):
     torch.testing.assert_close(subspace.basis().detach(), basis.detach(), rtol=1e-9, atol=1e-9)
     ((h + (z - h @ basis.T) @ basis) * weights).sum().backward()
     torch.testing.assert_close(subspace.raw.grad, raw.grad, rtol=1e-8, atol=1e-8)
+    assert raw.grad is not None
     assert raw.grad.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_micro_batches_add_up_to_the_batch(kind):
+def test_micro_batches_add_up_to_the_batch(kind: Literal["qr", "polar"]) -> None:
     """Several backward passes share one evaluation."""
     subspace = learned(10, 3, kind=kind).double()
     h = torch.randn(8, 10, dtype=torch.float64)
 
-    def loss(states):
+    def loss(states: Tensor) -> Tensor:
         return (subspace.write(states, subspace.read(states).tanh()) ** 3).sum()
 
     loss(h).backward()
+    assert subspace.raw.grad is not None
     whole = subspace.raw.grad.clone()
     subspace.zero_grad()
     parts = [loss(part) for part in h.split(3)]  # all graphs built first, then run
@@ -378,11 +390,12 @@ def test_micro_batches_add_up_to_the_batch(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_backward_after_a_step_uses_the_basis_of_its_forward(kind):
+def test_backward_after_a_step_uses_the_basis_of_its_forward(kind: Literal["qr", "polar"]) -> None:
     """The graph keeps the factor it was built with, also when the raw matrix has moved on meanwhile."""
     subspace = learned(6, 2, kind=kind).double()
     h = torch.randn(3, 6, dtype=torch.float64)
     (subspace.read(h) ** 3).sum().backward()
+    assert subspace.raw.grad is not None
     expected = subspace.raw.grad.clone()
     subspace.zero_grad()
     loss = (subspace.read(h) ** 3).sum()
@@ -397,7 +410,7 @@ def test_backward_after_a_step_uses_the_basis_of_its_forward(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_are_bit_equal_and_go_their_own_way(kind):
+def test_copies_are_bit_equal_and_go_their_own_way(kind: Literal["qr", "polar"]) -> None:
     subspace = learned(20, 4, kind=kind)
     basis = subspace.basis().detach().clone()
     twin = copy.deepcopy(subspace)
@@ -410,8 +423,8 @@ def test_copies_are_bit_equal_and_go_their_own_way(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_parents_leave_the_basis_alone(dtype):
-    parent = nn.Sequential(
+def test_half_precision_parents_leave_the_basis_alone(dtype: torch.dtype) -> None:
+    parent: Any = nn.Sequential(
         nn.Linear(4, 4), learned(20, 4), random_subspace(20, 3, 0), FreeDirections(20, 2, seed=0)
     )
     before = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
@@ -427,7 +440,7 @@ def test_half_precision_parents_leave_the_basis_alone(dtype):
     assert parent[1].raw.dtype == torch.float64
 
 
-def test_half_precision_start_is_kept_in_float32():
+def test_half_precision_start_is_kept_in_float32() -> None:
     start = torch.eye(3, 8).bfloat16()
     for made in (
         LearnedSubspace(8, 3, start=start),
@@ -438,7 +451,7 @@ def test_half_precision_start_is_kept_in_float32():
         torch.testing.assert_close(made.basis().detach(), torch.eye(3, 8))
 
 
-def test_start_is_copied():
+def test_start_is_copied() -> None:
     start = random_orthonormal(8, 2, 0)
     made = [LearnedSubspace(8, 2, start=start), FixedSubspace(start), FreeDirections(8, 2, start=start)]
     start.zero_()
@@ -446,7 +459,7 @@ def test_start_is_copied():
         assert subspace.basis().abs().max() > 0.1
 
 
-def test_frozen_is_a_value():
+def test_frozen_is_a_value() -> None:
     subspace = learned(8, 2)
     frozen = subspace.frozen()
     assert torch.equal(frozen.basis(), subspace.basis()) and not list(frozen.parameters())
@@ -457,7 +470,7 @@ def test_frozen_is_a_value():
 # --- parts --------------------------------------------------------------------------------------------------
 
 
-def test_parts_are_orthogonal_slices_that_train_the_whole():
+def test_parts_are_orthogonal_slices_that_train_the_whole() -> None:
     whole = learned(10, 6)
     parts = whole.partition({"a": 2, "b": 3})
     a, b = parts["a"], parts["b"]
@@ -467,13 +480,14 @@ def test_parts_are_orthogonal_slices_that_train_the_whole():
     h, z = torch.randn(4, 10), torch.randn(4, 2)
     torch.testing.assert_close(b.read(a.write(h, z)), b.read(h), atol=1e-5, rtol=1e-5)
     a.read(h).sum().backward()
+    assert whole.raw.grad is not None
     assert whole.raw.grad.abs().max() > 0 and [p is whole.raw for p in a.parameters()] == [True]
     inner = a.partition({"c": 1})["c"]
     assert torch.equal(inner.basis(), whole.basis()[:1])
 
 
 @pytest.mark.parametrize("sizes", [{"a": 4, "b": 3}, {"a": 0, "b": 2}, {"a": -1}])
-def test_impossible_partitions_are_refused(sizes):
+def test_impossible_partitions_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"asked of a basis of rank 6"):
         learned(10, 6).partition(sizes)
     assert set(learned(10, 6).partition({"a": 4, "b": 2})) == {"a", "b"}
@@ -482,7 +496,7 @@ def test_impossible_partitions_are_refused(sizes):
 # --- ready-made subspaces -----------------------------------------------------------------------------------
 
 
-def test_pca_is_centred_and_not_standardised():
+def test_pca_is_centred_and_not_standardised() -> None:
     """The first axis has the largest mean, the second the largest spread, the third the next; correlations
     would prefer the last two, which are copies of each other."""
     generator = torch.Generator().manual_seed(0)
@@ -506,7 +520,7 @@ def test_pca_is_centred_and_not_standardised():
     )
 
 
-def test_difference_of_means():
+def test_difference_of_means() -> None:
     states = torch.randn(300, 8)
     labels = torch.arange(300) % 3
     states[labels == 1, 2] += 5
@@ -527,7 +541,7 @@ def test_difference_of_means():
     )
 
 
-def test_axes_are_neurons():
+def test_axes_are_neurons() -> None:
     h, z = torch.randn(3, 6), torch.randn(3, 2)
     axes = Axes(6, [4, 1])
     assert torch.equal(axes.basis(), torch.eye(6)[[4, 1]]) and (axes.rank, axes.width) == (2, 6)
@@ -544,7 +558,7 @@ def test_axes_are_neurons():
     assert torch.equal(Axes(6, [2]).swap(half, source)[:, 2], source[:, 2])
 
 
-def test_random_subspaces_follow_the_haar_measure():
+def test_random_subspaces_follow_the_haar_measure() -> None:
     """E tr(P₁P₂) = k₁k₂/d, and its variance is known (so four standard errors are); a span drawn too close to
     the axes, or with a preferred sign, would fail on the mean of the basis or of the squared entries."""
     d, k1, k2, draws = 12, 3, 4, 400
@@ -558,15 +572,15 @@ def test_random_subspaces_follow_the_haar_measure():
     assert abs(found.mean().item() - k1 * k2 / d) < 4 * (variance / draws) ** 0.5
     assert found.var().item() == pytest.approx(variance, rel=0.4)
     # every entry of a Haar basis: mean 0, second moment 1/d (whose own variance is below 2/d²)
-    entries = torch.stack(entries)
-    assert entries.mean(0).abs().max() < 5 * (1 / d / draws) ** 0.5
-    assert (entries.square().mean(0) - 1 / d).abs().max() < 5 * (2 / d**2 / draws) ** 0.5
+    stacked = torch.stack(entries)
+    assert stacked.mean(0).abs().max() < 5 * (1 / d / draws) ** 0.5
+    assert (stacked.square().mean(0) - 1 / d).abs().max() < 5 * (2 / d**2 / draws) ** 0.5
     # The control: unsigned QR leaves a bias, the first entries being all of one sign.
     unsigned = torch.stack([torch.linalg.qr(torch.randn(d, k1))[0].T for _ in range(draws)])
     assert unsigned.mean(0).abs().max() > 5 * (1 / d / draws) ** 0.5
 
 
-def test_random_subspace_is_what_its_seed_says():
+def test_random_subspace_is_what_its_seed_says() -> None:
     assert torch.equal(random_subspace(9, 2, 4).basis(), random_subspace(9, 2, 4).basis())
     assert not torch.allclose(random_subspace(9, 2, 4).basis(), random_subspace(9, 2, 5).basis())
     generator = torch.Generator().manual_seed(4)
@@ -617,11 +631,11 @@ SKEW = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0]])
         (lambda: Axes(4, []), r"\[\]"),
     ],
 )
-def test_what_is_no_subspace_is_refused(make, message):
+def test_what_is_no_subspace_is_refused(make: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_more_classes_than_dimensions_are_refused():
+def test_more_classes_than_dimensions_are_refused() -> None:
     with pytest.raises(ValueError, match="do not span 3"):
         difference_of_means(torch.randn(8, 2), torch.arange(8) % 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from test_reft_trainer import answers
 from torch import nn
 
 from subspace_lab.core.estimates import Estimate
-from subspace_lab.engine import training as engine_training
 from subspace_lab.engine.training import TrainingConfig
-from subspace_lab.reft import ReftConfig, finetune, get_reft_model, suggest, suggesting
+from subspace_lab.model.backbone import Backbone
+from subspace_lab.reft import ReftConfig, ReftModel, finetune, get_reft_model, suggest, suggesting
+from subspace_lab.reft._past import AnswersPast
 from subspace_lab.reft.suggestions import Suggestion, Trial
 
 SHORT = TrainingConfig(steps=4, batch_size=6, seed=3)
@@ -26,12 +28,21 @@ SETTINGS = [
 ]
 
 
-def tried(model, **options):
-    given = {"settings": SETTINGS, "training": SHORT, "learning_rates": [3e-3, 3e-2], "quiet": True}
+def tried(model: Any, **options: Any) -> Suggestion:
+    given: dict[str, Any] = {
+        "settings": SETTINGS,
+        "training": SHORT,
+        "learning_rates": [3e-3, 3e-2],
+        "quiet": True,
+    }
     return suggest(model, answers(), **{**given, **options})
 
 
-def state(model):
+def state(
+    model: Any,
+) -> tuple[
+    dict[Any, tuple[Any, list[Any], int, int, type[Any]]], list[tuple[Any, Any, bool]], list[Any], list[Any]
+]:
     """All that a model holds: tensors, modes, gradient flags and the attributes of its modules."""
     own = {
         name: (m.training, sorted(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks), type(m))
@@ -41,17 +52,17 @@ def state(model):
     return own, flags, torch.get_rng_state().tolist(), list(model.state_dict())
 
 
-def mixed(kind="gpt2"):
+def mixed(kind: str = "gpt2") -> Any:
     """A model whose modes and flags are mixed, as a user may have set them."""
     model = fresh(kind)
-    suggesting.Backbone(model)  # nnsight's own attributes stay with a model from its first use on
+    Backbone(model)  # nnsight's own attributes stay with a model from its first use on
     for i, p in enumerate(model.parameters()):
         p.requires_grad_(i % 3 == 0)
     model.get_decoder().h[1].train()
     return model
 
 
-def test_the_losses_are_those_of_finetune_by_hand():
+def test_the_losses_are_those_of_finetune_by_hand() -> None:
     base = fresh("llama", torch.float64)
     found = tried(base)
     rows = answers()
@@ -73,7 +84,7 @@ def test_the_losses_are_those_of_finetune_by_hand():
         assert loss_of(plain, held) == pytest.approx(found.untrained.value, rel=1e-6)
 
 
-def loss_of(model, rows):
+def loss_of(model: ReftModel, rows: list[Any]) -> float:
     """The mean over all answers' tokens, one row at a time, by the wrapped model's own forward."""
     total, count = 0.0, 0
     for row in rows:
@@ -86,7 +97,7 @@ def loss_of(model, rows):
     return total / count
 
 
-def test_the_same_seeds_give_the_same_table():
+def test_the_same_seeds_give_the_same_table() -> None:
     one, again = tried(fresh("llama")), tried(fresh("llama"))
     other = tried(fresh("llama"), training=TrainingConfig(steps=4, batch_size=6, seed=4))
     told = [
@@ -97,7 +108,7 @@ def test_the_same_seeds_give_the_same_table():
 
 
 @pytest.mark.parametrize("failure", [None, KeyboardInterrupt, RuntimeError])
-def test_the_model_is_left_as_it_was(failure, monkeypatch):
+def test_the_model_is_left_as_it_was(failure: type[Any] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mixed()
     weights, before = copy.deepcopy(model.state_dict()), state(model)
     if failure is None:
@@ -106,24 +117,24 @@ def test_the_model_is_left_as_it_was(failure, monkeypatch):
         step = torch.optim.AdamW.step
         made = []
 
-        def failing(self, *args, **kwargs):
+        def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
             made.append(1)
             if len(made) == 6:
                 raise failure("in the middle")
             return step(self, *args, **kwargs)
 
-        monkeypatch.setattr(engine_training.torch.optim.AdamW, "step", failing)
+        monkeypatch.setattr(torch.optim.AdamW, "step", failing)
         with pytest.raises(failure, match="middle"):
             tried(model)
     assert state(model) == before
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 
-def test_a_failure_while_the_adapter_is_made(monkeypatch):
+def test_a_failure_while_the_adapter_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mixed()
     before = state(model)
 
-    def failing(*_):
+    def failing(*_: Any) -> None:
         for p in model.parameters():
             p.requires_grad_(False)
         raise KeyboardInterrupt
@@ -134,19 +145,19 @@ def test_a_failure_while_the_adapter_is_made(monkeypatch):
     assert state(model) == before
 
 
-def test_the_usual_settings_fit_the_model():
+def test_the_usual_settings_fit_the_model() -> None:
     found = tried(fresh("llama"), settings=None, config=ReftConfig(rank=4), learning_rates=[1e-2])
     configs = [trial.config for trial in found.trials]
     assert ReftConfig(rank=4) in configs and len(configs) == len(set(configs)) >= 8
     assert {trial.mergeable for trial in found.trials} == {True, False}
     assert all(t.mergeable == (t.config.component == "mlp_output") for t in found.trials)
-    ranks = {c.rank for c in suggesting.usual_settings(suggesting.Backbone(fresh("llama")), ReftConfig(rank=20))}
+    ranks = {c.rank for c in suggesting.usual_settings(Backbone(fresh("llama")), ReftConfig(rank=20))}
     assert ranks == {1, 20}, "80 is above the width"
-    red = suggesting.usual_settings(suggesting.Backbone(fresh("llama")), ReftConfig(method="RED"))
+    red = suggesting.usual_settings(Backbone(fresh("llama")), ReftConfig(method="RED"))
     assert {c.rank for c in red} == {4}
 
 
-def made(values, parameters, seconds, lows):
+def made(values: list[Any], parameters: list[Any], seconds: list[Any], lows: list[Any]) -> Suggestion:
     trials = []
     for v, p, s, low in zip(values, parameters, seconds, lows, strict=True):
         behind = Estimate(v - values[0], low, v - values[0] + 1, 40)
@@ -155,7 +166,7 @@ def made(values, parameters, seconds, lows):
     return Suggestion(tuple(trials), one, one, tuple(range(9)), tuple(range(40)))
 
 
-def test_the_smallest_within_noise_is_taken():
+def test_the_smallest_within_noise_is_taken() -> None:
     found = made([1.0, 1.1, 1.2, 1.3, 2.0], [9, 5, 5, 7, 1], [1.0, 3.0, 2.0, 1.0, 0.1], [0, -0.1, 0.0, -0.2, 0.5])
     assert found.chosen is found.trials[2] and found.best.rank == 5
     assert "The first 4 settings cannot be told apart on 40 held-out rows" in str(found)
@@ -165,7 +176,7 @@ def test_the_smallest_within_noise_is_taken():
     assert gap.chosen is gap.trials[2] and "The 2 settings marked * and ≈" in str(gap)
 
 
-def test_intervals_are_paired_over_rows():
+def test_intervals_are_paired_over_rows() -> None:
     """Rows differ much in their losses, and settings by the same amount in each row: the difference is sure."""
     owners = torch.arange(30).repeat_interleave(2)
     level = torch.linspace(0, 20, 30).double().repeat_interleave(2)
@@ -181,15 +192,17 @@ def test_intervals_are_paired_over_rows():
     assert found.trials[0].behind == Estimate(0.0, 0.0, 0.0, 30)  # of itself: no interval
 
 
-def test_a_rate_that_diverges_counts_for_nothing_and_all_that_diverge_are_an_error(monkeypatch):
-    loss = suggesting.AnswersPast.loss
-    high = []
+def test_a_rate_that_diverges_counts_for_nothing_and_all_that_diverge_are_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loss = AnswersPast.loss
+    high: list[Any] = []
 
-    def diverging(self, rows, edits, items=None):
+    def diverging(self: Any, rows: Any, edits: Any, items: Any = None) -> Any:
         found, logits = loss(self, rows, edits, items)
         return (found * float("nan") if high[-1](edits) else found), logits
 
-    monkeypatch.setattr(suggesting.AnswersPast, "loss", diverging)
+    monkeypatch.setattr(AnswersPast, "loss", diverging)
     high.append(lambda _: True)
     with pytest.raises(FloatingPointError, match="No setting gave a finite loss"):
         tried(fresh("llama"))
@@ -199,12 +212,12 @@ def test_a_rate_that_diverges_counts_for_nothing_and_all_that_diverge_are_an_err
     assert "not finite" in str(found) and json.dumps(found.records(), allow_nan=False)
 
 
-def test_nothing_learned_is_said():
+def test_nothing_learned_is_said() -> None:
     found = tried(fresh("llama"), learning_rates=[1e-9])
     assert "No setting is better than the model without edits" in str(found)
 
 
-def test_what_cannot_be_tried_is_refused_before_any_work(monkeypatch):
+def test_what_cannot_be_tried_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     base = fresh("llama")
     monkeypatch.setattr(suggesting, "AnswersPast", None)  # the first work
     rows = answers()

@@ -13,6 +13,7 @@ from subspace_lab.core.sites import Site
 from subspace_lab.das import _places
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS, PCA, RandomSubspace
+from subspace_lab.das.prepared_pairs import fit as fit_together
 from subspace_lab.das.sweeps import SweepInterrupted
 from subspace_lab.engine.frozen_past import FrozenPast
 
@@ -24,11 +25,10 @@ METHODS = [DAS(2), PCA(2), RandomSubspace(2, draws=2)]
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """At how many places each training was, in their order."""
     found: list[int] = []
-    fit = _places.fit
 
     def counted(learners: Any, *rest: Any) -> Any:
         found.append(len({tuple(learner.edits) for learner in learners}))
-        return fit(learners, *rest)
+        return fit_together(learners, *rest)
 
     monkeypatch.setattr(_places, "fit", counted)
     return found

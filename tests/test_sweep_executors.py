@@ -115,7 +115,7 @@ def test_a_worker_that_dies_costs_its_own_place_alone(tmp_path: Path, monkeypatc
     with forked() as executor, pytest.raises(RuntimeError, match=r"A worker died .*goes on from there"):
         swept(Deadly(1), [PLACES[0], PLACES[2]], executor=_OneByOne(executor), out=tmp_path)
     assert Fits.load(tmp_path, [Deadly]).places == [str(PLACES[0])]
-    seen: list[Any] = []
+    seen: Any = []
     at = _places.Places.at
     monkeypatch.setattr(
         _places.Places, "at", lambda self, where, step: seen.append(where) or at(self, where, step)
@@ -160,6 +160,7 @@ def test_a_parcel_holds_no_numbers_and_becomes_the_same_model(tmp_path: Path) ->
         read = again.unpacked()
         _executing._here[parcel.name] = places
     assert inside == [] and not list(tmp_path.iterdir())
+    model: Any
     model, before = read.backbone.model, tiny().model
     assert model is not before and model.lm_head.weight is model.transformer.wte.weight
     for one, other in zip(model.parameters(), before.parameters(), strict=True):

@@ -72,8 +72,8 @@ class _Marked(DAS):
     def learner(self, problem: Any) -> Any:
         learner = super().learner(problem)
         progress = [0.0]
-        learner.advance = lambda p: progress.__setitem__(0, p)
-        learner.penalty = lambda: torch.tensor(torch.nan if progress[0] > 0.3 else 0.0)
+        learner.advance = lambda p: progress.__setitem__(0, p)  # type: ignore[method-assign, assignment]
+        learner.penalty = lambda: torch.tensor(torch.nan if progress[0] > 0.3 else 0.0)  # type: ignore[method-assign]
         return learner
 
 
@@ -121,7 +121,7 @@ def test_what_cannot_be_searched_is_refused_before_the_work(
 
     monkeypatch.setattr(_places, "fit", worked)
     monkeypatch.setattr(_places.Places, "at", worked)
-    options = {"methods": [DAS(4)], **changes}
+    options: dict[str, Any] = {"methods": [DAS(4)], **changes}
     with pytest.raises(ValueError, match=message):
         swept(**options)
 

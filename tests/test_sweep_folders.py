@@ -27,6 +27,7 @@ from subspace_lab.das import _places, _recipe
 from subspace_lab.das.fits import Fits
 from subspace_lab.das.methods import DAS, PCA, FullVector, Method, RandomSubspace
 from subspace_lab.das.objectives import iia, log_odds
+from subspace_lab.das.prepared_pairs import PreparedPairs
 from subspace_lab.das.sweeps import SweepInterrupted, SweepUnsaved, sweep
 
 METHODS: list[Method] = [DAS([1, 2]), PCA(2), RandomSubspace(1, draws=2)]
@@ -105,7 +106,7 @@ def test_a_sweep_into_a_folder_is_the_sweep_and_can_be_read(states: dict[str, Pa
 def test_a_finished_sweep_is_read_and_not_searched_again(
     states: dict[str, Path], alone: Fits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_places.PreparedPairs, "of", lambda *_, **__: 1 / 0)  # not even a pass over the data
+    monkeypatch.setattr(PreparedPairs, "of", lambda *_, **__: 1 / 0)  # not even a pass over the data
     assert same(swept(METHODS, PLACES, out=states["whole"]), alone)
 
 
@@ -327,7 +328,7 @@ def test_functions_are_told_apart() -> None:
     assert told(lambda a: a + 1) != told(lambda a: a + 2) and told(lambda a: a.one) != told(lambda a: a.two)
     once, again = ((lambda a: a + 1) for _ in range(2))
     assert told(once) == told(again)
-    assert told(partial(squared, answer=1)) != told(partial(squared, answer=2))
+    assert told(partial(squared, answer=1)) != told(partial(squared, answer=2))  # type: ignore[arg-type]
     assert told(Weighted(1.0)) == told(Weighted(1.0)) != told(Weighted(2.0))
     assert told(nn.CrossEntropyLoss()) == "CrossEntropyLoss"
 
@@ -363,7 +364,7 @@ def test_a_full_disk_costs_no_result(name: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_variables_at_several_sites_are_kept(tmp_path: Path) -> None:
-    two = [{"v": SITES[0], "w": SITES[1]}, SITES[1]]
+    two: list[Any] = [{"v": SITES[0], "w": SITES[1]}, SITES[1]]
     given = pairs(("v", "w"))
     first = sweep(tiny(), given, two, [DAS(2)], config=QUICK, min_accuracy=None, quiet=True, out=tmp_path)
     assert same(Fits.load(tmp_path), first) and len(first.places) == 2

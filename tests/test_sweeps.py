@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -36,10 +37,11 @@ from subspace_lab.core.sites import Site
 from subspace_lab.core.subspaces import LearnedSubspace
 from subspace_lab.das import _places
 from subspace_lab.das._places import cell_seed
-from subspace_lab.das.fits import Fits
+from subspace_lab.das.fits import Fit, Fits
 from subspace_lab.das.methods import DAS, PCA, DifferenceOfMeans, FullVector, Method, RandomSubspace
 from subspace_lab.das.objectives import iia, log_odds, logit_difference, logit_margin
 from subspace_lab.das.pairs import Counterfactuals
+from subspace_lab.das.prepared_pairs import fit as fit_together
 from subspace_lab.das.search import default_methods, search
 from subspace_lab.das.sweeps import sweep
 from subspace_lab.engine.plain import PlainEngine
@@ -54,7 +56,7 @@ def fits() -> Fits:
     return swept(METHODS, metrics=(iia, logit_margin, log_odds))
 
 
-def rows_of(fits: Fits) -> list[Tensor]:
+def rows_of(fits: Iterable[Fit]) -> list[Tensor]:
     return [subspace.basis() for fit in fits for _, subspace in fit.alignment.variables.values()]
 
 
@@ -86,7 +88,8 @@ def test_a_planted_subspace_is_recovered(rank: int, seed: int) -> None:
     def draw(n: int) -> tuple[Tensor, Tensor, Tensor]:
         base, source = (torch.randn(n, width, generator=g) for _ in range(2))
         target = source[:, :rank] @ a + base[:, rank:].tanh() @ b
-        return *(z @ q + noise * torch.randn(n, width, generator=g) for z in (base, source)), target
+        base, source = (z @ q + noise * torch.randn(n, width, generator=g) for z in (base, source))
+        return base, source, target
 
     learned = LearnedSubspace(width, rank, seed=seed + 50)
     edit = interchange(learned)
@@ -115,6 +118,7 @@ def test_every_score_is_that_of_a_hand_written_swap(fits: Fits) -> None:
             if split == "train" and fit.method.control:
                 assert "train" not in fit.scores
                 continue
+            assert isinstance(data, Counterfactuals)
             logits = swapped(fit, data)
             assert fit.score("iia", split) == proportion(logits.argmax(-1) == data.answer), fit
             expected = logits.gather(1, data.answer[:, None])[:, 0]
@@ -182,7 +186,7 @@ def test_cells_are_all_there_and_in_order() -> None:
     assert cells(found) == [(str(site), *one) for site in SITES for one in labels]
     assert not found.failures
     for fit in found:
-        assert fit.rank == fit.method.rank == fit.subspace("v").rank and fit.subspace().width == WIDTH
+        assert fit.rank == vars(fit.method)["rank"] == fit.subspace("v").rank and fit.subspace().width == WIDTH
         assert fit.losses == () or isinstance(fit.method, DAS)
         assert (len(fit.losses) == 1) == isinstance(fit.method, DAS)
         assert not any(p.requires_grad for p in fit.subspace().parameters())
@@ -254,13 +258,12 @@ def test_a_place_named_twice_is_searched_once(fits: Fits) -> None:
 
 
 def test_more_fits_than_a_step_holds_are_trained_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    methods = [DAS(2, learning_rate=[0.01, 0.02, 0.05])]
+    methods: list[Method] = [DAS(2, learning_rate=[0.01, 0.02, 0.05])]
     together = swept(methods, SITES[:1], seeds=2)
-    sizes = []
+    sizes: Any = []
     monkeypatch.setattr(_places, "STACKED", 4 * QUICK.batch_size)
-    fit = _places.fit
     monkeypatch.setattr(
-        _places, "fit", lambda learners, *rest: sizes.append(len(learners)) or fit(learners, *rest)
+        _places, "fit", lambda learners, *rest: sizes.append(len(learners)) or fit_together(learners, *rest)
     )
     grouped = swept(methods, SITES[:1], seeds=2)
     assert sizes == [4, 2] and cells(grouped) == cells(together)
@@ -326,7 +329,9 @@ def test_methods_without_training_see_enough_of_a_stream(monkeypatch: pytest.Mon
 def test_training_is_scored_on_some_of_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_places, "TRAINING_SCORED", 40)
     found = swept(PCA(3), SITES[:1])[0]
-    first = pairs().train.rows(torch.arange(40))
+    train = pairs().train
+    assert isinstance(train, Counterfactuals)
+    first = train.rows(torch.arange(40))
     assert found.score("iia", "train") == proportion(swapped(found, first).argmax(-1) == first.answer)
 
 
@@ -389,6 +394,7 @@ def test_variables_at_two_sites_are_exchanged_at_once_and_trained_through_both()
     fit = swept(DAS(3, learning_rate=0.2), [place], pairs=given)[0]
     assert fit.place == "v: block_output[0]@2, w: block_output[1]@last"
     assert all(overlap < 0.97 for overlap in fit.start_overlap.values()) and set(fit.start_overlap) == set(TWO)
+    assert isinstance(fit.start, int)
     starts = [random_orthonormal(WIDTH, 3, fit.start + i) for i in range(2)]
     for name, start in zip(TWO, starts, strict=True):
         assert fit.start_overlap[name] == pytest.approx(overlap_of(fit.subspace(name).basis(), start), abs=1e-5)
@@ -415,7 +421,7 @@ def test_a_variable_whose_source_is_the_base_changes_nothing() -> None:
 
 def test_the_loss_that_is_given_is_the_one_minimised() -> None:
     data = replace(counterfactuals(0), answer=torch.full((PAIRS,), 3))
-    options = {"sites": SITES[1:], "config": replace(QUICK, steps=30, batch_size=PAIRS)}
+    options: dict[str, Any] = {"sites": SITES[1:], "config": replace(QUICK, steps=30, batch_size=PAIRS)}
     given = pairs(train=data)
     margin = swept(DAS(4), loss=logit_difference, pairs=given, **options)
     assert margin.facts["loss"] == "logit_difference"
@@ -469,7 +475,7 @@ def test_facts_are_the_recipe(fits: Fits) -> None:
 
 
 def test_a_search_is_the_sweep_of_the_default_methods() -> None:
-    options = {"config": QUICK, "min_accuracy": None, "quiet": True}
+    options: dict[str, Any] = {"config": QUICK, "min_accuracy": None, "quiet": True}
     found = search(tiny(), pairs(), SITES[:1], rank=[2, 3], seeds=[4], **options)
     by_hand = sweep(tiny(), pairs(), SITES[:1], default_methods([2, 3]), seeds=[4], **options)
     assert found == by_hand
@@ -483,8 +489,9 @@ def test_a_search_is_the_sweep_of_the_default_methods() -> None:
 
 
 def test_the_full_vector_is_left_out_where_variables_share_a_site() -> None:
-    options = {"config": ONE_STEP, "min_accuracy": None, "quiet": True}
+    options: dict[str, Any] = {"config": ONE_STEP, "min_accuracy": None, "quiet": True}
     apart = {"v": SITES[0], "w": SITES[1]}
+    sites: Any
     for sites, there in (([SITES[0]], False), ([apart], True), ([apart, SITES[1]], False)):
         found = search(tiny(), pairs(TWO), sites, **options)
         assert ("FullVector" in found.methods) == there and "PCA 1" in found.methods

@@ -3,10 +3,11 @@
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, SentencePieceBackend, TokenizersBackend
 
 import subspace_lab
 from subspace_lab.das.counterfactuals import counterfactual_dataset
@@ -19,13 +20,13 @@ TINY_DECODER = Path(subspace_lab.__file__).parent / "assets" / "tiny_decoder"
 
 
 @pytest.fixture(scope="module")
-def tiny_decoder():
+def tiny_decoder() -> tuple[Any, TokenizersBackend | SentencePieceBackend]:
     model = AutoModelForCausalLM.from_pretrained(TINY_DECODER)
     return model.eval(), AutoTokenizer.from_pretrained(TINY_DECODER)
 
 
 @pytest.fixture(scope="module")
-def stories(assets):
+def stories(assets: Path) -> tuple[Any, TokenizersBackend | SentencePieceBackend]:
     folder = assets / "models" / "stories260K"
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
@@ -36,7 +37,7 @@ def settings_of(name: str, split: str, n: int, seed: int = 0) -> list[dict]:
 
 
 @torch.no_grad()
-def last_logits(model, tokenizer, texts: list[str]) -> torch.Tensor:
+def last_logits(model: Any, tokenizer: TokenizersBackend | SentencePieceBackend, texts: list[str]) -> torch.Tensor:
     """Next-token logits after each text, run as it stands: rows of one length together."""
     rows = tokenizer(texts)["input_ids"]
     logits = torch.empty(len(texts), model.config.vocab_size)
@@ -63,14 +64,14 @@ def rule(name: str, text: str) -> str:
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_causal_model_gives_the_answer_that_the_text_asks_for(name, split):
+def test_the_causal_model_gives_the_answer_that_the_text_asks_for(name: str, split: str) -> None:
     task = load_task(name)
     for setting in settings_of(name, split, 300):
         assert task.answer(setting) == rule(name, task.prompt(setting).text)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_spans_point_at_the_words_they_name(name):
+def test_spans_point_at_the_words_they_name(name: str) -> None:
     task = load_task(name)
     span_names = set()
     for setting in settings_of(name, "train", 300):
@@ -84,7 +85,7 @@ def test_spans_point_at_the_words_they_name(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_template_is_drawn_and_every_answer_balanced(name):
+def test_every_template_is_drawn_and_every_answer_balanced(name: str) -> None:
     module = {task.__name__.rsplit(".", 1)[1]: task for task in (price_tagging, indirect_object, entity_attribute)}
     templates = module.get(name, story_gender).TEMPLATES
     for split in SPLITS:
@@ -95,7 +96,7 @@ def test_every_template_is_drawn_and_every_answer_balanced(name):
         assert max(shares) < 1.3 / len(shares) and min(shares) > 0.7 / len(shares)
 
 
-def test_splits_share_no_amounts_names_or_entities():
+def test_splits_share_no_amounts_names_or_entities() -> None:
     groups = {
         "price_tagging": lambda setting: setting["amount"],
         "indirect_object": lambda setting: setting["subject"],
@@ -111,7 +112,7 @@ def test_splits_share_no_amounts_names_or_entities():
     assert few["train"] >= 12 and few["dev"] >= 4 and few["test"] >= 12
 
 
-def test_price_amounts_fall_on_every_side():
+def test_price_amounts_fall_on_every_side() -> None:
     settings = settings_of("price_tagging", "test", 4000)
     below = sum(setting["amount"] < setting["lower"] for setting in settings) / 4000
     above = sum(setting["amount"] > setting["upper"] for setting in settings) / 4000
@@ -119,7 +120,7 @@ def test_price_amounts_fall_on_every_side():
     assert all(setting["lower"] < setting["upper"] for setting in settings)
 
 
-def test_entity_values_do_not_predict_each_other():
+def test_entity_values_do_not_predict_each_other() -> None:
     """In each split each country goes with several foods and all values are equally frequent."""
     assert sorted(entity_attribute.ENTITIES) == sorted(SPLITS)
     for split, entities in entity_attribute.ENTITIES.items():
@@ -133,7 +134,7 @@ def test_entity_values_do_not_predict_each_other():
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("split", SPLITS)
-def test_counterfactuals_can_be_drawn(name, split):
+def test_counterfactuals_can_be_drawn(name: str, split: str) -> None:
     task = load_task(name)
     rows = counterfactual_dataset(task, 40, split=split, seed=0)
     assert sum(rows["changes"]) == 20
@@ -146,18 +147,20 @@ def test_counterfactuals_can_be_drawn(name, split):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_unknown_splits_are_refused(name):
+def test_unknown_splits_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="unknown split 'validation'"):
         load_task(name).sample(random.Random(0), "validation")
 
 
-def test_unknown_tasks_are_refused():
+def test_unknown_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown task 'prices'; possible are \['price_tagging'"):
         load_task("prices")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_word_is_one_known_token(name, tiny_decoder):
+def test_every_word_is_one_known_token(
+    name: str, tiny_decoder: tuple[Any, TokenizersBackend | SentencePieceBackend]
+) -> None:
     _, tokenizer = tiny_decoder
     task = load_task(name)
     for setting in [one for split in SPLITS for one in settings_of(name, split, 300)]:
@@ -165,12 +168,14 @@ def test_every_word_is_one_known_token(name, tiny_decoder):
         assert tokenizer.tokenize(text) == text.split()
         assert len(tokenizer(text)["input_ids"]) == len(text.split())  # no special tokens are added
         assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
-    ids = tokenizer.convert_tokens_to_ids(list(task.answers.values()))
+    ids: Any = tokenizer.convert_tokens_to_ids(list(task.answers.values()))
     assert len({*ids, tokenizer.unk_token_id}) == len(task.answers) + 1
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_shipped_model_solves_the_task(name, tiny_decoder):
+def test_the_shipped_model_solves_the_task(
+    name: str, tiny_decoder: tuple[Any, TokenizersBackend | SentencePieceBackend]
+) -> None:
     model, tokenizer = tiny_decoder
     task = load_task(name)
     settings = [one for split in SPLITS for one in settings_of(name, split, 200, seed=17)]
@@ -179,15 +184,17 @@ def test_the_shipped_model_solves_the_task(name, tiny_decoder):
     assert (guesses == wanted).float().mean() >= 0.99
 
 
-def test_the_shipped_model_is_small():
+def test_the_shipped_model_is_small() -> None:
     assert (TINY_DECODER / "model.safetensors").stat().st_size <= 4_000_000
     assert (TINY_DECODER / "training.json").is_file()
 
 
-def test_the_stories_model_tells_the_gender_of_every_name_in_every_template(stories):
+def test_the_stories_model_tells_the_gender_of_every_name_in_every_template(
+    stories: tuple[Any, TokenizersBackend | SentencePieceBackend],
+) -> None:
     """Its sign follows the word girl or boy, also with a name of the other list."""
     model, tokenizer = stories
-    she, he = tokenizer.convert_tokens_to_ids(list(story_gender.STORY_GENDER.answers.values()))
+    she, he = tokenizer.convert_tokens_to_ids(list(story_gender.STORY_GENDER.answers.values()))  # type: ignore[misc]
     settings = [
         {"gender_word": word, "name": name, "template": template}
         for word in ("girl", "boy")

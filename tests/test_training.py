@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import islice
+from typing import Literal
 
 import pytest
 import torch
@@ -47,7 +48,12 @@ def test_gradients_reach_the_edits_alone() -> None:
         sources = {SITE: torch.randn(20, WIDTH)} if edit.needs_source else None
         target = torch.randint(3, (20,))
 
-        def loss_of(_: int, edit: Intervention = edit, sources=sources, target: Tensor = target) -> Tensor:
+        def loss_of(
+            _: int,
+            edit: Intervention = edit,
+            sources: dict[Site, Tensor] | None = sources,
+            target: Tensor = target,
+        ) -> Tensor:
             return nn.functional.cross_entropy(run.logits(rows, {SITE: edit}, sources), target)
 
         losses = train([edit], loss_of, TrainingConfig(steps=20, learning_rate=0.05))
@@ -89,7 +95,7 @@ def test_the_schedule_rises_and_falls_in_straight_lines() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
-def test_the_steps_have_the_length_of_the_schedule(schedule) -> None:
+def test_the_steps_have_the_length_of_the_schedule(schedule: Literal["linear", "constant"]) -> None:
     """Under a constant gradient Adam moves by exactly its rate."""
     config = TrainingConfig(steps=12, learning_rate=0.3, warmup=0.25, schedule=schedule)
     module, seen = Scalar(), []
@@ -244,8 +250,8 @@ def test_only_true_from_on_step_ends_the_training() -> None:
         module = nn.Linear(1, 1)
         losses = train(
             [module],
-            lambda _, module=module: module.weight.square().sum(),
+            lambda _, module=module: module.weight.square().sum(),  # type: ignore[misc]
             TrainingConfig(steps=5),
-            on_step=lambda step, _, returned=returned: returned if step == 2 else None,
+            on_step=lambda step, _, returned=returned: returned if step == 2 else None,  # type: ignore[misc]
         )
         assert len(losses) == made, returned

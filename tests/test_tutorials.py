@@ -11,8 +11,10 @@ import platform
 import re
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -325,7 +327,9 @@ def numbers_of(notebook: NotebookNode) -> dict:
 @pytest.fixture(
     scope="module", params=[path for path in NOTEBOOKS if path not in STORED_ONLY], ids=lambda path: path.stem
 )
-def executed(request, tmp_path_factory) -> tuple[Path, NotebookNode]:
+def executed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, NotebookNode]:
     """A tutorial, and the same executed anew; a cell that raises fails here."""
     return request.param, execute(request.param, tmp_path_factory.mktemp("tutorial"))
 
@@ -354,7 +358,7 @@ def execute(path: Path, folder: Path) -> NotebookNode:
     return notebook
 
 
-def test_there_are_tutorials():
+def test_there_are_tutorials() -> None:
     assert {path.stem for path in NOTEBOOKS} == set(RANGES)
 
 
@@ -364,24 +368,25 @@ def expect_in_range(path: Path, notebook: NotebookNode) -> None:
         assert low <= numbers[name] <= high, name
 
 
-def test_what_the_tutorial_says_is_so(executed):
+def test_what_the_tutorial_says_is_so(executed: tuple[Path, NotebookNode]) -> None:
     expect_in_range(*executed)
 
 
 @pytest.mark.parametrize("path", STORED_ONLY, ids=lambda path: path.stem)
-def test_what_is_only_stored_says_what_it_found_and_would_start(path):
+def test_what_is_only_stored_says_what_it_found_and_would_start(path: Path) -> None:
     notebook = load(path)
     expect_in_range(path, notebook)
     for cell in code_cells(notebook):
         for node in ast.walk(ast.parse(cell.source)):
             if isinstance(node, ast.ImportFrom):
+                assert node.module is not None
                 room = importlib.import_module(node.module)
                 assert all(hasattr(room, alias.name) for alias in node.names), cell.id
             elif isinstance(node, ast.Import):
                 assert all(importlib.import_module(alias.name) for alias in node.names)
 
 
-def test_what_is_stored_is_what_the_tutorial_gives(executed):
+def test_what_is_stored_is_what_the_tutorial_gives(executed: tuple[Path, NotebookNode]) -> None:
     path, anew = executed
     stored = load(path)
     for name, value in numbers_of(anew).items():
@@ -397,19 +402,19 @@ def test_what_is_stored_is_what_the_tutorial_gives(executed):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 class TestStored:
-    def test_every_cell_was_executed_in_order_and_without_complaint(self, path):
+    def test_every_cell_was_executed_in_order_and_without_complaint(self, path: Path) -> None:
         cells = code_cells(load(path))
         assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
         for cell in cells:
             for output in cell.outputs:
                 assert output.output_type != "error" and output.get("name") != "stderr", cell.id
 
-    def test_its_outputs_are_there(self, path):
+    def test_its_outputs_are_there(self, path: Path) -> None:
         shown = {kind for c in code_cells(load(path)) for o in c.outputs for kind in o.get("data", {})}
         assert {"image/png", "text/markdown"} <= shown
         assert numbers_of(load(path))
 
-    def test_it_tells_nothing_of_the_machine(self, path):
+    def test_it_tells_nothing_of_the_machine(self, path: Path) -> None:
         notebook = load(path)
         for cell in notebook.cells:
             outputs = texts_of(cell) if cell.cell_type == "code" else []
@@ -418,7 +423,7 @@ class TestStored:
             for name in (getpass.getuser(), platform.node()):
                 assert not any(re.search(rf"\b{re.escape(name)}\b", text) for text in outputs), cell.id
 
-    def test_its_metadata_is_minimal(self, path):
+    def test_its_metadata_is_minimal(self, path: Path) -> None:
         notebook = load(path)
         assert dict(notebook.metadata) == {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -427,7 +432,7 @@ class TestStored:
         assert not any(cell.metadata for cell in notebook.cells)
         assert path.stat().st_size < KILOBYTES * 1000
 
-    def test_the_extra_installs_what_it_imports(self, path):
+    def test_the_extra_installs_what_it_imports(self, path: Path) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         extra = project["optional-dependencies"]["tutorials"]
         there = {re.split(r"[^\w-]", line)[0] for line in [*project["dependencies"], *extra]}
@@ -439,7 +444,7 @@ class TestStored:
         roots = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
         assert roots - {"subspace_lab", "IPython"} <= there
 
-    def test_its_cells_are_short_named_and_explained(self, path):
+    def test_its_cells_are_short_named_and_explained(self, path: Path) -> None:
         cells = load(path).cells
         assert len({cell.id for cell in cells}) == len(cells)
         assert all(re.fullmatch(r"[a-z][a-z0-9-]*", cell.id) for cell in cells)
@@ -453,26 +458,27 @@ class TestOtherTools:
     """The code of other tools in notebook 10 runs where they are installed, and gives what the text says."""
 
     @pytest.fixture
-    def cells(self):
+    def cells(self) -> dict[Any, Any]:
         notebook = load(ROOT / "tutorials" / "10_coming_from_other_tools.ipynb")
         return {cell.id: cell.source for cell in notebook.cells}
 
     @pytest.fixture
-    def space(self, cells):
+    def space(self, cells: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
         import torch
 
-        threads, found = torch.get_num_threads(), {}
+        threads = torch.get_num_threads()
+        found: dict[str, Any] = {}
         for name in ("setup", "prompts"):
             exec(cells[name], found)
         yield found
         torch.set_num_threads(threads)
 
-    def block(self, text):
+    def block(self, text: str) -> Any:
         """The only Python block of a text."""
         (found,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
         return found
 
-    def test_pyvene_gives_the_same_states_and_logits(self, cells, space):
+    def test_pyvene_gives_the_same_states_and_logits(self, cells: dict[Any, Any], space: dict[str, Any]) -> None:
         import torch
 
         pytest.importorskip("pyvene", reason="pyvene is not installed: pip install 'subspace-lab[benchmarks]'")
@@ -488,7 +494,7 @@ class TestOtherTools:
             ours = space["collect"](space["backbone"], space["base"], [site])[site]
             assert torch.equal(torch.cat(list(space["collected"])).reshape(ours.shape), ours)
 
-    def test_pyvenes_trainings_run(self, cells, space):
+    def test_pyvenes_trainings_run(self, cells: dict[Any, Any], space: dict[Any, Any]) -> None:
         import torch
 
         pytest.importorskip("pyvene", reason="pyvene is not installed: pip install 'subspace-lab[benchmarks]'")
@@ -498,7 +504,14 @@ class TestOtherTools:
             exec(self.block(cells[text]), space)
             assert torch.isfinite(space["loss"])
 
-    def test_pefts_names_are_those(self, cells, space, tmp_path, monkeypatch, capsys):
+    def test_pefts_names_are_those(
+        self,
+        cells: dict[Any, Any],
+        space: dict[Any, Any],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
         monkeypatch.chdir(tmp_path)
         exec(self.block(cells["nine-what"]), space)
         assert "trainable params: 4,096" in capsys.readouterr().out and (tmp_path / "folder").is_dir()
@@ -508,16 +521,18 @@ class TestRun:
     """`tutorials/run.py`, which executes notebooks and stores what they give."""
 
     @pytest.fixture
-    def run(self, monkeypatch):
+    def run(self, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         for name in ("JUPYTER_PREFER_ENV_PATH", "JUPYTER_DATA_DIR", "IPYTHONDIR", "PYTHONPATH", "MPLBACKEND"):
             monkeypatch.setenv(name, "")  # so that what the script sets is undone
             monkeypatch.delenv(name)
         spec = importlib.util.spec_from_file_location("run", ROOT / "tutorials" / "run.py")
+        assert spec is not None
         module = importlib.util.module_from_spec(spec)
+        assert spec.loader is not None
         spec.loader.exec_module(module)
         return module
 
-    def written(self, folder, source):
+    def written(self, folder: Path, source: Any) -> Path:
         import nbformat
 
         cells = [nbformat.v4.new_markdown_cell("What is this?"), nbformat.v4.new_code_cell(source)]
@@ -525,7 +540,9 @@ class TestRun:
         nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
         return path
 
-    def test_what_a_notebook_gives_is_stored(self, run, tmp_path, monkeypatch, capsys):
+    def test_what_a_notebook_gives_is_stored(
+        self, run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         monkeypatch.setattr(run, "HERE", tmp_path)
         path = self.written(tmp_path, "import pathlib\nprint(list(pathlib.Path().iterdir()))")
         monkeypatch.setattr("sys.argv", ["run.py", "01", "--out", str(tmp_path / "new")])
@@ -535,7 +552,9 @@ class TestRun:
         assert dict(notebook.metadata) == run.METADATA and not any(cell.metadata for cell in notebook.cells)
         assert f"  {code_cells(notebook)[0].id}: " in capsys.readouterr().out
 
-    def test_a_notebook_that_fails_is_left_as_it_was(self, run, tmp_path, monkeypatch):
+    def test_a_notebook_that_fails_is_left_as_it_was(
+        self, run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(run, "HERE", tmp_path)
         path = self.written(tmp_path, "1 / 0")
         before = path.read_bytes()
@@ -544,13 +563,15 @@ class TestRun:
             run.main()
         assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
-    def test_an_unknown_name_is_answered_with_the_known_ones(self, run, tmp_path, monkeypatch):
+    def test_an_unknown_name_is_answered_with_the_known_ones(
+        self, run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(run, "HERE", tmp_path)
         self.written(tmp_path, "")
         with pytest.raises(SystemExit, match="'02' names 0 notebooks; there are 01_a"):
             run.found("02")
 
 
-def test_paths_are_recognised_and_addresses_are_not():
+def test_paths_are_recognised_and_addresses_are_not() -> None:
     assert MACHINE.search("saved to /home/ada/x.png") and MACHINE.search(r"C:\Users\ada")
     assert not MACHINE.search("https://example.org/home/x and layers/mean and a/tmp/b")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +52,7 @@ def stream(model: nn.Module, layer: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "bert"])  # tied and not, with biases and without
-def test_a_twin_is_like_the_model_and_leaves_it_alone(kind, name):
+def test_a_twin_is_like_the_model_and_leaves_it_alone(kind: Callable[..., nn.Module], name: str) -> None:
     model = fresh(name)
     model.train()
     next(model.parameters()).requires_grad_(False)
@@ -71,14 +73,16 @@ def test_a_twin_is_like_the_model_and_leaves_it_alone(kind, name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_twins_of_offloaded_models_are_those_of_the_plain_ones(kind):
+def test_twins_of_offloaded_models_are_those_of_the_plain_ones(kind: Callable[..., nn.Module]) -> None:
     offloaded = cpu_offload(fresh("llama"), execution_device=torch.device("cpu"))
     twin, expected = kind(offloaded, 5), kind(fresh("llama"), 5)
     assert all(torch.equal(p, named(expected)[n]) for n, p in named(twin).items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_that_were_unpacked_are_served_whatever_the_configuration_says(kind):
+def test_weights_that_were_unpacked_are_served_whatever_the_configuration_says(
+    kind: Callable[..., nn.Module],
+) -> None:
     """As transformers leaves a model that it read from a GGUF file."""
     model = fresh("llama")
     model.is_quantized, model.config.quantization_config = True, {"quant_method": "gguf"}
@@ -88,7 +92,7 @@ def test_weights_that_were_unpacked_are_served_whatever_the_configuration_says(k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_that_are_packed_are_refused(kind):
+def test_weights_that_are_packed_are_refused(kind: Callable[..., nn.Module]) -> None:
     model = fresh("llama")
     weight = model.model.layers[1].mlp.up_proj
     weight.weight = nn.Parameter(torch.zeros_like(weight.weight, dtype=torch.uint8), requires_grad=False)
@@ -96,7 +100,7 @@ def test_weights_that_are_packed_are_refused(kind):
         kind(model, 0)
 
 
-def test_half_precision_is_kept():
+def test_half_precision_is_kept() -> None:
     for kind in KINDS:
         assert {p.dtype for p in kind(fresh("llama", torch.bfloat16), 0).parameters()} == {torch.bfloat16}
 
@@ -104,7 +108,7 @@ def test_half_precision_is_kept():
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
-def test_shuffling_keeps_the_numbers_of_each_tensor_and_not_their_order():
+def test_shuffling_keeps_the_numbers_of_each_tensor_and_not_their_order() -> None:
     model = fresh("llama")
     twin = named(shuffled(model, 0))
     for name, p in named(model).items():
@@ -112,7 +116,7 @@ def test_shuffling_keeps_the_numbers_of_each_tensor_and_not_their_order():
         assert not torch.equal(twin[name], p)
 
 
-def test_moment_matching_follows_each_tensor_when_it_is_shifted_and_scaled():
+def test_moment_matching_follows_each_tensor_when_it_is_shifted_and_scaled() -> None:
     """twin(s w + m) = s twin(w) + m, and of a tensor without spread all numbers are its mean."""
     model, moved = fresh("llama", torch.float64), fresh("llama", torch.float64)
     with torch.no_grad():
@@ -132,7 +136,7 @@ def test_moment_matching_follows_each_tensor_when_it_is_shifted_and_scaled():
     assert abs(float(drawn.std() / weight.std()) - 1) < 5 / (2 * n) ** 0.5
 
 
-def test_the_spectrum_is_kept_and_the_singular_vectors_are_not():
+def test_the_spectrum_is_kept_and_the_singular_vectors_are_not() -> None:
     model = fresh("llama", torch.float64)
     twin = named(spectrum_kept(model, 0))
     for name, p in named(model).items():
@@ -145,7 +149,7 @@ def test_the_spectrum_is_kept_and_the_singular_vectors_are_not():
 
 
 @pytest.mark.parametrize(("name", "tied"), [("gpt2", True), ("llama", False)])
-def test_embeddings_are_kept_with_a_tied_head(name, tied):
+def test_embeddings_are_kept_with_a_tied_head(name: str, tied: bool) -> None:
     model = fresh(name)
     twin, anew = named(embeddings_kept(model, 6)), named(reinitialised(model, 6))
     kept = {"gpt2": ["transformer.wte.weight", "transformer.wpe.weight"], "llama": ["model.embed_tokens.weight"]}[
@@ -157,7 +161,7 @@ def test_embeddings_are_kept_with_a_tied_head(name, tied):
 
 
 @pytest.mark.parametrize("layer", [-1, 0, LAYERS - 2])
-def test_above_a_layer_nothing_is_the_models(layer):
+def test_above_a_layer_nothing_is_the_models(layer: int) -> None:
     model = fresh("llama")
     twin = only_above(model, layer, 6)
     if layer >= 0:
@@ -169,7 +173,7 @@ def test_above_a_layer_nothing_is_the_models(layer):
 
 
 @pytest.mark.parametrize("layer", [0, LAYERS - 1])
-def test_below_a_layer_is_the_other_half(layer):
+def test_below_a_layer_is_the_other_half(layer: int) -> None:
     """Each weight is the model's in one of the two, and drawn anew in the other."""
     for name in ("llama", "gpt2"):
         model = fresh(name)
@@ -181,9 +185,9 @@ def test_below_a_layer_is_the_other_half(layer):
         assert torch.equal(over["lm_head.weight"], named(model)["lm_head.weight"]) is (name == "gpt2")
 
 
-def test_cascading_renews_one_block_more_each():
+def test_cascading_renews_one_block_more_each() -> None:
     model = fresh("llama")
-    twins = list(cascading(model, 6))
+    twins: Any = list(cascading(model, 6))
     assert len(twins) == LAYERS
     for i, twin in enumerate(twins):
         last = LAYERS - 2 - i  # the last block that is kept
@@ -200,16 +204,16 @@ def test_cascading_renews_one_block_more_each():
 
 
 @pytest.mark.parametrize("kind", REDRAWN)
-def test_plain_modules_keep_their_ties_and_their_statistics(kind):
-    model = plain()
+def test_plain_modules_keep_their_ties_and_their_statistics(kind: Callable[..., nn.Module]) -> None:
+    model: Any = plain()
     model["a"][1].running_mean.fill_(3.0)
-    twin = kind(model, 0)
+    twin: Any = kind(model, 0)
     assert twin["a"][0] is twin["b"] and float(twin["a"][1].running_mean.min()) == 3.0
     assert twin["a"][1].running_mean.data_ptr() != model["a"][1].running_mean.data_ptr()
     assert not torch.equal(twin["b"].weight, model["b"].weight)
 
 
-def test_what_cannot_be_made_is_said():
+def test_what_cannot_be_made_is_said() -> None:
     mlp, t5 = fresh("mlp"), fresh("t5")
     with pytest.raises(ValueError, match="Sequential has no embeddings"):
         embeddings_kept(mlp, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -39,10 +40,10 @@ def plain() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_twin_has_the_shape_of_the_model_and_other_weights(name):
+def test_twin_has_the_shape_of_the_model_and_other_weights(name: str) -> None:
     model = fresh(name)
     before = copy.deepcopy(model.state_dict())
-    twin = reinitialised(model, 0)
+    twin: Any = reinitialised(model, 0)
     assert type(twin) is type(model) and twin.config is not model.config
     mine, theirs = twin.config.to_dict(), model.config.to_dict()
     assert {n for n in mine | theirs if mine.get(n) != theirs.get(n)} <= {"dtype"}  # where it was left open
@@ -58,7 +59,7 @@ def test_twin_has_the_shape_of_the_model_and_other_weights(name):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_are_those_of_a_new_model(tied):
+def test_weights_are_those_of_a_new_model(tied: bool) -> None:
     """As if the architecture had been made under this seed: not a shuffle, not noise on the old weights."""
     config = GPT2Config(
         vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16, tie_word_embeddings=tied,
@@ -73,7 +74,7 @@ def test_weights_are_those_of_a_new_model(tied):
     assert bool(ties(twin)) is tied
 
 
-def test_one_seed_gives_one_twin_and_draws_nothing_from_the_caller():
+def test_one_seed_gives_one_twin_and_draws_nothing_from_the_caller() -> None:
     for model in (fresh("llama"), plain()):
         state = torch.get_rng_state()
         one, again, other = (reinitialised(model, seed) for seed in (5, 5, 6))
@@ -86,7 +87,7 @@ def test_one_seed_gives_one_twin_and_draws_nothing_from_the_caller():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dtype_mode_and_flags_are_kept(dtype):
+def test_dtype_mode_and_flags_are_kept(dtype: torch.dtype) -> None:
     model = fresh("llama", dtype)
     model.train()
     model.model.layers[1].eval()
@@ -101,12 +102,12 @@ def test_dtype_mode_and_flags_are_kept(dtype):
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_twin_of_a_plain_module():
-    model = plain()
+def test_twin_of_a_plain_module() -> None:
+    model: Any = plain()
     model["a"][1].running_mean.fill_(3.0)
     model["a"][0].weight.grad = torch.ones(8, 8)
     before = copy.deepcopy(model.state_dict())
-    twin = reinitialised(model, 0)
+    twin: Any = reinitialised(model, 0)
     assert not any(torch.equal(named(twin)[n], p) for n, p in named(model).items() if p.ndim > 1)
     assert twin["a"][0] is twin["b"] and ties(twin) == ties(model)
     assert twin["a"][1].running_mean.abs().max() == 0  # statistics of the data are learned as well
@@ -115,7 +116,7 @@ def test_twin_of_a_plain_module():
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and not twin.training
 
 
-def test_twin_of_a_model_that_was_opened():
+def test_twin_of_a_model_that_was_opened() -> None:
     """nnsight leaves controllers on the modules: the twin must run by itself and leave the model alone."""
     x = torch.randn(3, 12)
     for model, given, site in (
@@ -146,7 +147,7 @@ class Shift(nn.Module):
         return x + self.by
 
 
-def test_a_module_that_cannot_be_drawn_again_is_named():
+def test_a_module_that_cannot_be_drawn_again_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Shift(), nn.ReLU(), nn.Sequential(Shift()))
     with pytest.raises(
         ValueError, match=r"1 \(Shift\), 3\.0 \(Shift\).*reset_parameters|reset_parameters.*1 \(Sh"
@@ -154,7 +155,7 @@ def test_a_module_that_cannot_be_drawn_again_is_named():
         reinitialised(model, 0)
 
 
-def test_a_configuration_that_does_not_describe_the_model_is_refused():
+def test_a_configuration_that_does_not_describe_the_model_is_refused() -> None:
     config = LlamaConfig(
         vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         tie_word_embeddings=True,

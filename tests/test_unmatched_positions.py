@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from families import WIDTH, fresh
@@ -28,11 +31,13 @@ BASES, SOURCES = (7, 4, 9, 2), (5, 9, 3, 2)  # lengths
 
 
 @pytest.fixture(scope="module")
-def lab():
+def lab() -> Backbone:
     return Backbone(fresh("llama"))
 
 
-def padded(lengths, padding: str, seed: int, columns=None) -> Batch:
+def padded(
+    lengths: tuple[int, ...] | list[int], padding: str, seed: int, columns: dict[str, Any] | None = None
+) -> Batch:
     g = torch.Generator().manual_seed(seed)
     longest = max(lengths)
     ids, mask = torch.zeros(len(lengths), longest, dtype=torch.long), torch.zeros(len(lengths), longest).long()
@@ -72,18 +77,21 @@ MATCHED = {
 }
 
 
-def oracle(lab: Backbone, base: Batch, source: Batch, where, layers, basis: Tensor) -> Tensor:
+def oracle(
+    lab: Any, base: Batch, source: Batch, where: Callable[..., Any], layers: list[Any], basis: Tensor
+) -> Tensor:
     """(rows, vocabulary): logits after each row's last token, with torch hooks, one row at a time."""
     found = []
     for row in range(len(base)):
         ids, other = tokens(base, row), tokens(source, row)
         pairs = where(ids.shape[1], other.shape[1])
         at, of = [p for p, _ in pairs], [p for _, p in pairs]
-        states, handles = {}, []
+        states: dict[Any, Any] = {}
+        handles: list[Any] = []
         for layer in layers:
             block = lab.model.model.layers[layer]
 
-            def keep(_, __, out, layer=layer, states=states):
+            def keep(_: Any, __: Any, out: Any, layer: int = layer, states: dict[Any, Any] = states) -> None:
                 states[layer] = (out if isinstance(out, Tensor) else out[0]).clone()
 
             handles.append(block.register_forward_hook(keep))
@@ -91,7 +99,7 @@ def oracle(lab: Backbone, base: Batch, source: Batch, where, layers, basis: Tens
             lab.model(other)
         [h.remove() for h in handles]
 
-        def edit(out, kept, at=at, of=of):
+        def edit(out: Any, kept: Any, at: list[Any] = at, of: list[Any] = of) -> Any:
             h = (out if isinstance(out, Tensor) else out[0]).clone()
             h[:, at] = h[:, at] + (kept[:, of] - h[:, at]) @ basis.T @ basis
             return h if isinstance(out, Tensor) else (h, *out[1:])
@@ -108,7 +116,7 @@ def oracle(lab: Backbone, base: Batch, source: Batch, where, layers, basis: Tens
     return torch.stack(found)
 
 
-def last_logits(output, batch: Batch) -> Tensor:
+def last_logits(output: Any, batch: Batch) -> Tensor:
     logits, real = output.logits, batch.inputs["attention_mask"].bool()
     at = (real.long() * torch.arange(real.shape[1])).argmax(1)
     return logits[torch.arange(len(batch)), at]
@@ -116,7 +124,7 @@ def last_logits(output, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("positions", MATCHED)
-def test_positions_that_either_side_lacks_stay_the_base_s(lab, positions, padding):
+def test_positions_that_either_side_lacks_stay_the_base_s(lab: Backbone, positions: str, padding: str) -> None:
     base, source = padded(BASES, padding, 0), padded(SOURCES, padding, 1)
     subspace = random_subspace(WIDTH, 8, 3)
     sites = [Site("block_output", 0, positions), Site("block_output", 1, positions)]
@@ -135,7 +143,7 @@ def test_positions_that_either_side_lacks_stay_the_base_s(lab, positions, paddin
         forward(lab, base, edits, sources=sources)
 
 
-def test_the_message_names_the_example_and_both_counts(lab):
+def test_the_message_names_the_example_and_both_counts(lab: Backbone) -> None:
     base, source = padded((7, 4), "right", 0), padded((7, 3), "right", 1)
     site = Site("block_output", 1)
     states = collect(lab, source, [site])
@@ -152,7 +160,7 @@ def test_the_message_names_the_example_and_both_counts(lab):
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_generation_with_fewer_positions(lab, padding):
+def test_generation_with_fewer_positions(lab: Backbone, padding: str) -> None:
     base, source = padded(BASES, padding, 0), padded(SOURCES, padding, 1)
     site, axes = Site("block_output", 1, "f3+l3"), Axes(WIDTH)
     states = collect(lab, source, [site])
@@ -172,13 +180,13 @@ def test_generation_with_fewer_positions(lab, padding):
         assert out[:, -1].tolist() == expected.tolist()
 
 
-def test_collect_marks_what_a_row_lacks(lab):
+def test_collect_marks_what_a_row_lacks(lab: Backbone) -> None:
     found = collect(lab, padded((5, 2), "left", 0), [Site("block_output", 1)])[Site("block_output", 1)]
     assert found[0].isfinite().all() and found[1, :2].isfinite().all() and found[1, 2:].isnan().all()
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_several_variables_of_which_each_has_its_own_positions(lab, frozen):
+def test_several_variables_of_which_each_has_its_own_positions(lab: Backbone, frozen: bool) -> None:
     """The oracle is a run of single rows, in which a variable that lacks the position is left out."""
     base = padded((6, 6), "right", 0)
     a, b = padded((6, 4), "right", 1), padded((3, 6), "right", 2)
@@ -203,7 +211,7 @@ def test_several_variables_of_which_each_has_its_own_positions(lab, frozen):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_gradients_are_finite_and_those_of_the_rows_alone(lab, frozen):
+def test_gradients_are_finite_and_those_of_the_rows_alone(lab: Backbone, frozen: bool) -> None:
     base, source = padded(BASES, "left", 0), padded(SOURCES, "left", 1)
     site = Site("block_output", 1)
     states = collect(lab, source, [site])[site]
@@ -212,7 +220,7 @@ def test_gradients_are_finite_and_those_of_the_rows_alone(lab, frozen):
     engine = FrozenPast(lab, base, [site], readout) if frozen else PlainEngine(lab, base, readout)
     parameters = list(subspace.parameters())
 
-    def gradient(rows):
+    def gradient(rows: Tensor) -> Tensor:
         own = {site: states[rows]}
         logits = engine.logits(rows, {site: interchange(subspace)}, own, "keep_base")
         return torch.autograd.grad(logits[:, 0, 5].sum(), parameters)[0]
@@ -223,7 +231,7 @@ def test_gradients_are_finite_and_those_of_the_rows_alone(lab, frozen):
     torch.testing.assert_close(whole, alone, rtol=1e-3, atol=1e-4)
 
 
-def test_ragged_rows_of_equal_counts_train_with_finite_gradients(lab):
+def test_ragged_rows_of_equal_counts_train_with_finite_gradients(lab: Backbone) -> None:
     base, source = padded(BASES, "left", 0), padded(BASES, "right", 1)
     site = Site("block_output", 1)
     subspace = LearnedSubspace(WIDTH, 4, seed=0)
@@ -234,7 +242,7 @@ def test_ragged_rows_of_equal_counts_train_with_finite_gradients(lab):
     torch.testing.assert_close(last_logits(out, base).detach(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_names_of_more_tokens_than_the_other_s(lab):
+def test_names_of_more_tokens_than_the_other_s(lab: Backbone) -> None:
     base = padded((6, 6), "right", 0, {"name": torch.tensor([[2, 3], [1, -1]])})
     source = padded((6, 6), "right", 1, {"name": torch.tensor([[4, -1], [1, 2]])})
     site = Site("block_output", 1, "name")
@@ -250,7 +258,7 @@ def test_names_of_more_tokens_than_the_other_s(lab):
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_what_the_counts_cannot_tell_is_refused():
+def test_what_the_counts_cannot_tell_is_refused() -> None:
     with pytest.raises(ValueError, match="Use a site for each term"):
         match("name+last", torch.tensor([3]), torch.tensor([2]), 3)
     assert match("name+last", torch.tensor([3]), torch.tensor([3]), 3).tolist() == [[0, 1, 2]]
@@ -259,7 +267,7 @@ def test_what_the_counts_cannot_tell_is_refused():
             match(mixed, torch.tensor([3]), torch.tensor([2]), 3)
 
 
-def test_a_source_with_holes_is_refused(lab):
+def test_a_source_with_holes_is_refused(lab: Backbone) -> None:
     base, site = padded((4, 4), "right", 0), Site("block_output", 1)
     states = collect(lab, base, [site])[site]
     states[0, 1] = float("nan")
@@ -270,7 +278,7 @@ def test_a_source_with_holes_is_refused(lab):
 # --- searches -----------------------------------------------------------------------------------------------
 
 
-def searched(lengths_base, lengths_source, seed: int) -> Counterfactuals:
+def searched(lengths_base: list[int], lengths_source: list[int], seed: int) -> Counterfactuals:
     g = torch.Generator().manual_seed(seed)
     n = len(lengths_base)
     before, after = (torch.randint(0, 4, (n,), generator=g) for _ in range(2))
@@ -284,7 +292,7 @@ def lengths(seed: int, n: int = 70) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def small():
+def small() -> Backbone:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=60,
@@ -299,7 +307,7 @@ def small():
     return Backbone(GPT2LMHeadModel(config).eval())
 
 
-def test_a_search_names_the_pair(small):
+def test_a_search_names_the_pair(small: Backbone) -> None:
     site = Site("block_output", 0)
     own = lengths(0)
     other = [*own[:66], own[66] + 1, *own[67:]]
@@ -308,37 +316,36 @@ def test_a_search_names_the_pair(small):
     PreparedPairs.of(small, searched(own, other, 0), [{"v": site}], unmatched="keep_base")
 
 
-def test_methods_without_training_see_positions_alone(small):
+def test_methods_without_training_see_positions_alone(small: Backbone) -> None:
     """Principal components and means of the states that there are: not of what fills rows up."""
     site = Site("block_output", 0)
-    pairs = Pairs(
-        **{name: searched(lengths(i), lengths(i), 3 * i) for i, name in enumerate(("train", "dev", "test"))}
-    )
+    train, dev, test = (searched(lengths(i), lengths(i), 3 * i) for i in range(3))
+    pairs = Pairs(train, dev, test)
     fits = sweep(small, pairs, [site], [PCA(2), DifferenceOfMeans()], min_accuracy=None, quiet=True)
     states, values = [], []
+    assert isinstance(pairs.train, Counterfactuals)
     source = pairs.train.sources["v"]
     for row in range(len(source)):
         one = collect(small, Batch({"input_ids": tokens(source, row)}), [site])[site][0]
         states.append(one)
         values += [row % 2] * len(one)
-    states, values = torch.cat(states), torch.tensor(values)
-    centred = states - states.mean(0)
+    joined, rest = torch.cat(states), torch.tensor(values)
+    centred = joined - joined.mean(0)
     expected = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
     found = fits[0].alignment.variables["v"][1].basis()
     torch.testing.assert_close(found.T @ found, expected.T @ expected, rtol=1e-3, atol=1e-3)
-    gap = states[values == 1].mean(0) - states[values == 0].mean(0)
+    gap = joined[rest == 1].mean(0) - joined[rest == 0].mean(0)
     cosine = (fits[1].alignment.variables["v"][1].basis()[0] @ gap / gap.norm()).abs()
     assert float(cosine) > 0.9999
 
 
-def test_a_sweep_keeps_the_base_where_asked(small):
+def test_a_sweep_keeps_the_base_where_asked(small: Backbone) -> None:
     site = Site("block_output", 0, "f2+l2")
-    pairs = Pairs(
-        **{name: searched(lengths(i), lengths(i + 9), 3 * i) for i, name in enumerate(("train", "dev", "test"))}
-    )
+    train, dev, test = (searched(lengths(i), lengths(i + 9), 3 * i) for i in range(3))
+    pairs = Pairs(train, dev, test)
     methods = [DAS(2), PCA(1), FullVector()]
     config = TrainingConfig(steps=3, batch_size=8)
-    options = {"config": config, "min_accuracy": None, "quiet": True}
+    options: dict[str, Any] = {"config": config, "min_accuracy": None, "quiet": True}
     with pytest.raises(ValueError, match=r"of the base has . positions and its source for 'v' has ."):
         sweep(small, pairs, [site], methods, **options)
     fits = sweep(small, pairs, [site], methods, unmatched="keep_base", **options)
@@ -354,7 +361,7 @@ def test_a_sweep_keeps_the_base_where_asked(small):
         whole = Site("block_output", 0)
         of = collect(small, Batch({"input_ids": source}), [whole])[whole]
 
-        def swap(h, matched=matched, of=of):
+        def swap(h: Tensor, matched: list[tuple[int, int]] = matched, of: Tensor = of) -> Tensor:
             h = h.clone()
             for p, q in matched:
                 h[:, p] = of[:, q]

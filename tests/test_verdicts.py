@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def conclusion(found: Evidence) -> str:
 # --- the table ----------------------------------------------------------------------------------------------
 
 
-def test_a_claim_with_clean_controls_is_supported():
+def test_a_claim_with_clean_controls_is_supported() -> None:
     found = judge(evidence(0.9, controls=[control(0.5)], stays=torch.ones(N)), level=0.05)
     assert found.supported and not found.preliminary and found.p == 1 / 20 and found.grid_p is None
     assert found.effect == pytest.approx(0.8) and found.interval == pytest.approx((0.74, 0.86))
@@ -84,7 +85,7 @@ def test_a_claim_with_clean_controls_is_supported():
     assert "19 twins" in str(found) and "(p = 0.05)" in str(found) and "control labels 0.00" in str(found)
 
 
-def test_the_effect_is_less_the_twins_mean_each_above_its_own_floor():
+def test_the_effect_is_less_the_twins_mean_each_above_its_own_floor() -> None:
     twins = [twin(0.6), twin(0.7, floor=0.6)] + [twin(0.5)] * 17
     found = judge(replace(evidence(), twins=twins))
     assert found.check("twins").null == pytest.approx((0.2, 0.25, *[0.0] * 17))
@@ -92,7 +93,7 @@ def test_the_effect_is_less_the_twins_mean_each_above_its_own_floor():
     assert effect(0.75, 0.5) == 0.5 and effect(0.5, 0.5) == 0
 
 
-def test_too_few_pairs_come_before_everything_else():
+def test_too_few_pairs_come_before_everything_else() -> None:
     ten = replace(evidence(), fits=of(fit(1.0, n=10, half=0.2)))
     assert conclusion(ten) == "underpowered" and "10 test pairs" in judge(ten).reason
     low = replace(evidence(), fits=of(fit(0.5, n=10, half=0.2, train=1.0)))
@@ -102,7 +103,7 @@ def test_too_few_pairs_come_before_everything_else():
     assert conclusion(replace(evidence(), fits=of(fit(1.0, n=29, half=0.06)))) == "supported"
 
 
-def test_pairs_of_few_entities_are_few():
+def test_pairs_of_few_entities_are_few() -> None:
     for entities, expected in ((FEWEST_CLUSTERS - 1, "underpowered"), (FEWEST_CLUSTERS, "supported")):
         labels = {"entity": tuple(str(i % entities) for i in range(N))}
         found = judge(replace(evidence(), fits=replace(of(fit(0.9)), labels=labels)))
@@ -111,13 +112,13 @@ def test_pairs_of_few_entities_are_few():
         )
 
 
-def test_equal_pairs_count_once():
+def test_equal_pairs_count_once() -> None:
     for different, expected in ((20, "underpowered"), (40, "supported")):
         labels = {"pair": tuple(str(i % different) for i in range(N))}
         assert conclusion(replace(evidence(), fits=replace(of(fit(1.0)), labels=labels))) == expected
 
 
-def test_equal_pairs_count_once_where_entities_are_known_too():
+def test_equal_pairs_count_once_where_entities_are_known_too() -> None:
     """Entities are the clusters of the interval; which pairs are equal is then told by a fact alone."""
     labels = {"entity": tuple(str(i % 50) for i in range(N))}
     for different, expected in ((20, "underpowered"), (40, "supported")):
@@ -127,7 +128,7 @@ def test_equal_pairs_count_once_where_entities_are_known_too():
         assert f"400 test pairs, {different} of them different" in found.check("power").because
 
 
-def test_equal_pairs_are_not_held_against_a_fit_twice():
+def test_equal_pairs_are_not_held_against_a_fit_twice() -> None:
     """40 different pairs, ten times each: the wide interval says the same as their number."""
     labels = {"pair": tuple(str(i % 40) for i in range(N))}
     wide = fit(0.9, half=10**0.5 * 0.0295)
@@ -135,7 +136,7 @@ def test_equal_pairs_are_not_held_against_a_fit_twice():
     assert worth == pytest.approx(40, rel=0.05)
 
 
-def test_one_entity_is_one():
+def test_one_entity_is_one() -> None:
     labels = {"entity": ("Lily",) * N}
     because = judge(replace(evidence(), fits=replace(of(fit(0.9)), labels=labels))).check("power").because
     assert "about only 1 entity," in because and "; but" not in because
@@ -149,7 +150,7 @@ def flagged(is_flagged: bool) -> IllusionReport:
     )  # fmt: skip
 
 
-def test_what_speaks_against_a_supported_claim_stands_in_its_sentence():
+def test_what_speaks_against_a_supported_claim_stands_in_its_sentence() -> None:
     found = judge(evidence(illusion=flagged(True)))
     assert found.supported and "Caution: illusion flagged: Without what never varies" in found.reason
     assert "Caution" not in judge(evidence(illusion=flagged(False))).reason
@@ -159,7 +160,7 @@ def test_what_speaks_against_a_supported_claim_stands_in_its_sentence():
     assert "Caution" not in judge(evidence()).reason
 
 
-def test_pairs_that_share_entities_are_worth_fewer():
+def test_pairs_that_share_entities_are_worth_fewer() -> None:
     """An interval twice as wide as that of independent pairs is that of a quarter of them."""
     labels = {"entity": tuple(str(i % 50) for i in range(N))}
     wide = fit(0.9, half=2 * 0.0295)
@@ -168,7 +169,7 @@ def test_pairs_that_share_entities_are_worth_fewer():
     assert judge(replace(evidence(), fits=of(wide))).check("power").observed == N
 
 
-def test_nothing_held_out_and_much_in_training_is_memorised():
+def test_nothing_held_out_and_much_in_training_is_memorised() -> None:
     assert conclusion(replace(evidence(), fits=of(fit(0.5, train=0.8)))) == "memorised"
     little = FLOOR + (1 - FLOOR) * MEMORISED - 0.01
     assert conclusion(replace(evidence(), fits=of(fit(0.5, train=little)))) == "not found"
@@ -177,7 +178,7 @@ def test_nothing_held_out_and_much_in_training_is_memorised():
     assert conclusion(replace(evidence(), fits=of(fit(0.9, train=1.0)))) == "supported"
 
 
-def test_nothing_seen_depends_on_whether_a_planted_variable_is():
+def test_nothing_seen_depends_on_whether_a_planted_variable_is() -> None:
     nothing = replace(evidence(), fits=of(fit(0.5, train=0.5)))
     assert conclusion(nothing) == "not found"
     assert conclusion(replace(nothing, planted=of(fit(0.9)))) == "not found"
@@ -187,7 +188,7 @@ def test_nothing_seen_depends_on_whether_a_planted_variable_is():
     assert conclusion(replace(nothing, fits=of(fit(0.5, train=0.9)), planted=of(fit(0.6)))) == "memorised"
 
 
-def test_a_small_effect_is_none():
+def test_a_small_effect_is_none() -> None:
     for value, expected in (
         (FLOOR + SMALLEST / 2 - 0.01, "not found"),
         (FLOOR + SMALLEST / 2 + 0.01, "supported"),
@@ -196,7 +197,7 @@ def test_a_small_effect_is_none():
     assert conclusion(replace(evidence(), fits=of(fit(0.6, half=0.11, train=0.5)))) == "not found"
 
 
-def test_twins_that_do_as_well_make_it_expressive():
+def test_twins_that_do_as_well_make_it_expressive() -> None:
     assert conclusion(evidence(0.9, (0.5,) * 18 + (0.9,))) == "expressive"  # one of 19: p = .1
     found = judge(evidence(0.9, (0.5,) * 18 + (0.89,)))
     assert found.supported and found.p == 0.05
@@ -207,7 +208,7 @@ def test_twins_that_do_as_well_make_it_expressive():
     assert conclusion(evidence(0.9, (half - 0.01,) * 19)) == "supported"
 
 
-def test_few_twins_have_to_stay_below_the_interval():
+def test_few_twins_have_to_stay_below_the_interval() -> None:
     found = judge(evidence(0.9, (0.69,)))
     assert found.conclusion == "supported" and found.preliminary and found.p == 0.5
     assert conclusion(evidence(0.9, (0.86, 0.5, 0.5))) == "supported"
@@ -216,7 +217,7 @@ def test_few_twins_have_to_stay_below_the_interval():
     assert conclusion(evidence(0.9, (0.5, 0.5, 0.88))) == "expressive"
 
 
-def test_arbitrary_labels_that_do_as_well_make_it_expressive():
+def test_arbitrary_labels_that_do_as_well_make_it_expressive() -> None:
     half = FLOOR + (1 - FLOOR) * 0.8 * AS_WELL
     assert conclusion(evidence(controls=[control(half + 0.01)])) == "expressive"
     assert conclusion(evidence(controls=[control(half - 0.01)])) == "supported"
@@ -225,7 +226,7 @@ def test_arbitrary_labels_that_do_as_well_make_it_expressive():
     assert conclusion(evidence(controls=[of()])) == "supported"  # the search found nothing on these pairs
 
 
-def test_random_subspaces_that_do_as_well_make_it_non_specific():
+def test_random_subspaces_that_do_as_well_make_it_non_specific() -> None:
     def with_random(value: float, rank: int = 3) -> Evidence:
         drawn = [fit(value, method=RandomSubspace(rank), seed=seed, rank=rank) for seed in range(2)]
         return replace(evidence(), fits=of(fit(0.9), *drawn))
@@ -234,7 +235,7 @@ def test_random_subspaces_that_do_as_well_make_it_non_specific():
     assert conclusion(with_random(0.9, rank=8)) == "supported"  # of another rank they say nothing
 
 
-def test_an_answer_that_the_complement_changes_too_is_non_specific():
+def test_an_answer_that_the_complement_changes_too_is_non_specific() -> None:
     stays = torch.zeros(N).index_fill(0, torch.arange(int(N * STAYS)), 1.0)
     assert conclusion(evidence(stays=stays)) == "supported"
     stays[0] = 0
@@ -243,12 +244,12 @@ def test_an_answer_that_the_complement_changes_too_is_non_specific():
     assert conclusion(evidence(left_out={"complement": "it has none"})) == "supported"
 
 
-def test_only_pairs_that_change_tell_of_the_complement():
+def test_only_pairs_that_change_tell_of_the_complement() -> None:
     stays = changing(torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1]), torch.tensor([0, 0, 0]))
     assert stays.isnan().tolist() == [True, False, False] and stays[1:].tolist() == [0, 1]
 
 
-def test_the_order_of_the_table():
+def test_the_order_of_the_table() -> None:
     """Everything speaks against the claim: each conclusion hides those below it."""
     random = fit(0.9, method=RandomSubspace(3))
     all_wrong = Evidence(
@@ -266,7 +267,7 @@ def test_the_order_of_the_table():
 # --- what is told and decides nothing -----------------------------------------------------------------------
 
 
-def test_baselines_seeds_selection_grid_and_partial_twins_are_told():
+def test_baselines_seeds_selection_grid_and_partial_twins_are_told() -> None:
     seeds = [fit(value, seed=i, dev=dev) for i, (value, dev) in enumerate([(0.9, 0.95), (0.7, 0.7)])]
     baselines = [fit(0.95, method=DifferenceOfMeans(), dev=0.8), fit(0.5, method=PCA(3))]
     grid = [of(fit(0.5), fit(0.99, ELSEWHERE))] * 18 + [of(fit(0.5), fit(0.6, ELSEWHERE, dev=0.99))]
@@ -281,12 +282,12 @@ def test_baselines_seeds_selection_grid_and_partial_twins_are_told():
     assert "block_output[0]@2" in found.claim.place and found.claim.pairs == {"train": 100, "test": N}
 
 
-def test_a_control_at_its_floor_has_no_sign():
+def test_a_control_at_its_floor_has_no_sign() -> None:
     random = [fit(value, method=RandomSubspace(3, draws=2), seed=i) for i, value in enumerate((0.5, 0.498))]
     assert "random subspaces 0.00." in judge(replace(evidence(), fits=of(fit(0.9), *random))).reason
 
 
-def test_a_subspace_may_carry_what_the_whole_state_carries():
+def test_a_subspace_may_carry_what_the_whole_state_carries() -> None:
     for value, whole, said in (
         (0.9, 0.6, "better than exchanging"),
         (0.7, 0.7, "no better"),
@@ -302,12 +303,12 @@ def test_a_subspace_may_carry_what_the_whole_state_carries():
         judge(replace(evidence(), fits=only_elsewhere)).check("whole state")
 
 
-def test_a_twin_is_represented_by_the_seed_that_its_dev_pairs_choose():
+def test_a_twin_is_represented_by_the_seed_that_its_dev_pairs_choose() -> None:
     both = of(fit(0.6, seed=0, dev=0.9), fit(0.99, seed=1, dev=0.5))
     assert judge(replace(evidence(), twins=[both] * 19)).check("twins").null == pytest.approx((0.2,) * 19)
 
 
-def test_twins_without_the_chosen_cell_are_left_out():
+def test_twins_without_the_chosen_cell_are_left_out() -> None:
     found = judge(replace(evidence(), twins=[twin(0.5)] * 3 + [twin(0.99, site=ELSEWHERE)]))
     assert found.preliminary and len(found.check("twins").null) == 3
 
@@ -315,7 +316,7 @@ def test_twins_without_the_chosen_cell_are_left_out():
 # --- what is refused ----------------------------------------------------------------------------------------
 
 
-def test_twins_are_counted_before_a_p_is_promised():
+def test_twins_are_counted_before_a_p_is_promised() -> None:
     assert twins_needed(0.05) == 19 and twins_needed(0.01) == 99 and twins_needed(1 / 3) == 2
     for number in (1, 18):
         with pytest.raises(
@@ -329,7 +330,7 @@ def test_twins_are_counted_before_a_p_is_promised():
         judge(evidence(), level=0)
 
 
-def test_fits_of_which_no_verdict_can_be_given():
+def test_fits_of_which_no_verdict_can_be_given() -> None:
     odds = made_fit(HERE, scores={"dev": {"log_odds": score(2.0)}, "test": {"log_odds": score(2.0)}})
     for fits, why in (
         (of(), "no fits"),
@@ -344,19 +345,20 @@ def test_fits_of_which_no_verdict_can_be_given():
 # --- a verdict as a value -----------------------------------------------------------------------------------
 
 
-def test_a_verdict_is_read_again_as_it_was(tmp_path):
+def test_a_verdict_is_read_again_as_it_was(tmp_path: Path) -> None:
     found = judge(evidence(controls=[control(0.5)], stays=torch.ones(N)))
     found.save(tmp_path / "verdict.json")
     assert Verdict.load(tmp_path / "verdict.json") == found
     told = json.loads((tmp_path / "verdict.json").read_text(encoding="utf-8"))
     assert told["conclusion"] == "supported" and Verdict.from_dict(found.as_dict()) == found
+    broken: Any
     for broken in ({**told, "conclusion": "great"}, {**told, "format": 9}, {"format": 1}, {**told, "more": 1}, []):
         (tmp_path / "broken.json").write_text(json.dumps(broken), encoding="utf-8")
         with pytest.raises(ValueError, match="cannot be read as a verdict"):
             Verdict.load(tmp_path / "broken.json")
 
 
-def test_a_verdict_shows_itself():
+def test_a_verdict_shows_itself() -> None:
     found = judge(evidence(0.9, (0.5,) * 18 + (0.9,)))
     lines = repr(found).splitlines()
     assert lines[0] == str(found) and len(lines) == 1 + len(found.checks)
@@ -369,10 +371,10 @@ def test_a_verdict_shows_itself():
     assert {"supported", "not found"} < set(CONCLUSIONS)
 
 
-def test_the_picture_has_a_point_for_each_twin(tmp_path):
+def test_the_picture_has_a_point_for_each_twin(tmp_path: Path) -> None:
     nulls = tuple(0.5 + 0.01 * i for i in range(19))
     found = judge(evidence(0.9, nulls, controls=[control(0.5)]))
-    figure = verdict_plot(found, tmp_path / "verdict.png")
+    figure: Any = verdict_plot(found, tmp_path / "verdict.png")
     for verdict, title in (
         (found, "Verdict: supported"),
         (judge(evidence(0.9, nulls[:2])), "Verdict: supported (preliminary)"),

@@ -12,20 +12,22 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 _specification = importlib.util.spec_from_file_location("pins", ROOT / ".ci" / "pins.py")
+assert _specification is not None
 pins = importlib.util.module_from_spec(_specification)
+assert _specification.loader is not None
 _specification.loader.exec_module(pins)
 
 PINNED, LOWEST = ROOT / "constraints.txt", ROOT / "constraints-lowest.txt"
 
 
 @pytest.mark.parametrize("path", [PINNED, LOWEST], ids=lambda path: path.name)
-def test_every_line_pins_one_version(path):
+def test_every_line_pins_one_version(path: Path) -> None:
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
     assert len(lines) == len(pins.pins(path)) > 50
     assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines)
 
 
-def test_every_named_package_is_pinned_within_its_range():
+def test_every_named_package_is_pinned_within_its_range() -> None:
     named, pinned = pins.requirements(), pins.pins(PINNED)
     assert len(named) > 20
     for name, bounds in named.items():
@@ -33,7 +35,7 @@ def test_every_named_package_is_pinned_within_its_range():
         assert Requirement(f"{name}{bounds}").specifier.contains(pinned[name]), (name, bounds, pinned[name])
 
 
-def test_the_lowest_versions_are_the_lower_bounds():
+def test_the_lowest_versions_are_the_lower_bounds() -> None:
     """After a bound was changed: `.ci/run lowest renew`."""
     expected, pinned = pins.lowest(), pins.pins(LOWEST)
     for name, version in expected.items():
@@ -41,7 +43,7 @@ def test_the_lowest_versions_are_the_lower_bounds():
     assert expected["torch"] == pins.pins(PINNED)["torch"]
 
 
-def test_what_the_package_imports_is_named():
+def test_what_the_package_imports_is_named() -> None:
     """Nothing is used that is installed only because something else asks for it.
 
     IPython is imported where a picture shows itself in a notebook, which is there if IPython is.
@@ -57,9 +59,11 @@ def test_what_the_package_imports_is_named():
     assert found - sys.stdlib_module_names - {"subspace_lab", "IPython"} <= named
 
 
-def test_the_files_tested_with_the_lowest_versions_exist():
+def test_the_files_tested_with_the_lowest_versions_exist() -> None:
     text = (ROOT / ".ci" / "run").read_text()
-    array = re.search(r"^lowest_tests=\(.*?^\)$", text, re.MULTILINE | re.DOTALL)[0]
+    found = re.search(r"^lowest_tests=\(.*?^\)$", text, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    array = found[0]
     listed = subprocess.run(
         ["bash", "-c", f'{array}\nprintf "%s\\n" "${{lowest_tests[@]}}"'],
         capture_output=True,
@@ -69,7 +73,7 @@ def test_the_files_tested_with_the_lowest_versions_exist():
     assert len(listed) > 10 and [path for path in listed if not (ROOT / path).is_file()] == []
 
 
-def test_files_are_written_under_their_comment_and_compared(tmp_path):
+def test_files_are_written_under_their_comment_and_compared(tmp_path: Path) -> None:
     path = tmp_path / "constraints.txt"
     path.write_text("# Why.\n#\n# How.\n\nold==1\n")
     pins.write(path)
@@ -84,7 +88,7 @@ def test_files_are_written_under_their_comment_and_compared(tmp_path):
     assert sorted(pins.compare(path)) == [f"numpy: 0.1 → {here['numpy']}", f"rich: not pinned → {here['rich']}"]
 
 
-def test_a_bound_that_is_missing_or_given_twice_is_refused(monkeypatch):
+def test_a_bound_that_is_missing_or_given_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pins, "requirements", lambda *extras: {"numpy": "<3"})
     with pytest.raises(ValueError, match="no lowest version of numpy"):
         pins.lowest()

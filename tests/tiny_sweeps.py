@@ -70,7 +70,9 @@ def counterfactuals(seed: int, variables: tuple[str, ...] = ("v",), n: int = PAI
 def pairs(variables: tuple[str, ...] = ("v",), **splits: Any) -> Pairs:
     """Train, dev and test pairs; any of them can be given instead."""
     seeds = {"train": 0, "dev": 2, "test": 1}
-    drawn = {name: counterfactuals(seed, variables) for name, seed in seeds.items() if name not in splits}
+    drawn: dict[str, Any] = {
+        name: counterfactuals(seed, variables) for name, seed in seeds.items() if name not in splits
+    }
     return Pairs(**drawn, **splits)
 
 

@@ -23,7 +23,8 @@ class Measure(Protocol):
         label: its name in sentences and pictures.
     """
 
-    label: str
+    @property
+    def label(self) -> str: ...
 
     def matrix(self, items: Sequence[Compared]) -> Sequence[Sequence[float]]:
         """The measure of each subspace (first index) with each subspace (second index)."""
