@@ -165,8 +165,10 @@ def verdict(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Figur
         "only above": (only_above(model, layer, seed) for seed in [args.seed]),
         "only below": (only_below(model, layer, seed) for seed in [args.seed]),
     }
+    if args.quick:
+        partial = {"only above": partial["only above"]}
     found = check(
-        backbone, pairs, fits, twins=2 if args.quick else 19, partial=partial, seed=args.seed,
+        backbone, pairs, fits, twins=1 if args.quick else 19, partial=partial, seed=args.seed,
         out=args.out and Path(args.out, "check"),
     )  # fmt: skip
     verdict_plot(found, picture(args, "smollm2_verdict.png"))
@@ -181,7 +183,7 @@ def verdict(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Figur
 
 def names(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Figures, dict[str, Any]]:
     task, variable = load_task("indirect_object"), "indirect_object"
-    sizes = {"train": 60, "dev": 24, "test": 24} if args.quick else {"train": 400, "dev": 100, "test": 200}
+    sizes = {"train": 16, "dev": 12, "test": 12} if args.quick else {"train": 400, "dev": 100, "test": 200}
     held_out = task.pairs(tokenizer, **sizes, seed=args.seed, variables=[variable])
     every = task.pairs(
         tokenizer, train=sum(sizes.values()), dev=1, test=1, seed=args.seed + 1, variables=[variable]
@@ -215,7 +217,7 @@ def names(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Figures
 
 def cities(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Figures, dict[str, Any]]:
     task = load_task("city_attribute")
-    sizes = {"train": 60, "dev": 30, "test": 30} if args.quick else {"train": 240, "dev": 90, "test": 180}
+    sizes = {"train": 30, "dev": 18, "test": 18} if args.quick else {"train": 240, "dev": 90, "test": 180}
     pairs = task.pairs(tokenizer, **sizes, seed=args.seed, variables=["country"])
     methods: list[Method] = [MDAS(32, isolate=0.0), MDAS(32), FullVector(), RandomSubspace(32, draws=2)]
     # Where a model looks a city up lies early at its name, and what it will say late at the last word.
