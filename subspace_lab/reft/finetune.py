@@ -98,7 +98,7 @@ def finetune(
     examples, others = tokenised(examples), None if held_out is None else tokenised(held_out, "held-out examples")
     edits = model.edits()
     if not edits:
-        raise ValueError("No adapter is active and not merged: nothing would be trained.")
+        raise ValueError("No active adapter, or a merged one: nothing would be trained.")
     if any(model.adapter(name).config.modules_to_save for name in model.active_adapters):
         raise ValueError("This loop trains only edits; train modules_to_save with transformers.Trainer.")
     own = model.trained_base_parameters()
