@@ -143,14 +143,19 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def report(
-    name: str, settings: Mapping[str, Any], results: Mapping[str, Any], device: str, path: str | Path | None
+    name: str,
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
+    device: str,
+    path: str | Path | None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print the figures and, where asked, write them as JSON."""
+    """Print the figures and, where asked, write them as JSON, with `more` behind them."""
     print(f"\n{name}: " + ", ".join(f"{k}={v}" for k, v in settings.items()))
     for key, f in results.items():
         print(f"  {key:42s} {f['median']:10.4g}  [{f['low']:.4g}, {f['high']:.4g}]  n={f['n']}")
     if path is not None:
-        write(Path(path), name, settings, results, device)
+        write(Path(path), name, settings, results, device, more)
 
 
 def write(

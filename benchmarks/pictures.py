@@ -15,6 +15,7 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -264,6 +265,34 @@ def colour_of(method: str) -> str:
     return PROMPT if "tuning" in method and "fine" not in method else WEIGHTS
 
 
+def scaling(figure: Figure) -> None:
+    """Above the time of each sweep and its limit, below the highest memory."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    found = loaded("scaling")
+    points, base = found["table"], found["settings"]
+    panels = figure.subplots(2, len(points), sharex="col", sharey="row")
+    for (above, below), (name, of) in zip(panels.T, points.items(), strict=True):
+        at = [p[name] for p in of]
+        above.plot(at, [median(p["seconds"]) for p in of], "o-", color=EDIT, label="sweep")
+        above.plot(at, [median(p["limit"]) for p in of], "--", color="0.35", label="limit")
+        below.plot(at, [p["memory"] for p in of], "o-", color=WEIGHTS)
+        for axes in (above, below):
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_locator(FixedLocator(at))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.grid(alpha=0.3)
+        below.set_xticks(at, [str(value) for value in at])
+        above.set_yscale("log")
+        below.set_xlabel(name)
+    panels[1, 0].set_ylim(0, 1.08 * max(p["memory"] for of in points.values() for p in of))
+    panels[0, 0].set_ylabel("seconds of one thread")
+    panels[1, 0].set_ylabel("peak memory (MiB)")
+    panels[0, 0].legend(frameon=False)
+    rest = ", ".join(f"{name} {base[name]}" for name in points)
+    figure.suptitle(f"A sweep of DAS, one size changed at a time. Else: {rest}", fontsize=11)
+
+
 # Of each picture the results that it is drawn from, its size in inches, and what draws it.
 PICTURES: dict[str, tuple[tuple[str, ...], tuple[float, float], Callable[[Figure], None]]] = {
     "speed": (("das_speed", "sweep_speed", "reft_speed"), (8, 3.4), speed),
@@ -275,6 +304,7 @@ PICTURES: dict[str, tuple[tuple[str, ...], tuple[float, float], Callable[[Figure
     "controls": (("controls",), (8, 3.4), controls),
     "reft_quality": (("reft_quality",), (11, 9.5), quality),
     "suggested_settings": (("suggested_settings",), (8, 3.6), suggested),
+    "scaling": (("scaling",), (13, 4.6), scaling),
 }
 
 

@@ -1,6 +1,6 @@
 """How the cost of a sweep of DAS grows: with layers, positions, pairs, width, rank and seeds; in time and in memory.
 
-    python benchmarks/scaling.py [--quick] [--json PATH] [--device cuda] [--seed N] [--plot PATH]
+    python benchmarks/scaling.py [--quick] [--json PATH] [--device cuda] [--seed N]
 
 One size is changed at a time; the others stay at those of `BASE`. A sweep is timed from nothing to the last trained
 basis, as in `sweep_speed.py`. The limit is what cannot be avoided if each basis makes its own steps: the blocks above
@@ -9,6 +9,7 @@ has no pass over the data, and no states to keep. The sweep can be below it, bec
 with other seeds are trained side by side, with fewer and larger operations.
 
 Random weights; what is measured does not depend on their values. The shares of the limit are ratios within one run.
+`pictures.py` draws them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import argparse
 import gc
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -105,45 +105,8 @@ def point(axis: str, value: int, device: str, seed: int, rounds: int) -> dict[st
     }
 
 
-def draw(points: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Above the time of each sweep and its limit, below the highest memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    names = list(points)
-    figure, axes = plt.subplots(
-        2, len(names), figsize=(2.3 * len(names), 4.6), sharex="col", sharey="row", layout="constrained"
-    )
-    for (above, below), name in zip(axes.T, names, strict=True):
-        at = [p[name] for p in points[name]]
-        above.plot(at, [median(p["seconds"]) for p in points[name]], "o-", color="C0", label="sweep")
-        above.plot(at, [median(p["limit"]) for p in points[name]], "--", color="0.35", label="limit")
-        below.plot(at, [p["memory"] for p in points[name]], "o-", color="C1")
-        for panel in (above, below):
-            panel.set_xscale("log", base=2)
-            panel.xaxis.set_major_locator(FixedLocator(at))
-            panel.xaxis.set_minor_locator(NullLocator())
-            panel.set_xticklabels([str(v) for v in at])
-            panel.grid(alpha=0.3)
-        above.set_yscale("log")
-        below.set_ylim(bottom=0)
-        below.set_xlabel(name)
-    axes[0, 0].set_ylabel("seconds of one thread")
-    axes[1, 0].set_ylabel("peak memory (MiB)")
-    axes[0, 0].legend(frameon=False)
-    others = ", ".join(f"{getattr(BASE, name)} {name}" for name in AXES)
-    figure.suptitle(f"A sweep of DAS, one size changed at a time (else {others})", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = options(__doc__, "Two and four layers, one round.")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="write the picture there")
     parser.add_argument("--rounds", type=int, default=3)
     for hidden, kind in (("--peak-of", str), ("--axis", str), ("--value", int)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
@@ -172,10 +135,7 @@ def main() -> None:
         results[f"{axis} × {most[axis] // least[axis]}, time ×"] = figure(grown)
         results[f"{axis} × {most[axis] // least[axis]}, memory ×"] = figure([most["memory"] / least["memory"]])
     settings = {"model": "GPT-2, random", **vars(BASE), "sequence": SEQUENCE, "batch": BATCH, "epochs": EPOCHS}
-    settings |= {f"memory, {axis}": [round(p["memory"]) for p in found] for axis, found in points.items()}
-    report("scaling", settings, results, args.device, args.json)
-    if args.plot is not None:
-        draw(points, args.plot)
+    report("scaling", settings, results, args.device, args.json, {"table": points})
 
 
 if __name__ == "__main__":

@@ -27,6 +27,17 @@ FIRST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("speed.png",),
     ),
     "sweep_speed": (("speedup_over_pyvene", "cost_over_floor"), ()),
+    "scaling": (
+        (
+            "layers × 8, time ×",
+            "positions × 8, time ×",
+            "pairs × 8, time ×",
+            "width × 8, time ×",
+            "rank × 64, time ×",
+            "seeds × 8, time ×",
+        ),
+        ("scaling.png",),
+    ),
     "reft_speed": (("speedup_over_pyreft_width4096", "generate_merged_cost"), ()),
     "against_version_0_1": (("das_step_over_other", "loreft_step_over_other", "generate_over_other"), ()),
     "das_quality": (
