@@ -12,7 +12,6 @@ import hashlib
 import json
 import struct
 import sys
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -36,7 +35,7 @@ def loaded(name: str) -> dict[str, Any]:
 
 def fingerprint(*names: str) -> str:
     """What stands for the figures of some results."""
-    figures = [(loaded(name)["results"], loaded(name).get("table")) for name in names]
+    figures = [(found["results"], found.get("table")) for found in map(loaded, names)]
     return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -48,8 +47,6 @@ def results_of(picture: Path) -> str | None:
         word, _, text = data[at + 8 : at + 8 + length].partition(b"\0")
         if kind == b"tEXt" and word.decode("latin-1") == KEYWORD:
             return text.decode("latin-1")
-        if kind == b"zTXt" and word.decode("latin-1") == KEYWORD:
-            return zlib.decompress(text[1:]).decode("latin-1")
         at += 12 + length
     return None
 

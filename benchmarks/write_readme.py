@@ -179,7 +179,7 @@ def compared(name: str) -> str:
     rows = sorted(filter(wanted, table), key=lambda row: -row["test"])
     lines = []
     for row in rows:
-        edge = "\\*" if row["rate at the edge of its grid"] and row["method"] != "head only" else ""
+        edge = "\\*" if row["rate at the edge of its grid"] else ""
         spread = f" ± {100 * row['test sd']:.1f}" if len(row["test by seed"]) > 1 else ""
         against = ""
         if (gap := row.get("− LoRA")) is not None:
